@@ -1,0 +1,84 @@
+"""The legend of shape letters, and the batch that travels from the data to the step.
+
+| letter | what it counts |
+|---|---|
+| B | examples of a batch |
+| M | microbatches of a step |
+| R | packed rows of a microbatch |
+| L | tokens of a packed row |
+| C | completion tokens of a packed row: the only positions whose log-probability is asked for |
+| S | slots of a packed row: the examples that it can hold |
+| T | tokens, flattened over rows |
+| V | vocabulary |
+| D | model (residual stream) |
+| N, K, H | attention heads, key/value heads, head dimension |
+| F | feed-forward |
+
+A suffix such as `x_TD` names the axes of an array, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Sequences packed into rows of one fixed shape, several to a row.
+
+    One row that holds prompt `10 11`, completion `20 2` and prompt `12`, completion `21 22 2` (EOS is 2):
+
+        tokens           10 11 20  2 12 21 22  2  0  0
+        segment_ids       1  1  1  1  2  2  2  2  0  0      0 is padding
+        positions         0  1  2  3  0  1  2  3  0  0
+        predictors        1  2  4  5  6                     where the hidden state that predicts is read
+        targets          20  2 21 22  2                     what it should predict
+        target_segments   1  1  2  2  2                     0 is padding
+        filled            True True False ...               which of the S slots hold an example
+
+    Attributes:
+      tokens: token ids.
+      segment_ids: 1-based slot of every token; 0 is padding. Attention never crosses segments.
+      positions: position of every token inside its own sequence, from 0.
+      predictors: for each completion token, the index in the row of the token before it.
+      targets: the completion tokens' ids.
+      target_segments: 1-based slot of every completion token; 0 is padding.
+      filled: slots that hold an example.
+    """
+
+    tokens: Int[Array, "*M R L"]
+    segment_ids: Int[Array, "*M R L"]
+    positions: Int[Array, "*M R L"]
+    predictors: Int[Array, "*M R C"]
+    targets: Int[Array, "*M R C"]
+    target_segments: Int[Array, "*M R C"]
+    filled: Bool[Array, "*M R S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FeedbackBatch:
+    """One global batch of thumbs, packed into microbatches of one fixed shape.
+
+    `matched` holds prompt + its own completion; `unmatched` holds prompt + the completion of the next example
+    of the global batch whose prompt differs, which estimates the KL reference point.
+
+    Attributes:
+      matched: the examples.
+      desirable: thumbs-up or thumbs-down of the example in each slot of `matched`.
+      weights: weight of the example in each slot of `matched`; 0 in empty slots.
+      unmatched: prompt i with the unrelated completion; examples without a partner are absent.
+      num_matched: how many leading microbatches of `matched` hold anything; the rest is padding.
+      num_unmatched: the same for `unmatched`.
+    """
+
+    matched: PackedRows
+    desirable: Bool[Array, "M R S"]
+    weights: Float[Array, "M R S"]
+    unmatched: PackedRows
+    num_matched: Int[Array, ""]
+    num_unmatched: Int[Array, ""]
