@@ -7,6 +7,7 @@ these dataclasses) and sets fields. Any field may be set on the command line: `-
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
 import types
@@ -182,3 +183,175 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a `ConfigDict`, for config files to start from.
+
+    Every leaf accepts any type here (ConfigDict would lock a number out of a field that holds "auto"); `resolve`
+    checks the types.
+    """
+    return _to_config_dict(Config())
+
+
+def _to_config_dict(section: Any) -> ml_collections.ConfigDict:
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        else:
+            result[field.name] = config_dict.FieldReference(value, field_type=object)
+    return result
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a `ConfigDict` (or nested mapping) into a checked, frozen `Config`; touches no device and no file.
+
+    Raises:
+      ConfigError: a field is unknown, has the wrong type or a value that is not allowed.
+    """
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    resolved = _build(Config, values, "config")
+    _check(resolved)
+    return resolved
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The plain nested dict of a resolved config: what config.json holds, and what `resolve` takes back."""
+    return dataclasses.asdict(config)
+
+
+def check_overrides(arguments: typing.Iterable[str]) -> None:
+    """Refuses command-line overrides (`--config.section.field=value`) of fields that do not exist.
+
+    Raises:
+      ConfigError: naming the nearest field.
+    """
+    for argument in arguments:
+        if not argument.lstrip("-").startswith("config."):
+            continue
+        kind, path = Config, "config"
+        for name in argument.lstrip("-").split("=")[0].split(".")[1:]:
+            hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+            if name not in hints:
+                raise ConfigError(f"{path}.{name} is not a field of the configuration. {nearest(name, hints)}")
+            kind, path = hints[name], f"{path}.{name}"
+
+
+def nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    """The end of an error message: the nearest allowed name, if there is one, and all of them."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"Allowed: {', '.join(allowed)}."
+
+
+def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    """Builds one section, refusing unknown fields."""
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"{path}.{name} is not a field of the configuration. {nearest(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}.{name}={value!r} is not a section. Set its fields: {path}.{name}.FIELD=...")
+            arguments[name] = _build(hints[name], value, f"{path}.{name}")
+        else:
+            arguments[name] = _convert(value, hints[name], f"{path}.{name}")
+    return kind(**arguments)
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type, where that loses nothing.
+
+    Raises:
+      ConfigError: it is of another type.
+    """
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is Literal and value in typing.get_args(option) and isinstance(value, str):
+            return value
+        if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if origin is tuple and isinstance(value, str) and str not in options:
+            return tuple(item.strip() for item in value.split(",") if item.strip())
+        if origin is collections.abc.Mapping and isinstance(value, Mapping):
+            return {str(key): item for key, item in value.items()}
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if option in (int, bool) and type(value) is option:
+            return value
+    raise ConfigError(f"{path}={value!r} is of type {type(value).__name__}. Allowed: {_describe(hint)}. Correct {path}.")
+
+
+def _describe(hint: Any) -> str:
+    """A type annotation in words: `Literal["a", "b"]` is '"a" or "b"'."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(f'"{option}"' for option in typing.get_args(hint))
+    return str(hint).replace("typing.", "").replace("collections.abc.", "") if typing.get_origin(hint) else hint.__name__
+
+
+def _check(config: Config) -> None:
+    """Refuses values that no run can use.
+
+    Raises:
+      ConfigError: naming the field, what is allowed and what to do.
+    """
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("model.path", config.model.path, bool(config.model.path), "a model's directory, Hub id, .gguf file or wheel: path"),
+        ("data.train", config.data.train, bool(config.data.train), "at least one source of feedback"),
+        ("batch_size", config.batch_size, config.batch_size >= 2, "2 or more: z0 needs another example's completion"),
+        ("epochs", config.epochs, config.epochs >= 1, "1 or more"),
+        ("max_steps", config.max_steps, config.max_steps >= 0, "0 (all epochs) or more"),
+        ("microbatch_rows", config.microbatch_rows, config.microbatch_rows >= 1, "1 or more"),
+        ("completion_share", config.completion_share, 0 < config.completion_share <= 1, "above 0, at most 1"),
+        ("max_bad_steps", config.max_bad_steps, config.max_bad_steps >= 1, "1 or more"),
+        ("log_every", config.log_every, config.log_every >= 1, "1 or more"),
+        ("data.max_length", config.data.max_length, config.data.max_length >= 2, "2 or more tokens"),
+        (
+            "data.max_prompt_length",
+            config.data.max_prompt_length,
+            1 <= config.data.max_prompt_length < config.data.max_length,
+            f"at least 1 and below data.max_length={config.data.max_length}",
+        ),
+        (
+            "row_length",
+            config.row_length,
+            config.row_length == 0 or config.row_length >= config.data.max_length,
+            f"0, or at least data.max_length={config.data.max_length}",
+        ),
+        ("data.holdout", config.data.holdout, 0 <= config.data.holdout < 1, "at least 0, below 1"),
+        (
+            "data.judge_holdout",
+            config.data.judge_holdout,
+            0 <= config.data.judge_holdout < 1 - config.data.holdout,
+            "at least 0, and with data.holdout below 1",
+        ),
+        ("data.max_rejected", config.data.max_rejected, 0 <= config.data.max_rejected <= 1, "between 0 and 1"),
+        ("objective.beta", config.objective.beta, config.objective.beta > 0, "above 0, usually 0.01 to 0.5"),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, config.optimizer.learning_rate > 0, "above 0"),
+        ("optimizer.clip_norm", config.optimizer.clip_norm, config.optimizer.clip_norm > 0, "above 0"),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps, config.optimizer.warmup_steps >= 0, "0 or more"),
+        ("evaluation.every", config.evaluation.every, config.evaluation.every >= 0, "0 (only at the end) or more"),
+        ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 1, "1 or more"),
+        ("checkpoint.keep", config.checkpoint.keep, config.checkpoint.keep >= 1, "1 or more"),
+        ("samples.temperature", config.samples.temperature, config.samples.temperature >= 0, "0 (greedy) or more"),
+        ("samples.top_p", config.samples.top_p, 0 < config.samples.top_p <= 1, "above 0, at most 1"),
+    ]
+    for weight in ("desirable_weight", "undesirable_weight"):
+        value = getattr(config.objective, weight)
+        rules.append((f"objective.{weight}", value, value == "auto" or value > 0, '"auto" or a number above 0'))
+    for value in config.data.label_map.items():
+        rules.append(("data.label_map", dict([value]), value[1] in (True, False, None), "True, False or None"))
+    sizes = dataclasses.asdict(config.mesh)
+    rules.append(("mesh", sizes, all(size == -1 or size >= 1 for size in sizes.values()), "-1, or 1 and more, per axis"))
+    rules.append(("mesh", sizes, list(sizes.values()).count(-1) <= 1, "-1 on one axis at most"))
+    for name, value, good, allowed in rules:
+        if not good:
+            raise ConfigError(f"config.{name}={value!r} cannot be used. Allowed: {allowed}. Correct config.{name}.")
