@@ -1,0 +1,204 @@
+"""Judges: what an outsider thinks of a set of completions, before and after training.
+
+A judge never sees a prompt that was trained on: the feedback judge is fitted on the judge's own share of the prompts,
+and VADER is a lexicon of 2014. Neither is a model of quality. They say which way the text moved, not how good it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kto_jax.config import ConfigError
+
+
+class Judge(Protocol):
+    """Scores completions; made by `fit_judge`."""
+
+    @property
+    def quality(self) -> Mapping[str, float]:
+        """How far the judge itself can be trusted: figures on feedback that it was not fitted on."""
+
+    def score(self, completions: Sequence[str]) -> dict[str, float]:
+        """Figures about a set of completions.
+
+        Args:
+          completions: decoded text; at least one.
+
+        Returns:
+          Figure name -> value; the same names in the same order on every call.
+
+        Raises:
+          ValueError: `completions` is empty.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackJudge:
+    """TF-IDF and logistic regression, fitted on labelled completions of prompts that are never trained on."""
+
+    pipeline: Any
+    quality: Mapping[str, float]
+
+    def probabilities(self, completions: Sequence[str]) -> np.ndarray:
+        """The probability that each completion is desirable, float64 [len(completions)]."""
+        return self.pipeline.predict_proba(list(completions))[:, 1]
+
+    def score(self, completions: Sequence[str]) -> dict[str, float]:
+        """`judged desirable (share)`: probability above a half; `desirable probability`: the mean probability."""
+        _require_some(completions)
+        probabilities = self.probabilities(completions)
+        return {
+            "judged desirable (share)": float(np.mean(probabilities > 0.5)),
+            "desirable probability": float(np.mean(probabilities)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class VaderJudge:
+    """VADER, a lexicon of sentiment (Hutto and Gilbert, 2014): it knows nothing of the feedback."""
+
+    analyzer: Any
+    quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def score(self, completions: Sequence[str]) -> dict[str, float]:
+        """`positive (share)`: compound score above 0; `compound`: the mean compound score, in [-1, 1]."""
+        _require_some(completions)
+        compounds = np.asarray([self.analyzer.polarity_scores(text)["compound"] for text in completions])
+        return {"positive (share)": float(np.mean(compounds > 0)), "compound": float(np.mean(compounds))}
+
+
+def fit_feedback_judge(
+    completions: Sequence[str], desirable: Sequence[bool], prompts: Sequence[Hashable], *, num_folds: int = 5
+) -> FeedbackJudge:
+    """Fits the feedback judge, and measures it by cross-validation grouped by prompt.
+
+    Args:
+      completions: labelled text.
+      desirable: thumbs-up or thumbs-down of each.
+      prompts: what each was written for; any hashable. No prompt is on both sides of a fold.
+      num_folds: folds of the cross-validation; fewer where there are fewer prompts.
+
+    Returns:
+      The judge. Its `quality` has `accuracy` and `auc` on held-out prompts (NaN with fewer than two usable prompts)
+      and `examples`, how many it was fitted on.
+
+    Raises:
+      ConfigError: only one of the two labels occurs, or no completion holds a word.
+    """
+    labels = np.asarray(desirable, dtype=bool)
+    if len(labels) == 0 or labels.all() or not labels.any():
+        raise ConfigError(
+            f"the feedback judge was given {int(labels.sum())} desirable and {int((~labels).sum())} undesirable"
+            ' completions; it needs both. Raise config.data.judge_holdout, or take "feedback" out of'
+            " config.samples.judges."
+        )
+    texts = np.asarray(completions, dtype=object)
+    try:
+        pipeline = _new_pipeline().fit(texts, labels)
+    except ValueError as error:
+        if "vocabulary" not in str(error):
+            raise
+        raise ConfigError(
+            f"none of the {len(texts)} completions given to the feedback judge holds a word of two letters or more;"
+            ' it judges words. Take "feedback" out of config.samples.judges.'
+        ) from error
+    quality = _cross_validate(texts, labels, prompts, num_folds) | {"examples": float(len(labels))}
+    return FeedbackJudge(pipeline, quality)
+
+
+def fit_vader_judge(
+    completions: Sequence[str] = (), desirable: Sequence[bool] = (), prompts: Sequence[Hashable] = ()
+) -> VaderJudge:
+    """Makes the VADER judge, which needs no feedback: the arguments are there so that every judge is made alike."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return VaderJudge(SentimentIntensityAnalyzer())
+
+
+JUDGES: dict[str, Callable[[Sequence[str], Sequence[bool], Sequence[Hashable]], Judge]] = {
+    "feedback": fit_feedback_judge,
+    "vader": fit_vader_judge,
+}
+
+
+def fit_judge(name: str, completions: Sequence[str], desirable: Sequence[bool], prompts: Sequence[Hashable]) -> Judge:
+    """Makes the judge called `name` from the judge's share of the feedback.
+
+    Raises:
+      ConfigError: there is no judge of that name, or the feedback cannot be judged from.
+    """
+    check_names([name])
+    return JUDGES[name](completions, desirable, prompts)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError unless every name is a judge's; for use before any device is touched."""
+    for name in names:
+        if name not in JUDGES:
+            raise ConfigError(
+                f"config.samples.judges names {name!r}; the judges are {', '.join(map(repr, JUDGES))}."
+                " Use one of these, or leave the list empty."
+            )
+
+
+def compare(name: str, judge: Judge, before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+    """The judge's verdicts on completions of the same prompts before and after training, as the report shows them.
+
+    Returns:
+      One `{"judge", "figure", "before", "after"}` per figure.
+    """
+    figures_before, figures_after = judge.score(before), judge.score(after)
+    return [
+        {"judge": name, "figure": figure, "before": value, "after": figures_after[figure]}
+        for figure, value in figures_before.items()
+    ]
+
+
+def _require_some(completions: Sequence[str]) -> None:
+    if len(completions) == 0:
+        raise ValueError("there are no completions to judge; give at least one.")
+
+
+def _new_pipeline() -> Any:
+    # Imported here: scikit-learn takes a second to import, and most runs have no judge.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    # Balanced, so that a judge fitted on lopsided feedback does not call everything by the commoner label.
+    return make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(class_weight="balanced", max_iter=1000),
+    )
+
+
+def _cross_validate(
+    texts: np.ndarray, labels: np.ndarray, prompts: Sequence[Hashable], num_folds: int
+) -> dict[str, float]:
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold
+
+    number: dict[Hashable, int] = {}
+    groups = np.asarray([number.setdefault(prompt, len(number)) for prompt in prompts])
+    num_folds = min(num_folds, len(number))
+    probabilities = np.full(len(labels), math.nan)
+    if num_folds >= 2:
+        for fit_rows, held_rows in GroupKFold(num_folds).split(texts, labels, groups):
+            if labels[fit_rows].all() or not labels[fit_rows].any():
+                continue
+            fold = _new_pipeline().fit(texts[fit_rows], labels[fit_rows])
+            probabilities[held_rows] = fold.predict_proba(texts[held_rows])[:, 1]
+    judged = ~np.isnan(probabilities)
+    if not judged.any():
+        return {"accuracy": math.nan, "auc": math.nan}
+    held_labels, held = labels[judged], probabilities[judged]
+    both = held_labels.any() and not held_labels.all()
+    return {
+        "accuracy": float(np.mean((held > 0.5) == held_labels)),
+        "auc": float(roc_auc_score(held_labels, held)) if both else math.nan,
+    }
