@@ -1,0 +1,116 @@
+"""Attention over packed rows and over a cache: causal, grouped heads, memory linear in the length.
+
+There is one function. A mask says that a query attends to a key when both lie in the same segment and the key's
+place is not after the query's. In a packed row the place is the position inside the segment; in a cache it is the
+slot. No [L, L] array is made once L exceeds the chunk of queries: chunks are taken one after another and computed
+again for the gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kto_jax.models.config import TransformerConfig
+
+QUERY_CHUNK = 512
+
+
+def attention(
+    query_RLNH: Float[Array, "R L N H"],
+    key_RSKH: Float[Array, "R S K H"],
+    value_RSKH: Float[Array, "R S K H"],
+    *,
+    query_places_RL: Int[Array, "R L"],
+    key_places_RS: Int[Array, "R S"],
+    query_segments_RL: Int[Array, "R L"],
+    key_segments_RS: Int[Array, "R S"],
+    precision: jax.lax.Precision | None = None,
+    chunk: int = QUERY_CHUNK,
+) -> Float[Array, "R L N H"]:
+    """Softmax attention of every query over the keys of its own segment that are not after it.
+
+    Each group of N / K query heads shares a key/value head, which is never repeated in memory. A query with no key
+    gets a finite value that means nothing (the mean of all values), never NaN.
+
+    Args:
+      query_RLNH: queries, rotated.
+      key_RSKH: keys, rotated.
+      value_RSKH: values.
+      query_places_RL: place of every query in its segment.
+      key_places_RS: place of every key in its segment.
+      query_segments_RL: segment of every query.
+      key_segments_RS: segment of every key.
+      precision: of the two products.
+      chunk: queries taken at once; the largest temporary is [R, N, chunk, S].
+
+    Returns:
+      The mixed values, in the dtype of `value_RSKH`. Softmax is computed in float32 or wider.
+    """
+    rows, length, num_heads, head_dim = query_RLNH.shape
+    groups = num_heads // key_RSKH.shape[2]
+    query_RLKGH = (query_RLNH * head_dim**-0.5).reshape(rows, length, -1, groups, head_dim)
+    block = partial(
+        _attend,
+        key=key_RSKH,
+        value=value_RSKH,
+        key_places=key_places_RS,
+        key_segments=key_segments_RS,
+        precision=precision,
+    )
+    if length <= chunk:
+        mixed = block(query_RLKGH, query_places_RL, query_segments_RL)
+        return mixed.reshape(query_RLNH.shape)
+    num_chunks = -(-length // chunk)
+
+    def split(x: Array) -> Array:
+        """[R, L, ...] -> [chunks, R, chunk, ...], with zeros after the end."""
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    chunks = (split(query_RLKGH), split(query_places_RL), split(query_segments_RL))
+    mixed = jax.lax.map(lambda parts: jax.checkpoint(block, prevent_cse=False)(*parts), chunks)
+    return jnp.moveaxis(mixed, 0, 1).reshape(rows, num_chunks * chunk, num_heads, head_dim)[:, :length]
+
+
+def _attend(query, query_places, query_segments, *, key, value, key_places, key_segments, precision):
+    """One dense block: query [R, Q, K, G, H] over all keys [R, S, K, H]."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("rqkgh,rskh->rkgqs", query, key, precision=precision, preferred_element_type=wide)
+    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (
+        query_places[:, :, None] >= key_places[:, None, :]
+    )
+    # A finite floor, not -inf: a query that sees nothing must give a number, for itself and for its gradient.
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("rkgqs,rskh->rqkgh", shares, value, precision=precision)
+
+
+def rotary_tables(positions_RL: Int[Array, "R L"], config: TransformerConfig, dtype) -> tuple[Array, Array]:
+    """Cosine and sine of every position's angles, [R, L, 1, H/2] each, in `dtype` (float32 or wider)."""
+    angles = positions_RL.astype(dtype)[..., None, None] * jnp.asarray(_frequencies(config), dtype)[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_RLNH: Float[Array, "R L N H"], tables: tuple[Array, Array]) -> Float[Array, "R L N H"]:
+    """Turns the pairs (i, i + H/2) of every head by their angle, in the tables' dtype."""
+    cos, sin = tables
+    left, right = jnp.split(x_RLNH.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
+
+
+def _frequencies(config: TransformerConfig) -> np.ndarray:
+    """Radians per position of every pair of a head, [H/2], float64."""
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Llama 3.1: slow waves are stretched by `factor`, fast ones kept, those between interpolated.
+    turns = scaling.original_max_length * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -1,0 +1,161 @@
+"""What everything outside of models/ sees of a model: pure functions of a nested dictionary of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, Transformer, matmul_precision
+
+Params = dict[str, Any]
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def _unconstrained(array: Array, axes: tuple[str, ...]) -> Array:
+    del axes
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder without its parameters: hashable, so that it may be a static argument of `jax.jit`.
+
+    Parameters are a nested dictionary of arrays; weights lie as [in, out], stacked over layers:
+
+        embed.table [V, D]            layers.attention_norm.scale, layers.mlp_norm.scale [layers, D]
+        final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
+        head.weight [D, V] if untied  layers.mlp.gate, up, down .weight [layers, in, out]
+
+    Attributes:
+      config: the architecture.
+      dtype: what the forward pass computes in.
+      remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full".
+      constrain: called on activations with their logical axes; identity unless a mesh is in play.
+      graphdef: the structure of the NNX module.
+    """
+
+    config: TransformerConfig
+    dtype: str
+    remat: str
+    constrain: Constrain
+    graphdef: Any = dataclasses.field(compare=False, repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        config: TransformerConfig,
+        *,
+        dtype: str = "float32",
+        remat: Literal["none", "dots", "full"] = "full",
+        constrain: Constrain | None = None,
+    ) -> Model:
+        """Builds a model.
+
+        Args:
+          config: the architecture.
+          dtype: "float32", "bfloat16" or, where x64 is on, "float64".
+          remat: what a layer keeps for its gradient.
+          constrain: `constrain(array, logical_axes) -> array`. Axes are "rows", "length", "embed", "heads",
+            "kv_heads", "head_dim", "layers".
+
+        Raises:
+          ConfigError: unknown dtype or remat policy.
+        """
+        for name, value, allowed in (("dtype", dtype, DTYPES), ("remat", remat, tuple(REMAT_POLICIES))):
+            if value not in allowed:
+                raise ConfigError(
+                    f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
+                )
+        constrain = constrain or _unconstrained
+        abstract = nnx.eval_shape(lambda: _transformer(config, dtype, remat, constrain, jax.random.key(0)))
+        return cls(config, dtype, remat, constrain, nnx.split(abstract)[0])
+
+    def hidden_states(
+        self,
+        params: Params,
+        tokens_RL: Int[Array, "R L"],
+        segment_ids_RL: Int[Array, "R L"],
+        positions_RL: Int[Array, "R L"],
+    ) -> Float[Array, "R L D"]:
+        """Hidden states of packed rows, after the final norm.
+
+        Args:
+          params: parameters of this model.
+          tokens_RL: token ids; one outside of the vocabulary makes its whole segment NaN from there on.
+          segment_ids_RL: attention stays inside a segment; 0 is padding.
+          positions_RL: position of every token inside its segment, from 0.
+
+        Returns:
+          Hidden states in the compute dtype. Those of padding are finite and mean nothing.
+        """
+        return self._merge(params).hidden_states(tokens_RL, segment_ids_RL, positions_RL)
+
+    def head(self, params: Params) -> Float[Array, "D V"]:
+        """The output head in the compute dtype: the embedding, transposed, where they are tied."""
+        head_DV = params["embed"]["table"].T if self.config.tied_head else params["head"]["weight"]
+        return head_DV.astype(self.dtype)
+
+    def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of a few hidden states, float32 or wider; training never holds them, see losses/logprobs.py."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.dot(hidden, self.head(params), precision=matmul_precision(self.dtype), preferred_element_type=wide)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of keys and values, [layers, batch, length, K, H] each, in the compute dtype."""
+        config = self.config
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+
+    def decode(
+        self, params: Params, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Reads tokens into the cache and gives their hidden states; a prompt at once, or one token at a time.
+
+        Keys and values are written at the tokens' positions. A token attends to every cached position up to its own,
+        so positions must be filled from 0 without gaps; how the tokens lie in the row does not matter.
+
+        Args:
+          params: parameters of this model.
+          cache: from `init_cache` or the last call; donate it.
+          tokens_BL: token ids.
+          positions_BL: position of every token; -1 is padding, neither written nor attended to.
+
+        Returns:
+          Hidden states after the final norm (of padding: finite, without meaning), and the cache.
+        """
+        return self._merge(params).decode(cache, tokens_BL, positions_BL)
+
+    def init_params(self, key: Key[Array, ""], param_dtype: str) -> Params:
+        """Random parameters: normal with the config's standard deviation, norms at one."""
+        transformer = _transformer(self.config, self.dtype, self.remat, self.constrain, key)
+        params = nnx.to_pure_dict(nnx.state(transformer))
+        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+
+    def abstract_params(self, param_dtype: str) -> Params:
+        """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(lambda key: self.init_params(key, param_dtype), jax.random.key(0))
+
+    def logical_axes(self) -> dict[str, Any]:
+        """The parameters' logical axes: a tuple of names for each leaf, one per axis.
+
+        "heads" and "kv_heads" name axes of heads times head_dim; a mesh axis must divide the number of heads.
+        """
+        build = lambda: _transformer(self.config, self.dtype, self.remat, self.constrain, jax.random.key(0))  # noqa: E731
+        variables = nnx.state(nnx.eval_shape(build))
+        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+        axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), variables, is_leaf=is_variable)
+        return nnx.to_pure_dict(axes)
+
+    def _merge(self, params: Params) -> Transformer:
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+
+def _transformer(config: TransformerConfig, dtype: str, remat: str, constrain: Constrain, key: Array) -> Transformer:
+    return Transformer(config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain, rngs=nnx.Rngs(params=key))
