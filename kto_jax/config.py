@@ -101,6 +101,8 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """How gradients move the policy. The paper: AdamW at 5e-6, or RMSProp at 5e-7, clip 10, 150 warm-up steps."""
+
     name: Literal["adamw", "rmsprop"] = "adamw"
     learning_rate: float = 5e-6
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -127,6 +129,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
+    """When the policy is measured on feedback that it does not train on."""
+
     every: int = 100
     """Steps between evaluations on the held-out feedback; 0 evaluates only at the end."""
     max_examples: int = 512
@@ -135,6 +139,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """When the state is saved, and what is kept."""
+
     every: int = 200
     """Steps between checkpoints; the last step and a SIGTERM save in any case."""
     keep: int = 2
@@ -285,7 +291,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             return str(value)
         if option in (int, bool) and type(value) is option:
             return value
-    raise ConfigError(f"{path}={value!r} is of type {type(value).__name__}. Allowed: {_describe(hint)}. Correct {path}.")
+    given = f"{path}={value!r} is of type {type(value).__name__}"
+    raise ConfigError(f"{given}. Allowed: {_describe(hint)}. Correct {path}.")
 
 
 def _describe(hint: Any) -> str:
@@ -294,7 +301,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(f'"{option}"' for option in typing.get_args(hint))
-    return str(hint).replace("typing.", "").replace("collections.abc.", "") if typing.get_origin(hint) else hint.__name__
+    return str(hint).removeprefix("collections.abc.") if typing.get_origin(hint) else hint.__name__
 
 
 def _check(config: Config) -> None:
@@ -304,7 +311,7 @@ def _check(config: Config) -> None:
       ConfigError: naming the field, what is allowed and what to do.
     """
     rules: list[tuple[str, Any, bool, str]] = [
-        ("model.path", config.model.path, bool(config.model.path), "a model's directory, Hub id, .gguf file or wheel: path"),
+        ("model.path", config.model.path, bool(config.model.path), "a directory, Hub id, .gguf file or wheel: path"),
         ("data.train", config.data.train, bool(config.data.train), "at least one source of feedback"),
         ("batch_size", config.batch_size, config.batch_size >= 2, "2 or more: z0 needs another example's completion"),
         ("epochs", config.epochs, config.epochs >= 1, "1 or more"),
@@ -350,7 +357,7 @@ def _check(config: Config) -> None:
     for value in config.data.label_map.items():
         rules.append(("data.label_map", dict([value]), value[1] in (True, False, None), "True, False or None"))
     sizes = dataclasses.asdict(config.mesh)
-    rules.append(("mesh", sizes, all(size == -1 or size >= 1 for size in sizes.values()), "-1, or 1 and more, per axis"))
+    rules.append(("mesh", sizes, all(size == -1 or size >= 1 for size in sizes.values()), "-1, or 1 and more"))
     rules.append(("mesh", sizes, list(sizes.values()).count(-1) <= 1, "-1 on one axis at most"))
     for name, value, good, allowed in rules:
         if not good:

@@ -1,0 +1,1 @@
+"""From rows of feedback to packed batches; no devices, no model."""

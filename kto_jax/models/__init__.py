@@ -1,0 +1,1 @@
+"""Decoders in Flax, and reading and writing their weights."""

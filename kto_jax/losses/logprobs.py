@@ -1,0 +1,146 @@
+"""Log-probabilities of tokens without an array of all logits, and their sums over examples."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Logits that exist at one time: 2**25 float32 values are 128 MiB.
+_MAX_LOGITS = 2**25
+
+
+def token_logps(
+    hidden: Float[Array, "*R T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "*R T"],
+    *,
+    softcap: float | None = None,
+    bias: Float[Array, " V"] | None = None,
+    chunk_size: int | None = None,
+) -> Float[Array, "*R T"]:
+    """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
+
+    Neither the forward nor the backward pass keeps an array of tokens by vocabulary: logits are made again for the
+    gradient. Products accumulate in float32.
+
+    Args:
+      hidden: hidden states that predict the targets. With a leading rows axis, chunks are cut along each row, so that
+        rows sharded over devices all work on every chunk.
+      head: output projection.
+      targets: token ids.
+      softcap: logits become `softcap · tanh(logits / softcap)`.
+      bias: added to the logits.
+      chunk_size: tokens (of all rows together) whose logits exist at one time; None chooses by the vocabulary.
+
+    Returns:
+      Log-probabilities in nats, in at least float32.
+    """
+    if hidden.ndim == 2:
+        return token_logps(
+            hidden[None], head, targets[None], softcap=softcap, bias=bias, chunk_size=chunk_size
+        ).squeeze(0)
+    num_rows, length, _ = hidden.shape
+    vocabulary = head.shape[1]
+    chunk_size = chunk_size or max(_MAX_LOGITS // vocabulary, 1)
+    chunk = min(max(chunk_size // num_rows, 1), length)
+    num_chunks = -(-length // chunk)
+    chunk = -(-length // num_chunks)  # chunks of equal size leave the least padding
+    padding = num_chunks * chunk - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    bias = jnp.zeros(vocabulary, jnp.promote_types(head.dtype, jnp.float32)) if bias is None else bias
+    return _chunked_logps(hidden, head, bias, targets, softcap, num_chunks)[:, :length]
+
+
+def _split(x: jax.Array, num_chunks: int) -> jax.Array:
+    """[R, T, ...] -> [chunks, R, T / chunks, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """[chunks, R, t, ...] -> [R, chunks · t, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("rtd,dv->rtv", hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
+    logits = logits + bias.astype(dtype)[None, None]
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # A comparison, not a gather: it stays local where the vocabulary is sharded.
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked_logps(hidden, head, bias, targets, softcap, num_chunks):
+    return _chunked_logps_forward(hidden, head, bias, targets, softcap, num_chunks)[0]
+
+
+def _chunked_logps_forward(hidden, head, bias, targets, softcap, num_chunks):
+    def one_chunk(args):
+        hidden_rtd, targets_rt = args
+        logits = _logits(hidden_rtd, head, bias, softcap)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.sum(jnp.where(_is_target(logits, targets_rt), logits, 0), axis=-1)
+        return chosen - normalizer, normalizer
+
+    logps, normalizer = jax.lax.map(one_chunk, (_split(hidden, num_chunks), _split(targets, num_chunks)))
+    return _join(logps), (hidden, head, bias, targets, _join(normalizer))
+
+
+def _chunked_logps_backward(softcap, num_chunks, residuals, cotangent) -> tuple[Any, ...]:
+    hidden, head, bias, targets, normalizer = residuals
+    dtype = cotangent.dtype
+
+    def one_chunk(carry, args):
+        head_grad, bias_grad = carry
+        hidden_rtd, targets_rt, normalizer_rt, cotangent_rt = args
+        logits = _logits(hidden_rtd, head, bias, softcap)
+        probabilities = jnp.exp(logits - normalizer_rt[..., None])
+        logits_grad = cotangent_rt[..., None] * (_is_target(logits, targets_rt) - probabilities)
+        if softcap is not None:
+            logits_grad = logits_grad * (1 - jnp.square(logits / softcap))
+        bias_grad = bias_grad + jnp.sum(logits_grad, axis=(0, 1))
+        logits_grad = logits_grad.astype(hidden.dtype)
+        hidden_grad = jnp.einsum("rtv,dv->rtd", logits_grad, head.astype(hidden.dtype), preferred_element_type=dtype)
+        head_grad = head_grad + jnp.einsum("rtd,rtv->dv", hidden_rtd, logits_grad, preferred_element_type=dtype)
+        return (head_grad, bias_grad), hidden_grad.astype(hidden.dtype)
+
+    carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))
+    parts = tuple(_split(x, num_chunks) for x in (hidden, targets, normalizer, cotangent))
+    (head_grad, bias_grad), hidden_grad = jax.lax.scan(one_chunk, carry, parts)
+    return _join(hidden_grad), head_grad.astype(head.dtype), bias_grad.astype(bias.dtype), None
+
+
+_chunked_logps.defvjp(_chunked_logps_forward, _chunked_logps_backward)
+
+
+def segment_sums(
+    values: Float[Array, " T"],
+    segment_ids: Int[Array, " T"],
+    num_examples: int,
+    *,
+    where: Bool[Array, " T"],
+) -> Float[Array, " B"]:
+    """Sums values over the examples of a packed row, in at least float32.
+
+    Args:
+      values: one per token.
+      segment_ids: 0-based example of each token; those outside [0, num_examples) must be masked out by `where`.
+      num_examples: how many examples the result has.
+      where: which tokens count.
+
+    Returns:
+      One sum per example; 0 where it has no token.
+    """
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    member = (segment_ids[None, :] == jnp.arange(num_examples)[:, None]) & where[None, :]
+    return jnp.sum(jnp.where(member, values[None, :], 0), axis=1)

@@ -1,0 +1,69 @@
+"""Figures of a batch of feedback, as pure functions that run inside the step."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# A sigmoid's slope below a tenth of its peak, 1/4: |z| above 3.64.
+_SATURATED_SLOPE = 0.025
+
+
+def mean(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Mean of the entries that count; 0 where there is none."""
+    return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)
+
+
+def standard_error(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Standard error of the mean, with the sample variance; 0 for fewer than two entries."""
+    count = jnp.sum(where)
+    squares = jnp.sum(jnp.where(where, jnp.square(values - mean(values, where)), 0))
+    return jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
+
+
+def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Chance that a random desirable completion has the larger reward than a random undesirable one, ties as half.
+
+    NaN where one of the classes is absent: there is nothing to compare.
+    """
+    negatives = jnp.sort(jnp.where(where & ~desirable, rewards, jnp.inf))
+    num_negatives = jnp.sum(where & ~desirable)
+    below = jnp.minimum(jnp.searchsorted(negatives, rewards, side="left"), num_negatives)
+    not_above = jnp.minimum(jnp.searchsorted(negatives, rewards, side="right"), num_negatives)
+    wins = jnp.sum(jnp.where(where & desirable, (below + not_above) / 2, 0))
+    pairs = jnp.sum(where & desirable) * num_negatives
+    return jnp.where(pairs > 0, wins / jnp.maximum(pairs, 1), jnp.nan)
+
+
+def feedback_figures(
+    rewards: Float[Array, " B"],
+    desirable: Bool[Array, " B"],
+    where: Bool[Array, " B"],
+    reference_reward: Float[Array, ""],
+) -> dict[str, Float[Array, ""]]:
+    """How well implied rewards tell the thumbs apart.
+
+    Args:
+      rewards: β (log π_policy − log π_reference) of each completion.
+      desirable: the thumbs.
+      where: which entries count.
+      reference_reward: β z0.
+
+    Returns:
+      rewards_desirable and rewards_undesirable: means by class. margin: their difference. accuracy: share of desirable
+      completions above the reference point and undesirable ones below it. auc: see `auc`. saturated: share whose
+      gradient is less than a tenth of the largest.
+    """
+    good, bad = where & desirable, where & ~desirable
+    gains = rewards - reference_reward
+    value = 1 / (1 + jnp.exp(-jnp.clip(gains, -80, 80)))
+    slope = value * (1 - value)
+    desirable_mean, undesirable_mean = mean(rewards, good), mean(rewards, bad)
+    return {
+        "rewards_desirable": desirable_mean,
+        "rewards_undesirable": undesirable_mean,
+        "margin": desirable_mean - undesirable_mean,
+        "accuracy": mean(jnp.where(desirable, gains > 0, gains < 0).astype(rewards.dtype), where),
+        "auc": auc(rewards, desirable, where),
+        "saturated": mean((slope < _SATURATED_SLOPE).astype(rewards.dtype), where),
+    }

@@ -1,0 +1,152 @@
+"""The device mesh, and the rules that lay logical axes along its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kto_jax.config import ConfigError, MeshConfig
+
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis -> mesh axis. A parameter's "embed" axis is spread over fsdp and gathered where it is used; an
+# activation's rows are spread over data and fsdp, so its "embed" axis stays whole.
+PARAMETER_RULES: dict[str, MeshAxes] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+ACTIVATION_RULES: dict[str, MeshAxes] = {
+    "rows": ("data", "fsdp"),
+    "length": None,
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+}
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Size of each mesh axis, with -1 filled in.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and num_devices % fixed == 0:
+        sizes = {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
+        raise ConfigError(
+            f"config.mesh={sizes} does not multiply to the {num_devices} devices here. Allowed: axes whose product is "
+            f"{num_devices}, or -1 on one axis. Set config.mesh.data, fsdp and tensor."
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of all processes, with axes data, fsdp and tensor."""
+    devices = devices or jax.devices()
+    sizes = mesh_shape(config, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
+    """A NamedSharding for every leaf of a parameter tree.
+
+    Args:
+      mesh: the devices.
+      logical_axes: nested dict of tuples of logical axis names.
+      abstract: the same nested dict of shapes.
+
+    Raises:
+      ConfigError: a dimension does not divide over its mesh axis; the message names the leaf and the dimension.
+    """
+
+    def one(path: Any, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            parts = num_parts(mesh, PARAMETER_RULES[axis])
+            if size % parts:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ConfigError(
+                    f"{name} has {axis}={size}, which cannot be split over {parts} devices ({size} % {parts} = "
+                    f"{size % parts}). Allowed: sizes of mesh axis {PARAMETER_RULES[axis]} that divide {size}. "
+                    f"Set config.mesh.{PARAMETER_RULES[axis]}."
+                )
+        return NamedSharding(mesh, PartitionSpec(*(PARAMETER_RULES[axis] for axis in axes)))
+
+    return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+
+
+def num_parts(mesh: Mesh, axes: MeshAxes) -> int:
+    """Over how many devices a dimension laid along these mesh axes is split."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
+    """Refuses a microbatch whose rows the mesh cannot divide.
+
+    Raises:
+      ConfigError: naming the nearest number of rows that works.
+    """
+    parts = sizes["data"] * sizes["fsdp"]
+    if microbatch_rows % parts:
+        raise ConfigError(
+            f"config.microbatch_rows={microbatch_rows} cannot be split over {parts} devices ({microbatch_rows} % "
+            f"{parts} = {microbatch_rows % parts}). Allowed: multiples of mesh data × fsdp = {parts}. "
+            f"Set config.microbatch_rows to {-(-microbatch_rows // parts) * parts}."
+        )
+
+
+def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:
+    """Refuses a tensor axis that would cut through a head.
+
+    Raises:
+      ConfigError: naming what does not divide.
+    """
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if value % sizes["tensor"]:
+            raise ConfigError(
+                f"config.mesh.tensor={sizes['tensor']} cannot split the model's {name}={value} ({value} % "
+                f"{sizes['tensor']} = {value % sizes['tensor']}). Allowed: common divisors of num_heads={num_heads} "
+                f"and num_kv_heads={num_kv_heads}. Set config.mesh.tensor."
+            )
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
+    """The function that a model calls to lay an activation along the mesh by logical axis names."""
+
+    def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        layout = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout))
+
+    return constrain
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a [M, R, ...] array of a batch lies: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["rows"]))
+
+
+def place_batch(mesh: Mesh, batch: Any) -> Any:
+    """Puts this process's rows of a batch (NumPy arrays) on its devices as part of the global batch."""
+    rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def place(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(scalar if x.ndim == 0 else rows, x)
+
+    return jax.tree.map(place, batch)

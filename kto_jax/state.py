@@ -1,0 +1,118 @@
+"""The training state: everything that a step reads and writes, and the optimizer that moves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from kto_jax.config import OptimizerConfig
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and writes.
+
+    Attributes:
+      step: steps taken.
+      policy: parameters that are trained.
+      reference: frozen parameters that log-ratios are taken against.
+      opt_state: the optimizer's.
+      num_bad_steps: consecutive steps whose loss or gradient was not finite; they changed nothing else.
+    """
+
+    step: Int[Array, ""]
+    policy: Params
+    reference: Params
+    opt_state: Any
+    num_bad_steps: Int[Array, ""]
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the configured schedule until `num_steps`."""
+    peak, last = config.learning_rate, config.final_learning_rate
+    remaining = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, last, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining, alpha=last / peak),
+    }[config.schedule]
+    if config.warmup_steps == 0:
+        return after
+    # The first step already moves: warm-up counts from 1.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or RMSProp."""
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moments_dtype,
+        )
+    else:
+        update = optax.chain(
+            optax.scale_by_rms(decay=0.99, eps=config.eps),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def create_state(policy: Params, reference: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state at step 0.
+
+    Args:
+      policy: placed parameters.
+      reference: placed parameters; leaves that are the policy's own arrays are copied, because the step donates the
+        policy's memory.
+      optimizer: from `make_optimizer`.
+      mesh: scalars are replicated over it.
+    """
+    scalar = NamedSharding(mesh, PartitionSpec())
+    owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
+    reference = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in owned else leaf, reference)
+    layout = state_shardings(
+        jax.eval_shape(optimizer.init, policy), jax.tree.map(lambda leaf: leaf.sharding, policy), mesh
+    )
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), scalar),
+        policy=policy,
+        reference=reference,
+        opt_state=jax.jit(optimizer.init, out_shardings=layout)(policy),
+        num_bad_steps=jax.device_put(jnp.zeros((), jnp.int32), scalar),
+    )
+
+
+def abstract_state(
+    policy: Params, reference: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from abstract parameters that carry shardings."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    abstract = jax.eval_shape(optimizer.init, policy)
+    layout = state_shardings(abstract, jax.tree.map(lambda leaf: leaf.sharding, policy), mesh)
+    opt_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )
+    return TrainState(scalar, policy, reference, opt_state, scalar)
+
+
+def state_shardings(abstract_opt_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: trees shaped like the parameters lie like them, all else is replicated."""
+    structure = jax.tree.structure(params)
+    is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    scalar = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda node: params if is_params(node) else scalar, abstract_opt_state, is_leaf=is_params)
