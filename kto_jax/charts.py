@@ -1,0 +1,256 @@
+"""The curves of a run, as SVG to be inlined in a page.
+
+Drawn by matplotlib, with CSS variables for colours, so that the curves follow the reader's light or dark scheme.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Series = tuple[np.ndarray, np.ndarray]
+
+# Stand-ins that matplotlib accepts as colours; the page's style sheet gives them their values.
+_COLOURS = {
+    name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "muted", "grid", "blue", "red", "green", "violet"), start=1)
+}
+_MAX_POINTS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    key: str
+    label: str
+    colour: str
+    dashed: bool = False
+    points: bool = False
+    """A few measurements, such as held-out ones: joined dots."""
+    exact: bool = False
+    """Not noisy: never smoothed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chart:
+    name: str
+    title: str
+    caption: str
+    lines: tuple[_Line, ...]
+    between: tuple[str, str] = ("", "")
+    """Shade the space between these two keys."""
+    band: tuple[str, str] = ("", "")
+    """Shade the first key plus and minus the second."""
+    level: float | None = None
+    unit_interval: bool = False
+    from_zero: bool = False
+
+
+_CHARTS = (
+    _Chart(
+        "loss",
+        "Loss",
+        "KTO's loss starts at half the mean weight, where policy and reference agree, and falls as completions are told"
+        " apart.",
+        (_Line("loss", "training", "blue"), _Line("eval_loss", "held-out", "red", points=True)),
+    ),
+    _Chart(
+        "rewards",
+        "Rewards",
+        "β times the log-ratio of policy to reference, in nats. The shaded gap is the margin; what counts is that it"
+        " opens.",
+        (_Line("rewards_desirable", "desirable", "blue"), _Line("rewards_undesirable", "undesirable", "red")),
+        between=("rewards_desirable", "rewards_undesirable"),
+        level=0.0,
+    ),
+    _Chart(
+        "ranking",
+        "Telling thumbs-up from thumbs-down",
+        "AUC: the chance that a desirable completion has the higher reward. Accuracy: the share on the right side of"
+        " z0. Chance level is a half.",
+        (
+            _Line("auc", "AUC", "blue"),
+            _Line("accuracy", "accuracy", "violet"),
+            _Line("eval_auc", "held-out AUC", "red", points=True),
+        ),
+        level=0.5,
+        unit_interval=True,
+    ),
+    _Chart(
+        "kl",
+        "Distance from the reference",
+        "The KL estimate over unrelated pairs, in nats, ± its standard error in one step; z0 is the estimate clamped"
+        " at 0, the point that gains and losses are counted from.",
+        (_Line("kl", "KL estimate", "blue"), _Line("z0", "z0", "ink", dashed=True)),
+        band=("kl", "kl_standard_error"),
+        level=0.0,
+    ),
+    _Chart(
+        "gradient",
+        "Gradient norm",
+        "Before clipping. Spikes that stay are a sign of too high a learning rate.",
+        (_Line("grad_norm", "gradient norm", "blue"),),
+        from_zero=True,
+    ),
+    _Chart(
+        "saturated",
+        "Saturated examples",
+        "Share of examples so far from z0 that they hardly teach any more.",
+        (_Line("saturated", "saturated share", "violet"),),
+        from_zero=True,
+    ),
+    _Chart(
+        "rate",
+        "Learning rate",
+        "After warm-up and schedule.",
+        (_Line("learning_rate", "learning rate", "green", exact=True),),
+        from_zero=True,
+    ),
+    _Chart(
+        "speed",
+        "Speed",
+        "Tokens per second that passed through the policy; a dip is an evaluation, a checkpoint or a busy machine.",
+        (_Line("tokens_per_second", "tokens per second", "green"),),
+        from_zero=True,
+    ),
+)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a metric can be drawn: a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> Series:
+    """Steps [n] and values [len(keys), n] of the rows where all keys hold finite numbers."""
+    chosen = [row for row in rows if all(is_number(row.get(key)) for key in keys)]
+    steps = np.asarray([row["step"] for row in chosen], dtype=np.float64)
+    values = np.asarray([[row[key] for row in chosen] for key in keys], dtype=np.float64)
+    return steps, values
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> Series:
+    """Means over equal bins, so that a run of any length stays a small file."""
+    if len(steps) <= _MAX_POINTS:
+        return steps, values
+    bins = np.array_split(np.arange(len(steps)), _MAX_POINTS)
+    return (
+        np.asarray([steps[chosen].mean() for chosen in bins]),
+        np.stack([values[:, chosen].mean(axis=1) for chosen in bins], axis=1),
+    )
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over a fifteenth of the run; at the ends, over the neighbours that there are."""
+    window = np.ones(max(1, len(values) // 15) // 2 * 2 + 1)
+    if len(window) > len(values):
+        return values
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def draw_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Draws every chart that the run has metrics for.
+
+    Args:
+      rows: one mapping of metrics per step, in order; values that are missing or not finite leave a gap.
+
+    Returns:
+      Charts as `{title, caption, svg}`; the SVG is safe to inline: it holds no text of the run.
+    """
+    drawn = []
+    for chart in _CHARTS:
+        svg = _draw(chart, rows)
+        if svg:
+            drawn.append({"title": chart.title, "caption": chart.caption, "svg": svg})
+    return drawn
+
+
+def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The chart as inline SVG; empty where the run has none of its metrics."""
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    if not any([_draw_line(axes, line, rows) for line in chart.lines]):
+        return ""
+    if all(chart.between):
+        steps, values = _thin(*series(rows, *chart.between))
+        axes.fill_between(steps, _smooth(values[0]), _smooth(values[1]), color=_COLOURS["blue"], alpha=0.13, lw=0)
+    if all(chart.band):
+        steps, values = _thin(*series(rows, *chart.band))
+        centre, error = _smooth(values[0]), _smooth(values[1])
+        axes.fill_between(steps, centre - error, centre + error, color=_COLOURS["blue"], alpha=0.22, lw=0)
+    _dress(axes, chart)
+    return _to_svg(figure, chart)
+
+
+def _draw_line(axes: Axes, line: _Line, rows: Sequence[Mapping[str, Any]]) -> bool:
+    steps, values = _thin(*series(rows, line.key))
+    if not len(steps):
+        return False
+    colour = _COLOURS[line.colour]
+    if line.points or len(steps) == 1:
+        axes.plot(steps, values[0], color=colour, marker="o", markersize=4, lw=1.2, label=line.label, zorder=4)
+        return True
+    smooth = values[0] if line.exact else _smooth(values[0])
+    if smooth is not values[0] and not line.dashed:
+        axes.plot(steps, values[0], color=colour, lw=0.8, alpha=0.3)
+    style: dict[str, Any] = {"lw": 1.1, "linestyle": (0, (4, 2))} if line.dashed else {"lw": 1.9}
+    axes.plot(steps, smooth, color=colour, label=line.label, zorder=3, **style)
+    return True
+
+
+def _dress(axes: Axes, chart: _Chart) -> None:
+    muted = _COLOURS["muted"]
+    figure_is_named_by_its_title = len(axes.get_legend_handles_labels()[1]) == 1
+    if not figure_is_named_by_its_title:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=3,
+            frameon=False,
+            labelcolor=_COLOURS["ink"],
+            handlelength=1.4,
+            columnspacing=1.4,
+            borderaxespad=0.1,
+            fontsize=9,
+        )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_COLOURS["grid"])
+    axes.tick_params(colors=muted, labelsize=9, length=0, pad=5)
+    axes.grid(axis="y", color=_COLOURS["grid"], lw=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02, y=0.08)
+    axes.set_xlabel("step", color=muted, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.get_offset_text().set(color=muted, fontsize=9)
+    if chart.level is not None:
+        axes.axhline(chart.level, color=muted, lw=0.9, zorder=1)
+    if chart.unit_interval:
+        axes.set_ylim(-0.03, 1.03)
+    elif chart.from_zero:
+        axes.set_ylim(bottom=0)
+
+
+def _to_svg(figure: Figure, chart: _Chart) -> str:
+    buffer = io.StringIO()
+    # Text stays text, so that it takes the page's font; the salt makes the same run give the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Identifiers are global to the page, and every matplotlib figure has its `axes_1`.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.name}-", svg)
+    for name, stand_in in _COLOURS.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", svg, count=1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{chart.title}" ', 1)
