@@ -1,0 +1,98 @@
+import ml_collections
+import pytest
+
+from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve, to_dict
+
+
+def valid() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.model.path = "model"
+    config.data.train = "feedback.jsonl"
+    return config
+
+
+def test_defaults_come_from_the_dataclasses():
+    config = resolve(valid())
+    assert config.objective == Config().objective
+    assert config.optimizer == Config().optimizer
+
+
+def test_a_field_may_hold_auto_or_a_number():
+    config = valid()
+    config.objective.desirable_weight = "auto"
+    assert resolve(config).objective.desirable_weight == "auto"
+    config.objective.desirable_weight = 2
+    assert resolve(config).objective.desirable_weight == 2.0
+
+
+def test_the_plain_dict_of_a_config_resolves_to_the_same_config():
+    config = valid()
+    config.data.label_map = {"thumbs.up": True, "down": False, "plot": None}
+    config.samples.judges = ("vader",)
+    resolved = resolve(config)
+    assert resolve(to_dict(resolved)) == resolved
+
+
+def test_a_comma_separated_string_fills_a_tuple():
+    config = valid()
+    config.samples.judges = "vader, feedback"
+    assert resolve(config).samples.judges == ("vader", "feedback")
+
+
+@pytest.mark.parametrize("section, field, value, message", [
+    ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: above 0"),
+    ("objective", "beta", "x", r"config.objective.beta='x' is of type str. Allowed: float"),
+    ("objective", "desirable_weight", "much", r"'much'.*Allowed: float or \"auto\""),
+    ("model", "dtype", "float16", r"Allowed: \"float32\" or \"bfloat16\""),
+    ("optimizer", "name", "adam", r"Allowed: \"adamw\" or \"rmsprop\""),
+    ("data", "holdout", 1.0, r"Allowed: at least 0, below 1"),
+    ("data", "max_prompt_length", 4096, r"below data.max_length=1024"),
+    ("data", "label_map", {"good": "yes"}, r"Allowed: True, False or None"),
+    ("mesh", "data", 0, r"-1, or 1 and more"),
+    ("mesh", "fsdp", -1, r"-1 on one axis at most"),
+    ("data", "train", True, r"config.data.train=True is of type bool"),
+])  # fmt: skip
+def test_a_value_that_no_run_can_use_is_refused_in_three_parts(section, field, value, message):
+    config = valid()
+    config[section][field] = value
+    with pytest.raises(ConfigError, match=message):
+        resolve(config)
+
+
+def test_a_batch_of_one_is_refused_with_the_reason():
+    config = valid()
+    config.batch_size = 1
+    with pytest.raises(ConfigError, match="z0 needs another example's completion"):
+        resolve(config)
+
+
+def test_a_fraction_is_not_an_integer_and_a_truth_value_is_not_a_number():
+    for value in (1.5, True):
+        config = valid()
+        config.batch_size = value
+        with pytest.raises(ConfigError, match=r"Allowed: int\."):
+            resolve(config)
+
+
+def test_missing_model_and_data_are_said():
+    with pytest.raises(ConfigError, match=r"config.model.path=''"):
+        resolve(default_config())
+
+
+def test_an_unknown_field_in_a_mapping_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"config.objective.betta is not a field.*Did you mean 'beta'"):
+        resolve({"objective": {"betta": 1.0}})
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.objective.betta=1", "Did you mean 'beta'"),
+    ("--config.objectiv.beta=1", "Did you mean 'objective'"),
+    ("--config.seed.low=1", "config.seed.low is not a field"),
+])  # fmt: skip
+def test_a_misspelt_override_is_refused_with_the_nearest_name(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        check_overrides([argument])
+
+
+def test_other_flags_are_left_alone():
+    check_overrides(["--config=configs/tiny.py", "--workdir=runs/x", "--config.seed=1"])
