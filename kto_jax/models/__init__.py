@@ -1,1 +1,1 @@
-"""Decoders in Flax, and reading and writing their weights."""
+"""Decoders of the Llama family: architecture, weights in and out."""

@@ -92,7 +92,10 @@ def _attend(query, query_places, query_segments, *, key, value, key_places, key_
 
 def rotary_tables(positions_RL: Int[Array, "R L"], config: TransformerConfig, dtype) -> tuple[Array, Array]:
     """Cosine and sine of every position's angles, [R, L, 1, H/2] each, in `dtype` (float32 or wider)."""
-    angles = positions_RL.astype(dtype)[..., None, None] * jnp.asarray(_frequencies(config), dtype)[None, None, None, :]
+    angles = (
+        positions_RL.astype(dtype)[..., None, None]
+        * jnp.asarray(rotary_frequencies(config), dtype)[None, None, None, :]
+    )
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -103,7 +106,7 @@ def rotate(x_RLNH: Float[Array, "R L N H"], tables: tuple[Array, Array]) -> Floa
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
 
 
-def _frequencies(config: TransformerConfig) -> np.ndarray:
+def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
     """Radians per position of every pair of a head, [H/2], float64."""
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     scaling = config.rope_scaling

@@ -76,8 +76,8 @@ class TransformerConfig:
                 )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"The model has num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}; the first must be a multiple "
-                "of the second. Mend its config.json."
+                f"The model has num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}; the first must be a "
+                "multiple of the second. Mend its config.json."
             )
         if self.head_dim % 2:
             raise ConfigError(
@@ -104,7 +104,8 @@ class TransformerConfig:
                                      "intermediate_size") if values.get(name) is None]  # fmt: skip
         if missing:
             raise ConfigError(
-                f"The model's config.json lacks {', '.join(missing)}. A Llama config.json has them all. Download the file again."
+                f"The model's config.json lacks {', '.join(missing)}. A Llama config.json has them all. "
+                "Download the file again."
             )
         num_heads = values["num_attention_heads"]
         theta, scaling = _rope(values)
@@ -212,7 +213,7 @@ def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
             )
     if values.get("quantization_config"):
         raise ConfigError(
-            "The model's config.json has a quantization_config; only unquantised safetensors, or a .gguf file, are read. "
+            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are read. "
             "Choose the unquantised model."
         )
 
@@ -233,7 +234,8 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     missing = [name for name in names if parameters.get(name) is None]
     if missing:
         raise ConfigError(
-            f"The model's llama3 rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. Mend its config.json."
+            f"The model's llama3 rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. "
+            "Mend its config.json."
         )
     factor, low, high, original = (parameters[name] for name in names)
     return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))

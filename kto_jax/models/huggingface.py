@@ -1,0 +1,317 @@
+"""Weights in and out of Hugging Face directories, and in from GGUF files.
+
+Reading goes tensor by tensor and slice by slice: every device asks for the part that its sharding gives it, and
+only those bytes are read. Writing goes shard file by shard file. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.gguf import open_gguf
+from kto_jax.models.model import Model, Params
+from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json
+
+# Our name -> (Hugging Face name, whether it is stored transposed). "{}" stands for the layer.
+NAMES = {
+    "embed.table": ("model.embed_tokens.weight", False),
+    "final_norm.scale": ("model.norm.weight", False),
+    "head.weight": ("lm_head.weight", True),
+    "layers.attention_norm.scale": ("model.layers.{}.input_layernorm.weight", False),
+    "layers.attention.query.weight": ("model.layers.{}.self_attn.q_proj.weight", True),
+    "layers.attention.key.weight": ("model.layers.{}.self_attn.k_proj.weight", True),
+    "layers.attention.value.weight": ("model.layers.{}.self_attn.v_proj.weight", True),
+    "layers.attention.output.weight": ("model.layers.{}.self_attn.o_proj.weight", True),
+    "layers.mlp_norm.scale": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "layers.mlp.gate.weight": ("model.layers.{}.mlp.gate_proj.weight", True),
+    "layers.mlp.up.weight": ("model.layers.{}.mlp.up_proj.weight", True),
+    "layers.mlp.down.weight": ("model.layers.{}.mlp.down_proj.weight", True),
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of a tensor."""
+
+
+def read_config(path: str | Path) -> TransformerConfig:
+    """Reads the architecture of a Hugging Face directory or a .gguf file.
+
+    Raises:
+      ConfigError: nothing readable is there, or the architecture is not one that is built here.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path).config
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{path} has no config.json. A model is a Hugging Face directory or a .gguf file. Check model.path."
+        )
+    return TransformerConfig.from_hugging_face(read_json(file))
+
+
+def load_params(model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None) -> Params:
+    """Reads a model's parameters, each device only its own part.
+
+    Args:
+      model: the model; its config must be that of `path`.
+      path: Hugging Face directory with safetensors, or a .gguf file.
+      param_dtype: what the parameters are kept in; values are converted as they are read.
+      shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device.
+
+    Raises:
+      ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there.
+    """
+    weights = open_weights(Path(path))
+    _check_names(weights, model.config, path)
+    abstract = model.abstract_params(param_dtype)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+
+    def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = ".".join(key.key for key in key_path)
+        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, name, leaf))
+
+    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def open_weights(path: Path) -> Weights:
+    """Opens a .gguf file or the safetensors of a directory; reads headers, no weights.
+
+    Raises:
+      ConfigError: there are none, or they are damaged or unsafe.
+    """
+    return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else SafetensorsWeights(path)
+
+
+def save_hugging_face(
+    directory: str | Path,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer_dir: str | Path | None,
+    model_card: str,
+    dtype: str = "float32",
+    max_shard_bytes: int = 4_000_000_000,
+) -> None:
+    """Writes a directory that transformers and vLLM load.
+
+    Every process of a run must call this; the first one writes. Arrays are gathered one tensor at a time, and the
+    host holds one file's worth of them. All is written beside `directory` and renamed when complete.
+
+    Args:
+      directory: where to; an earlier export there is replaced, anything else refused.
+      model: the model.
+      params: its parameters, sharded or not.
+      tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
+      model_card: text of README.md.
+      dtype: what the weights are written in.
+      max_shard_bytes: size of the largest file, unless one tensor is larger.
+
+    Raises:
+      ConfigError: `directory` holds something that is not an exported model.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()) and not list(directory.glob("model*.safetensors")):
+        raise ConfigError(
+            f"{directory} holds files that are not an exported model; an export needs a new or empty directory. "
+            "Choose another or empty it."
+        )
+    writes = jax.process_index() == 0
+    partial = directory.parent / f".{directory.name}.partial"
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    files = _plan_files(model.config, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    for file_name, names in files.items():
+        tensors = {name: tensor for name, tensor in _gathered(params, names, dtype, writes)}
+        if writes:
+            safetensors.numpy.save_file(tensors, partial / file_name, metadata={"format": "pt"})
+    if writes:
+        if len(files) > 1:
+            _write_json(partial / "model.safetensors.index.json", _index(model.config, files, dtype))
+        _write_small_files(partial, model.config, tokenizer_dir, model_card, dtype)
+        _replace(partial, directory)
+
+
+def _expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a Hugging Face directory of this architecture holds, in the order of the layers."""
+    shapes = _stacked_shapes(config)
+    layers = [name for name in NAMES if name.startswith("layers.")]
+    names = [
+        "embed.table",
+        *layers * config.num_layers,
+        "final_norm.scale",
+        *([] if config.tied_head else ["head.weight"]),
+    ]
+    expected: dict[str, tuple[int, ...]] = {}
+    for place, name in enumerate(names):
+        template, transposed = NAMES[name]
+        shape = shapes[name][1:] if name in layers else shapes[name]
+        expected[template.format((place - 1) // len(layers))] = shape[::-1] if transposed else shape
+    return expected
+
+
+def _stacked_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    abstract = Model.create(config).abstract_params("float32")
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    return {".".join(key.key for key in key_path): leaf.shape for key_path, leaf in leaves}
+
+
+def _check_names(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
+    """Refuses weights that are not exactly those of the config."""
+    expected, found = _expected_shapes(config), dict(weights.shapes)
+    for name in list(found):
+        if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports; it follows from the config.
+            del found[name]
+    if config.tied_head and found.pop("lm_head.weight", None) is not None:
+        _check_tied(weights, path)
+    problems = [f"missing: {listed(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
+    problems += [f"unexpected: {listed(found.keys() - expected.keys())}"] if found.keys() - expected.keys() else []
+    wrong = [
+        f"{name} {found[name]} (expected {shape})"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems += [f"of another shape: {listed(wrong)}"] if wrong else []
+    if problems:
+        raise ConfigError(
+            f"{path}: its weights are not those that its config.json describes. {'; '.join(problems)}. "
+            "Names and shapes must match. Download the model again, or mend its config.json."
+        )
+
+
+def _check_tied(weights: Weights, path: str | Path) -> None:
+    index = (slice(0, 8), slice(None))
+    shapes = weights.shapes["lm_head.weight"], weights.shapes.get("model.embed_tokens.weight")
+    same = shapes[0] == shapes[1] and np.array_equal(
+        weights.read("lm_head.weight", index), weights.read("model.embed_tokens.weight", index)
+    )
+    if not same:
+        raise ConfigError(
+            f"{path}: config.json says tie_word_embeddings=true, but lm_head.weight differs from the embedding. A "
+            "tied head is the embedding. Set tie_word_embeddings to false."
+        )
+
+
+def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
+    """What `jax.make_array_from_callback` calls with the part of an array that a device holds."""
+    template, transposed = NAMES[name]
+    stacked = "{}" in template
+    # Devices that hold the same part share one reading.
+    cache: dict[tuple, np.ndarray] = {}
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if bounds not in cache:
+            part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            inner = tuple(slice(*bound) for bound in (bounds[1:] if stacked else bounds))
+            wanted = inner[::-1] if transposed else inner
+            for place, layer in enumerate(range(*bounds[0]) if stacked else (0,)):
+                values = weights.read(template.format(layer), wanted)
+                part[place if stacked else ...] = values.T if transposed else values
+            cache[bounds] = part
+        return cache[bounds]
+
+    return read_part
+
+
+def _gathered(params: Params, names: list[str], dtype: str, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors `names` in Hugging Face's orientation, gathered from all devices one at a time."""
+    from jax.experimental import multihost_utils
+
+    ours = {template: (own, transposed) for own, (template, transposed) in NAMES.items()}
+    for name in names:
+        layer = next((part for part in name.split(".") if part.isdigit()), None)
+        own, transposed = ours[name if layer is None else name.replace(f".{layer}.", ".{}.", 1)]
+        leaf: Any = params
+        for key in own.split("."):
+            leaf = leaf[key]
+        tensor = _cast(leaf, dtype) if layer is None else _layer(leaf, np.int32(layer), dtype)
+        local = tensor.is_fully_addressable
+        whole = np.asarray(tensor) if local else np.asarray(multihost_utils.process_allgather(tensor, tiled=True))
+        if keep:
+            yield name, np.ascontiguousarray(whole.T if transposed else whole)
+
+
+def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
+    return leaf.astype(dtype)
+
+
+@jax.jit(static_argnames="dtype")
+def _layer(leaf: jax.Array, layer: jax.Array, dtype: str) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False).astype(dtype)
+
+
+def _plan_files(config: TransformerConfig, itemsize: int, max_bytes: int) -> dict[str, list[str]]:
+    """Which tensors go into which file."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, shape in _expected_shapes(config).items():
+        tensor_bytes = int(np.prod(shape)) * itemsize
+        if files[-1] and size + tensor_bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor_bytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{place:05}-of-{len(files):05}.safetensors": names for place, names in enumerate(files, 1)}
+
+
+def _index(config: TransformerConfig, files: dict[str, list[str]], dtype: str) -> dict[str, Any]:
+    total = sum(int(np.prod(shape)) for shape in _expected_shapes(config).values()) * jnp.dtype(dtype).itemsize
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file_name for file_name, names in files.items() for name in names},
+    }
+
+
+def _write_small_files(
+    directory: Path, config: TransformerConfig, tokenizer_dir: str | Path | None, model_card: str, dtype: str
+) -> None:
+    values = config.to_hugging_face()
+    _write_json(directory / "config.json", values | {"torch_dtype": dtype})
+    generation = {name: values[name] for name in ("bos_token_id", "eos_token_id") if values[name] is not None}
+    _write_json(directory / "generation_config.json", generation)
+    (directory / "README.md").write_text(model_card, encoding="utf-8")
+    for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
+        source = Path(tokenizer_dir or "") / name
+        if source.is_file():
+            shutil.copyfile(source, directory / name)
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Renames a complete directory into place; an earlier export leaves only once the new one is whole."""
+    old = directory.parent / f".{directory.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

