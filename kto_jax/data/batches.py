@@ -1,0 +1,277 @@
+"""The plan: which rows a step trains on, who is paired with whom, and where each lies in the packed rows.
+
+Pure arithmetic over the index: no iterator has a state, so any step can be made at any time on any number of hosts.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from kto_jax.config import ConfigError
+from kto_jax.data.index import Index
+from kto_jax.data.packing import Packing, RowShape, fill, pack
+from kto_jax.data.permutation import permute
+from kto_jax.data.truncation import cut_prompt, fit_lengths
+from kto_jax.shapes import FeedbackBatch, PackedRows
+
+_MAX_SLOTS = 64
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What a step reads.
+
+    Attributes:
+      rows: row ids of the global batch, in its order [batch].
+      partners: for each, the row whose completion is unrelated to its prompt, or -1 where the batch has none [batch].
+      epoch: from 0.
+    """
+
+    rows: np.ndarray
+    partners: np.ndarray
+    epoch: int
+
+
+class Plan:
+    """The steps of a run over some rows of an index.
+
+    Args:
+      index: the rows.
+      rows: row ids to visit once an epoch.
+      batch_size: examples a step, over all hosts; the last step of an epoch may have fewer.
+      seed: chooses the order of each epoch.
+      epochs: how often the rows are visited.
+      row_length: tokens of a packed row (L).
+      microbatch_rows: packed rows of a microbatch, over all hosts (R).
+      completion_length: completion tokens that a packed row has room for (C).
+      max_length: most tokens of prompt and completion together.
+      shuffle: False visits the rows in the order given.
+
+    Raises:
+      ConfigError: there are no rows, or a sequence may not fit a packed row.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        row_length: int,
+        microbatch_rows: int,
+        completion_length: int,
+        max_length: int,
+        shuffle: bool = True,
+    ):
+        self._index = index
+        self._rows = np.asarray(rows, np.int64)
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        self._microbatch_rows, self._max_length = microbatch_rows, max_length
+        self._max_prompt_length = int(index.manifest["data"]["max_prompt_length"])
+        self._bos_id = index.manifest["tokenizer"]["bos_id"]
+        self._completion_lengths = index.completion_lengths
+        if not len(self._rows):
+            raise ConfigError(
+                "no rows to visit: the split is empty. At least one row is needed. Raise its share of the data."
+            )
+        prompt, completion = self._fit(self._rows, self._rows)
+        self._check_fit(int(completion.max()), row_length, completion_length)
+        self._shape = RowShape(row_length, completion_length, _num_slots(prompt + completion, row_length, batch_size))
+        self._base = self._base_microbatches(prompt, completion)
+        self.steps_per_epoch = -(-len(self._rows) // batch_size)
+        self.num_steps = self.steps_per_epoch * epochs
+
+    @property
+    def num_slots(self) -> int:
+        """Examples that a packed row has room for (S)."""
+        return self._shape.slots
+
+    def step(self, step: int) -> StepPlan:
+        """Which rows a step reads, and their partners: a function of the index, the seed and the step alone.
+
+        Args:
+          step: from 0 to num_steps - 1.
+
+        Returns:
+          The step's rows.
+        """
+        epoch, k = divmod(step, self.steps_per_epoch)
+        size = len(self._rows)
+        positions = np.arange(k * self._batch_size, min((k + 1) * self._batch_size, size))
+        if self._shuffle:
+            positions = permute(positions, size, (self._seed, epoch))
+        rows = self._rows[positions]
+        partners = pair(self._index.prompt_hashes[rows])
+        return StepPlan(rows, np.where(partners < 0, -1, rows[partners]), epoch)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> FeedbackBatch:
+        """The packed batch of a step.
+
+        Args:
+          step: from 0 to num_steps - 1.
+          rows: this host's contiguous part of the R rows of every microbatch; the default is all.
+
+        Returns:
+          NumPy arrays. M is a power of two and the same for all but unusually long steps.
+        """
+        plan = self.step(step)
+        has_partner = plan.partners >= 0
+        matched = self._pack(plan.rows, plan.rows)
+        unmatched = self._pack(plan.rows[has_partner], plan.partners[has_partner])
+        num_matched, num_unmatched = (math.ceil(p.num_rows / self._microbatch_rows) for p in (matched, unmatched))
+        num_microbatches = max(_power_of_two(max(num_matched, num_unmatched)), self._base)
+        fill_rows = functools.partial(self._fill, num_microbatches=num_microbatches, rows=rows)
+        matched_rows = fill_rows(matched, plan.rows, plan.rows)
+        desirable, weights = self._labels(matched, plan.rows, num_microbatches, rows)
+        return FeedbackBatch(
+            matched=matched_rows,
+            desirable=desirable,  # type: ignore[arg-type]
+            weights=weights,  # type: ignore[arg-type]
+            unmatched=fill_rows(unmatched, plan.rows[has_partner], plan.partners[has_partner]),
+            num_matched=np.int32(num_matched),  # type: ignore[arg-type]
+            num_unmatched=np.int32(num_unmatched),  # type: ignore[arg-type]
+        )
+
+    def _fit(self, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return fit_lengths(
+            self._index.prompt_lengths[prompts],
+            self._completion_lengths[completions],
+            max_length=self._max_length,
+            max_prompt_length=self._max_prompt_length,
+        )
+
+    def _pack(self, prompts: np.ndarray, completions: np.ndarray) -> Packing:
+        return pack(*self._fit(prompts, completions), self._shape)
+
+    def _fill(
+        self, packing: Packing, prompts: np.ndarray, completions: np.ndarray, *, num_microbatches: int, rows: slice
+    ) -> PackedRows:
+        num_prompt, num_completion = self._fit(prompts, completions)
+
+        def sequence(i: int) -> tuple[np.ndarray, np.ndarray]:
+            prompt = cut_prompt(self._index.prompt(prompts[i]), int(num_prompt[i]), self._bos_id)
+            return prompt, self._index.completion(completions[i])[: num_completion[i]]
+
+        return fill(
+            packing,
+            sequence,
+            num_microbatches=num_microbatches,
+            microbatch_rows=self._microbatch_rows,
+            rows=rows,
+            shape=self._shape,
+        )
+
+    def _labels(
+        self, packing: Packing, row_ids: np.ndarray, num_microbatches: int, rows: slice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Label and weight of the example in each slot."""
+        shape = (num_microbatches * self._microbatch_rows, self._shape.slots)
+        desirable, weights = np.zeros(shape, bool), np.zeros(shape, np.float32)
+        desirable[packing.rows, packing.slots] = self._index.desirable[row_ids]
+        weights[packing.rows, packing.slots] = self._index.weights[row_ids]
+        per_microbatch = (num_microbatches, self._microbatch_rows, self._shape.slots)
+        return desirable.reshape(per_microbatch)[:, rows], weights.reshape(per_microbatch)[:, rows]
+
+    def _check_fit(self, longest_completion: int, row_length: int, completion_length: int) -> None:
+        if self._max_length > row_length:
+            raise ConfigError(
+                f"data.max_length={self._max_length} does not fit a row of row_length={row_length} tokens. "
+                "A row must hold at least one example. Set config.row_length to data.max_length or more."
+            )
+        if longest_completion > completion_length:
+            raise ConfigError(
+                f"the longest completion has {longest_completion} tokens, and a row has room for {completion_length} "
+                "completion tokens (completion_share of row_length). A row must hold the longest completion. "
+                "Raise config.completion_share, or lower config.data.max_length."
+            )
+
+    def _base_microbatches(self, num_prompt: np.ndarray, num_completion: np.ndarray) -> int:
+        """Microbatches that nearly all steps fit into: the mean of what a batch needs and three standard deviations.
+
+        A step that needs more takes the next power of two, and the training step is compiled once more for it.
+        """
+        batch = min(self._batch_size, len(self._rows))
+        total = num_prompt + num_completion
+        needs = (
+            _upper(total, batch) / self._shape.length,
+            _upper(num_completion, batch) / self._shape.completion_length,
+            batch / self._shape.slots,
+        )
+        # First fit leaves a tail in every row: about half of a typical sequence.
+        slack = 1.0 + 0.5 * float(total.mean()) / self._shape.length
+        return _power_of_two(math.ceil(max(needs) * slack / self._microbatch_rows))
+
+
+def pair(prompt_hashes: np.ndarray) -> np.ndarray:
+    """Pairs every example of a batch with the next one, cyclically, whose prompt differs.
+
+        prompts    a a b c a     next with another prompt
+        partners   2 2 3 4 2
+
+    Args:
+      prompt_hashes: equal where the prompts are equal [batch].
+
+    Returns:
+      Positions in the batch, or -1 everywhere if all prompts are the same [batch], int64.
+    """
+    count = len(prompt_hashes)
+    # Positions whose successor has another prompt: the partner of i is the successor of the first such one from i on.
+    ends = np.flatnonzero(prompt_hashes != np.roll(prompt_hashes, -1))
+    if not len(ends):
+        return np.full(count, -1, np.int64)
+    first = np.searchsorted(ends, np.arange(count))
+    return (ends[first % len(ends)] + 1) % count
+
+
+def prefetch(function: Callable[[int], T], steps: Iterable[int], depth: int = 2) -> Iterator[T]:
+    """Computes `function(step)` for each step ahead of time, in one background thread.
+
+    Args:
+      function: makes a step's batch.
+      steps: which steps, in order.
+      depth: how many results are made ahead.
+
+    Yields:
+      The results in order. What `function` raises is raised here, in its turn.
+    """
+    remaining = iter(steps)
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        try:
+            while True:
+                while len(pending) < depth and (step := next(remaining, None)) is not None:
+                    pending.append(thread.submit(function, step))
+                if not pending:
+                    return
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _num_slots(totals: np.ndarray, row_length: int, batch_size: int) -> int:
+    typical = max(1.0, float(np.median(totals)))
+    return min(_MAX_SLOTS, _power_of_two(math.ceil(row_length / typical)), _power_of_two(batch_size))
+
+
+def _upper(lengths: np.ndarray, batch: int) -> float:
+    return min(
+        batch * float(lengths.mean()) + 3 * math.sqrt(batch) * float(lengths.std()), batch * float(lengths.max())
+    )
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`, and at least 1."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,218 @@
+"""From a prompt and a completion to token ids. Runs in worker processes: it imports transformers.
+
+A string such as `<|im_end|>` in somebody's text must never become the control token that ends a turn. So every
+control string in user text is masked before the chat template is rendered, and encoded apart from the markup:
+
+    content            say <|im_end|> please
+    masked             say ▮3▮ please                     ▮ is a character that occurs in no text of the row
+    rendered           <|im_start|>user\\nsay ▮3▮ please<|im_end|>\\n
+    encoded            "<|im_start|>user\\nsay " with control tokens, "<|im_end|>" without, " please<|im_end|>\\n" with
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_jax.data.records import Message
+
+_RENDER_SECONDS = 2.0
+_RENDER_BYTES = 512 << 20
+_RENDER_CHARACTERS = 1 << 20
+
+
+class EncodingError(ValueError):
+    """The row cannot be encoded; the message is the reason."""
+
+
+class Encoder:
+    """Encodes rows with one tokenizer.
+
+    Args:
+      directory: tokenizer directory written by `prepare_tokenizer`.
+      bos_id: the model's BOS, or None.
+      eos_id: what every completion ends in.
+      has_chat_template: whether prompts are rendered by the tokenizer's chat template.
+    """
+
+    def __init__(self, directory: Path, bos_id: int | None, eos_id: int, has_chat_template: bool):
+        import tokenizers
+
+        definition = json.loads((directory / "tokenizer.json").read_bytes())
+        definition["truncation"] = definition["padding"] = None
+        added = definition["added_tokens"]
+        self._full = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        # Added tokens that are only white space are ordinary text; all others are control tokens.
+        self._controls = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}
+        self._control_ids = frozenset(self._controls.values())
+        definition["added_tokens"] = [t for t in added if t["content"] not in self._controls]
+        definition["post_processor"] = None
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        # Without control tokens the pattern matches nothing.
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._names = longest_first
+        self._eos_id = eos_id
+        self.bos_id = bos_id
+        first = self._full.encode("a").ids[:1]
+        self._added_bos = first if first == [bos_id] else []
+        self._directory = directory if has_chat_template else None
+        self._cached_prompt = functools.lru_cache(maxsize=4096)(self._encode_prompt)
+
+    def encode_row(self, prompt: str | list[Message], completion: str) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes a prompt, closed by the generation prompt, and a completion, closed by one EOS.
+
+        Args:
+          prompt: text (one user turn where there is a chat template) or messages.
+          completion: text.
+
+        Returns:
+          Ids of the prompt and of the completion, int32.
+
+        Raises:
+          EncodingError: the template refuses the row, or changes the prompt or the completion once both are there.
+        """
+        mark = _unused_character([completion, *_contents(prompt)])
+        masked = self._mask(completion, mark)
+        if self._directory is not None:
+            masked = self._check_prefix(self._messages(prompt, mark), masked)
+        ids = [*self._encode(masked, mark), self._eos_id]
+        return self.encode_prompt(prompt), np.asarray(ids, np.int32)
+
+    def encode_prompt(self, prompt: str | list[Message]) -> np.ndarray:
+        """Encodes a prompt, closed by the generation prompt, with exactly one BOS where the tokenizer adds one.
+
+        Args:
+          prompt: text (one user turn where there is a chat template) or messages.
+
+        Returns:
+          Ids, int32.
+
+        Raises:
+          EncodingError: there are messages but no template, or the template refuses them.
+        """
+        return np.asarray(self._cached_prompt(json.dumps(prompt)), np.int32)
+
+    def token(self, token_id: int) -> str:
+        """The text of a token, for messages."""
+        return str(self._full.id_to_token(token_id))
+
+    def _encode_prompt(self, prompt_json: str) -> list[int]:
+        prompt = json.loads(prompt_json)
+        mark = _unused_character(_contents(prompt))
+        if self._directory is not None:
+            text = self._render(self._messages(prompt, mark), add_generation_prompt=True)
+        elif isinstance(prompt, str):
+            text = self._mask(prompt, mark)
+        else:
+            raise EncodingError("chat messages need a chat template")
+        ids = self._encode(text, mark)
+        return ids if ids[:1] == self._added_bos else self._added_bos + ids
+
+    def _messages(self, prompt: str | list[Message], mark: str) -> list[Message]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": m["role"], "content": self._mask(m["content"], mark)} for m in messages]
+
+    def _check_prefix(self, messages: list[Message], completion: str) -> str:
+        """The completion as the template writes it; the conversation must start with the prompt as encoded."""
+        prompt = self._render(messages, add_generation_prompt=True)
+        whole = self._render([*messages, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise EncodingError("the chat template changes the prompt when the completion is added")
+        written = whole[len(prompt) :]
+        # Some templates trim what they are given.
+        for candidate in (completion, completion.strip()):
+            if written.startswith(candidate):
+                return candidate
+        raise EncodingError("the chat template changes the completion")
+
+    def _mask(self, text: str, mark: str) -> str:
+        return self._pattern.sub(lambda match: f"{mark}{self._names.index(match[0])}{mark}", text)
+
+    def _encode(self, text: str, mark: str) -> list[int]:
+        ids: list[int] = []
+        for i, section in enumerate(re.split(f"{mark}([0-9]+){mark}", text)):
+            if i % 2:
+                piece = self._plain.encode(self._names[int(section)], add_special_tokens=False).ids
+                num_controls = 0
+            else:
+                piece = self._full.encode(section, add_special_tokens=False).ids
+                num_controls = len(self._pattern.findall(section))
+            # Belt and braces: a normaliser could turn other text into a control string.
+            if sum(token in self._control_ids for token in piece) != num_controls:
+                raise EncodingError("text turns into a control token")
+            ids += piece
+        return ids
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(
+            self._directory, trust_remote_code=False, local_files_only=True
+        )
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        tokenizer = self._tokenizer
+        try:
+            with _limits():
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except Exception as error:
+            # A template is a stranger's program: whatever it raises is the row's or the template's fault.
+            raise EncodingError(f"chat template: {type(error).__name__}: {str(error)[:100]}") from error
+        if len(text) > _RENDER_CHARACTERS + 4 * sum(len(m["content"]) for m in messages):
+            raise EncodingError(f"chat template: writes {len(text)} characters")
+        return text
+
+
+def _contents(prompt: str | list[Message]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+
+
+def _unused_character(texts: list[str]) -> str:
+    """A private-use character that is in none of the texts."""
+    for code in range(0xE000, 0xF900):
+        if not any(chr(code) in text for text in texts):
+            return chr(code)
+    raise EncodingError("text holds every private-use character")
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Bounds the time and the memory of a chat template; a template can loop or make a giant string in one line."""
+    import resource
+
+    def expire(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {_RENDER_SECONDS:g} s")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = _data_bytes() + _RENDER_BYTES
+    allowed = [limit for limit in (bound, soft, hard) if limit != resource.RLIM_INFINITY]
+    previous = signal.signal(signal.SIGALRM, expire)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
+    signal.setitimer(signal.ITIMER_REAL, _RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _data_bytes() -> int:
+    """Writable private memory of this process; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 1 << 40
+    return int(status.partition("VmData:")[2].split()[0]) << 10

@@ -1,0 +1,122 @@
+"""The tokenizer that a GGUF file carries, rebuilt without transformers (whose GGUF reader needs torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kto_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_CONTROL, _USER_DEFINED = 3, 4
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+_PRE_TOKENIZERS: dict[str, str | None] = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": "digits",
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+"""How each kind of file splits text into words: GPT-2's way, GPT-2's with single digits, or by a regular expression."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file says about text.
+
+    Attributes:
+      backend: the tokenizer; it adds a leading BOS where the file says so.
+      special_tokens: `bos_token`, `eos_token`, `pad_token`, `unk_token`, as far as the file names them.
+      chat_template: Jinja text, or None.
+    """
+
+    backend: tokenizers.Tokenizer
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
+    """Rebuilds the byte-level BPE tokenizer of a GGUF file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The tokenizer, its special tokens and its chat template.
+
+    Raises:
+      ConfigError: the file is no GGUF, or its tokenizer is of a kind that is not known here.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as GGUF: {error}. model.path takes a whole .gguf file. Fetch it again."
+        ) from error
+    fields = {
+        name.removeprefix("tokenizer."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith("tokenizer.")
+    }
+    kind, split = fields.get("ggml.model"), fields.get("ggml.pre", "default")
+    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
+        raise ConfigError(
+            f"{path} has a tokenizer of kind {kind!r}, {split!r}. Of GGUF files, byte-level BPE (gpt2) is read, "
+            f"split as {', '.join(_PRE_TOKENIZERS)}. Use the Hugging Face directory of the same model."
+        )
+    tokens = fields["ggml.tokens"]
+    special_tokens = {
+        f"{short}_token": tokens[fields[f"ggml.{name}_token_id"]]
+        for short, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+        if f"ggml.{name}_token_id" in fields
+    }
+    backend = _byte_level_bpe(fields, _PRE_TOKENIZERS[split])
+    if fields.get("ggml.add_bos_token", False) and "bos_token" in special_tokens:
+        _add_bos(backend, special_tokens["bos_token"])
+    return GGUFTokenizer(backend, special_tokens, fields.get("chat_template"))
+
+
+def _byte_level_bpe(fields: dict[str, Any], split: str | None) -> tokenizers.Tokenizer:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = fields["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if split is None:
+        backend.pre_tokenizer = gpt2
+    elif split == "digits":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    else:
+        by_regex = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([by_regex, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    kinds = fields.get("ggml.token_type", [])
+    pairs = list(zip(tokens, kinds, strict=False))
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in pairs if k == _CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in pairs if k == _USER_DEFINED])
+    return backend
+
+
+def _add_bos(backend: tokenizers.Tokenizer, bos_token: str) -> None:
+    from tokenizers import processors
+
+    bos_id = backend.token_to_id(bos_token)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos_token} $A", pair=f"{bos_token} $A $B", special_tokens=[(bos_token, bos_id)]
+    )

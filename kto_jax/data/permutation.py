@@ -1,0 +1,47 @@
+"""A seeded permutation that is computed position by position: no list is shuffled, none is stored."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+_ROUNDS = 4
+
+
+def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a permutation of 0 … size - 1 sends `positions`.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the smallest 4^k ≥ size; a position that lands outside is sent on
+    until it lands inside (cycle walking, Black & Rogaway 2002), on average less than four times.
+
+    Args:
+      positions: integers in [0, size).
+      size: how many there are, at least 1.
+      key: integers that choose the permutation, for example (seed, epoch).
+
+    Returns:
+      int64, of the shape of `positions`; distinct positions give distinct results.
+    """
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8 * _ROUNDS).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    result = _feistel(np.asarray(positions, np.uint64), half, round_keys)
+    while (outside := result >= size).any():
+        result[outside] = _feistel(result[outside], half, round_keys)
+    return result.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << half) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit of the input reaches every bit out."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
