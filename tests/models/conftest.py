@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+
+
+@pytest.fixture(scope="session")
+def config():
+    return TransformerConfig(
+        vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_length=128,
+        initializer_range=0.2, bos_id=1, eos_ids=(2,),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    return Model.create(config, remat="none")
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    return draw_params(model)
+
+
+def draw_params(model):
+    """Random parameters whose norms are not one, or a norm left out could not be seen."""
+
+    def tilt(leaf):
+        is_norm = leaf.shape[-1] == model.config.embed_dim and leaf.ndim == 1 or leaf.shape == stacked_norm
+        return leaf * jnp.linspace(0.5, 1.5, leaf.shape[-1])[(None,) * (leaf.ndim - 1)] if is_norm else leaf
+
+    stacked_norm = (model.config.num_layers, model.config.embed_dim)
+    return jax.tree.map(tilt, jax.jit(lambda: model.init_params(jax.random.key(0), "float32"))())
+
+
+def whole_rows(tokens_RL):
+    """Segment ids and positions of rows that hold one sequence each."""
+    positions = jnp.broadcast_to(jnp.arange(tokens_RL.shape[1])[None], tokens_RL.shape)
+    return jnp.ones_like(tokens_RL), positions

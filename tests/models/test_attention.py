@@ -1,0 +1,79 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kto_jax.models.attention import attention
+
+
+def draw(rows=2, length=13, heads=4, kv_heads=2, head_dim=8):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (rows, length, heads, head_dim))
+    key, value = (jax.random.normal(k, (rows, length, kv_heads, head_dim)) for k in keys[1:])
+    # Segments of 5 and the rest but the last two tokens, which are padding.
+    segments = np.where(np.arange(length) < 5, 1, 2)
+    segments[-2:] = 0
+    positions = np.where(np.arange(length) < 5, np.arange(length), np.arange(length) - 5)
+    positions[-2:] = 0
+    tile = lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (rows, length))  # noqa: E731
+    return query, key, value, tile(positions), tile(segments)
+
+
+def attend(query, key, value, positions, segments, chunk=512):
+    return attention(
+        query, key, value, query_places_RL=positions, key_places_RS=positions, query_segments_RL=segments,
+        key_segments_RS=segments, chunk=chunk,
+    )  # fmt: skip
+
+
+def test_attention_equals_a_loop_over_rows_heads_and_tokens():
+    query, key, value, positions, segments = (np.asarray(x, np.float64) for x in draw())
+    mixed = np.asarray(attend(*draw()))
+    rows, length, heads, head_dim = query.shape
+    for row in range(rows):
+        for head in range(heads):
+            for place in range(length - 2):
+                seen = [
+                    other
+                    for other in range(place + 1)
+                    if segments[row, other] == segments[row, place] and positions[row, other] <= positions[row, place]
+                ]
+                scores = np.array([query[row, place, head] @ key[row, other, head // 2] for other in seen])
+                shares = np.exp(scores / np.sqrt(head_dim))
+                expected = (shares / shares.sum()) @ value[row, seen, head // 2]
+                np.testing.assert_allclose(mixed[row, place, head], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 12])
+def test_chunks_of_queries_give_the_values_and_gradients_of_one_block(chunk):
+    query, key, value, positions, segments = draw()
+    weights = jax.random.normal(jax.random.key(1), query.shape)
+
+    @partial(jax.jit, static_argnames="chunk")
+    def total(query, key, value, chunk):
+        return jnp.sum(weights * attend(query, key, value, positions, segments, chunk))
+
+    dense = jax.value_and_grad(partial(total, chunk=512), (0, 1, 2))(query, key, value)
+    chunked = jax.value_and_grad(partial(total, chunk=chunk), (0, 1, 2))(query, key, value)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, dense)
+
+
+def test_a_query_that_sees_no_key_gives_no_nan_nor_its_gradient():
+    query, key, value, positions, _ = draw()
+    total = lambda query: attention(  # noqa: E731
+        query, key, value, query_places_RL=positions - 1, key_places_RS=positions,
+        query_segments_RL=jnp.zeros_like(positions), key_segments_RS=jnp.ones_like(positions),
+    ).sum()  # fmt: skip
+    mixed, gradient = jax.value_and_grad(total)(query)
+    assert np.isfinite(mixed) and np.isfinite(gradient).all()
+
+
+def test_no_array_grows_with_the_square_of_the_length():
+    length, chunk = 2048, 256
+    gradient = jax.jit(jax.grad(lambda *qkv: attend(*qkv, *places, chunk=chunk).sum(), (0, 1, 2)))
+    query, key, value, *places = draw(rows=1, length=length)
+    used = gradient.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+    one_block = 4 * 4 * chunk * length  # float32 scores of four heads
+    assert used < 6 * one_block < 4 * 4 * length * length
