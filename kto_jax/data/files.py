@@ -100,7 +100,7 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
     if suffix == ".parquet":
         yield from _parquet(file)
         return
-    with wrap(file.path.open("rb")) as raw, opener(raw) as stream:
+    with file.path.open("rb") as raw, opener(wrap(raw)) as stream:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](stream, file.name)
 
 
@@ -165,7 +165,7 @@ def _jsonl(stream: IO[bytes], name: str) -> Iterator[Row]:
             return
         if too_long:
             yield place, Rejection(f"line is longer than {_MAX_BYTES} bytes", place)
-        elif line.strip():
+        elif line := line.strip(b" \t\r\n"):
             yield place, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
 
 

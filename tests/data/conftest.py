@@ -1,0 +1,61 @@
+"""The tiny tokenizer, prepared once, and indices made from rows."""
+
+import concurrent.futures
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from kto_jax.config import DataConfig
+from kto_jax.data import index as index_module
+from kto_jax.data import tokenize
+from kto_jax.data.index import build_index
+
+TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """Tiny tokenizer with its chat template."""
+    return tokenize.prepare_tokenizer(TINY_MODEL, tmp_path_factory.mktemp("chat") / "tokenizer", chat_template="auto")
+
+
+class InProcessWorkers:
+    """Stands in for `Workers` without starting processes, which would take seconds for each index."""
+
+    def __init__(self, num_workers, tokenizer=None):
+        tokenize._encoder = self.encoder(tokenizer)
+
+    encoder = staticmethod(functools.lru_cache(tokenize.make_encoder))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        tokenize._encoder = None
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture(scope="session")
+def make_index(tmp_path_factory, tokenizer):
+    """Builds an index of rows; keywords are fields of `DataConfig`. num_workers > 0 tokenizes in processes."""
+
+    def make(rows, eval_rows=(), *, vocab_size=512, directory=None, num_workers=0, **fields):
+        directory = directory or tmp_path_factory.mktemp("index")
+        for name, content in (("train", rows), ("eval", eval_rows)):
+            if content:
+                path = directory / f"{name}.jsonl"
+                path.write_text("".join(json.dumps(row) + "\n" for row in content))
+                fields[name] = str(path)
+        data = DataConfig(**{"num_workers": max(num_workers, 1), "holdout": 0.0, **fields})
+        with pytest.MonkeyPatch.context() as patch:
+            if not num_workers:
+                patch.setattr(index_module, "Workers", InProcessWorkers)
+            return build_index(data, tokenizer, vocab_size=vocab_size, directory=directory / "indices")
+
+    return make
