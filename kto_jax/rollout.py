@@ -112,7 +112,7 @@ def choose_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], samp
     def draw() -> Array:
         warm_BV = logits_BV / sampling.temperature
         truncated = (sampling.top_p < 1) | (sampling.top_k > 0)
-        # Sorting the vocabulary is dear beside a small model's step; it is left out where nothing is cut.
+        # Not free beside a small model's step: left out where nothing is cut.
         kept_BV = jax.lax.cond(truncated, lambda: truncate(warm_BV, sampling), lambda: warm_BV)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
 
@@ -126,18 +126,41 @@ def truncate(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
     Top-p looks at the distribution that top-k leaves. Tokens that are exactly as likely as the last one kept are kept
     too, so a tie may keep more than `top_k`.
     """
-    vocab_size = logits_BV.shape[-1]
-    sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-    num_kept = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab_size), vocab_size)
-    kth_B1 = jnp.take(sorted_BV, num_kept - 1, axis=-1)[:, None]
-    shares_BV = jax.nn.softmax(jnp.where(sorted_BV >= kth_B1, sorted_BV, -jnp.inf), axis=-1)
-    # A token is needed while those before it have less than top_p; the most likely one is needed in any case.
-    before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
+    kept_BV = jax.lax.cond(
+        sampling.top_k > 0,
+        lambda: _heaviest(logits_BV, jnp.ones_like(logits_BV), jnp.asarray(sampling.top_k, jnp.float32)),
+        lambda: jnp.ones_like(logits_BV, bool),
+    )
+    left_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
     # At top_p = 1 rounding must not cut the tail: the sum may reach 1 early.
-    needed_BV = (before_BV < sampling.top_p) | (sampling.top_p >= 1)
-    needed_BV = needed_BV.at[:, 0].set(True) & (sorted_BV >= kth_B1)
-    last_B1 = jnp.min(jnp.where(needed_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+    kept_BV = jax.lax.cond(
+        sampling.top_p < 1,
+        lambda: kept_BV & _heaviest(left_BV, jax.nn.softmax(left_BV, axis=-1), jnp.maximum(sampling.top_p, 1e-30)),
+        lambda: kept_BV,
+    )
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)
+
+
+def _heaviest(
+    logits_BV: Float[Array, "B V"], weights_BV: Float[Array, "B V"], target: Float[Array, ""]
+) -> Bool[Array, "B V"]:
+    """The fewest largest logits of each row whose weights sum to at least `target`, or all where none do.
+
+    The smallest logit kept is found bit by bit, 32 sums over the vocabulary: exact, and several times as fast as
+    sorting it.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned integers in the order of the floats they stand for.
+    order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
+
+    def decide(index: Array, smallest_B1: Array) -> Array:
+        larger_B1 = smallest_B1 | (sign >> index.astype(jnp.uint32))
+        weight_B1 = jnp.sum(jnp.where(order_BV >= larger_B1, weights_BV, 0), axis=-1, keepdims=True)
+        return jnp.where(weight_B1 >= target, larger_B1, smallest_B1)
+
+    start_B1 = jnp.zeros((logits_BV.shape[0], 1), jnp.uint32)
+    return order_BV >= jax.lax.fori_loop(0, 32, decide, start_B1)
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "mesh_wide"))
