@@ -121,6 +121,28 @@ def _figures(objective: Objective, log_ratios: jax.Array, batch: FeedbackBatch, 
     )
 
 
+def work(model: Model, batch: FeedbackBatch) -> Figures:
+    """What the step has to do for a batch, whatever it does besides: the numerators of tokens/s and MFU.
+
+    Returns:
+      tokens: real tokens of the matched rows. flops: the policy's forward and backward pass and the reference's forward
+      pass over the matched rows, and both forward passes over the unmatched ones, at real tokens.
+    """
+
+    def forward(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
+        real = rows.segment_ids > 0
+        tokens = jnp.sum(real).astype(jnp.float32)
+        attended = jnp.sum(jnp.where(real, rows.positions + 1, 0).astype(jnp.float32))
+        completions = jnp.sum(rows.target_segments > 0).astype(jnp.float32)
+        body = model.config.flops_per_token(attended=0, head=False)
+        head = model.config.flops_per_token(attended=0, head=True) - body
+        attention = model.config.flops_per_token(attended=1, head=False) - body
+        return tokens, body * tokens + attention * attended + head * completions
+
+    tokens, matched = forward(batch.matched)
+    return {"tokens": tokens, "flops": 4 * matched + 2 * forward(batch.unmatched)[1]}
+
+
 def train_step(
     model: Model,
     objective: Objective,
@@ -132,7 +154,7 @@ def train_step(
     """One step. A loss or gradient that is not finite leaves policy and optimizer as they were and is counted.
 
     Returns:
-      The next state, and the figures of docs/metrics.md.
+      The next state, and the figures that docs/metrics.md explains.
     """
     z0, figures = reference_point(model, objective, state.policy, state.reference, batch)
     loss, gradient, log_ratios = loss_and_gradient(model, objective, state.policy, state.reference, batch, z0)
@@ -156,8 +178,9 @@ def train_step(
         "grad_norm": grad_norm,
         "learning_rate": schedule(state.step),
         "num_bad_steps": next_state.num_bad_steps,
+        "examples": jnp.sum(batch.matched.filled),
     }
-    return next_state, figures
+    return next_state, figures | work(model, batch)
 
 
 def evaluation_step(

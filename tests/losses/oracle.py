@@ -1,4 +1,4 @@
-"""Independent float64 NumPy versions of the losses, written from the formulas of the papers, with analytic gradients."""
+"""Independent float64 NumPy versions of the losses, from the formulas of the papers, with analytic gradients."""
 
 import numpy as np
 

@@ -26,7 +26,9 @@ def test_the_docstring_example_holds():
     assert doctest.testmod(kto).attempted > 0
 
 
-@pytest.mark.parametrize("log_ratio, desirable, expected", [(7, True, 0.3775), (2, True, 0.5), (-3, True, 0.6225), (-3, False, 0.3775)])  # fmt: skip
+@pytest.mark.parametrize("log_ratio, desirable, expected", [
+    (7, True, 0.3775), (2, True, 0.5), (-3, True, 0.6225), (-3, False, 0.3775),
+])  # fmt: skip
 def test_losses_by_hand(log_ratio, desirable, expected):
     loss = kto_loss(jnp.array([float(log_ratio)]), jnp.zeros(1), jnp.array([desirable]), jnp.array(2.0), beta=0.1)
     np.testing.assert_allclose(loss, [expected], atol=5e-5)

@@ -1,0 +1,29 @@
+"""KTO of Llama-3.1-8B-Instruct on thumbs of your own: the recipe of the paper.
+
+    python -m kto_jax.train --config=configs/kto_llama.py --config.data.train=feedback.jsonl --workdir=runs/llama
+
+Hardware: policy and AdamW take 12 bytes a parameter in float32, the reference 2 in bfloat16: 112 GB and activations,
+spread over all chips by fsdp. feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}.
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.reference.param_dtype = "bfloat16"
+    config.data.train = "feedback.jsonl"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 128
+    config.microbatch_rows = 16
+    config.objective.beta = 0.1
+    config.objective.desirable_weight = "auto"
+    config.optimizer.learning_rate = 5e-6
+    config.optimizer.warmup_steps = 150
+    return config

@@ -1,0 +1,48 @@
+"""Measuring a policy on feedback that it does not train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kto_jax.data.batches import Plan, prefetch
+from kto_jax.metrics import auc
+from kto_jax.models.model import Model
+from kto_jax.objectives import Objective
+from kto_jax.sharding import place_batch
+from kto_jax.state import TrainState
+from kto_jax.step import jit_evaluation_step
+
+
+def make_evaluation(
+    model: Model, objective: Objective, plan: Plan, mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """The function that measures a state on the held-out feedback.
+
+    Each of its batches makes a z0 of its own, as in training. It returns eval_loss (the mean over all examples),
+    eval_z0 (the mean over batches), eval_margin and eval_auc (over all examples).
+    """
+    step = jit_evaluation_step(model, objective)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        loss, z0, rewards, desirable = 0.0, [], [], []
+        for batch in prefetch(lambda step: place_batch(mesh, plan.batch(step)), range(plan.num_steps)):
+            figures, batch_rewards = jax.device_get(step(state.policy, state.reference, batch))
+            filled, labels = jax.device_get((batch.matched.filled, batch.desirable))
+            loss += float(figures["loss_sum"])
+            z0.append(float(figures["z0"]))
+            rewards.append(batch_rewards[filled])
+            desirable.append(labels[filled])
+        rewards_B, desirable_B = np.concatenate(rewards), np.concatenate(desirable)
+        good, bad = rewards_B[desirable_B], rewards_B[~desirable_B]
+        return {
+            "eval_loss": loss / len(rewards_B),
+            "eval_z0": float(np.mean(z0)),
+            "eval_margin": float(np.mean(good) - np.mean(bad)) if len(good) and len(bad) else float("nan"),
+            "eval_auc": float(auc(rewards_B, desirable_B, np.ones_like(desirable_B))),
+        }
+
+    return evaluate

@@ -1,0 +1,88 @@
+"""What a finished run leaves: the policy in Hugging Face format, completions before and after, the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kto_jax import samples
+from kto_jax.config import Config, to_dict
+from kto_jax.inputs import Inputs
+from kto_jax.logs import console, read_metrics
+from kto_jax.models.huggingface import save_hugging_face
+from kto_jax.models.model import Model
+from kto_jax.report import write_report
+from kto_jax.state import TrainState
+
+
+def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, config: Config) -> None:
+    """Completes the held-out prompts with the policy, and keeps them as samples_NAME.json.
+
+    What the run has written already stays, so that a run that is continued compares with its true beginning.
+    """
+    path = inputs.run.path / f"samples_{name}.json"
+    prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
+    if not prompts or path.exists():
+        return
+    console.print(f"completing {len(prompts)} held-out prompts")
+    written = samples.write_samples(
+        model, state.policy, state.reference, inputs.tokenizer, prompts, config.samples, config.seed
+    )
+    samples.save_samples(path, written)
+
+
+def write_results(model: Model, state: TrainState, inputs: Inputs, config: Config, command: str) -> None:
+    """Writes policy/ and report.html, and says what the judges found."""
+    folder = inputs.run.path
+    card = model_card(config, inputs)
+    save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=inputs.tokenizer.directory, model_card=card)
+    write_samples("after", model, state, inputs, config)
+    verdicts, rows = _compare(inputs, config)
+    write_report(
+        folder / "report.html",
+        title=folder.name,
+        command=command,
+        config=to_dict(config),
+        manifest=inputs.index.manifest,
+        metrics=read_metrics(folder / "metrics.jsonl"),
+        samples=rows,
+        verdicts=verdicts,
+    )
+    for verdict in verdicts:
+        console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
+
+
+def _compare(inputs: Inputs, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Verdicts of the judges, and completions side by side; nothing where no samples were asked for."""
+    paths = [inputs.run.path / f"samples_{name}.json" for name in ("before", "after")]
+    if not all(path.exists() for path in paths):
+        return [], []
+    before, after = (samples.load_samples(path) for path in paths)
+    verdicts = samples.judge(inputs.index, inputs.tokenizer, config.samples.judges, before, after)
+    triples = zip(before.prompts, before.completions, after.completions, strict=True)
+    return verdicts, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
+
+
+def model_card(config: Config, inputs: Inputs) -> str:
+    """README.md of the policy: what was trained, on what, by which configuration."""
+    prompts = inputs.index.manifest["splits"]["train"]["prompts"]
+    return f"""---
+library_name: transformers
+tags: [{config.objective.name}, kto_jax]
+---
+
+# {inputs.run.path.name}
+
+`{config.model.path}`, aligned with {config.objective.name.upper()} by kto_jax: {inputs.num_steps} steps of
+{config.batch_size} examples from `{config.data.train}`: {inputs.num_desirable} desirable and {inputs.num_undesirable}
+undesirable completions of {prompts} prompts (index {inputs.index.manifest["key"][:16]}).
+
+Method: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ICML 2024, arXiv 2402.01306.
+
+- β {config.objective.beta}; weights {inputs.objective.desirable_weight:g} (desirable) and
+  {inputs.objective.undesirable_weight:g} (undesirable)
+- {config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} schedule,
+  {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}
+- reference: `{config.reference.path or config.model.path}`; seed {config.seed}
+
+config.json, manifest.json and metrics.jsonl of the run hold the rest. The licence is the base model's.
+"""

@@ -1,0 +1,236 @@
+"""Align a model: `python -m kto_jax.train --config=configs/quickstart.py --workdir=runs/mine --config.seed=1`.
+
+The same command again continues a run that was interrupted. Exit codes: 0 finished, 1 failed, 2 the configuration, the
+data or the model cannot be used, 75 preempted (run again), 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import optax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from kto_jax.checkpoint import Checkpoints
+from kto_jax.config import Config, ConfigError, check_overrides, resolve
+from kto_jax.data.batches import prefetch
+from kto_jax.evaluation import make_evaluation
+from kto_jax.hardware import peak_flops
+from kto_jax.inputs import Inputs, read_inputs
+from kto_jax.logs import MetricsLog, console
+from kto_jax.models.huggingface import load_params
+from kto_jax.models.model import Model, Params
+from kto_jax.preemption import Preemption
+from kto_jax.results import write_results, write_samples
+from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
+from kto_jax.state import TrainState, abstract_state, create_state, make_optimizer, make_schedule
+from kto_jax.step import jit_train_step
+
+FAILED, UNUSABLE = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    argv = sys.argv if arguments is None else ["train", *arguments]
+    try:
+        config, workdir = read_command(argv)
+        return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
+    except ConfigError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return UNUSABLE
+
+
+def train(config: Config, workdir: Path, command: str) -> int:
+    """Trains a policy, from reading the feedback to the report.
+
+    Args:
+      config: the run.
+      workdir: its folder; a run found there is continued.
+      command: what the report says made it.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      ConfigError: the configuration, the data or the model cannot be used.
+    """
+    started = time.monotonic()
+    # ------------------------------------------------------------- what is read; no device is touched yet
+    inputs = read_inputs(config, workdir)
+
+    # ------------------------------------------------------------- devices
+    mesh, model = make_model(config, inputs)
+
+    # ------------------------------------------------------------- state: from the newest checkpoint, or from weights
+    schedule = make_schedule(config.optimizer, inputs.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    checkpoints = Checkpoints(inputs.run.path, config.checkpoint)
+    state = make_state(config, inputs, model, mesh, optimizer, checkpoints)
+
+    # ------------------------------------------------------------- the steps
+    write_samples("before", model, state, inputs, config)
+    take_step = jit_train_step(model, inputs.objective, optimizer, schedule)
+    evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
+    state, exit_code = take_steps(config, inputs, mesh, take_step, evaluate, checkpoints, state)
+
+    # ------------------------------------------------------------- the result
+    if exit_code == 0:
+        write_results(model, state, inputs, config, command)
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        console.print(f"finished in {minutes} min {seconds} s: {workdir}/policy, {workdir}/report.html")
+    checkpoints.close()
+    return exit_code
+
+
+def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
+    """The device mesh and the model upon it.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the batch or the model.
+    """
+    architecture = inputs.architecture
+    sizes = mesh_shape(config.mesh, jax.device_count())
+    check_rows(config.microbatch_rows, sizes)
+    check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
+    mesh = make_mesh(config.mesh)
+    constrain = constrainer(mesh)
+    return mesh, Model.create(architecture, dtype=config.model.dtype, remat=config.model.remat, constrain=constrain)
+
+
+def make_state(
+    config: Config,
+    inputs: Inputs,
+    model: Model,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+) -> TrainState:
+    """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    dtypes = config.model.param_dtype, config.reference.param_dtype
+    if checkpoints.latest_step is not None:
+        policy, reference = (_placed_like(model.abstract_params(dtype), layout) for dtype in dtypes)
+        console.print(f"continuing after step {checkpoints.latest_step}")
+        return checkpoints.restore(abstract_state(policy, reference, optimizer, mesh))
+    if config.model.init == "random":
+        draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
+        policy = draw(jax.random.key(config.seed), dtypes[0])
+    else:
+        policy = load_params(model, inputs.model_path, param_dtype=dtypes[0], shardings=layout)
+    if config.reference.path:
+        reference = load_params(model, inputs.reference_path, param_dtype=dtypes[1], shardings=layout)
+    else:
+        reference = jax.tree.map(lambda leaf: leaf.astype(dtypes[1]), policy)
+    state = create_state(policy, reference, optimizer, mesh)
+    checkpoints.save_reference(state.reference)
+    return state
+
+
+def take_steps(
+    config: Config,
+    inputs: Inputs,
+    mesh: Mesh,
+    take_step: Callable,
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
+    checkpoints: Checkpoints,
+    state: TrainState,
+) -> tuple[TrainState, int]:
+    """Takes the steps that are left; returns the last state and an exit code, 0 where all were taken."""
+    first, num_steps = int(state.step), inputs.num_steps
+    peak, source = peak_flops(jax.devices()[0], config.model.dtype)
+    _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
+    preemption = Preemption()
+    log = MetricsLog(inputs.run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
+    batches = prefetch(lambda step: place_batch(mesh, inputs.plan.batch(step)), range(first, num_steps))
+    exit_code = 0
+    for step, batch in enumerate(batches, start=first + 1):
+        clock = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            state, device_figures = take_step(state, batch)
+        figures = {name: float(value) for name, value in jax.device_get(device_figures).items()}
+        seconds = time.perf_counter() - clock
+        figures["seconds"] = seconds
+        figures["tokens_per_second"] = figures["tokens"] / seconds
+        figures["mfu"] = figures["flops"] / seconds / (peak * mesh.size)
+        if figures["num_bad_steps"] >= config.max_bad_steps:
+            _report_bad_steps(config, inputs, step)
+            exit_code = FAILED
+            break
+        stopping, last = preemption.requested(step), step == num_steps
+        if evaluate and not stopping and (last or _due(step, config.evaluation.every)):
+            figures |= evaluate(state)
+        if last or stopping or "eval_loss" in figures or _due(step, config.log_every):
+            log.write(step, figures)
+        if last or stopping or _due(step, config.checkpoint.every):
+            checkpoints.save(step, state, figures.get("eval_loss"))
+        if stopping and not last:
+            console.print(f"stopped by a signal after step {step}; the same command continues")
+            exit_code = preemption.exit_code
+            break
+    checkpoints.wait()
+    log.close()
+    return state, exit_code
+
+
+def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
+    """The resolved configuration and the run's folder, from the command line.
+
+    Raises:
+      ConfigError: a flag or a field cannot be used.
+    """
+    allowed = "Allowed: --config=FILE, --config.FIELD=VALUE and --workdir=FOLDER. Correct the command."
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "The run's folder; for configs/NAME.py, runs/NAME.", flag_values=values)
+    check_overrides(argv[1:])
+    try:
+        rest = values(list(argv))[1:]
+    except (flags.Error, OSError, SyntaxError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{error}. {allowed}") from None
+    if rest or values.config is None:
+        raise ConfigError(f"{f'{rest[0]!r} is no flag' if rest else '--config is missing'}. {allowed}")
+    name = Path(values["config"].config_filename.split(":")[0]).stem
+    return resolve(values.config), Path(values.workdir or Path("runs") / name)
+
+
+def _placed_like(abstract: Params, layout: Params) -> Params:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
+    objective, num_held_out = inputs.objective, len(inputs.index.rows("eval"))
+    console.print(
+        f"{inputs.num_steps} steps of {config.batch_size} examples from {inputs.num_desirable} desirable and "
+        f"{inputs.num_undesirable} undesirable ones, weighted {objective.desirable_weight:g} and "
+        f"{objective.undesirable_weight:g}; {num_held_out} held out; {mesh.size} × {jax.devices()[0].device_kind} "
+        f"as {dict(mesh.shape)}; {peak}",
+        highlight=False,
+    )
+
+
+def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
+    rows = ", ".join(inputs.index.place(row) for row in inputs.plan.step(step - 1).rows)
+    console.print(
+        f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
+        "Such steps change nothing; the newest checkpoint is finite. Look at these rows, or lower "
+        "config.optimizer.learning_rate.",
+        style="red",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
