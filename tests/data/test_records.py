@@ -79,7 +79,7 @@ def test_a_byte_order_mark_carriage_returns_blank_lines_and_a_missing_last_newli
     line = json.dumps(GOOD).encode()
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
-    assert [record.place for record in read(path)] == [f"{path}:1", f"{path}:3"]
+    assert read(path) == [Feedback("Hello?", "Hi.", True, 1.0, f"{path}:{number}") for number in (1, 3)]
 
 
 def test_a_giant_line_is_rejected_without_being_kept(tmp_path, monkeypatch):

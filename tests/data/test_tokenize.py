@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_a_gguf_file_of_an_unknown_kind_is_refused(tmp_path):
         read_gguf_tokenizer(tmp_path / "broken.gguf")
 
 
-def test_prompts_are_encoded_in_a_worker_and_the_caller_never_imports_transformers(tokenizer, encoder):
+def test_prompts_are_encoded_in_a_worker_and_the_caller_never_imports_transformers(tokenizer, encoder, tmp_path):
     # The caller has no `if __name__ == "__main__"`: spawned workers must not run it again.
     program = f"""
 import sys
@@ -315,7 +316,10 @@ ids, = encode_prompts(info, ["Hello?"])
 print(ids.tolist(), repr(decode(info, ids)))
 print([name for name in ("transformers", "torch", "jax") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    environment = {**os.environ, "PYTHONPATH": str(TINY_MODEL.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
     first, second = done.stdout.splitlines()
     expected = encoder.encode_prompt("Hello?")
     assert first == f"{expected.tolist()} {decode(tokenizer, expected)!r}" and second == "[]"
