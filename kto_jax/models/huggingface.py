@@ -156,7 +156,7 @@ def save_hugging_face(
         _replace(partial, directory)
 
 
-def _expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a Hugging Face directory of this architecture holds, in the order of the layers."""
     shapes = _stacked_shapes(config)
     layers = [name for name in NAMES if name.startswith("layers.")]
@@ -182,7 +182,7 @@ def _stacked_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_names(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
     """Refuses weights that are not exactly those of the config."""
-    expected, found = _expected_shapes(config), dict(weights.shapes)
+    expected, found = expected_shapes(config), dict(weights.shapes)
     for name in list(found):
         if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports; it follows from the config.
             del found[name]
@@ -269,7 +269,7 @@ def _plan_files(config: TransformerConfig, itemsize: int, max_bytes: int) -> dic
     """Which tensors go into which file."""
     files: list[list[str]] = [[]]
     size = 0
-    for name, shape in _expected_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         tensor_bytes = int(np.prod(shape)) * itemsize
         if files[-1] and size + tensor_bytes > max_bytes:
             files.append([])
@@ -282,7 +282,7 @@ def _plan_files(config: TransformerConfig, itemsize: int, max_bytes: int) -> dic
 
 
 def _index(config: TransformerConfig, files: dict[str, list[str]], dtype: str) -> dict[str, Any]:
-    total = sum(int(np.prod(shape)) for shape in _expected_shapes(config).values()) * jnp.dtype(dtype).itemsize
+    total = sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) * jnp.dtype(dtype).itemsize
     return {
         "metadata": {"total_size": total},
         "weight_map": {name: file_name for file_name, names in files.items() for name in names},

@@ -1,5 +1,8 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kto_jax.models.config import TransformerConfig
@@ -28,14 +31,24 @@ def draw_params(model):
     """Random parameters whose norms are not one, or a norm left out could not be seen."""
 
     def tilt(leaf):
-        is_norm = leaf.shape[-1] == model.config.embed_dim and leaf.ndim == 1 or leaf.shape == stacked_norm
+        is_norm = leaf.shape in ((model.config.embed_dim,), stacked_norm)
         return leaf * jnp.linspace(0.5, 1.5, leaf.shape[-1])[(None,) * (leaf.ndim - 1)] if is_norm else leaf
 
     stacked_norm = (model.config.num_layers, model.config.embed_dim)
-    return jax.tree.map(tilt, jax.jit(lambda: model.init_params(jax.random.key(0), "float32"))())
+    return jax.jit(lambda: jax.tree.map(tilt, model.init_params(jax.random.key(0), "float32")))()
+
+
+def draw_tokens(seed, rows, length):
+    return np.random.default_rng(seed).integers(0, 64, (rows, length), dtype=np.int32)
 
 
 def whole_rows(tokens_RL):
     """Segment ids and positions of rows that hold one sequence each."""
-    positions = jnp.broadcast_to(jnp.arange(tokens_RL.shape[1])[None], tokens_RL.shape)
-    return jnp.ones_like(tokens_RL), positions
+    positions = np.broadcast_to(np.arange(tokens_RL.shape[1], dtype=np.int32)[None], tokens_RL.shape)
+    return np.ones_like(tokens_RL), positions
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden_states(model, params, tokens_RL, segment_ids_RL, positions_RL):
+    """Compiled once per model and shape, where the bare method would compile every operation."""
+    return model.hidden_states(params, tokens_RL, segment_ids_RL, positions_RL)

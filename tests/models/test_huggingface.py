@@ -1,0 +1,302 @@
+import dataclasses
+import json
+import os
+import struct
+from functools import partial
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kto_jax.config import ConfigError
+from kto_jax.models import huggingface
+from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.models.model import Model
+from kto_jax.models.safetensors_files import SafetensorsWeights
+
+CARD = "# A model\n"
+NORM = "model.norm.weight"
+
+
+def draw_weights(config, dtype=np.float32):
+    """Weights under Hugging Face's names."""
+    random = np.random.default_rng(0)
+    shapes = huggingface.expected_shapes(config)
+    return {name: random.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_model(directory, config, weights=None):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    safetensors.numpy.save_file(draw_weights(config) if weights is None else weights, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def directory(config, tmp_path):
+    return write_model(tmp_path / "model", config)
+
+
+@pytest.fixture(scope="session")
+def weights(config):
+    return draw_weights(config)
+
+
+def load(directory, **options):
+    return load_params(Model.create(read_config(directory)), directory, param_dtype="float32", **options)
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_lie_where_their_names_say(config, tmp_path, tied):
+    config = dataclasses.replace(config, tied_head=tied)
+    weights = draw_weights(config)
+    params = load(write_model(tmp_path / "model", config, weights))
+    np.testing.assert_array_equal(params["embed"]["table"], weights["model.embed_tokens.weight"])
+    for layer in range(config.num_layers):
+        prefix, ours = f"model.layers.{layer}.", params["layers"]
+        key, down = weights[prefix + "self_attn.k_proj.weight"], weights[prefix + "mlp.down_proj.weight"]
+        np.testing.assert_array_equal(ours["attention"]["key"]["weight"][layer], key.T)
+        np.testing.assert_array_equal(ours["mlp"]["down"]["weight"][layer], down.T)
+        norm = weights[prefix + "post_attention_layernorm.weight"]
+        np.testing.assert_array_equal(ours["mlp_norm"]["scale"][layer], norm)
+    assert ("head" in params) is not tied
+    if not tied:
+        np.testing.assert_array_equal(params["head"]["weight"], weights["lm_head.weight"].T)
+
+
+@pytest.mark.parametrize(("tied", "max_shard_bytes"), [(True, 4_000_000), (False, 20_000)])
+def test_a_model_survives_export_and_import_bitwise(config, tmp_path, tied, max_shard_bytes):
+    config = dataclasses.replace(config, tied_head=tied)
+    params = load(write_model(tmp_path / "model", config))
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "secret.txt").write_text("not to be copied")
+    save = partial(save_hugging_face, tmp_path / "out", Model.create(config), params, tokenizer_dir=tokenizer)
+    save(model_card=CARD, max_shard_bytes=max_shard_bytes)
+    out = tmp_path / "out"
+    assert_equal(load(out), params)
+    assert read_config(out) == config
+    names = {file.name for file in out.iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        "tokenizer.json",
+    } <= names and "secret.txt" not in names
+    assert (out / "README.md").read_text() == CARD
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) == 1) is tied and all(file.stat().st_size < max_shard_bytes + 4000 for file in files)
+    # A second export replaces the first and leaves nothing beside it.
+    save(model_card="# Another\n")
+    assert (out / "README.md").read_text() == "# Another\n" and len(list(out.glob("*.safetensors"))) == 1
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_export_in_bfloat16_holds_rounded_weights(config, directory, weights, tmp_path):
+    model = Model.create(config)
+    options = {"tokenizer_dir": None, "model_card": CARD}
+    save_hugging_face(tmp_path / "out", model, load(directory), dtype="bfloat16", **options)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for name, values in weights.items():
+        assert written[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(written[name], values.astype(ml_dtypes.bfloat16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out"))} == {"float32"}
+
+
+def test_a_failed_export_leaves_the_earlier_one_whole(config, directory, tmp_path, monkeypatch):
+    save = partial(save_hugging_face, tmp_path / "out", Model.create(config), tokenizer_dir=None, model_card=CARD)
+    params = load(directory)
+    save(params)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(params)
+    assert_equal(load(tmp_path / "out"), params)
+
+
+def test_an_export_never_replaces_what_is_not_a_model(config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="new or empty directory"):
+        save_hugging_face(tmp_path, Model.create(config), {}, tokenizer_dir=None, model_card=CARD)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_each_device_reads_its_own_part_and_every_value_once(config, directory, monkeypatch):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rules = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+    model = Model.create(config)
+    shardings = jax.tree.map(
+        lambda axes: NamedSharding(mesh, PartitionSpec(*map(rules.get, axes))),
+        model.logical_axes(),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    expected, reads = load(directory), {}
+    read = SafetensorsWeights.read
+
+    def record(self, name, index):
+        part = read(self, name, index)
+        reads.setdefault(name, []).append(part.size)
+        return part
+
+    monkeypatch.setattr(SafetensorsWeights, "read", record)
+    params = load(directory, shardings=shardings)
+    assert_equal(params, expected)
+    placed = jax.tree.map(lambda leaf, sharding: sharding.is_equivalent_to(leaf.sharding, leaf.ndim), params, shardings)
+    assert all(jax.tree.leaves(placed))
+    for name, shape in huggingface.expected_shapes(config).items():
+        parts = 4 if len(shape) == 2 else 2
+        assert reads[name] == [np.prod(shape) // parts] * parts
+
+
+def test_an_export_of_sharded_parameters_equals_that_of_whole_ones(config, directory, weights, tmp_path):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"))  # noqa: E731
+    model = Model.create(config)
+    params = load(directory, shardings=jax.tree.map(spread, model.abstract_params("float32")))
+    save_hugging_face(tmp_path / "out", model, params, tokenizer_dir=None, model_card=CARD)
+    assert_equal(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), weights)
+
+
+def rewrite(directory, change):
+    """Changes the weights of a model directory."""
+    file = directory / "model.safetensors"
+    weights = safetensors.numpy.load_file(file)
+    change(weights)
+    safetensors.numpy.save_file(weights, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(NORM), r"missing: model\.norm\.weight"),
+        (lambda w: w.update(extra=np.zeros(3, np.float32)), "unexpected: extra"),
+        (lambda w: w.update({NORM: np.zeros(33, np.float32)}), r"norm\.weight \(33,\) \(expected \(32,\)"),
+        (lambda w: w.update({NORM: np.zeros(32, np.int32)}), r"norm\.weight is I32; F64, F32, F16, BF16"),
+    ],
+    ids=["missing", "unexpected", "misshaped", "integers"],
+)
+def test_weights_that_do_not_fit_the_config_are_named(directory, change, message):
+    rewrite(directory, change)
+    with pytest.raises(ConfigError, match=message):
+        load(directory)
+
+
+def test_buffers_of_old_exports_and_a_tied_heads_copy_are_let_pass(config, tmp_path):
+    config = dataclasses.replace(config, tied_head=True)
+    weights = draw_weights(config)
+    expected = load(write_model(tmp_path / "plain", config, weights))
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    extra["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    assert_equal(load(write_model(tmp_path / "old", config, weights | extra)), expected)
+    extra["lm_head.weight"] += 1
+    with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
+        load(write_model(tmp_path / "other", config, weights | extra))
+
+
+def lie(file, change):
+    """Rewrites the header of a safetensors file."""
+    raw = file.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + raw[8 + size :])
+
+
+def overlap(header):
+    header["model.norm.weight"]["data_offsets"] = [0, 128]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-5]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(struct.pack("<Q", 1 << 62) + b"{}"),
+        lambda file: lie(file, lambda header: header["model.norm.weight"].update(shape=[1 << 40])),
+        lambda file: lie(file, overlap),
+    ],
+    ids=["truncated", "empty", "endless header", "shape lies", "offsets overlap"],
+)
+def test_a_damaged_or_lying_file_is_refused(directory, damage):
+    damage(directory / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        load(directory)
+
+
+def index(directory, weight_map):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("name", ["../model/model.safetensors", "{absolute}", "link.safetensors", "sub/x.safetensors"])
+def test_an_index_cannot_reach_outside_of_its_directory(directory, tmp_path, name):
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((directory / "model.safetensors").read_bytes())
+    os.symlink(outside, directory / "link.safetensors")
+    index(directory, {"model.norm.weight": name.format(absolute=outside)})
+    with pytest.raises(ConfigError, match="lies outside of it"):
+        load(directory)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(config, weights, tmp_path):
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    write_model(snapshot, config)
+    os.rename(snapshot / "model.safetensors", blobs / "0123")
+    os.symlink("../../blobs/0123", snapshot / "model.safetensors")
+    np.testing.assert_array_equal(load(snapshot)["embed"]["table"], weights["model.embed_tokens.weight"])
+
+
+def test_an_index_that_is_not_true_is_refused(directory, weights):
+    index(directory, {"model.norm.weight": "model.safetensors"})
+    with pytest.raises(ConfigError, match=r"disagree about lm_head\.weight, .* and 12 more"):
+        load(directory)
+    index(directory, dict.fromkeys(weights, "gone.safetensors"))
+    with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
+        load(directory)
+    index(directory, ["model.safetensors"])
+    with pytest.raises(ConfigError, match="no weight_map"):
+        load(directory)
+
+
+def test_a_tensor_in_two_files_is_refused(directory):
+    safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, directory / "x.safetensors")
+    safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, directory / "y.safetensors")
+    (directory / "model.safetensors").unlink()
+    weights = SafetensorsWeights.__new__(SafetensorsWeights)
+    weights.shapes, weights._slices, weights._files = {}, {}, {}
+    weights._open(directory / "x.safetensors", {"a"})
+    with pytest.raises(ConfigError, match=r"y\.safetensors holds a, which another file holds too"):
+        weights._open(directory / "y.safetensors", {"a"})
+
+
+def test_pickled_weights_are_refused_unopened(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    with pytest.raises(ConfigError, match=r"holds no model\.safetensors"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ConfigError, match=r"pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "no readable JSON"), ("[]", "must hold an object")])
+def test_a_broken_config_json_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path)

