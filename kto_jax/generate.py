@@ -84,7 +84,7 @@ def read_prompts(path: str) -> list[Prompt]:
         raise ConfigError(
             f"--prompts={path} cannot be read: {error}. It must be a JSONL file in UTF-8. Check the path."
         ) from error
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -92,7 +92,7 @@ def read_prompts(path: str) -> list[Prompt]:
             row = json.loads(line)
         except ValueError:
             row = None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
+        prompt: Any = row.get("prompt") if isinstance(row, dict) else None
         if not _is_prompt(prompt):
             raise ConfigError(
                 f'{path}:{number} is not {{"prompt": ...}} with some text, or with messages of a role and a content.'

@@ -81,7 +81,7 @@ def sample(
     _check_prompts(model, ids, max_new_tokens)
     mesh_wide = _replicated(params)
     eos_ids = np.atleast_1d(np.asarray(eos_id, np.int32))
-    sampling = Sampling(np.float32(temperature), np.float32(top_p), np.int32(top_k))
+    sampling = (np.float32(temperature), np.float32(top_p), np.int32(top_k))
     # Alike in length, so that few batches fall into a larger bucket for one long prompt.
     by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     completions: dict[int, np.ndarray] = {}
@@ -172,7 +172,7 @@ def _complete(
     rows_B: Int[Array, " B"],
     key: Key[Array, ""],
     eos_ids: Int[Array, " E"],
-    sampling: Sampling,
+    sampling: tuple[Array, Array, Array],
     *,
     max_new_tokens: int,
     mesh_wide: NamedSharding | None,
@@ -183,7 +183,7 @@ def _complete(
 
     def choose(hidden_BD: Array, num_written: Array, ended_B: Array) -> tuple[Array, Bool[Array, " B"]]:
         now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, num_written)
-        tokens_B = choose_tokens(model.logits(params, hidden_BD).astype(jnp.float32), now_B, sampling)
+        tokens_B = choose_tokens(model.logits(params, hidden_BD).astype(jnp.float32), now_B, Sampling(*sampling))
         return tokens_B, ended_B | jnp.any(tokens_B[:, None] == eos_ids[None, :], axis=-1)
 
     def add_token(state: tuple) -> tuple:
