@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.models.model import Model, Params
+from kto_jax.sharding import ACTIVATION_RULES, num_parts
 
 _SMALLEST_BUCKET = 32
 
@@ -67,7 +68,8 @@ def sample(
       temperature: see `Sampling`, as for the next two.
       top_p: in (0, 1].
       top_k: 0 or more.
-      batch_size: prompts completed at once; a short batch is filled up. Over a mesh, a multiple of data × fsdp.
+      batch_size: prompts completed at once; a short batch is filled up. Over a mesh it is raised to the next
+        multiple of data × fsdp.
 
     Returns:
       int32 ids of each completion, in the order of the prompts; with its EOS, where it ended in one.
@@ -80,6 +82,9 @@ def sample(
     _check_arguments(max_new_tokens, temperature, top_p, top_k, batch_size)
     _check_prompts(model, ids, max_new_tokens)
     mesh_wide = _replicated(params)
+    if mesh_wide is not None:
+        parts = num_parts(mesh_wide.mesh, ACTIVATION_RULES["rows"])
+        batch_size = -(-batch_size // parts) * parts
     eos_ids = np.atleast_1d(np.asarray(eos_id, np.int32))
     sampling = (np.float32(temperature), np.float32(top_p), np.int32(top_k))
     # Alike in length, so that few batches fall into a larger bucket for one long prompt.
