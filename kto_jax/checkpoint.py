@@ -155,7 +155,9 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
     try:
         values = json.loads((workdir / "model.json").read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir.") from None
+        raise ConfigError(
+            f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
+        ) from None
     with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
         if checkpointer.latest is None:
             raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")

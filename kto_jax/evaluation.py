@@ -42,7 +42,7 @@ def make_evaluation(
             "eval_loss": loss / len(rewards_B),
             "eval_z0": float(np.mean(z0)),
             "eval_margin": float(np.mean(good) - np.mean(bad)) if len(good) and len(bad) else float("nan"),
-            "eval_auc": float(auc(rewards_B, desirable_B, np.ones_like(desirable_B))),
+            "eval_auc": float(auc(*jax.device_put((rewards_B, desirable_B, np.ones_like(desirable_B))))),
         }
 
     return evaluate

@@ -20,9 +20,10 @@ A suffix such as `x_TD` names the axes of an array, in order.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any as Array  # NumPy's where the data layer makes a batch, JAX's once it is placed on devices.
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass

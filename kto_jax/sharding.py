@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
 
@@ -91,7 +91,7 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
 
 
-def num_parts(mesh: Mesh, axes: MeshAxes) -> int:
+def num_parts(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
     """Over how many devices a dimension laid along these mesh axes is split."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from typing import Any as Array  # Arrays, or jax.ShapeDtypeStruct where only the layout of a state is meant.
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from kto_jax.config import OptimizerConfig
 
@@ -112,7 +113,10 @@ def abstract_state(
 
 def state_shardings(abstract_opt_state: Any, params: Any, mesh: Mesh) -> Any:
     """Shardings of an optimizer state: trees shaped like the parameters lie like them, all else is replicated."""
-    structure = jax.tree.structure(params)
-    is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    structure: Any = jax.tree.structure(params)
+
+    def is_params(node: Any) -> bool:
+        return bool(jax.tree.structure(node) == structure)
+
     scalar = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda node: params if is_params(node) else scalar, abstract_opt_state, is_leaf=is_params)

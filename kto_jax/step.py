@@ -158,7 +158,7 @@ def train_step(
     """
     z0, figures = reference_point(model, objective, state.policy, state.reference, batch)
     loss, gradient, log_ratios = loss_and_gradient(model, objective, state.policy, state.reference, batch, z0)
-    grad_norm = optax.global_norm(gradient)
+    grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.policy)
     policy = optax.apply_updates(state.policy, updates)

@@ -196,8 +196,8 @@ def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
         raise ConfigError(f"{error}. {allowed}") from None
     if rest or values.config is None:
         raise ConfigError(f"{f'{rest[0]!r} is no flag' if rest else '--config is missing'}. {allowed}")
-    name = Path(values["config"].config_filename.split(":")[0]).stem
-    return resolve(values.config), Path(values.workdir or Path("runs") / name)
+    file = config_flags.get_config_filename(values["config"])
+    return resolve(values.config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
 
 
 def _placed_like(abstract: Params, layout: Params) -> Params:

@@ -137,11 +137,11 @@ class Plan:
         desirable, weights = self._labels(matched, plan.rows, num_microbatches, rows)
         return FeedbackBatch(
             matched=matched_rows,
-            desirable=desirable,  # type: ignore[arg-type]
-            weights=weights,  # type: ignore[arg-type]
+            desirable=desirable,
+            weights=weights,
             unmatched=fill_rows(unmatched, plan.rows[has_partner], plan.partners[has_partner]),
-            num_matched=np.int32(num_matched),  # type: ignore[arg-type]
-            num_unmatched=np.int32(num_unmatched),  # type: ignore[arg-type]
+            num_matched=np.int32(num_matched),
+            num_unmatched=np.int32(num_unmatched),
         )
 
     def _fit(self, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

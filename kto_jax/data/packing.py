@@ -108,4 +108,4 @@ def fill(
         targets[at][here] = completion
         target_segments[at][here] = slot + 1
         filled[at][slot] = True
-    return PackedRows(tokens, segment_ids, positions, predictors, targets, target_segments, filled)  # type: ignore[arg-type]
+    return PackedRows(tokens, segment_ids, positions, predictors, targets, target_segments, filled)
