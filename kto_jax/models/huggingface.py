@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
@@ -154,6 +155,8 @@ def save_hugging_face(
             _write_json(partial / "model.safetensors.index.json", _index(model.config, files, dtype))
         _write_small_files(partial, model.config, tokenizer_dir, model_card, dtype)
         _replace(partial, directory)
+    if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
+        multihost_utils.sync_global_devices("export")
 
 
 def expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -240,8 +243,6 @@ def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable
 
 def _gathered(params: Params, names: list[str], dtype: str, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors `names` in Hugging Face's orientation, gathered from all devices one at a time."""
-    from jax.experimental import multihost_utils
-
     ours = {template: (own, transposed) for own, (template, transposed) in NAMES.items()}
     for name in names:
         layer = next((part for part in name.split(".") if part.isdigit()), None)
