@@ -187,7 +187,7 @@ def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
     """
     allowed = "Allowed: --config=FILE, --config.FIELD=VALUE and --workdir=FOLDER. Correct the command."
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", "", "The run's folder; for configs/NAME.py, runs/NAME.", flag_values=values)
     check_overrides(argv[1:])
     try:

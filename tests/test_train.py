@@ -1,0 +1,214 @@
+"""The command itself: real processes, real files, real signals, on the tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kto_jax.run import _FREE
+from kto_jax.train import main
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--config=configs/tiny.py",
+    "--config.max_steps=12",
+    "--config.checkpoint.every=3",
+    "--config.evaluation.every=6",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(workdir, cache, *arguments):
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "kto_jax.train", *TINY, f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    message = process.communicate(timeout=300)[1]
+    return process.returncode, message
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+def numbers(workdir):
+    """The figures of every step that do not depend on the clock."""
+    timed = ("seconds", "tokens_per_second", "mfu")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    code, message = finish(start(workdir, cache))
+    assert code == 0, message
+    return workdir
+
+
+def test_a_run_leaves_its_whole_folder_and_the_margin_rises(unbroken):
+    expected = {"config.json", "manifest.json", "model.json", "metrics.jsonl", "checkpoints", "policy", "report.html"}
+    assert expected <= {path.name for path in unbroken.iterdir()}
+    log = rows(unbroken)
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert log[0]["margin"] == 0  # policy = reference
+    assert log[0]["loss"] == 0.5
+    assert log[-1]["margin"] > 0.5
+    assert log[-1]["eval_auc"] > 0.9
+    assert [row["step"] for row in log if "eval_loss" in row] == [6, 12]
+    assert "12 steps" in (unbroken / "policy" / "README.md").read_text()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(unbroken):
+    steps = {path.name for path in (unbroken / "checkpoints").iterdir()}
+    assert steps == {"9", "12", "reference"}  # step 12 has the lower held-out loss, and is among the newest two
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(number, code, unbroken, cache, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache)
+    wait_for_step(workdir, 7, process)
+    process.send_signal(number)
+    assert finish(process)[0] == code
+    assert not (workdir / "policy").exists()
+    code, message = finish(start(workdir, cache))
+    assert code == 0, message
+    assert "continuing after step" in message
+    assert numbers(workdir) == numbers(unbroken)
+    for name in ("policy/model.safetensors",):
+        assert (workdir / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def refused(capsys, *arguments):
+    """The message of a command that must end with exit code 2."""
+    assert main(arguments) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch, cache):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.objective.betta=0.2", "Did you mean 'beta'"),
+    ("--config.objective.name=ktoo", "Did you mean 'kto'"),
+    ("--config.objective.beta=-1", "Allowed: above 0"),
+    ("--config.samples.judges=vade", "the judges are"),
+    ("--config.data.train=missing.jsonl", "missing.jsonl"),
+    ("--config.model.path=missing_model", "missing_model"),
+    ("--config.data.label_field=thumb", "thumb"),
+    ("--config.data.max_length=4096", "beyond the model's context of 2048"),
+    ("--config.completion_share=0.2", "completion_share"),
+    ("--config.microbatch_rows=3", "Set config.microbatch_rows to 8"),
+    ("--config.mesh.data=3", "does not multiply to the 8 devices"),
+    ("--config.mesh.tensor=4", "num_kv_heads=2"),
+    ("--workdirr=x", "--workdir=FOLDER"),
+    ("extra", "is no flag"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_refused_before_a_step_is_taken(argument, message, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    assert message in refused(capsys, *TINY, f"--workdir={workdir}", argument)
+    assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_missing_config_is_said(capsys):
+    assert "--config is missing" in refused(capsys)
+    assert "configs/none.py" in refused(capsys, "--config=configs/none.py")
+
+
+def test_labels_that_are_not_mapped_refuse_the_run_with_file_and_line(capsys, tmp_path):
+    path = tmp_path / "thumbs.jsonl"
+    row = {"prompt": "Say hello.", "completion": "Hello there.", "label": "maybe"}
+    path.write_text((json.dumps(row) + "\n") * 3)
+    message = refused(capsys, *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.train={path}")
+    assert "maybe" in message
+    assert "thumbs.jsonl:1" in message
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.objective.beta=0.2", "config.objective.beta: was 0.1, is 0.2"),
+    ("--config.seed=1", "config.seed: was 0, is 1"),
+    ("--config.data.max_length=63", "config.data.max_length: was 64, is 63"),
+])  # fmt: skip
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_written_over(argument, message, unbroken, capsys):
+    before = contents(unbroken)
+    assert message in refused(capsys, *TINY, f"--workdir={unbroken}", argument)
+    assert contents(unbroken) == before
+
+
+def test_feedback_that_changed_under_a_run_is_refused(unbroken, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    (workdir / "manifest.json").write_text(json.dumps(manifest | {"key": "other"}))
+    assert "data.key: was 'other'" in refused(capsys, *TINY, f"--workdir={workdir}")
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_arrays(unbroken, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["optimizer"]["name"] = "rmsprop"
+    (workdir / "config.json").write_text(json.dumps(config))
+    message = refused(capsys, *TINY, f"--workdir={workdir}", "--config.optimizer.name=rmsprop")
+    assert "checkpoint of another model or optimizer" in message
+    assert "missing" in message
+
+
+def test_two_processes_may_not_write_to_one_folder(unbroken, cache, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache)
+    try:
+        wait_for_step(workdir, 1, process)
+        assert f"in use by process {process.pid}" in refused(capsys, *TINY, f"--workdir={workdir}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_fields_that_a_continued_run_may_change_exist():
+    from kto_jax.config import Config, to_dict
+
+    for path in _FREE:
+        value = to_dict(Config())
+        for name in path.split("."):
+            value = value[name]
+
+
+def test_neither_transformers_nor_torch_nor_tensorflow_lives_in_the_training_process(cache, tmp_path):
+    arguments = [*TINY, "--config.max_steps=1", f"--workdir={tmp_path / 'run'}"]
+    code = (
+        f"import sys\nfrom kto_jax.train import main\nassert main({arguments!r}) == 0\n"
+        "print([m for m in ('transformers', 'torch', 'tensorflow', 'datasets') if m in sys.modules])\n"
+    )
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
