@@ -48,6 +48,7 @@ class MetricsLog:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=num_steps, completed=first_step, figures="")
         self._progress.start()

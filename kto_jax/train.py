@@ -6,6 +6,7 @@ data or the model cannot be used, 75 preempted (run again), 130 interrupted from
 
 from __future__ import annotations
 
+import resource
 import shlex
 import sys
 import time
@@ -78,13 +79,21 @@ def train(config: Config, workdir: Path, command: str) -> int:
     write_samples("before", model, state, inputs, config)
     take_step = jit_train_step(model, inputs.objective, optimizer, schedule)
     evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
-    state, exit_code = take_steps(config, inputs, mesh, take_step, evaluate, checkpoints, state)
+    peak, source = peak_flops(jax.devices()[0], config.model.dtype)
+    _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
+    state, exit_code = take_steps(config, inputs, mesh, peak * mesh.size, take_step, evaluate, checkpoints, state)
 
     # ------------------------------------------------------------- the result
     if exit_code == 0:
         write_results(model, state, inputs, config, command)
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        console.print(f"finished in {minutes} min {seconds} s: {workdir}/policy, {workdir}/report.html")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        console.print(
+            f"finished in {minutes} min {seconds} s with {source} {peak / 1e9:.0f} GFLOP/s; host memory at most "
+            f"{memory:.1f} GiB; see {workdir}/report.html and {workdir}/policy",
+            highlight=False,
+            soft_wrap=True,
+        )
     checkpoints.close()
     return exit_code
 
@@ -137,15 +146,17 @@ def take_steps(
     config: Config,
     inputs: Inputs,
     mesh: Mesh,
+    peak: float,
     take_step: Callable,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
     checkpoints: Checkpoints,
     state: TrainState,
 ) -> tuple[TrainState, int]:
-    """Takes the steps that are left; returns the last state and an exit code, 0 where all were taken."""
+    """Takes the steps that are left; returns the last state and an exit code, 0 where all were taken.
+
+    `peak` is the FLOP/s of all devices together.
+    """
     first, num_steps = int(state.step), inputs.num_steps
-    peak, source = peak_flops(jax.devices()[0], config.model.dtype)
-    _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
     preemption = Preemption()
     log = MetricsLog(inputs.run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
     batches = prefetch(lambda step: place_batch(mesh, inputs.plan.batch(step)), range(first, num_steps))
@@ -158,7 +169,7 @@ def take_steps(
         seconds = time.perf_counter() - clock
         figures["seconds"] = seconds
         figures["tokens_per_second"] = figures["tokens"] / seconds
-        figures["mfu"] = figures["flops"] / seconds / (peak * mesh.size)
+        figures["mfu"] = figures["flops"] / seconds / peak
         if figures["num_bad_steps"] >= config.max_bad_steps:
             _report_bad_steps(config, inputs, step)
             exit_code = FAILED
