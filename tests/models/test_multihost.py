@@ -33,7 +33,7 @@ shardings = jax.tree.map(spread, model.abstract_params("float32"))
 params = load_params(model, directory / "model", param_dtype="float32", shardings=shardings)
 save_hugging_face(directory / "out", model, params, tokenizer_dir=None, model_card="", max_shard_bytes=20000)
 assert (directory / "out" / "config.json").exists()
-print(json.dumps([sum(sizes), model.config.num_params()]))
+(directory / f"read{sys.argv[2]}.json").write_text(json.dumps([sum(sizes), model.config.num_params()]))
 """
 
 
@@ -51,10 +51,18 @@ def test_two_processes_read_half_each_and_write_one_whole_model(config, tmp_path
         )
         for process in range(2)
     ]  # fmt: skip
-    for process in processes:
-        out, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        num_read, num_params = json.loads(out.splitlines()[-1])
+    try:
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors for _, errors in results)
+    # Told through files: the transport's own lines go to the workers' standard output, now before theirs, now after.
+    for process in range(2):
+        num_read, num_params = json.loads((tmp_path / f"read{process}.json").read_text())
         assert num_read == num_params // 2
     written = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
