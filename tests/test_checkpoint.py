@@ -80,27 +80,16 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     checkpoints.close()
 
 
-def test_a_reference_that_is_the_policy_is_copied():
-    state = make_state(make_mesh(MeshConfig()))
-    for policy, reference in zip(jax.tree.leaves(state.policy), jax.tree.leaves(state.reference), strict=True):
-        assert policy.unsafe_buffer_pointer if policy.is_fully_addressable else True
-        assert policy is not reference
-    moved = advance(state)
-    assert not equal(moved.policy, moved.reference)
-
-
 @pytest.mark.parametrize("change, message", [
-    ({"num_layers": 3}, "checkpoint has ((2, 16), 'float32'), model wants ((3, 16), 'float32')"),
-    ({"tied_head": False}, "policy/head/weight: missing"),
+    ({"num_layers": 3}, r"checkpoint has \(\(2, .*model wants \(\(3, .*and \d+ more"),
+    ({"tied_head": False}, r"opt_state/1/0/mu/head/weight: missing.*policy/head/weight: missing"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_model_is_refused_listing_both_sides(change, message, tmp_path):
     mesh = make_mesh(MeshConfig())
     checkpoints, _ = save_steps(tmp_path, mesh, [None])
     other = Model.create(dataclasses.replace(ARCHITECTURE, **change))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=message):
         checkpoints.restore(make_abstract(mesh, other))
-    assert message in str(error.value) or "and" in str(error.value)
-    assert "checkpoint of another model" in str(error.value)
 
 
 def test_a_reference_written_for_another_model_is_refused(tmp_path):

@@ -1,0 +1,51 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from kto_jax.config import ConfigError, MeshConfig
+from kto_jax.sharding import check_heads, check_rows, make_mesh, mesh_shape, place_batch, shardings
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert mesh_shape(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(data=4, fsdp=4)])
+def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused(config):
+    with pytest.raises(ConfigError, match="does not multiply to the 8 devices"):
+        mesh_shape(config, 8)
+
+
+def test_rows_that_the_mesh_cannot_divide_are_refused_with_the_nearest_number():
+    check_rows(8, {"data": 4, "fsdp": 2, "tensor": 1})
+    with pytest.raises(ConfigError, match=r"12 % 8 = 4.*Set config.microbatch_rows to 16"):
+        check_rows(12, {"data": 4, "fsdp": 2, "tensor": 1})
+
+
+def test_a_tensor_axis_that_would_cut_a_head_is_refused():
+    check_heads(8, 4, {"tensor": 4})
+    with pytest.raises(ConfigError, match=r"num_kv_heads=3 \(3 % 2 = 1\)"):
+        check_heads(6, 3, {"tensor": 2})
+
+
+def test_parameters_lie_by_their_logical_axes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    abstract = {"w": jax.ShapeDtypeStruct((3, 8, 4), np.float32)}
+    layout = shardings(mesh, {"w": ("layers", "embed", "mlp")}, abstract)
+    assert layout["w"].spec == PartitionSpec(None, "fsdp", "tensor")
+
+
+def test_a_dimension_that_does_not_divide_is_named_with_its_parameter():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    abstract = {"block": {"w": jax.ShapeDtypeStruct((12, 4), np.float32)}}
+    with pytest.raises(ConfigError, match=r"block.w has embed=12, which cannot be split over 8 devices"):
+        shardings(mesh, {"block": {"w": ("embed", "mlp")}}, abstract)
+
+
+def test_a_batch_is_spread_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = place_batch(mesh, {"rows": np.arange(2 * 8 * 3).reshape(2, 8, 3), "count": np.int32(2)})
+    assert {shard.data.shape for shard in placed["rows"].addressable_shards} == {(2, 2, 3)}
+    assert placed["count"].sharding.is_fully_replicated
