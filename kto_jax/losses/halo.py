@@ -14,6 +14,11 @@ def at_least_float32(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
+def bounded_exponent(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The log-ratio kept within ±20 nats, so that its exponential and the gradient of that stay finite."""
+    return jnp.clip(log_ratio, -20.0, 20.0)
+
+
 def halo_loss(
     rewards: Float[Array, " B"],
     reference_point: Float[Array, "*B"],
