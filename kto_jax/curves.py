@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import app, flags
@@ -62,9 +63,9 @@ CURVES = (
 
 def points(curve: Curve, *, num_points: int = 401) -> tuple[np.ndarray, np.ndarray]:
     """Gains and losses z in [−3, 3] and their values less the value of 0, as drawn: [num_points] each."""
-    z = np.linspace(-_REACH, _REACH, num_points, dtype=np.float32)
-    value = np.asarray(curve.value_fn(z), np.float64)
-    return z.astype(np.float64), value - float(curve.value_fn(np.zeros((), np.float32)))
+    z = np.linspace(-_REACH, _REACH, num_points)
+    value = np.asarray(curve.value_fn(jnp.asarray(z, jnp.float32)), np.float64)
+    return z, value - float(curve.value_fn(jnp.zeros(())))
 
 
 def draw() -> Figure:

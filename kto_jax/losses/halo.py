@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 
-def at_least_float32(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+def at_least_float32(x: float | Shaped[Array, "..."]) -> Float[Array, "..."]:
     """`x` in float32, or in float64 where it already is."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 

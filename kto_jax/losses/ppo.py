@@ -108,7 +108,7 @@ def generalized_advantages(
     rewards, values = _masked((rewards, values), where)
     where = jnp.ones(rewards.shape, bool) if where is None else where
 
-    def step(carry: tuple[jax.Array, jax.Array], token: tuple[jax.Array, jax.Array, jax.Array]):
+    def step(carry: tuple[jax.Array, ...], token: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
         next_value, next_advantage = carry
         reward, value, counts = token
         advantage = reward + discount * next_value - value + discount * trace * next_advantage
@@ -116,8 +116,9 @@ def generalized_advantages(
         return carry, jnp.where(counts, advantage, 0)
 
     zeros = jnp.zeros(rewards.shape[:-1], rewards.dtype)
+    beyond: tuple[jax.Array, ...] = (zeros, zeros)
     along_length = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, values, where))
-    _, advantages = jax.lax.scan(step, (zeros, zeros), along_length, reverse=True)
+    _, advantages = jax.lax.scan(step, beyond, along_length, reverse=True)
     return jax.lax.stop_gradient(jnp.moveaxis(advantages, 0, -1))
 
 
