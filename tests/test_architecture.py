@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shapes", "config", "sources"},
-    {"losses", "values", "models", "data", "metrics", "judges", "charts", "curves", "preemption", "hardware", "logs"},
+    {"losses", "values", "models", "data", "metrics", "judges", "charts", "preemption", "hardware", "logs"},
     {"objectives", "sharding"},
     {"state", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"results"},
-    {"train", "generate"},
+    {"train", "generate", "curves"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
-    ("sources", "config"), ("values", "losses"), ("curves", "values"), ("curves", "losses"), ("judges", "metrics"),
+    ("sources", "config"), ("values", "losses"), ("judges", "metrics"),
     ("step", "state"), ("inputs", "run"), ("report", "charts"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
