@@ -75,6 +75,9 @@ class Checkpoints:
             metrics=None if eval_loss is None else {_BEST: eval_loss},
             force=True,
         )
+        if jax.default_backend() == "cpu":
+            # There the writer reads the state's own memory: a step that ran meanwhile would need as much again.
+            self.wait()
 
     def wait(self) -> None:
         """Waits until all started saves are on disk, and raises what went wrong with them."""

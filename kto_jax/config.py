@@ -32,9 +32,7 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """"random" reads only config.json and the tokenizer from `path`, and draws the weights from `seed`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the forward pass computes in. Log-probabilities are accumulated in float32 in any case."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the policy's weights are kept in."""
+    """What the forward pass computes in. The policy's weights are float32, and so are log-probabilities."""
     remat: Literal["none", "dots", "full"] = "full"
     """What a layer keeps for its gradient: everything, matrix products, or only its input."""
 
@@ -92,7 +90,8 @@ class ObjectiveConfig:
     beta: float = 0.1
     """Strength of the pull to the reference: 0.01 to 0.5."""
     desirable_weight: float | Literal["auto"] = 1.0
-    """λ_D. "auto" on either weight raises the one that must rise so that λ_D n_D / (λ_U n_U) lies in [1, 4/3]."""
+    """λ_D. "auto" on either weight raises the one that must rise so that λ_D n_D / (λ_U n_U) lies in [1, 4/3]; the
+    other must be 1 or "auto"."""
     undesirable_weight: float | Literal["auto"] = 1.0
     """λ_U."""
     kl_nonzero_mean: bool = False
@@ -142,7 +141,7 @@ class CheckpointConfig:
     """When the state is saved, and what is kept."""
 
     every: int = 200
-    """Steps between checkpoints; the last step and a SIGTERM save in any case."""
+    """Steps between checkpoints; an evaluation, the last step and a SIGTERM save in any case."""
     keep: int = 2
     """How many of the newest to keep; the one with the lowest held-out loss is kept beside them."""
 
@@ -179,7 +178,6 @@ class Config:
     """Completion tokens that a packed row has room for, as a share of `row_length`."""
     max_bad_steps: int = 10
     """Consecutive steps with a loss or gradient that is not finite before the run ends."""
-    log_every: int = 1
     model: ModelConfig = ModelConfig()
     reference: ReferenceConfig = ReferenceConfig()
     data: DataConfig = DataConfig()
@@ -319,7 +317,6 @@ def _check(config: Config) -> None:
         ("microbatch_rows", config.microbatch_rows, config.microbatch_rows >= 1, "1 or more"),
         ("completion_share", config.completion_share, 0 < config.completion_share <= 1, "above 0, at most 1"),
         ("max_bad_steps", config.max_bad_steps, config.max_bad_steps >= 1, "1 or more"),
-        ("log_every", config.log_every, config.log_every >= 1, "1 or more"),
         ("data.max_length", config.data.max_length, config.data.max_length >= 2, "2 or more tokens"),
         (
             "data.max_prompt_length",
@@ -348,6 +345,20 @@ def _check(config: Config) -> None:
         ("evaluation.every", config.evaluation.every, config.evaluation.every >= 0, "0 (only at the end) or more"),
         ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 1, "1 or more"),
         ("checkpoint.keep", config.checkpoint.keep, config.checkpoint.keep >= 1, "1 or more"),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, config.optimizer.weight_decay >= 0, "0 or more"),
+        ("optimizer.b1", config.optimizer.b1, 0 <= config.optimizer.b1 < 1, "at least 0, below 1"),
+        ("optimizer.b2", config.optimizer.b2, 0 <= config.optimizer.b2 < 1, "at least 0, below 1"),
+        ("optimizer.eps", config.optimizer.eps, config.optimizer.eps > 0, "above 0"),
+        (
+            "optimizer.final_learning_rate",
+            config.optimizer.final_learning_rate,
+            config.optimizer.final_learning_rate >= 0,
+            "0 or more",
+        ),
+        ("evaluation.max_examples", config.evaluation.max_examples, config.evaluation.max_examples >= 0, "0 or more"),
+        ("samples.num_prompts", config.samples.num_prompts, config.samples.num_prompts >= 0, "0 (none) or more"),
+        ("samples.max_new_tokens", config.samples.max_new_tokens, config.samples.max_new_tokens >= 1, "1 or more"),
+        ("samples.top_k", config.samples.top_k, config.samples.top_k >= 0, "0 (all) or more"),
         ("samples.temperature", config.samples.temperature, config.samples.temperature >= 0, "0 (greedy) or more"),
         ("samples.top_p", config.samples.top_p, 0 < config.samples.top_p <= 1, "above 0, at most 1"),
     ]

@@ -21,7 +21,7 @@ import rich.console
 import rich.padding
 import rich.rule
 import rich.text
-from absl import app, flags
+from absl import flags
 
 from kto_jax import checkpoint, rollout, sources
 from kto_jax.config import ConfigError
@@ -244,9 +244,16 @@ def _run(options: flags.FlagValues) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 where the user asked for what cannot be done."""
+    if "--help" in argv:
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        return 0
     try:
-        if len(argv) > 1:
-            raise ConfigError(f"{argv[1]!r} is no flag. All arguments are flags. Put --prompt= before a prompt.")
+        try:
+            rest = flags.FLAGS(list(argv))[1:]
+        except flags.Error as error:
+            raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
+        if rest:
+            raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --prompt= before a prompt.")
         _run(flags.FLAGS)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -256,4 +263,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    sys.exit(main(sys.argv))

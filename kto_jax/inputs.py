@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from kto_jax import judges
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index, build_index
+from kto_jax.data.permutation import permute
 from kto_jax.data.tokenize import TokenizerInfo, prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
-from kto_jax.run import RunFolder, open_run
 from kto_jax.sources import cache_directory, local_path
 
 
@@ -26,11 +25,10 @@ class Inputs:
     """A run's inputs.
 
     Attributes:
-      run: its folder, held by this process.
       model_path: where the policy's first weights are.
       reference_path: where the reference's are.
       architecture: of both.
-      tokenizer: the run's own copy.
+      tokenizer: of the policy.
       index: the feedback.
       plan: what each step reads.
       held_out: what each evaluation reads; None where nothing is held out.
@@ -40,7 +38,6 @@ class Inputs:
       num_undesirable: likewise.
     """
 
-    run: RunFolder
     model_path: Path
     reference_path: Path
     architecture: TransformerConfig
@@ -54,11 +51,15 @@ class Inputs:
     num_undesirable: int
 
 
-def read_inputs(config: Config, workdir: Path) -> Inputs:
-    """Finds the model, tokenizes the feedback, and opens the run's folder last, when all else is known to be good.
+def read_inputs(config: Config, scratch: Path) -> Inputs:
+    """Finds the model and tokenizes the feedback.
+
+    Args:
+      config: the run.
+      scratch: folder for the tokenizer, until the run has a folder of its own.
 
     Raises:
-      ConfigError: the configuration, the data, the model or the folder cannot be used.
+      ConfigError: the configuration, the data or the model cannot be used.
     """
     check_objective(config.objective)
     judges.check_names(config.samples.judges)
@@ -66,27 +67,24 @@ def read_inputs(config: Config, workdir: Path) -> Inputs:
     reference_path = local_path(config.reference.path) if config.reference.path else model_path
     architecture = read_config(model_path)
     _check_model(config, architecture, architecture if reference_path == model_path else read_config(reference_path))
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = prepare_tokenizer(model_path, Path(scratch) / "tokenizer", chat_template=config.data.chat_template)
-        index = build_index(
-            config.data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices"
-        )
-        plan, held_out = make_plans(config, index)
-        labels = np.asarray(index.desirable)[index.rows("train")]
-        num_desirable, num_undesirable = int(labels.sum()), int((~labels).sum())
-        objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
-        run = open_run(workdir, config, index, tokenizer, architecture)
+    tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
+    index = build_index(
+        config.data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices"
+    )
+    _check_judges(config, index)
+    plan, held_out = make_plans(config, index)
+    labels = np.asarray(index.desirable)[index.rows("train")]
+    num_desirable, num_undesirable = int(labels.sum()), int((~labels).sum())
     return Inputs(
-        run=run,
         model_path=model_path,
         reference_path=reference_path,
         architecture=architecture,
-        tokenizer=run.tokenizer,
+        tokenizer=tokenizer,
         index=index,
         plan=plan,
         held_out=held_out,
         num_steps=min(plan.num_steps, config.max_steps) if config.max_steps else plan.num_steps,
-        objective=objective,
+        objective=make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable),
         num_desirable=num_desirable,
         num_undesirable=num_undesirable,
     )
@@ -104,28 +102,50 @@ def make_plans(config: Config, index: Index) -> tuple[Plan, Plan | None]:
         "max_length": config.data.max_length,
     }
     held_out = index.rows("eval")
+    if len(held_out):
+        # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
+        held_out = held_out[permute(np.arange(len(held_out)), len(held_out), (0,))]
     held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
     evaluation = Plan(index, held_out, epochs=1, shuffle=False, **shape) if len(held_out) else None
     return Plan(index, index.rows("train"), epochs=config.epochs, **shape), evaluation
 
 
+def _check_judges(config: Config, index: Index) -> None:
+    """Refuses a judge that has nothing to be fitted on.
+
+    Raises:
+      ConfigError: naming the share to raise.
+    """
+    counts = index.manifest["splits"]["judge"]
+    wanted = config.samples.num_prompts and "feedback" in config.samples.judges
+    if wanted and not (counts["desirable"] and counts["undesirable"]):
+        raise ConfigError(
+            f'config.samples.judges has "feedback", for which config.data.judge_holdout={config.data.judge_holdout} '
+            f"leaves {counts['desirable']} desirable and {counts['undesirable']} undesirable completions. It needs "
+            "both. Raise config.data.judge_holdout, or take the judge out."
+        )
+
+
 def _check_model(config: Config, policy: TransformerConfig, reference: TransformerConfig) -> None:
-    """Refuses lengths beyond the model's context, and a reference of another architecture.
+    """Refuses lengths beyond the models' context, and a reference of another architecture.
 
     Raises:
       ConfigError: naming both sides.
     """
-    if config.data.max_length > policy.max_length:
+    context = min(policy.max_length, reference.max_length)
+    if config.data.max_length > context:
         raise ConfigError(
-            f"config.data.max_length={config.data.max_length} is beyond the model's context of {policy.max_length} "
-            f"tokens. Allowed: up to {policy.max_length}. Set config.data.max_length."
+            f"config.data.max_length={config.data.max_length} is beyond the model's context of {context} "
+            f"tokens. Allowed: up to {context}. Set config.data.max_length."
         )
-    if reference != policy:
-        differing = [
-            f"{field.name} {getattr(reference, field.name)!r} against {getattr(policy, field.name)!r}"
-            for field in dataclasses.fields(policy)
-            if getattr(reference, field.name) != getattr(policy, field.name)
-        ]
+    # These fields say nothing of the weights or of the logits.
+    unrelated = ("bos_id", "eos_ids", "max_length", "initializer_range")
+    differing = [
+        f"{field.name} {getattr(reference, field.name)!r} against {getattr(policy, field.name)!r}"
+        for field in dataclasses.fields(policy)
+        if field.name not in unrelated and getattr(reference, field.name) != getattr(policy, field.name)
+    ]
+    if differing:
         raise ConfigError(
             f"config.reference.path={config.reference.path!r} is of another architecture than the policy: "
             f"{', '.join(differing)}. Both must be equal. Set config.reference.path."

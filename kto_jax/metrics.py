@@ -31,7 +31,8 @@ def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[A
     below = jnp.minimum(jnp.searchsorted(negatives, rewards, side="left"), num_negatives)
     not_above = jnp.minimum(jnp.searchsorted(negatives, rewards, side="right"), num_negatives)
     wins = jnp.sum(jnp.where(where & desirable, (below + not_above) / 2, 0))
-    pairs = jnp.sum(where & desirable) * num_negatives
+    # In floating point: 50,000 of each class make more pairs than an int32 holds.
+    pairs = jnp.sum(where & desirable).astype(rewards.dtype) * num_negatives
     return jnp.where(pairs > 0, wins / jnp.maximum(pairs, 1), jnp.nan)
 
 

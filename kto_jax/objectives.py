@@ -58,11 +58,16 @@ def auto_weights(config: ObjectiveConfig, num_desirable: int, num_undesirable: i
     400 and 200 it is brought down to 4/3 by λ_U = 1.5.
 
     Raises:
-      ConfigError: "auto", and one of the classes is empty.
+      ConfigError: "auto" beside a number other than 1, or one of the classes is empty.
     """
     desirable, undesirable = config.desirable_weight, config.undesirable_weight
     if desirable != "auto" and undesirable != "auto":
         return float(desirable), float(undesirable)
+    if not {desirable, undesirable} <= {"auto", 1.0}:
+        raise ConfigError(
+            f"config.objective.desirable_weight={desirable!r} stands beside undesirable_weight={undesirable!r}. "
+            '"auto" chooses both, one of them 1. Set the other to "auto" or 1, or both to numbers.'
+        )
     if not num_desirable or not num_undesirable:
         raise ConfigError(
             f'"auto" weights need both classes; the training set has {num_desirable} desirable and {num_undesirable} '

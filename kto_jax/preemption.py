@@ -19,8 +19,8 @@ class Preemption:
     def __init__(self) -> None:
         self._signal: int | None = None
         # With several processes JAX's own service receives the SIGTERM and agrees on a step among them.
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
-            signal.signal(number, self._remember)
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        self._former = {number: signal.signal(number, self._remember) for number in numbers}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
@@ -32,6 +32,11 @@ class Preemption:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None
+
+    def stop_listening(self) -> None:
+        """Gives the signals back to whoever had them: from here on they end the process."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     @property
     def exit_code(self) -> int:

@@ -11,32 +11,35 @@ from kto_jax.logs import console, read_metrics
 from kto_jax.models.huggingface import save_hugging_face
 from kto_jax.models.model import Model
 from kto_jax.report import write_report
+from kto_jax.run import RunFolder
 from kto_jax.state import TrainState
 
 
-def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, config: Config) -> None:
+def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config) -> None:
     """Completes the held-out prompts with the policy, and keeps them as samples_NAME.json.
 
     What the run has written already stays, so that a run that is continued compares with its true beginning.
     """
-    path = inputs.run.path / f"samples_{name}.json"
+    path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
     if not prompts or path.exists():
         return
     console.print(f"completing {len(prompts)} held-out prompts")
     written = samples.write_samples(
-        model, state.policy, state.reference, inputs.tokenizer, prompts, config.samples, config.seed
+        model, state.policy, state.reference, run.tokenizer, prompts, config.samples, config.seed
     )
     samples.save_samples(path, written)
 
 
-def write_results(model: Model, state: TrainState, inputs: Inputs, config: Config, command: str) -> None:
+def write_results(
+    model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
+) -> None:
     """Writes policy/ and report.html, and says what the judges found."""
-    folder = inputs.run.path
-    card = model_card(config, inputs)
-    save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=inputs.tokenizer.directory, model_card=card)
-    write_samples("after", model, state, inputs, config)
-    verdicts, rows = _compare(inputs, config)
+    folder = run.path
+    card = model_card(folder.name, config, inputs)
+    save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=run.tokenizer.directory, model_card=card)
+    write_samples("after", model, state, inputs, run, config)
+    verdicts, notes, rows = _compare(inputs, run, config)
     write_report(
         folder / "report.html",
         title=folder.name,
@@ -46,23 +49,26 @@ def write_results(model: Model, state: TrainState, inputs: Inputs, config: Confi
         metrics=read_metrics(folder / "metrics.jsonl"),
         samples=rows,
         verdicts=verdicts,
+        notes=notes,
     )
     for verdict in verdicts:
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
 
 
-def _compare(inputs: Inputs, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Verdicts of the judges, and completions side by side; nothing where no samples were asked for."""
-    paths = [inputs.run.path / f"samples_{name}.json" for name in ("before", "after")]
+def _compare(
+    inputs: Inputs, run: RunFolder, config: Config
+) -> tuple[list[dict[str, Any]], list[str], list[dict[str, str]]]:
+    """Verdicts of the judges, notes on them, and completions side by side; nothing where no samples were asked for."""
+    paths = [run.path / f"samples_{name}.json" for name in ("before", "after")]
     if not all(path.exists() for path in paths):
-        return [], []
+        return [], [], []
     before, after = (samples.load_samples(path) for path in paths)
-    verdicts = samples.judge(inputs.index, inputs.tokenizer, config.samples.judges, before, after)
+    verdicts, notes = samples.judge(inputs.index, run.tokenizer, config.samples.judges, before, after)
     triples = zip(before.prompts, before.completions, after.completions, strict=True)
-    return verdicts, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
+    return verdicts, notes, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
 
 
-def model_card(config: Config, inputs: Inputs) -> str:
+def model_card(name: str, config: Config, inputs: Inputs) -> str:
     """README.md of the policy: what was trained, on what, by which configuration."""
     prompts = inputs.index.manifest["splits"]["train"]["prompts"]
     return f"""---
@@ -70,7 +76,7 @@ library_name: transformers
 tags: [{config.objective.name}, kto_jax]
 ---
 
-# {inputs.run.path.name}
+# {name}
 
 `{config.model.path}`, aligned with {config.objective.name.upper()} by kto_jax: {inputs.num_steps} steps of
 {config.batch_size} examples from `{config.data.train}`: {inputs.num_desirable} desirable and {inputs.num_undesirable}

@@ -24,7 +24,6 @@ from kto_jax.models.config import TransformerConfig
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what.
 _FREE = (
-    "log_every",
     "max_bad_steps",
     "row_length",
     "microbatch_rows",
@@ -35,8 +34,21 @@ _FREE = (
     "mesh",
     "evaluation",
     "checkpoint",
-    "samples",
+    "samples.judges",
 )
+
+# What of a manifest must be equal: its inputs, and the tokens that they became.
+_CONTENT = ("key", "content_sha256")
+# What a start that was killed before config.json was written may have left.
+_BEGINNINGS = {
+    ".lock",
+    "tokenizer",
+    "manifest.json",
+    "manifest.partial",
+    "model.json",
+    "model.partial",
+    "config.partial",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +72,37 @@ def open_run(
     """Creates the folder of a run, or finds it again to continue.
 
     Raises:
-      ConfigError: another process writes to it, or it holds a run with another configuration or other data. Nothing in
-        it has been changed then.
+      ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
+        with another configuration or other data, or no run. Nothing in it has been changed then.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    lock = (path / ".lock").open("a+")
+    try:
+        if not (path / "config.json").exists() and path.exists() and not set(os.listdir(path)) <= _BEGINNINGS:
+            raise ConfigError(
+                f"--workdir={path} holds files, and no run. A run needs a folder that is new, empty or its own. "
+                "Choose another --workdir."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={path} cannot be written to: {error}. A run needs a folder of its own. Choose another one."
+        ) from None
+    try:
+        return _claim(path, lock, config, index, tokenizer, architecture)
+    except ConfigError:
+        lock.close()
+        raise
+
+
+def _claim(
+    path: Path,
+    lock: IO[str],
+    config: Config,
+    index: Index,
+    tokenizer: TokenizerInfo,
+    architecture: TransformerConfig,
+) -> RunFolder:
+    """Takes the folder for this process, and writes what a run begins with."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,16 +111,18 @@ def open_run(
             f"--workdir={path} is in use by process {lock.read().strip() or 'unknown'}. One run may write to a folder. "
             "Wait for it to end, or choose another --workdir."
         ) from None
+    copy = dataclasses.replace(tokenizer, directory=path / "tokenizer")
+    if (path / "config.json").exists():
+        _check_same_run(path, config, index, architecture)
+    else:
+        shutil.rmtree(copy.directory, ignore_errors=True)
+        shutil.copytree(tokenizer.directory, copy.directory)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    _check_same_run(path, config, index, architecture)
-    copy = dataclasses.replace(tokenizer, directory=path / "tokenizer")
-    if not copy.directory.exists():
-        shutil.copytree(tokenizer.directory, copy.directory)
     write_json(path / "manifest.json", index.manifest)
     write_json(path / "model.json", architecture.to_hugging_face())
-    write_json(path / "config.json", to_dict(config))
+    write_json(path / "config.json", to_dict(config))  # last: with it the folder is a run
     return RunFolder(path, copy, lock)
 
 
@@ -99,13 +139,18 @@ def _check_same_run(path: Path, config: Config, index: Index, architecture: Tran
     Raises:
       ConfigError: listing what differs, old and new.
     """
-    if not (path / "config.json").exists():
-        return
-    normal = json.loads(json.dumps(to_dict(config)))
-    pairs = [
-        ("config", json.loads((path / "config.json").read_text()), normal),
-        ("model", json.loads((path / "model.json").read_text()), architecture.to_hugging_face()),
-        ("data", {"key": json.loads((path / "manifest.json").read_text())["key"]}, {"key": index.manifest["key"]}),
+    try:
+        config_before, model_before, manifest_before = (
+            json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
+        ) from None
+    pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
+        ("config", config_before, json.loads(json.dumps(to_dict(config)))),
+        ("model", model_before, architecture.to_hugging_face()),
+        ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
     ]
     changes = [
         f"{kind}.{name}: was {before!r}, is {after!r}"

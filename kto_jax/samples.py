@@ -104,18 +104,27 @@ def _one_per_row(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int)
     return PackedRows(tokens, segment_ids, positions, predictors, targets, target_segments, filled)
 
 
-def judge(index: Index, tokenizer: TokenizerInfo, names: Sequence[str], before: Samples, after: Samples) -> list[dict]:
-    """Verdicts of the judges, and the perplexities, as the report shows them."""
+def judge(
+    index: Index, tokenizer: TokenizerInfo, names: Sequence[str], before: Samples, after: Samples
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Verdicts of the judges and the perplexities, as the report shows them, and how far the judges can be trusted."""
     rows = index.rows("judge")
     texts = [decode(tokenizer, index.completion(row)) for row in rows] if "feedback" in names else []
     labels = np.asarray(index.desirable)[rows[: len(texts)]]
     prompts = np.asarray(index.prompt_hashes)[rows[: len(texts)]]
     verdicts: list[dict[str, Any]] = []
+    notes: list[str] = []
     for name in names:
         fitted = judges.fit_judge(name, texts, labels, prompts)
         verdicts += judges.compare(name, fitted, before.completions, after.completions)
+        if fitted.quality:
+            notes.append(
+                f"The judge {name} was fitted on {fitted.quality['examples']:.0f} labelled completions that did not "
+                f"train; on prompts it has not seen it agrees with {fitted.quality['accuracy']:.0%} of the labels (AUC "
+                f"{fitted.quality['auc']:.2f})."
+            )
     perplexities = {"before": before.perplexity, "after": after.perplexity}
-    return [*verdicts, {"judge": "reference", "figure": "perplexity of the completions", **perplexities}]
+    return [*verdicts, {"judge": "reference", "figure": "perplexity of the completions", **perplexities}], notes
 
 
 def save_samples(path: Path, samples: Samples) -> None:

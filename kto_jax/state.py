@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kto_jax.config import OptimizerConfig
-
-Params = dict[str, Any]
+from kto_jax.models.model import Params
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +65,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         )
     else:
         update = optax.chain(
-            optax.scale_by_rms(decay=0.99, eps=config.eps),
+            optax.scale_by_rms(decay=0.99, eps=config.eps, eps_in_sqrt=False),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         )

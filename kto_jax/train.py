@@ -6,9 +6,11 @@ data or the model cannot be used, 75 preempted (run again), 130 interrupted from
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kto_jax.checkpoint import Checkpoints
-from kto_jax.config import Config, ConfigError, check_overrides, resolve
+from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
 from kto_jax.data.batches import prefetch
 from kto_jax.evaluation import make_evaluation
 from kto_jax.hardware import peak_flops
@@ -30,6 +32,7 @@ from kto_jax.models.huggingface import load_params
 from kto_jax.models.model import Model, Params
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
+from kto_jax.run import RunFolder, open_run
 from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
 from kto_jax.state import TrainState, abstract_state, create_state, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
@@ -40,6 +43,9 @@ FAILED, UNUSABLE = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     argv = sys.argv if arguments is None else ["train", *arguments]
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nFields of a configuration and their defaults:\n\n{default_config()}")
+        return 0
     try:
         config, workdir = read_command(argv)
         return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
@@ -63,38 +69,41 @@ def train(config: Config, workdir: Path, command: str) -> int:
       ConfigError: the configuration, the data or the model cannot be used.
     """
     started = time.monotonic()
-    # ------------------------------------------------------------- what is read; no device is touched yet
-    inputs = read_inputs(config, workdir)
+    # ------------------------------------------------- what is read; no device is touched yet
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = read_inputs(config, Path(scratch))
 
-    # ------------------------------------------------------------- devices
-    mesh, model = make_model(config, inputs)
+        # ------------------------------------------------- devices, and the run's folder
+        mesh, model = make_model(config, inputs)
+        run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)
 
-    # ------------------------------------------------------------- state: from the newest checkpoint, or from weights
-    schedule = make_schedule(config.optimizer, inputs.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    checkpoints = Checkpoints(inputs.run.path, config.checkpoint)
-    state = make_state(config, inputs, model, mesh, optimizer, checkpoints)
+    with run.lock, contextlib.closing(Checkpoints(run.path, config.checkpoint)) as checkpoints:
+        # ------------------------------------------------- state: from the newest checkpoint, or from weights
+        schedule = make_schedule(config.optimizer, inputs.num_steps)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        state = make_state(config, inputs, model, mesh, optimizer, checkpoints)
 
-    # ------------------------------------------------------------- the steps
-    write_samples("before", model, state, inputs, config)
-    take_step = jit_train_step(model, inputs.objective, optimizer, schedule)
-    evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
-    peak, source = peak_flops(jax.devices()[0], config.model.dtype)
-    _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
-    state, exit_code = take_steps(config, inputs, mesh, peak * mesh.size, take_step, evaluate, checkpoints, state)
-
-    # ------------------------------------------------------------- the result
-    if exit_code == 0:
-        write_results(model, state, inputs, config, command)
-        minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        console.print(
-            f"finished in {minutes} min {seconds} s with {source} {peak / 1e9:.0f} GFLOP/s; host memory at most "
-            f"{memory:.1f} GiB; see {workdir}/report.html and {workdir}/policy",
-            highlight=False,
-            soft_wrap=True,
+        # ------------------------------------------------- the steps
+        write_samples("before", model, state, inputs, run, config)
+        take_step = jit_train_step(model, inputs.objective, optimizer, schedule)
+        evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
+        peak, source = peak_flops(jax.devices()[0], config.model.dtype)
+        _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
+        state, exit_code = take_steps(
+            config, inputs, run, mesh, peak * mesh.size, take_step, evaluate, checkpoints, state
         )
-    checkpoints.close()
+
+        # ------------------------------------------------- the result
+        if exit_code == 0:
+            write_results(model, state, inputs, run, config, command)
+            minutes, seconds = divmod(round(time.monotonic() - started), 60)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            console.print(
+                f"finished in {minutes} min {seconds} s with {source} {peak / 1e9:.0f} GFLOP/s; host memory at most "
+                f"{memory:.1f} GiB; see {workdir}/report.html and {workdir}/policy",
+                highlight=False,
+                soft_wrap=True,
+            )
     return exit_code
 
 
@@ -102,9 +111,13 @@ def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
     """The device mesh and the model upon it.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model.
+      ConfigError: the mesh does not fit the devices, the batch or the model; or there are several processes.
     """
     architecture = inputs.architecture
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes were started. One trains, on all devices of its machine. Start one."
+        )
     sizes = mesh_shape(config.mesh, jax.device_count())
     check_rows(config.microbatch_rows, sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
@@ -123,20 +136,22 @@ def make_state(
 ) -> TrainState:
     """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
-    dtypes = config.model.param_dtype, config.reference.param_dtype
+    reference_dtype = config.reference.param_dtype
     if checkpoints.latest_step is not None:
-        policy, reference = (_placed_like(model.abstract_params(dtype), layout) for dtype in dtypes)
+        policy, reference = (
+            _placed_like(model.abstract_params(dtype), layout) for dtype in ("float32", reference_dtype)
+        )
         console.print(f"continuing after step {checkpoints.latest_step}")
         return checkpoints.restore(abstract_state(policy, reference, optimizer, mesh))
     if config.model.init == "random":
         draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
-        policy = draw(jax.random.key(config.seed), dtypes[0])
+        policy = draw(jax.random.key(config.seed), "float32")
     else:
-        policy = load_params(model, inputs.model_path, param_dtype=dtypes[0], shardings=layout)
+        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout)
     if config.reference.path:
-        reference = load_params(model, inputs.reference_path, param_dtype=dtypes[1], shardings=layout)
+        reference = load_params(model, inputs.reference_path, param_dtype=reference_dtype, shardings=layout)
     else:
-        reference = jax.tree.map(lambda leaf: leaf.astype(dtypes[1]), policy)
+        reference = jax.tree.map(lambda leaf: leaf.astype(reference_dtype), policy)
     state = create_state(policy, reference, optimizer, mesh)
     checkpoints.save_reference(state.reference)
     return state
@@ -145,6 +160,7 @@ def make_state(
 def take_steps(
     config: Config,
     inputs: Inputs,
+    run: RunFolder,
     mesh: Mesh,
     peak: float,
     take_step: Callable,
@@ -158,7 +174,7 @@ def take_steps(
     """
     first, num_steps = int(state.step), inputs.num_steps
     preemption = Preemption()
-    log = MetricsLog(inputs.run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
+    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
     batches = prefetch(lambda step: place_batch(mesh, inputs.plan.batch(step)), range(first, num_steps))
     exit_code = 0
     for step, batch in enumerate(batches, start=first + 1):
@@ -175,11 +191,10 @@ def take_steps(
             exit_code = FAILED
             break
         stopping, last = preemption.requested(step), step == num_steps
-        if evaluate and not stopping and (last or _due(step, config.evaluation.every)):
+        if evaluate and (last or _due(step, config.evaluation.every)):
             figures |= evaluate(state)
-        if last or stopping or "eval_loss" in figures or _due(step, config.log_every):
-            log.write(step, figures)
-        if last or stopping or _due(step, config.checkpoint.every):
+        log.write(step, figures)
+        if last or stopping or "eval_loss" in figures or _due(step, config.checkpoint.every):
             checkpoints.save(step, state, figures.get("eval_loss"))
         if stopping and not last:
             console.print(f"stopped by a signal after step {step}; the same command continues")
@@ -187,6 +202,7 @@ def take_steps(
             break
     checkpoints.wait()
     log.close()
+    preemption.stop_listening()
     return state, exit_code
 
 
@@ -203,12 +219,17 @@ def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
     check_overrides(argv[1:])
     try:
         rest = values(list(argv))[1:]
-    except (flags.Error, OSError, SyntaxError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{error}. {allowed}") from None
-    if rest or values.config is None:
+        config = None if values.config is None else values.config.to_dict()
+    except (flags.Error, ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError,
+            TypeError, ValueError) as error:  # fmt: skip
+        # Whatever a config file, which is a program, may raise.
+        raise ConfigError(f"the command cannot be read: {type(error).__name__}: {error}. {allowed}") from None
+    if rest or config is None:
         raise ConfigError(f"{f'{rest[0]!r} is no flag' if rest else '--config is missing'}. {allowed}")
+    if "://" in values.workdir:
+        raise ConfigError(f"--workdir={values.workdir} is no local folder. Allowed: local folders. Set --workdir.")
     file = config_flags.get_config_filename(values["config"])
-    return resolve(values.config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
+    return resolve(config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
 
 
 def _placed_like(abstract: Params, layout: Params) -> Params:
@@ -230,6 +251,12 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
         f"as {dict(mesh.shape)}; {peak}",
         highlight=False,
     )
+    if config.optimizer.warmup_steps >= inputs.num_steps:
+        console.print(
+            f"warning: all {inputs.num_steps} steps are warm-up (config.optimizer.warmup_steps="
+            f"{config.optimizer.warmup_steps}): the learning rate never reaches {config.optimizer.learning_rate}",
+            style="yellow",
+        )
 
 
 def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:

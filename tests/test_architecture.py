@@ -18,8 +18,8 @@ LAYERS = [
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
-    ("sources", "config"), ("values", "losses"), ("judges", "metrics"),
-    ("step", "state"), ("inputs", "run"), ("report", "charts"),
+    ("sources", "config"), ("values", "losses"),
+    ("step", "state"), ("report", "charts"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

@@ -26,6 +26,11 @@ def test_auc_counts_only_what_counts():
     assert metrics.auc(rewards, desirable, where) == pytest.approx(float(sliced), abs=1e-6)
 
 
+def test_auc_of_many_examples_does_not_overflow():
+    rewards = jnp.arange(120_000, dtype=jnp.float32)
+    assert metrics.auc(rewards, rewards >= 60_000, jnp.ones(120_000, bool)) == 1
+
+
 def test_auc_of_one_class_is_not_a_number():
     assert jnp.isnan(metrics.auc(jnp.ones(200), everything, everything))
 

@@ -26,6 +26,11 @@ def test_numbers_are_taken_as_they_are():
     assert auto_weights(config, 10, 1000) == (13.33, 0.5)
 
 
+def test_auto_beside_a_number_is_refused():
+    with pytest.raises(ConfigError, match=r"stands beside undesirable_weight=5.0"):
+        auto_weights(dataclasses.replace(auto, undesirable_weight=5.0), 10, 10)
+
+
 def test_auto_with_one_class_is_refused():
     with pytest.raises(ConfigError, match="0 undesirable"):
         auto_weights(auto, 10, 0)

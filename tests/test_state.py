@@ -49,6 +49,12 @@ def test_rmsprop_by_hand():
     np.testing.assert_allclose(updates["w"], [-1.0 - 0.1 * 0.03, 1.0 - 0.1 * 0.04], rtol=1e-4)
 
 
+def test_rmsprop_steps_alike_for_the_tiny_gradients_of_a_large_model():
+    # eps stands outside of the root, as in torch: 1e-8 beside a gradient of 1e-6 is little.
+    updates, _ = update("rmsprop", [1e-6, -1e-6])
+    np.testing.assert_allclose(updates["w"], [-0.909, 0.909], rtol=1e-3)
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     _, (_, adam) = update("adamw", [30.0, 40.0], clip_norm=10.0)
     np.testing.assert_allclose(adam[0].mu["w"], [0.6, 0.8], rtol=1e-5)

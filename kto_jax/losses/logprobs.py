@@ -67,9 +67,15 @@ def _join(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
+def _product(subscripts: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # Full float32 products where float32 was asked for: GPU and TPU would take a shorter type by default.
+    precision = None if left.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
+
+
 def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("rtd,dv->rtv", hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
+    logits = _product("rtd,dv->rtv", hidden, head.astype(hidden.dtype), dtype)
     logits = logits + bias.astype(dtype)[None, None]
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -110,8 +116,8 @@ def _chunked_logps_backward(softcap, num_chunks, residuals, cotangent) -> tuple[
             logits_grad = logits_grad * (1 - jnp.square(logits / softcap))
         bias_grad = bias_grad + jnp.sum(logits_grad, axis=(0, 1))
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = jnp.einsum("rtv,dv->rtd", logits_grad, head.astype(hidden.dtype), preferred_element_type=dtype)
-        head_grad = head_grad + jnp.einsum("rtd,rtv->dv", hidden_rtd, logits_grad, preferred_element_type=dtype)
+        hidden_grad = _product("rtv,dv->rtd", logits_grad, head.astype(hidden.dtype), dtype)
+        head_grad = head_grad + _product("rtd,rtv->dv", hidden_rtd, logits_grad, dtype)
         return (head_grad, bias_grad), hidden_grad.astype(hidden.dtype)
 
     carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))

@@ -62,17 +62,19 @@ def test_rows_are_chunked_along_their_length():
     np.testing.assert_allclose(rows.reshape(-1), token_logps(hidden, head, targets), rtol=1e-6, atol=1e-6)
 
 
-def largest_intermediate(jaxpr):
-    """Number of elements of the largest array that any equation makes, loops included."""
-    largest = 0
+def equations(jaxpr):
+    """All equations, those of loops and calls included."""
     for equation in jaxpr.eqns:
-        for value in equation.outvars:
-            largest = max(largest, int(np.prod(value.aval.shape)))
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                largest = max(largest, largest_intermediate(inner))
-    return largest
+                yield from equations(inner)
+
+
+def largest_intermediate(jaxpr):
+    """Number of elements of the largest array that any equation makes, loops included."""
+    return max(int(np.prod(value.aval.shape)) for equation in equations(jaxpr) for value in equation.outvars)
 
 
 def test_no_pass_makes_an_array_of_tokens_by_vocabulary():
@@ -86,6 +88,17 @@ def test_no_pass_makes_an_array_of_tokens_by_vocabulary():
     assert largest_intermediate(jaxpr) == chunk * vocabulary
     dense_jaxpr = jax.make_jaxpr(lambda h, w: jnp.sum(dense(h, w, targets)))(hidden, head).jaxpr
     assert largest_intermediate(dense_jaxpr) == tokens * vocabulary
+
+
+@pytest.mark.parametrize("dtype, highest", [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_float32_products_are_asked_for_in_full(dtype, highest):
+    hidden, head, targets = random_head()
+    function = jax.value_and_grad(lambda h, w: jnp.sum(token_logps(h, w, targets)), (0, 1))
+    jaxpr = jax.make_jaxpr(function)(hidden.astype(dtype), head.astype(dtype)).jaxpr
+    precisions = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert len(precisions) == 4  # forward, and logits again, hidden and head for the gradient
+    for precision in precisions:
+        assert (precision is not None and set(precision) == {jax.lax.Precision.HIGHEST}) == highest
 
 
 def test_bfloat16_states_give_float32_log_probabilities():
