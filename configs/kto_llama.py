@@ -2,8 +2,8 @@
 
     python -m kto_jax.train --config=configs/kto_llama.py --config.data.train=feedback.jsonl --workdir=runs/llama
 
-Hardware: policy and AdamW take 12 bytes a parameter in float32, the reference 2 in bfloat16: 112 GB and activations,
-spread over all chips by fsdp. feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}.
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 145
+GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}.
 """
 
 from kto_jax.config import default_config

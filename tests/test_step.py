@@ -150,10 +150,10 @@ def plain_step():
     return one_step()
 
 
-def one_step(num_prompts=None, **changes):
+def one_step(num_prompts=None, dtype="float32", **changes):
     """One step on one device: (state before, state after, figures)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(CONFIG, constrain=constrainer(mesh))
+    model = Model.create(CONFIG, dtype=dtype, constrain=constrainer(mesh))
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
@@ -183,6 +183,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
     assert after.step == 1
     assert after.num_bad_steps == figures["num_bad_steps"] == 1
     jax.tree.map(np.testing.assert_array_equal, (before.policy, before.opt_state), (after.policy, after.opt_state))
+
+
+def test_bfloat16_compute_trains_float32_weights_close_to_the_float32_step():
+    _, after, figures, _, _ = one_step(dtype="bfloat16")
+    assert after.policy["embed"]["table"].dtype == np.float32
+    expected = plain_step()[2]
+    assert figures["loss"] == pytest.approx(float(expected["loss"]), abs=0.02)
+    assert figures["grad_norm"] == pytest.approx(float(expected["grad_norm"]), rel=0.05)
+    assert figures["loss"] != expected["loss"]
 
 
 def test_a_batch_of_one_prompt_has_no_reference_point_and_says_so():
