@@ -42,6 +42,7 @@ def test_a_comma_separated_string_fills_a_tuple():
 @pytest.mark.parametrize("section, field, value, message", [
     ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: above 0"),
     ("objective", "beta", "x", r"config.objective.beta='x' is of type str. Allowed: float"),
+    ("objective", "beta", True, r"config.objective.beta=True is of type bool"),
     ("objective", "desirable_weight", "much", r"'much'.*Allowed: float or \"auto\""),
     ("model", "dtype", "float16", r"Allowed: \"float32\" or \"bfloat16\""),
     ("optimizer", "name", "adam", r"Allowed: \"adamw\" or \"rmsprop\""),
