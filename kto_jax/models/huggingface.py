@@ -117,7 +117,7 @@ def save_hugging_face(
     dtype: str = "float32",
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
-    """Writes a directory that transformers and vLLM load.
+    """Writes a directory that transformers loads, and whatever else reads its format.
 
     Every process of a run must call this; the first one writes. Arrays are gathered one tensor at a time, and the
     host holds one file's worth of them. All is written beside `directory` and renamed when complete.
