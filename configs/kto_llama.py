@@ -3,7 +3,8 @@
     python -m kto_jax.train --config=configs/kto_llama.py --config.data.train=feedback.jsonl --workdir=runs/llama
 
 Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 145
-GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}.
+GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of
+{"prompt": ..., "completion": ..., "label": true or false}.
 """
 
 from kto_jax.config import default_config

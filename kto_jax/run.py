@@ -75,12 +75,8 @@ def open_run(
       ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
         with another configuration or other data, or no run. Nothing in it has been changed then.
     """
+    check_folder(path, config, index, architecture)
     try:
-        if not (path / "config.json").exists() and path.exists() and not set(os.listdir(path)) <= _BEGINNINGS:
-            raise ConfigError(
-                f"--workdir={path} holds files, and no run. A run needs a folder that is new, empty or its own. "
-                "Choose another --workdir."
-            )
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
     except OSError as error:
@@ -111,10 +107,9 @@ def _claim(
             f"--workdir={path} is in use by process {lock.read().strip() or 'unknown'}. One run may write to a folder. "
             "Wait for it to end, or choose another --workdir."
         ) from None
+    check_folder(path, config, index, architecture)  # again: now nobody else can write to it
     copy = dataclasses.replace(tokenizer, directory=path / "tokenizer")
-    if (path / "config.json").exists():
-        _check_same_run(path, config, index, architecture)
-    else:
+    if not (path / "config.json").exists():
         shutil.rmtree(copy.directory, ignore_errors=True)
         shutil.copytree(tokenizer.directory, copy.directory)
     lock.truncate(0)
@@ -133,12 +128,19 @@ def write_json(path: Path, values: Any) -> None:
     partial.replace(path)
 
 
-def _check_same_run(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:
-    """Refuses to continue a run with something else.
+def check_folder(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:
+    """Refuses a folder that holds anything but the beginning or the continuation of this run; writes nothing.
 
     Raises:
-      ConfigError: listing what differs, old and new.
+      ConfigError: it holds other files, or a run that differs; lists what differs, old and new.
     """
+    if not (path / "config.json").exists():
+        if path.is_dir() and not set(os.listdir(path)) <= _BEGINNINGS:
+            raise ConfigError(
+                f"--workdir={path} holds files, and no run. A run needs a folder that is new, empty or its own. "
+                "Choose another --workdir."
+            )
+        return
     try:
         config_before, model_before, manifest_before = (
             json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")

@@ -32,7 +32,7 @@ from kto_jax.models.huggingface import load_params
 from kto_jax.models.model import Model, Params
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
-from kto_jax.run import RunFolder, open_run
+from kto_jax.run import RunFolder, check_folder, open_run
 from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
 from kto_jax.state import TrainState, abstract_state, create_state, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
@@ -72,6 +72,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
     # ------------------------------------------------- what is read; no device is touched yet
     with tempfile.TemporaryDirectory() as scratch:
         inputs = read_inputs(config, Path(scratch))
+        check_folder(workdir, config, inputs.index, inputs.architecture)
 
         # ------------------------------------------------- devices, and the run's folder
         mesh, model = make_model(config, inputs)

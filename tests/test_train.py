@@ -182,7 +182,7 @@ def test_labels_that_are_not_mapped_refuse_the_run_with_file_and_line(capsys, tm
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -195,6 +195,15 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_written_over(a
     before = contents(unbroken)
     assert message in refused(capsys, *TINY, f"--workdir={unbroken}", argument)
     assert contents(unbroken) == before
+
+
+def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, monkeypatch):
+    def touched(*arguments):
+        raise AssertionError("a device was touched")
+
+    monkeypatch.setattr("kto_jax.train.jax.device_count", touched)
+    monkeypatch.setattr("kto_jax.train.jax.process_count", touched)
+    assert "was 0, is 1" in refused(capsys, *TINY, f"--workdir={unbroken}", "--config.seed=1")
 
 
 def test_feedback_that_changed_under_a_run_is_refused(unbroken, capsys, tmp_path):
