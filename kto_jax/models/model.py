@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
 from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, Transformer, matmul_precision
 
 Params = dict[str, Any]
@@ -32,19 +33,25 @@ class Model:
         embed.table [V, D]            layers.attention_norm.scale, layers.mlp_norm.scale [layers, D]
         final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
         head.weight [D, V] if untied  layers.mlp.gate, up, down .weight [layers, in, out]
+        scorer, see scorers.py        (a reward model has no head: its output head is never used)
+
+    Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
+    frozen reference has no scorer.
 
     Attributes:
       config: the architecture.
       dtype: what the forward pass computes in.
       remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full".
       constrain: called on activations with their logical axes; identity unless a mesh is in play.
-      graphdef: the structure of the NNX module.
+      scorer: which head reads a number off a hidden state: "none", "reward" or "value".
+      graphdef: the structure of the NNX module, output head and scorer apart.
     """
 
     config: TransformerConfig
     dtype: str
     remat: str
     constrain: Constrain
+    scorer: str
     graphdef: Any = dataclasses.field(compare=False, repr=False)
 
     @classmethod
@@ -55,6 +62,7 @@ class Model:
         dtype: str = "float32",
         remat: Literal["none", "dots", "full"] = "full",
         constrain: Constrain | None = None,
+        scorer: Literal["none", "reward", "value"] = "none",
     ) -> Model:
         """Builds a model.
 
@@ -64,18 +72,21 @@ class Model:
           remat: what a layer keeps for its gradient.
           constrain: `constrain(array, logical_axes) -> array`. Axes are "rows", "length", "embed", "heads",
             "kv_heads", "head_dim", "layers".
+          scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
 
         Raises:
-          ConfigError: unknown dtype or remat policy.
+          ConfigError: unknown dtype, remat policy or scorer.
         """
-        for name, value, allowed in (("dtype", dtype, DTYPES), ("remat", remat, tuple(REMAT_POLICIES))):
+        options = (("dtype", dtype, DTYPES), ("remat", remat, tuple(REMAT_POLICIES)), ("scorer", scorer, SCORERS))
+        for name, value, allowed in options:
             if value not in allowed:
                 raise ConfigError(
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        abstract = nnx.eval_shape(lambda: _transformer(config, dtype, remat, constrain, jax.random.key(0)))
-        return cls(config, dtype, remat, constrain, nnx.split(abstract)[0])
+        model = cls(config, dtype, remat, constrain, scorer, None)
+        abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
+        return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
     def hidden_states(
         self,
@@ -107,6 +118,18 @@ class Model:
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return jnp.dot(hidden, self.head(params), precision=matmul_precision(self.dtype), preferred_element_type=wide)
 
+    def scores(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        """The reward or the value of each hidden state, in float32 or wider.
+
+        The gradient flows into the hidden states; a value head is trained on `jax.lax.stop_gradient(hidden)`.
+
+        Args:
+          params: parameters with a scorer of this model's kind.
+          hidden: hidden states after the final norm. A reward is that of a sequence at its last token, the EOS.
+        """
+        assert self.scorer != "none", "this model was created without a scorer"
+        return scores(self.scorer, params["scorer"], hidden)
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of keys and values, [layers, batch, length, K, H] each, in the compute dtype."""
         config = self.config
@@ -133,9 +156,11 @@ class Model:
         return self._merge(params).decode(cache, tokens_BL, positions_BL)
 
     def init_params(self, key: Key[Array, ""], param_dtype: str) -> Params:
-        """Random parameters: normal with the config's standard deviation, norms at one."""
-        transformer = _transformer(self.config, self.dtype, self.remat, self.constrain, key)
-        params = nnx.to_pure_dict(nnx.state(transformer))
+        """Random parameters: normal with the config's standard deviation, norms at one; those of a scorer see there."""
+        params = nnx.to_pure_dict(nnx.state(self._transformer(key, has_head=self._has_head)))
+        if self.scorer != "none":
+            # From a key of its own, so that a scorer does not change the trunk's values.
+            params["scorer"] = init_scorer(self.scorer, self.config, jax.random.fold_in(key, 1))
         return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
     def abstract_params(self, param_dtype: str) -> Params:
@@ -147,15 +172,23 @@ class Model:
 
         "heads" and "kv_heads" name axes of heads times head_dim; a mesh axis must divide the number of heads.
         """
-        build = lambda: _transformer(self.config, self.dtype, self.remat, self.constrain, jax.random.key(0))  # noqa: E731
+        build = lambda: self._transformer(jax.random.key(0), has_head=self._has_head)  # noqa: E731
         variables = nnx.state(nnx.eval_shape(build))
         is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
         axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), variables, is_leaf=is_variable)
-        return nnx.to_pure_dict(axes)
+        scorer = {} if self.scorer == "none" else {"scorer": scorer_axes(self.scorer)}
+        return nnx.to_pure_dict(axes) | scorer
+
+    @property
+    def _has_head(self) -> bool:
+        return not self.config.tied_head and self.scorer != "reward"
 
     def _merge(self, params: Params) -> Transformer:
-        return nnx.merge(self.graphdef, nnx.State(params))
+        trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
+        return nnx.merge(self.graphdef, nnx.State(trunk))
 
-
-def _transformer(config: TransformerConfig, dtype: str, remat: str, constrain: Constrain, key: Array) -> Transformer:
-    return Transformer(config, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain, rngs=nnx.Rngs(params=key))
+    def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
+        return Transformer(
+            self.config, dtype=jnp.dtype(self.dtype), remat=self.remat, constrain=self.constrain, has_head=has_head,
+            rngs=nnx.Rngs(params=key),
+        )  # fmt: skip

@@ -133,12 +133,14 @@ class Embedding(nnx.Module):
 class Transformer(nnx.Module):
     """The whole decoder; outside of models/ it is seen through `Model`."""
 
-    def __init__(self, config: TransformerConfig, *, dtype, remat: str, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TransformerConfig, *, dtype, remat: str, constrain: Constrain, has_head: bool, rngs: nnx.Rngs
+    ):
         self.config, self.dtype, self.remat, self.constrain = config, dtype, remat, constrain
         self.embed = Embedding(config, rngs=rngs)
         self.layers = Block(config, dtype=dtype, constrain=constrain, rngs=rngs)
         self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps)
-        if not config.tied_head:
+        if has_head:
             shape = (config.embed_dim, config.vocab_size)
             self.head = Linear(shape, ("embed", "vocab"), scale=config.initializer_range, dtype=dtype, rngs=rngs)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from kto_jax.config import ConfigError
 from kto_jax.models.huggingface import load_params, read_config
 from kto_jax.models.model import Model
+from kto_jax.models.scorers import init_scorer
+from kto_jax.sharding import PARAMETER_RULES
 from kto_jax.sources import local_path
 
 from .conftest import draw_tokens, hidden_states, whole_rows
@@ -158,3 +162,85 @@ def test_random_parameters_have_the_configured_spread_and_dtype(model, config):
     gate = np.asarray(params["layers"]["mlp"]["gate"]["weight"], np.float32)
     assert abs(gate.std() / config.initializer_range - 1) < 0.05
     assert not np.array_equal(gate[0], gate[1])
+
+
+@pytest.mark.parametrize("scorer", ["reward", "value"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_scorer_is_one_more_branch_of_the_tree_and_leaves_the_trunk_as_it_was(config, scorer, tied):
+    config = dataclasses.replace(config, tied_head=tied)
+    plain, model = Model.create(config), Model.create(config, scorer=scorer)
+    trunk, params = (m.init_params(jax.random.key(3), "bfloat16") for m in (plain, model))
+    added = params.pop("scorer")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(added)} == {"bfloat16"}
+    # A reward model has no use for an output head.
+    assert ("head" in params) is (scorer == "value" and not tied)
+    jax.tree.map(np.testing.assert_array_equal, params, {name: trunk[name] for name in params})
+
+    def check(leaf, axes):
+        assert set(axes) <= set(PARAMETER_RULES)
+        assert len(axes) == leaf.ndim and all(size % 2 == 0 for size in leaf.shape)
+
+    jax.tree.map(check, model.abstract_params("float32"), model.logical_axes())
+    assert jax.tree.structure(model.abstract_params("float32")) == jax.tree.structure(params | {"scorer": added})
+
+
+def test_functions_of_the_trunk_take_a_tree_with_a_scorer_and_one_without(config, model, params):
+    tokens = draw_tokens(1, 2, 6)
+    scored = Model.create(config, scorer="value")
+    with_scorer = params | {"scorer": scored.init_params(jax.random.key(0), "float32")["scorer"]}
+    headless = {name: leaf for name, leaf in params.items() if name != "head"}
+    expected = hidden_states(model, params, tokens, *whole_rows(tokens))
+    for other, tree in ((scored, params), (scored, with_scorer), (model, with_scorer), (model, headless)):
+        np.testing.assert_array_equal(hidden_states(other, tree, tokens, *whole_rows(tokens)), expected)
+        hidden, _ = jax.jit(other.decode)(tree, other.init_cache(2, 8), tokens, whole_rows(tokens)[1])
+        close(hidden, expected)
+    close(scored.logits(with_scorer, expected), model.logits(params, expected))
+
+
+def test_a_reward_is_linear_in_the_hidden_state_and_has_the_configured_spread(config):
+    wide = dataclasses.replace(config, embed_dim=4096, mlp_dim=8, num_layers=1)
+    weight = jax.eval_shape(lambda: Model.create(wide, scorer="reward").init_params(jax.random.key(0), "float32"))
+    assert weight["scorer"]["weight"].shape == (4096,)
+    drawn = np.asarray(init_scorer("reward", wide, jax.random.key(0))["weight"])
+    assert abs(drawn.std() / config.initializer_range - 1) < 0.05
+    model = Model.create(config, scorer="reward")
+    hidden = jax.random.normal(jax.random.key(1), (3, 5, config.embed_dim))
+    weight = jax.random.normal(jax.random.key(2), (config.embed_dim,))
+    expected = np.einsum("rld,d->rl", np.asarray(hidden, np.float64), np.asarray(weight, np.float64))
+    close(model.scores({"scorer": {"weight": weight}}, hidden), expected)
+
+
+def test_a_value_is_that_of_three_layers_and_starts_at_zero_with_a_gradient(config):
+    model = Model.create(config, scorer="value")
+    params = model.init_params(jax.random.key(0), "float32")
+    hidden = jax.random.normal(jax.random.key(1), (2, 5, config.embed_dim))
+    np.testing.assert_array_equal(model.scores(params, hidden), np.zeros((2, 5)))
+    slope = jax.grad(lambda tree: model.scores(tree, hidden).sum())(params)["scorer"]["last"]
+    assert np.abs(slope["weight"]).max() > 0.1 and slope["bias"] == 10
+    random = np.random.default_rng(0)
+    tree = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape), params["scorer"])
+    x = np.asarray(hidden, np.float64)
+    for name in ("first", "second"):
+        x = np.maximum(np.einsum("rld,de->rle", x, tree[name]["weight"]) + tree[name]["bias"][None, None], 0)
+    expected = x @ tree["last"]["weight"] + tree["last"]["bias"]
+    close(model.scores({"scorer": jax.tree.map(jnp.float32, tree)}, hidden), expected)
+
+
+@pytest.mark.parametrize("scorer", ["reward", "value"])
+def test_scores_of_bfloat16_are_computed_in_float32_and_those_of_float64_in_float64(config, scorer):
+    model = Model.create(config, dtype="bfloat16", scorer=scorer)
+    draw = lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # noqa: E731
+    params = {"scorer": jax.tree.map(draw, model.abstract_params("float32")["scorer"])}
+    hidden = jax.random.normal(jax.random.key(1), (7, config.embed_dim)).astype(jnp.bfloat16)
+    found = model.scores(params, hidden)
+    assert found.dtype == jnp.float32
+    close(found, model.scores(params, hidden.astype(jnp.float32)))
+    with jax.enable_x64(True):
+        assert model.scores(params, hidden.astype(jnp.float64)).dtype == jnp.float64
+
+
+def test_a_scorer_is_part_of_what_a_model_is_and_an_unknown_one_is_refused(config):
+    kinds = [Model.create(config, scorer=scorer) for scorer in ("none", "reward", "value")]
+    assert len({*kinds, Model.create(config)}) == 3
+    with pytest.raises(ConfigError, match="scorer='critic' is unknown; it may be none, reward, value"):
+        Model.create(config, scorer="critic")

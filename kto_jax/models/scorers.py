@@ -1,0 +1,71 @@
+"""Small heads that give a hidden state one number: the reward of a completion, or the value of a prefix.
+
+    reward  weight [D]                                    r = h · w                          (no bias)
+    value   first.weight [D, D]   first.bias [D]          v = last(relu(second(relu(first(h)))))
+            second.weight [D, D]  second.bias [D]
+            last.weight [D]       last.bias []
+
+The value head is that of Ethayarajh et al. 2024 (arXiv:2402.01306), appendix B: three layers, detached from the trunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from kto_jax.models.config import TransformerConfig
+
+SCORERS = ("none", "reward", "value")
+_AXES: dict[str, dict[str, Any]] = {
+    "reward": {"weight": ("embed",)},
+    "value": {
+        "first": {"weight": ("embed", "mlp"), "bias": ("mlp",)},
+        "second": {"weight": ("mlp", "embed"), "bias": ("embed",)},
+        "last": {"weight": ("embed",), "bias": ()},
+    },
+}
+
+
+def init_scorer(scorer: str, config: TransformerConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random parameters of a scorer, float32.
+
+    Args:
+      scorer: "reward" or "value".
+      config: the architecture whose hidden states are to be read.
+      key: decides the values. Those of a reward are normal with the config's standard deviation. Values start at 0:
+        only the first two of their layers are random, with the standard deviation that keeps the size of the stream.
+    """
+    width = config.embed_dim
+    if scorer == "reward":
+        return {"weight": config.initializer_range * jax.random.normal(key, (width,))}
+    scale = (2.0 / width) ** 0.5
+    layers: dict[str, Any] = {
+        name: {"weight": scale * jax.random.normal(layer_key, (width, width)), "bias": jnp.zeros(width)}
+        for name, layer_key in zip(("first", "second"), jax.random.split(key), strict=True)
+    }
+    return layers | {"last": {"weight": jnp.zeros(width), "bias": jnp.zeros(())}}
+
+
+def scorer_axes(scorer: str) -> dict[str, Any]:
+    """Logical axes of a scorer's parameters, as `init_scorer` nests them."""
+    return _AXES[scorer]
+
+
+def scores(scorer: str, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """One number for each hidden state, in float32 or wider, whatever the hidden states and parameters are kept in."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
+    x = hidden.astype(wide)
+    if scorer == "reward":
+        return _product(x, params["weight"])
+    for name in ("first", "second"):
+        bias = jnp.expand_dims(params[name]["bias"], tuple(range(x.ndim - 1)))
+        x = jax.nn.relu(_product(x, params[name]["weight"]) + bias)
+    return _product(x, params["last"]["weight"]) + params["last"]["bias"]
+
+
+def _product(x: Array, weight: Array) -> Array:
+    return jnp.dot(x, weight, precision=jax.lax.Precision.HIGHEST)
