@@ -59,6 +59,10 @@ class DataConfig:
     """Share of the prompts, chosen by their hash, kept out of training for evaluation when `eval` is empty."""
     judge_holdout: float = 0.0
     """Share of the prompts, chosen by their hash, kept out of training to fit the feedback judge."""
+    format: Literal["thumbs", "pairs", "scores", "demonstrations"] = "thumbs"
+    """What a row holds beside its prompt: a completion and a label, a chosen and a rejected completion, a completion
+    and a number, or a completion alone, which is desirable. Objectives of pairs also read thumbs and scores, matched
+    within each prompt; objectives of thumbs also read pairs, one completion at a time."""
     prompt_field: str = "prompt"
     prompt_template: str = ""
     """Builds the prompt from the row's fields, for example "Review the film {title}."; replaces `prompt_field`."""
@@ -66,6 +70,17 @@ class DataConfig:
     label_field: str = "label"
     label_map: Mapping[str, bool | None] = dataclasses.field(default_factory=dict)
     """What each label that is not a boolean means: True desirable, False undesirable, None: leave the row out."""
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    score_field: str = "score"
+    score_rule: Literal["threshold", "mean", "median", "prompt_mean", "prompt_median", "bernoulli"] = "threshold"
+    """When a score is desirable: at least `score_threshold`; above the mean or median of all rows or of the rows of the
+    same prompt, where rows equal to it are left out; or by chance, with probability logistic(score)."""
+    score_threshold: float = 0.0
+    one_per_prompt: bool = False
+    """Keep one completion of each prompt, chosen by chance: no prompt is then seen with both labels."""
+    seed: int = 0
+    """Decides what is left to chance when rows are converted: Bernoulli labels, `one_per_prompt`, matched pairs."""
     weight_field: str = "weight"
     """Optional field with the example's weight."""
     chat_template: str = "auto"

@@ -66,13 +66,16 @@ class FeedbackBatch:
     """One global batch of thumbs, packed into microbatches of one fixed shape.
 
     `matched` holds prompt + its own completion; `unmatched` holds prompt + the completion of the next example
-    of the global batch whose prompt differs, which estimates the KL reference point.
+    of the global batch whose prompt differs, which estimates the KL reference point. For objectives of pairs, the
+    slots 2k and 2k + 1 of a row hold the chosen and the rejected completion of one prompt, in both.
 
     Attributes:
       matched: the examples.
       desirable: thumbs-up or thumbs-down of the example in each slot of `matched`.
       weights: weight of the example in each slot of `matched`; 0 in empty slots.
-      unmatched: prompt i with the unrelated completion; examples without a partner are absent.
+      scores: rating of the example in each slot of `matched`; 0 in empty slots, and where the data has no ratings.
+      unmatched: prompt i with the unrelated completion; examples without a partner are absent. M is 0 here for
+        objectives that do not read it.
       num_matched: how many leading microbatches of `matched` hold anything; the rest is padding.
       num_unmatched: the same for `unmatched`.
     """
@@ -80,6 +83,7 @@ class FeedbackBatch:
     matched: PackedRows
     desirable: Bool[Array, "M R S"]
     weights: Float[Array, "M R S"]
+    scores: Float[Array, "M R S"]
     unmatched: PackedRows
     num_matched: Int[Array, ""]
     num_unmatched: Int[Array, ""]

@@ -23,6 +23,7 @@ from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.shapes import FeedbackBatch, PackedRows
 
 _MAX_SLOTS = 64
+_NO_SUFFIX = np.zeros(0, np.int32)
 
 T = TypeVar("T")
 
@@ -32,8 +33,9 @@ class StepPlan:
     """What a step reads.
 
     Attributes:
-      rows: row ids of the global batch, in its order [batch].
-      partners: for each, the row whose completion is unrelated to its prompt, or -1 where the batch has none [batch].
+      rows: row ids of the global batch, in its order; of pairs chosen, rejected, chosen, rejected, … [sequences].
+      partners: for each, the row whose completion is unrelated to its prompt, or -1 where the batch has none, or none
+        are wanted [sequences].
       epoch: from 0.
     """
 
@@ -47,8 +49,8 @@ class Plan:
 
     Args:
       index: the rows.
-      rows: row ids to visit once an epoch.
-      batch_size: examples a step, over all hosts; the last step of an epoch may have fewer.
+      rows: row ids to visit once an epoch; with `paired`, those of the chosen completions.
+      batch_size: examples a step (with `paired`, pairs), over all hosts; the last step of an epoch may have fewer.
       seed: chooses the order of each epoch.
       epochs: how often the rows are visited.
       row_length: tokens of a packed row (L).
@@ -56,9 +58,14 @@ class Plan:
       completion_length: completion tokens that a packed row has room for (C).
       max_length: most tokens of prompt and completion together.
       shuffle: False visits the rows in the order given.
+      paired: each row comes with its rejected completion, in slots 2k and 2k + 1 of the same packed row.
+      unmatched: whether prompts with unrelated completions are packed too.
+      suffixes: ids that end every prompt, (before undesirable, before desirable completions). They count as prompt and
+        are never cut.
 
     Raises:
-      ConfigError: there are no rows, or a sequence may not fit a packed row.
+      ConfigError: there are no rows, a row is not the chosen one of a pair, or a sequence or pair may not fit a packed
+        row.
     """
 
     def __init__(
@@ -74,28 +81,34 @@ class Plan:
         completion_length: int,
         max_length: int,
         shuffle: bool = True,
+        paired: bool = False,
+        unmatched: bool = True,
+        suffixes: tuple[np.ndarray, np.ndarray] | None = None,
     ):
+        assert suffixes is None or not (paired or unmatched)
         self._index = index
         self._rows = np.asarray(rows, np.int64)
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._microbatch_rows, self._max_length = microbatch_rows, max_length
+        self._unit, self._unmatched, self._suffixes = 2 if paired else 1, unmatched, suffixes
         self._max_prompt_length = int(index.manifest["data"]["max_prompt_length"])
         self._bos_id = index.manifest["tokenizer"]["bos_id"]
         self._completion_lengths = index.completion_lengths
-        if not len(self._rows):
-            raise ConfigError(
-                "no rows to visit: the split is empty. At least one row is needed. Raise its share of the data."
-            )
-        prompt, completion = self._fit(self._rows, self._rows)
+        self._check_rows()
+        sequences = self._sequences(self._rows)
+        lengths = self._fit(sequences, sequences)
+        # Of each row, or of each pair together.
+        prompt, completion = (length.reshape(-1, self._unit).sum(axis=1) for length in lengths)
         self._check_fit(int(completion.max()), row_length, completion_length)
-        self._shape = RowShape(row_length, completion_length, _num_slots(prompt + completion, row_length, batch_size))
+        slots = _num_slots(lengths[0] + lengths[1], row_length, batch_size * self._unit)
+        self._shape = RowShape(row_length, completion_length, max(slots, self._unit))
         self._base = self._base_microbatches(prompt, completion)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
         self.num_steps = self.steps_per_epoch * epochs
 
     @property
     def num_slots(self) -> int:
-        """Examples that a packed row has room for (S)."""
+        """Examples that a packed row has room for (S); even where they are pairs."""
         return self._shape.slots
 
     def step(self, step: int) -> StepPlan:
@@ -113,8 +126,13 @@ class Plan:
         if self._shuffle:
             positions = permute(positions, size, (self._seed, epoch))
         rows = self._rows[positions]
-        partners = pair(self._index.prompt_hashes[rows])
-        return StepPlan(rows, np.where(partners < 0, -1, rows[partners]), epoch)
+        partners = np.full(len(rows), -1, np.int64)
+        if self._unmatched:
+            partners = pair(self._index.prompt_hashes[rows])
+        sequences = self._sequences(rows)
+        # Member m of a pair takes the completion of member m of the partner pair.
+        partner_rows = np.where(partners[:, None] < 0, -1, sequences.reshape(-1, self._unit)[partners])
+        return StepPlan(sequences, partner_rows.reshape(-1), epoch)
 
     def batch(self, step: int, rows: slice = slice(None)) -> FeedbackBatch:
         """The packed batch of a step.
@@ -124,7 +142,8 @@ class Plan:
           rows: this host's contiguous part of the R rows of every microbatch; the default is all.
 
         Returns:
-          NumPy arrays. M is a power of two and the same for all but unusually long steps.
+          NumPy arrays. M is a power of two and the same for all but unusually long steps; that of `unmatched` is 0
+          where the plan leaves it out.
         """
         plan = self.step(step)
         has_partner = plan.partners >= 0
@@ -132,37 +151,58 @@ class Plan:
         unmatched = self._pack(plan.rows[has_partner], plan.partners[has_partner])
         num_matched, num_unmatched = (math.ceil(p.num_rows / self._microbatch_rows) for p in (matched, unmatched))
         num_microbatches = max(_power_of_two(max(num_matched, num_unmatched)), self._base)
-        fill_rows = functools.partial(self._fill, num_microbatches=num_microbatches, rows=rows)
-        matched_rows = fill_rows(matched, plan.rows, plan.rows)
-        desirable, weights = self._labels(matched, plan.rows, num_microbatches, rows)
+        fill_rows = functools.partial(self._fill, rows=rows)
+        matched_rows = fill_rows(matched, plan.rows, plan.rows, num_microbatches)
+        by_slot = functools.partial(self._by_slot, matched, plan.rows, num_microbatches, rows)
         return FeedbackBatch(
             matched=matched_rows,
-            desirable=desirable,
-            weights=weights,
-            unmatched=fill_rows(unmatched, plan.rows[has_partner], plan.partners[has_partner]),
+            desirable=by_slot(self._index.desirable),
+            weights=by_slot(self._index.weights),
+            scores=by_slot(self._index.scores),
+            unmatched=fill_rows(
+                unmatched,
+                plan.rows[has_partner],
+                plan.partners[has_partner],
+                num_microbatches if self._unmatched else 0,
+            ),
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
         )
 
+    def _sequences(self, rows: np.ndarray) -> np.ndarray:
+        """The rows themselves, or the chosen and the rejected row of each pair, one after the other."""
+        return rows if self._unit == 1 else np.stack([rows, self._index.rejected[rows]], axis=1).reshape(-1)
+
     def _fit(self, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return fit_lengths(
+        """Tokens kept of each prompt, its suffix included, and of each completion."""
+        suffix = self._suffix_lengths(completions)
+        num_prompt, num_completion = fit_lengths(
             self._index.prompt_lengths[prompts],
             self._completion_lengths[completions],
-            max_length=self._max_length,
-            max_prompt_length=self._max_prompt_length,
+            max_length=self._max_length - suffix,
+            max_prompt_length=self._max_prompt_length - suffix,
         )
+        return num_prompt + suffix, num_completion
+
+    def _suffix_lengths(self, completions: np.ndarray) -> np.ndarray:
+        if self._suffixes is None:
+            return np.zeros(len(completions), np.int64)
+        return np.where(self._index.desirable[completions], len(self._suffixes[1]), len(self._suffixes[0]))
 
     def _pack(self, prompts: np.ndarray, completions: np.ndarray) -> Packing:
-        return pack(*self._fit(prompts, completions), self._shape)
+        return pack(*self._fit(prompts, completions), self._shape, unit=self._unit)
 
     def _fill(
-        self, packing: Packing, prompts: np.ndarray, completions: np.ndarray, *, num_microbatches: int, rows: slice
+        self, packing: Packing, prompts: np.ndarray, completions: np.ndarray, num_microbatches: int, *, rows: slice
     ) -> PackedRows:
         num_prompt, num_completion = self._fit(prompts, completions)
 
         def sequence(i: int) -> tuple[np.ndarray, np.ndarray]:
-            prompt = cut_prompt(self._index.prompt(prompts[i]), int(num_prompt[i]), self._bos_id)
-            return prompt, self._index.completion(completions[i])[: num_completion[i]]
+            row = completions[i]
+            completion = self._index.completion(row)[: num_completion[i]]
+            suffix = _NO_SUFFIX if self._suffixes is None else self._suffixes[int(self._index.desirable[row])]
+            prompt = cut_prompt(self._index.prompt(prompts[i]), int(num_prompt[i]) - len(suffix), self._bos_id)
+            return np.concatenate([prompt, suffix]), completion
 
         return fill(
             packing,
@@ -173,28 +213,55 @@ class Plan:
             shape=self._shape,
         )
 
-    def _labels(
-        self, packing: Packing, row_ids: np.ndarray, num_microbatches: int, rows: slice
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Label and weight of the example in each slot."""
-        shape = (num_microbatches * self._microbatch_rows, self._shape.slots)
-        desirable, weights = np.zeros(shape, bool), np.zeros(shape, np.float32)
-        desirable[packing.rows, packing.slots] = self._index.desirable[row_ids]
-        weights[packing.rows, packing.slots] = self._index.weights[row_ids]
-        per_microbatch = (num_microbatches, self._microbatch_rows, self._shape.slots)
-        return desirable.reshape(per_microbatch)[:, rows], weights.reshape(per_microbatch)[:, rows]
+    def _by_slot(
+        self, packing: Packing, row_ids: np.ndarray, num_microbatches: int, rows: slice, column: np.ndarray
+    ) -> np.ndarray:
+        """A column's value for the example in each slot, 0 in empty slots [M, rows, S]."""
+        values = np.zeros((num_microbatches * self._microbatch_rows, self._shape.slots), column.dtype)
+        values[packing.rows, packing.slots] = column[row_ids]
+        return values.reshape(num_microbatches, self._microbatch_rows, self._shape.slots)[:, rows]
+
+    def _check_rows(self) -> None:
+        if not len(self._rows):
+            raise ConfigError(
+                "no rows to visit: the split is empty. At least one row is needed. Raise its share of the data."
+            )
+        alone = int(np.sum(self._index.rejected[self._rows] < 0)) if self._unit == 2 else 0
+        if alone:
+            raise ConfigError(
+                f"{alone} of {len(self._rows)} rows have no rejected completion. A plan of pairs takes the rows of "
+                "chosen completions. Pass index.pairs(split)."
+            )
 
     def _check_fit(self, longest_completion: int, row_length: int, completion_length: int) -> None:
-        if self._max_length > row_length:
+        needed = self._unit * self._max_length
+        if needed > row_length and self._unit == 2:
+            raise ConfigError(
+                f"a pair of data.max_length={self._max_length} does not fit a row of row_length={row_length} tokens. "
+                f"A row must hold both completions of a pair, each with its prompt: {needed} tokens. "
+                "Set config.row_length to twice data.max_length."
+            )
+        if needed > row_length:
             raise ConfigError(
                 f"data.max_length={self._max_length} does not fit a row of row_length={row_length} tokens. "
                 "A row must hold at least one example. Set config.row_length to data.max_length or more."
             )
         if longest_completion > completion_length:
+            longest = "completion has" if self._unit == 1 else "pair's completions have"
             raise ConfigError(
-                f"the longest completion has {longest_completion} tokens, and a row has room for {completion_length} "
+                f"the longest {longest} {longest_completion} tokens, and a row has room for {completion_length} "
                 "completion tokens (completion_share of row_length). A row must hold the longest completion. "
                 "Raise config.completion_share, or lower config.data.max_length."
+            )
+        self._check_suffixes()
+
+    def _check_suffixes(self) -> None:
+        longest = self._completion_lengths[self._rows] + self._suffix_lengths(self._rows)
+        if self._suffixes is not None and longest.max() > self._max_length - 1:
+            raise ConfigError(
+                f"the longest completion and the control tokens before it have {longest.max()} tokens, which leaves no "
+                f"prompt within data.max_length={self._max_length}. At least one token of the prompt is kept. "
+                "Raise config.data.max_length, or shorten the control tokens."
             )
 
     def _base_microbatches(self, num_prompt: np.ndarray, num_completion: np.ndarray) -> int:
@@ -207,9 +274,9 @@ class Plan:
         needs = (
             _upper(total, batch) / self._shape.length,
             _upper(num_completion, batch) / self._shape.completion_length,
-            batch / self._shape.slots,
+            batch * self._unit / self._shape.slots,
         )
-        # First fit leaves a tail in every row: about half of a typical sequence.
+        # First fit leaves a tail in every row: about half of a typical sequence, or pair.
         slack = 1.0 + 0.5 * float(total.mean()) / self._shape.length
         return _power_of_two(math.ceil(max(needs) * slack / self._microbatch_rows))
 

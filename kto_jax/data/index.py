@@ -5,6 +5,8 @@
     prompt_lengths.npy      int32, tokens of each row's prompt; the rest of the row is its completion
     desirable.npy           bool
     weights.npy             float32
+    scores.npy              float32, 0 where the rows have none
+    rejected.npy            int64, for the chosen row of a pair the row of its rejected completion, else -1
     prompt_hashes.npy       uint64, of the whole prompt
     splits.npy              uint8, position in SPLITS
     places.npy              int64 [rows, 2], which source of the manifest, and line
@@ -37,10 +39,13 @@ from kto_jax.data.manifest import SPLITS, check, statistics
 from kto_jax.data.records import Feedback, Skipped, records_of
 from kto_jax.data.tokenize import EncodedRows, Limits, TokenizerInfo, Workers, encode_feedback
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256
 """Rows that travel to a worker at once."""
-_COLUMNS = ("offsets", "prompt_lengths", "desirable", "weights", "prompt_hashes", "splits", "places")
+_COLUMNS = (
+    *("offsets", "prompt_lengths", "desirable", "weights", "scores", "rejected"),
+    *("prompt_hashes", "splits", "places"),
+)
 _MAX_REASONS = 200
 _MAX_PLACES = 50
 
@@ -57,6 +62,8 @@ class Index:
       prompt_lengths: tokens of each row's prompt.
       desirable: thumbs-up.
       weights: how much each row counts.
+      scores: rating of each row; 0 where the rows have none.
+      rejected: for the chosen row of a pair, the row of its rejected completion; -1 elsewhere.
       prompt_hashes: equal where the prompts are equal.
       splits: position in `SPLITS`.
       places: source number and line of each row.
@@ -69,13 +76,20 @@ class Index:
     prompt_lengths: np.ndarray
     desirable: np.ndarray
     weights: np.ndarray
+    scores: np.ndarray
+    rejected: np.ndarray
     prompt_hashes: np.ndarray
     splits: np.ndarray
     places: np.ndarray
 
     def rows(self, split: str) -> np.ndarray:
-        """Row ids of "train", "eval" or "judge", in source order, int64."""
+        """Row ids of "train", "eval", "judge" or "unused", in source order, int64."""
         return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def pairs(self, split: str) -> np.ndarray:
+        """Row ids of the chosen completions of a split's pairs, in source order, int64."""
+        rows = self.rows(split)
+        return rows[self.rejected[rows] >= 0]
 
     def prompt(self, row: int) -> np.ndarray:
         """Ids of a row's prompt, closed by the generation prompt."""
@@ -319,6 +333,8 @@ class _Builder:
         }
         if manifest["accepted"]:
             columns["splits"] = self._splits(columns)
+            columns["scores"] = np.zeros(manifest["accepted"], np.float32)
+            columns["rejected"] = np.full(manifest["accepted"], -1, np.int64)
             columns["offsets"] = np.concatenate(
                 [[0], np.cumsum(columns["prompt_lengths"] + columns["completion_lengths"], dtype=np.int64)]
             )

@@ -9,7 +9,7 @@ import numpy as np
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.truncation import fit_lengths
 
-SPLITS = ("train", "eval", "judge")
+SPLITS = ("train", "eval", "judge", "unused")
 
 
 def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, Any]:

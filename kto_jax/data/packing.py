@@ -38,32 +38,48 @@ class Packing:
     num_rows: int
 
 
-def pack(num_prompt: np.ndarray, num_completion: np.ndarray, shape: RowShape) -> Packing:
+def pack(num_prompt: np.ndarray, num_completion: np.ndarray, shape: RowShape, *, unit: int = 1) -> Packing:
     """First fit, longest first, under the three capacities of a row. A pure function of the lengths.
+
+        unit 1    a b c d  ->  rows 0 1 0 0      each sequence goes where it fits
+        unit 2    a b c d  ->  rows 0 0 1 1      a and b are in one row, in slots 2k and 2k + 1, and so are c and d
 
     Args:
       num_prompt: tokens of each sequence's prompt [sequences].
-      num_completion: tokens of each sequence's completion [sequences]; each fits a row by itself.
+      num_completion: tokens of each sequence's completion [sequences].
       shape: what a row has room for.
+      unit: how many consecutive sequences must lie side by side in one row; each unit fits a row by itself.
 
     Returns:
       The place of every sequence, in the order given.
     """
-    count = len(num_prompt)
-    total = np.asarray(num_prompt, np.int64) + num_completion
-    used = np.zeros((count, 3), np.int64)
-    capacity = np.array([shape.length, shape.completion_length, shape.slots])
-    places = np.zeros((count, 4), np.int64)
+    sizes = np.stack([np.asarray(num_prompt, np.int64) + num_completion, num_completion, np.ones_like(num_completion)])
+    sizes = sizes.T.astype(np.int64).reshape(-1, unit, 3)
+    rows, starts, num_rows = _first_fit(
+        sizes.sum(axis=1), np.array([shape.length, shape.completion_length, shape.slots])
+    )
+    # Inside its unit, a sequence starts where those before it end.
+    tokens, completions, slots = (starts[:, None] + np.cumsum(sizes, axis=1) - sizes).reshape(-1, 3).T
+    return Packing(np.repeat(rows, unit), slots, tokens, completions, num_rows)
+
+
+def _first_fit(needs: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Row of each unit, what its row already held of each resource, and how many rows are in use.
+
+    Args:
+      needs: of each resource; the first decides the order [units, resources].
+      capacity: what a row has of each [resources].
+    """
+    count = len(needs)
+    used, starts, rows = np.zeros_like(needs), np.zeros_like(needs), np.zeros(count, np.int64)
     num_rows = 0
-    for i in np.argsort(-total, kind="stable"):
-        need = np.array([total[i], num_completion[i], 1])
-        fits = np.flatnonzero((used[:num_rows] + need <= capacity).all(axis=1))
-        row = fits[0] if len(fits) else num_rows
+    for i in np.argsort(-needs[:, 0], kind="stable"):
+        fits = np.flatnonzero((used[:num_rows] + needs[i] <= capacity).all(axis=1))
+        rows[i] = row = int(fits[0]) if len(fits) else num_rows
         num_rows = max(num_rows, row + 1)
-        tokens, completions, slots = used[row]
-        places[i] = row, slots, tokens, completions
-        used[row] += need
-    return Packing(places[:, 0], places[:, 1], places[:, 2], places[:, 3], int(num_rows))
+        starts[i] = used[row]
+        used[row] += needs[i]
+    return rows, starts, num_rows
 
 
 def fill(

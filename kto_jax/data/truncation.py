@@ -8,7 +8,7 @@ Lengths = int | np.ndarray
 
 
 def fit_lengths(
-    num_prompt: Lengths, num_completion: Lengths, *, max_length: int, max_prompt_length: int
+    num_prompt: Lengths, num_completion: Lengths, *, max_length: Lengths, max_prompt_length: Lengths
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many tokens of a prompt and of a completion are kept; elementwise on arrays.
 
@@ -29,7 +29,7 @@ def fit_lengths(
     """
     kept_completion = np.minimum(num_completion, max_length - 1)
     room = max_length - kept_completion
-    kept_prompt = np.where(num_prompt <= room, num_prompt, np.minimum(room, max(max_prompt_length, 1)))
+    kept_prompt = np.where(num_prompt <= room, num_prompt, np.minimum(room, np.maximum(max_prompt_length, 1)))
     return kept_prompt, kept_completion
 
 

@@ -14,6 +14,7 @@ from kto_jax.data.batches import Plan, pair, prefetch
 from kto_jax.data.index import Index
 from kto_jax.data.packing import RowShape, pack
 from kto_jax.data.permutation import permute
+from tests import synthetic
 
 EOS, BOS = 2, 1
 
@@ -36,10 +37,25 @@ def fake_index(lengths, prompts=None, *, max_prompt_length=512, seed=0):
         prompt_lengths=num_prompt.astype(np.int32),
         desirable=rng.random(count) < 0.5,
         weights=(1 + rng.random(count)).astype(np.float32),
+        scores=rng.normal(size=count).astype(np.float32),
+        rejected=np.full(count, -1, np.int64),
         prompt_hashes=hashes.astype(np.uint64),
         splits=np.zeros(count, np.uint8),
         places=np.zeros((count, 2), np.int64),
     )
+
+
+def paired_index(num_pairs, *, num_prompts=None, lengths=(2, 15, 25), seed=0):
+    """Rows 2k and 2k + 1 are the chosen and the rejected completion of one prompt."""
+    rng = np.random.default_rng(seed)
+    least, most_prompt, most_completion = lengths
+    prompts = np.repeat(rng.integers(least, most_prompt, num_pairs), 2)
+    completions = rng.integers(least, most_completion, 2 * num_pairs)
+    hashes = np.repeat(rng.integers(0, num_prompts, num_pairs) if num_prompts else np.arange(num_pairs), 2)
+    index = fake_index(np.stack([prompts, completions], axis=1).tolist(), hashes, seed=seed)
+    index.rejected[::2] = np.arange(1, 2 * num_pairs, 2)
+    index.desirable[:] = np.arange(2 * num_pairs) % 2 == 0
+    return index
 
 
 def random_index(count, *, num_prompts=None, seed=0):
@@ -292,3 +308,174 @@ def test_a_real_index_is_planned_and_packed(make_index, tokenizer):
     completions = [c for s in range(plan.num_steps) for _, c, _ in unpack(plan.batch(s).matched)]
     assert sorted(completions) == sorted(index.completion(i).tolist() for i in range(20))
     assert all(c[-1] == tokenizer.eos_id and c.count(tokenizer.eos_id) == 1 for c in completions)
+
+
+def make_paired_plan(index, **changes):
+    settings = {"row_length": 128, "completion_length": 96, "paired": True, "rows": index.pairs("train")}
+    return make_plan(index, **settings | changes)
+
+
+def pairs_of(packed):
+    """The (prompt ids, completion ids) of slots 2k and 2k + 1 of every row, None for an empty slot."""
+    found = []
+    for at in np.ndindex(packed.tokens.shape[:-1]):
+        for slot in range(0, packed.filled.shape[-1], 2):
+            pair = []
+            for member in (slot + 1, slot + 2):
+                ids = packed.tokens[at][packed.segment_ids[at] == member].tolist()
+                completion = packed.targets[at][packed.target_segments[at] == member].tolist()
+                pair.append((ids[: len(ids) - len(completion)], completion) if ids else None)
+            if pair != [None, None]:
+                found.append(tuple(pair))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("microbatch_rows", [1, 3])
+@settings(max_examples=25, deadline=None)
+@given(num_pairs=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 99))
+def test_the_completions_of_a_pair_lie_in_one_row_in_neighbouring_slots(microbatch_rows, num_pairs, batch_size, seed):
+    index = paired_index(num_pairs, num_prompts=5, lengths=(2, 20, 28), seed=seed)
+    shape = {"batch_size": batch_size, "microbatch_rows": microbatch_rows, "row_length": 96, "completion_length": 60}
+    plan = make_paired_plan(index, seed=seed, **shape)
+    assert plan.num_slots % 2 == 0
+    for s in range(plan.steps_per_epoch):
+        step, batch = plan.step(s), plan.batch(s)
+        text = [(index.prompt(i).tolist(), index.completion(i).tolist()) for i in step.rows]
+        assert pairs_of(batch.matched) == sorted(zip(text[::2], text[1::2], strict=True))
+        expected = sorted((*t, (index.desirable[i],)) for t, i in zip(text, step.rows, strict=True))
+        assert unpack(batch.matched, (batch.desirable,)) == expected
+        unrelated = [
+            (index.prompt(i).tolist(), index.completion(j).tolist())
+            for i, j in zip(step.rows, step.partners, strict=True)
+            if j >= 0
+        ]
+        assert pairs_of(batch.unmatched) == sorted(zip(unrelated[::2], unrelated[1::2], strict=True))
+
+
+def test_a_step_of_pairs_lists_chosen_then_rejected_and_an_epoch_visits_every_pair_once():
+    index = paired_index(53)
+    plan = make_paired_plan(index, epochs=3)
+    assert (plan.steps_per_epoch, plan.num_steps) == (7, 21)
+    steps = [plan.step(s) for s in range(7)]
+    assert [len(step.rows) for step in steps] == [16] * 6 + [10]
+    rows = np.concatenate([step.rows for step in steps]).reshape(-1, 2)
+    assert sorted(rows[:, 0]) == list(range(0, 106, 2)) and (rows[:, 1] == rows[:, 0] + 1).all()
+
+
+def test_partners_of_pairs_never_share_the_prompt_and_keep_their_place_in_the_pair():
+    index = paired_index(64, num_prompts=5)
+    plan = make_paired_plan(index, batch_size=16)
+    for s in range(plan.num_steps):
+        step = plan.step(s)
+        assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.rows]).all()
+        assert (index.desirable[step.partners] == index.desirable[step.rows]).all()
+        chosen, rejected = step.partners.reshape(-1, 2).T
+        assert (rejected == chosen + 1).all()
+    alone = make_paired_plan(paired_index(5, num_prompts=1), batch_size=2)
+    assert alone.step(0).partners.tolist() == [-1] * 4 and not alone.batch(0).unmatched.filled.any()
+
+
+def test_every_slot_has_the_score_of_its_example_and_empty_slots_have_none():
+    index = random_index(33)
+    batch = make_plan(index, batch_size=33).batch(0)
+    expected = sorted((index.prompt(i).tolist(), index.completion(i).tolist(), (index.scores[i],)) for i in range(33))
+    assert unpack(batch.matched, (batch.scores,)) == expected
+    assert batch.scores.dtype == np.float32 and not batch.scores[~batch.matched.filled].any()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_without_unmatched_no_partners_are_sought_and_nothing_of_them_is_packed(paired):
+    index = paired_index(20)
+    plan = (make_paired_plan if paired else make_plan)(index, unmatched=False)
+    batch, whole = plan.batch(0, slice(1, 3)), plan.batch(0)
+    assert (plan.step(0).partners == -1).all() and batch.num_unmatched == 0 and batch.num_matched > 0
+    for name, array in vars(batch.unmatched).items():
+        assert array.shape == (0, 2, getattr(whole.matched, name).shape[-1])
+    with_partners = (make_paired_plan if paired else make_plan)(index).batch(0)
+    same = jax.tree.map(np.array_equal, whole.matched, with_partners.matched)
+    assert all(jax.tree.leaves(same)) and with_partners.num_unmatched > 0
+
+
+SUFFIXES = (np.array([501, 502, 503]), np.array([504]))
+
+
+def test_a_suffix_ends_the_prompt_by_the_label_of_its_completion():
+    index = random_index(33)
+    plan = make_plan(index, batch_size=33, unmatched=False, suffixes=SUFFIXES)
+    expected = sorted(
+        (index.prompt(i).tolist() + SUFFIXES[int(index.desirable[i])].tolist(), index.completion(i).tolist(), None)
+        for i in range(33)
+    )
+    batch = plan.batch(0)
+    assert unpack(batch.matched) == expected and batch.matched.tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "max_prompt_length", "kept"),
+    [
+        ((10, 4), 12, 11, 5),  # 12 - 4 - 3 of the suffix
+        ((10, 4), 12, 6, 3),  # 6 - 3 of the suffix
+        ((10, 4), 12, 2, 1),  # the suffix is longer than max_prompt_length, and stays
+        ((10, 8), 12, 6, 1),
+        ((5, 4), 12, 2, 5),  # all fits together
+    ],
+)
+def test_a_suffix_is_never_cut_but_the_prompt_before_it_is_from_the_left(lengths, max_length, max_prompt_length, kept):
+    index = fake_index([lengths], max_prompt_length=max_prompt_length)
+    index.desirable[0] = False
+    limits = {"row_length": 16, "completion_length": 16, "max_length": max_length}
+    plan = make_plan(index, batch_size=2, unmatched=False, suffixes=SUFFIXES, **limits)
+    ((prompt, completion, _),) = unpack(plan.batch(0).matched)
+    original = index.prompt(0).tolist()
+    expected = [BOS, *original[len(original) - kept + 1 :]] if kept > 1 else original[-1:]
+    assert prompt == [*expected, 501, 502, 503] and completion == index.completion(0).tolist()
+
+
+def test_a_suffix_that_leaves_no_token_of_the_prompt_is_refused():
+    index = fake_index([(10, 8)])
+    limits = {"row_length": 16, "completion_length": 16, "unmatched": False, "suffixes": SUFFIXES}
+    index.desirable[0] = False
+    make_plan(index, max_length=12, **limits)
+    with pytest.raises(
+        ConfigError, match=r"have 11 tokens, which leaves no prompt within data.max_length=11\. .*Raise"
+    ):
+        make_plan(index, max_length=11, **limits)
+    index.desirable[0] = True
+    make_plan(index, max_length=11, **limits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"row_length": 95},
+            r"pair of data.max_length=48 does not fit .*row_length=95 .*96 tokens\. Set config.row_len",
+        ),
+        ({"completion_length": 7}, "the longest pair's completions have 8 tokens, and a row has room for 7"),
+        ({"rows": np.arange(10)}, r"5 of 10 rows have no rejected completion\. .*Pass index.pairs"),
+        ({"rows": np.zeros(0, np.int64)}, "the split is empty"),
+    ],
+)
+def test_a_plan_that_cannot_hold_its_pairs_is_refused(changes, message):
+    index = fake_index([(3, 4)] * 10)
+    index.rejected[::2] = np.arange(1, 10, 2)
+    make_paired_plan(index, row_length=96, completion_length=8)
+    with pytest.raises(ConfigError, match=message):
+        make_paired_plan(index, **changes)
+
+
+def test_nearly_all_steps_of_pairs_have_one_shape():
+    plan = make_paired_plan(paired_index(1500), batch_size=32, epochs=1)
+    shapes = [plan.batch(s).matched.tokens.shape for s in range(plan.num_steps)]
+    assert len(set(shapes)) <= 2 and shapes.count(max(set(shapes), key=shapes.count)) >= 0.95 * len(shapes)
+
+
+def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
+    index = synthetic.make_index(12, paired=True)
+    assert index.pairs("train").tolist() == [0, 2, 4, 6, 8, 10]
+    for row in index.pairs("train"):
+        other = index.rejected[row]
+        assert index.prompt(row).tolist() == index.prompt(other).tolist() and other == row + 1
+        assert index.prompt_hashes[row] == index.prompt_hashes[other] and index.weights[row] == index.weights[other]
+        assert index.desirable[row] and not index.desirable[other] and min(index.completion_lengths) > 0
+    assert len(np.unique(index.prompt_hashes)) == 6
