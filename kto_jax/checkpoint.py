@@ -149,10 +149,10 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
     """The policy of a run's newest checkpoint, on one device, for sampling.
 
     Returns:
-      The model, its parameters and the folder of its tokenizer.
+      The model, its parameters (with a value scorer where it is trained with one) and the folder of its tokenizer.
 
     Raises:
-      ConfigError: the folder holds no run, or no whole checkpoint.
+      ConfigError: the folder holds no run, no whole checkpoint, or a reward model, which has no output head.
     """
     workdir = Path(workdir).absolute()
     try:
@@ -166,6 +166,11 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
             raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")
         step = checkpointer.latest.step
         metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
+        if "weight" in metadata["policy"].get("scorer", {}):
+            raise ConfigError(
+                f"{workdir} trains a reward model, which gives a completion a number and writes none. The run of a "
+                "language model is needed here. Choose one, or score completions with python -m kto_jax.score."
+            )
         place = SingleDeviceSharding(jax.devices()[0])
 
         def abstract(leaf: Any) -> jax.ShapeDtypeStruct:

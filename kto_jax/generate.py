@@ -61,13 +61,18 @@ def open_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
       The model, its parameters, and where its tokenizer is.
 
     Raises:
-      ConfigError: nothing that can be loaded is there.
+      ConfigError: nothing that can be loaded is there, or a reward model is.
     """
     source = sources.local_path(path)
     if (source / "policy" / "config.json").is_file():
         source = source / "policy"
     elif (source / "checkpoints").is_dir():
         return checkpoint.load_policy(source, dtype=dtype)
+    if huggingface.is_reward_model(source):
+        raise ConfigError(
+            f"{source} is a reward model, which gives a completion a number and writes none. A language model is needed"
+            " here. Choose another --model, or score completions with python -m kto_jax.score."
+        )
     model = Model.create(huggingface.read_config(source), dtype=dtype, remat="none")
     return model, huggingface.load_params(model, source, param_dtype=dtype), source
 

@@ -1,6 +1,7 @@
 """The command that completes prompts, end to end in processes of its own, on a tiny random model."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -9,14 +10,17 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kto_jax import generate
-from kto_jax.config import ConfigError
+from kto_jax.checkpoint import Checkpoints
+from kto_jax.config import CheckpointConfig, ConfigError
 from kto_jax.data import tokenize
 from kto_jax.models import huggingface
 from kto_jax.models.model import Model
+from kto_jax.run import write_json
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny_model"
@@ -140,3 +144,42 @@ def test_a_runs_newest_checkpoint_is_taken_until_its_policy_is_exported(tmp_path
     monkeypatch.setattr(generate.checkpoint, "load_policy", load_policy)
     assert generate.open_model(str(tmp_path), dtype="bfloat16") == ("model", "params", tmp_path / "tokenizer")
     assert asked == [(tmp_path, "bfloat16")]
+
+
+def save_checkpoint(workdir, policy):
+    """A run's folder that holds a checkpoint of `policy` alone, and no export yet."""
+    write_json(workdir / "model.json", huggingface.read_config(TINY).to_hugging_face())
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    state = types.SimpleNamespace(
+        step=jnp.int32(1), policy=policy, opt_state={"mean": jnp.zeros(2)}, num_bad_steps=jnp.int32(0),
+        objective_state={}, reference={},
+    )  # fmt: skip
+    checkpoints.save(1, state, None)
+    checkpoints.close()
+
+
+def test_a_reward_model_is_refused_before_its_weights_are_read(tmp_path):
+    model = Model.create(huggingface.read_config(TINY), scorer="reward")
+    params = model.init_params(jax.random.key(0), "float32")
+    save_checkpoint(tmp_path, params)
+    refusal = r"a reward model, which .* language model is needed here\. Choose .* python -m kto_jax\.score"
+    with pytest.raises(ConfigError, match=refusal):
+        generate.open_model(str(tmp_path), dtype="float32")
+    huggingface.save_hugging_face(tmp_path / "policy", model, params, tokenizer_dir=None, model_card="")
+    (tmp_path / "policy" / "model.safetensors").unlink()
+    for path in (tmp_path, tmp_path / "policy"):
+        with pytest.raises(ConfigError, match=refusal):
+            generate.open_model(str(path), dtype="float32")
+
+
+def test_a_policy_with_a_value_scorer_writes_as_it_would_without(exported, tmp_path):
+    _, model, params, tokenizer = exported
+    scored = Model.create(model.config, scorer="value").init_params(jax.random.key(0), "float32")["scorer"]
+    save_checkpoint(tmp_path, params | {"scorer": scored})
+    opened, loaded, _ = generate.open_model(str(tmp_path), dtype="float32")
+    assert "scorer" in loaded
+    write = functools.partial(
+        generate.complete, tokenizer=tokenizer, prompts=["Say it."], num_samples=1, seed=0, max_new_tokens=6,
+        temperature=1.0, top_p=1.0, top_k=0, batch_size=1,
+    )  # fmt: skip
+    assert write(opened, loaded) == write(model, params)
