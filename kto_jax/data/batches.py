@@ -182,7 +182,9 @@ class Plan:
             max_length=self._max_length - suffix,
             max_prompt_length=self._max_prompt_length - suffix,
         )
-        return num_prompt + suffix, num_completion
+        # Both completions of a pair are judged behind the same prompt, though the longer one may leave it less room.
+        shared = np.repeat(num_prompt.reshape(-1, self._unit).min(axis=1), self._unit)
+        return shared + suffix, num_completion
 
     def _suffix_lengths(self, completions: np.ndarray) -> np.ndarray:
         if self._suffixes is None:

@@ -1,4 +1,6 @@
-"""The index: every accepted row, tokenized once into memory-mapped files, and a manifest that explains them.
+"""The index: every accepted completion, tokenized once into memory-mapped files, and a manifest that explains them.
+
+A row of the index is one completion with its prompt; a pair is two rows, chosen and rejected.
 
     tokens.bin              int32, prompt and completion of every row, one after the other
     offsets.npy             int64 [rows + 1], where each row begins in tokens.bin
@@ -12,21 +14,19 @@
     places.npy              int64 [rows, 2], which source of the manifest, and line
     manifest.json           counts, rejections with their places, lengths, digests
 
-Rows lie in source order. The folder's name is a digest of everything that decides its content, so a matching index is
-reopened at once.
+Rows lie in source order. A row whose score gives no label, or of whose prompt `one_per_prompt` keeps another, is in the
+split "unused". The folder's name is a digest of everything that decides its content, so a matching index is reopened
+at once.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,10 @@ import numpy as np
 
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
-from kto_jax.data.files import Rejection, SourceFile
-from kto_jax.data.manifest import SPLITS, check, statistics
-from kto_jax.data.records import Feedback, Skipped, records_of
-from kto_jax.data.tokenize import EncodedRows, Limits, TokenizerInfo, Workers, encode_feedback
-
-_FORMAT = 2
-_CHUNK = 256
-"""Rows that travel to a worker at once."""
-_COLUMNS = (
-    *("offsets", "prompt_lengths", "desirable", "weights", "scores", "rejected"),
-    *("prompt_hashes", "splits", "places"),
-)
-_MAX_REASONS = 200
-_MAX_PLACES = 50
+from kto_jax.data.builder import COLUMNS, FORMAT, Builder, settings
+from kto_jax.data.files import SourceFile
+from kto_jax.data.manifest import SPLITS, check
+from kto_jax.data.tokenize import TokenizerInfo, Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +114,8 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
       The opened index.
 
     Raises:
-      ConfigError: a source is missing or lacks a field, too many rows are rejected, no row is usable, only one label
-        is left to train on, or a row of `data.eval` is also in `data.train`.
+      ConfigError: a source is missing or lacks a field, too many rows are rejected, no row is usable, or a row
+        of `data.eval` is also in `data.train`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -137,7 +127,7 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
     final = directory / key[:16]
     if not (final / "manifest.json").exists():
         with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as temporary:
-            builder = _Builder(Path(temporary), data, tokenizer, vocab_size)
+            builder = Builder(Path(temporary), data, tokenizer, vocab_size)
             builder.add_sources(sources)
             manifest = builder.finish(key, digests)
             check(manifest, data)
@@ -163,16 +153,16 @@ def open_index(directory: Path) -> Index:
     directory = Path(directory)
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        columns = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _COLUMNS}
+        columns = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
         tokens = np.memmap(directory / "tokens.bin", np.int32, mode="r")
-        whole = manifest["format"] == _FORMAT and len(tokens) == columns["offsets"][-1]
+        whole = manifest["format"] == FORMAT and len(tokens) == columns["offsets"][-1]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{directory} holds no readable index: {error}. Delete the folder to build it again."
         ) from error
     if not whole:
         raise ConfigError(
-            f"{directory} holds an index that is cut or of another version. Version {_FORMAT} is read. "
+            f"{directory} holds an index that is cut or of another version. Version {FORMAT} is read. "
             "Delete the folder to build it again."
         )
     return Index(directory, manifest, tokens, **columns)
@@ -205,18 +195,12 @@ def _hub_file(source: str, directory: Path) -> SourceFile:
 
 
 def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[tuple[str, str]]) -> str:
-    settings = _settings(data)
+    fields = settings(data)
     # Where the bytes lie, how many workers read them and how many may be broken do not change the content.
     for name in ("train", "eval", "max_rejected", "num_workers", "chat_template"):
-        del settings[name]
-    key = [_FORMAT, settings, tokenizer.sha256, vocab_size, sources]
+        del fields[name]
+    key = [FORMAT, fields, tokenizer.sha256, vocab_size, sources]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def _settings(data: DataConfig) -> dict[str, Any]:
-    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    fields["label_map"] = dict(data.label_map)
-    return json.loads(json.dumps(fields))
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -230,141 +214,3 @@ def _publish(temporary: Path, final: Path) -> None:
             temporary.mkdir()
         return
     temporary.mkdir()
-
-
-class _Builder:
-    """Streams rows to disk; only numbers of a fixed size per row stay in memory."""
-
-    def __init__(self, directory: Path, data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int):
-        self._directory, self._data, self._tokenizer, self._vocab_size = directory, data, tokenizer, vocab_size
-        self._limits = Limits(data.max_length, data.max_prompt_length, data.long_completion, vocab_size)
-        self._columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        self._reasons: collections.Counter[str] = collections.Counter()
-        self._first: list[dict[str, str]] = []
-        self._sources: list[dict[str, Any]] = []
-        self._digest = hashlib.sha256()
-
-    def add_sources(self, sources: list[tuple[SourceFile, str]]) -> None:
-        """Reads and tokenizes all sources, in order."""
-        with (
-            Workers(_num_workers(self._data.num_workers), self._tokenizer) as workers,
-            (self._directory / "tokens.bin").open("wb") as tokens,
-            _progress() as progress,
-        ):
-            self._tokens = tokens
-            for file, split in sources:
-                counts = {"rows": 0, "accepted": 0, "skipped": 0, "rejected": 0}
-                self._sources.append({"name": file.name, "split": split, **counts})
-                size = file.path.stat().st_size
-                task = progress.add_task(f"reading {file.path.name}", total=size)
-                rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
-                self._add_records(records_of(rows, self._data), workers)
-                progress.update(task, completed=size)
-
-    def _add_records(self, records: Iterator[Feedback | Rejection | Skipped], workers: Workers) -> None:
-        pending: collections.deque[tuple[list[Feedback], Any]] = collections.deque()
-        chunk: list[Feedback] = []
-        num_pending = 2 * _num_workers(self._data.num_workers)
-        for record in records:
-            self._sources[-1]["rows"] += 1
-            if isinstance(record, Skipped):
-                self._sources[-1]["skipped"] += 1
-            elif isinstance(record, Rejection):
-                self._reject(record.reason, record.place)
-            else:
-                chunk.append(record)
-            if len(chunk) == _CHUNK:
-                pending.append((chunk, workers.submit(encode_feedback, chunk, self._limits)))
-                chunk = []
-            # Few chunks wait at a time, so that a fast reader cannot fill the memory.
-            while len(pending) > num_pending:
-                self._write(*pending.popleft())
-        if chunk:
-            pending.append((chunk, workers.submit(encode_feedback, chunk, self._limits)))
-        while pending:
-            self._write(*pending.popleft())
-
-    def _write(self, rows: list[Feedback], future: Any) -> None:
-        encoded: EncodedRows = future.result()
-        accepted = []
-        for row, reason in zip(rows, encoded.reasons, strict=True):
-            if reason is None:
-                accepted.append(row)
-            else:
-                self._reject(reason, row.place)
-        source = len(self._sources) - 1
-        self._sources[source]["accepted"] += len(accepted)
-        content = encoded.tokens.astype("<i4").tobytes()
-        self._tokens.write(content)
-        self._digest.update(content)
-        lines = [int(row.place.rpartition(":")[2]) for row in accepted]
-        self._append("prompt_lengths", encoded.prompt_lengths)
-        self._append("completion_lengths", encoded.completion_lengths)
-        self._append("prompt_hashes", encoded.prompt_hashes)
-        self._append("pair_hashes", encoded.pair_hashes)
-        self._append("desirable", np.array([row.desirable for row in accepted], bool))
-        self._append("weights", np.array([row.weight for row in accepted], np.float32))
-        self._append("places", np.array([[source, line] for line in lines], np.int64).reshape(-1, 2))
-
-    def _append(self, name: str, values: np.ndarray) -> None:
-        self._columns[name].append(values)
-
-    def _reject(self, reason: str, place: str) -> None:
-        self._sources[-1]["rejected"] += 1
-        known = reason in self._reasons or len(self._reasons) < _MAX_REASONS
-        self._reasons[reason if known else "other reasons"] += 1
-        if len(self._first) < _MAX_PLACES:
-            self._first.append({"reason": reason, "place": place})
-
-    def finish(self, key: str, digests: Sequence[str]) -> dict[str, Any]:
-        """Writes the columns and the manifest, and returns the manifest."""
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        manifest = {
-            "format": _FORMAT,
-            "key": key,
-            "tokenizer": {
-                name: getattr(self._tokenizer, name) for name in ("sha256", "vocab_size", "bos_id", "eos_id")
-            },
-            "vocab_size": self._vocab_size,
-            "data": _settings(self._data),
-            "sources": [{**s, "sha256": d} for s, d in zip(self._sources, digests, strict=True)],
-            **{n: sum(s[n] for s in self._sources) for n in ("rows", "accepted", "skipped", "rejected")},
-            "rejections": {"histogram": dict(self._reasons.most_common()), "first": self._first},
-        }
-        if manifest["accepted"]:
-            columns["splits"] = self._splits(columns)
-            columns["scores"] = np.zeros(manifest["accepted"], np.float32)
-            columns["rejected"] = np.full(manifest["accepted"], -1, np.int64)
-            columns["offsets"] = np.concatenate(
-                [[0], np.cumsum(columns["prompt_lengths"] + columns["completion_lengths"], dtype=np.int64)]
-            )
-            manifest |= statistics(columns, self._data)
-            for name in _COLUMNS:
-                np.save(self._directory / f"{name}.npy", columns[name], allow_pickle=False)
-                self._digest.update(np.ascontiguousarray(columns[name]).tobytes())
-            manifest["content_sha256"] = self._digest.hexdigest()
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (self._directory / "manifest.json").write_text(text, encoding="utf-8")
-        return manifest
-
-    def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
-        """Decided by the prompt's hash alone: all completions of a prompt share a split, whatever else is read."""
-        share = columns["prompt_hashes"] / 2.0**64
-        has_eval = any(source["split"] == "eval" for source in self._sources)
-        holdout = 0.0 if has_eval else self._data.holdout
-        splits = np.where(share < holdout, 1, np.where(share < holdout + self._data.judge_holdout, 2, 0))
-        from_eval = np.array([source["split"] == "eval" for source in self._sources])[columns["places"][:, 0]]
-        return np.where(from_eval, 1, splits).astype(np.uint8)
-
-
-def _num_workers(num_workers: int | str) -> int:
-    return max(1, min(os.cpu_count() or 1, 16) - 1) if num_workers == "auto" else max(1, int(num_workers))
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)

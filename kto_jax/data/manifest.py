@@ -16,11 +16,13 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
     """What the manifest says of the accepted rows.
 
     Args:
-      columns: prompt_lengths, completion_lengths, prompt_hashes, pair_hashes, desirable and splits, each [rows].
+      columns: prompt_lengths, completion_lengths, prompt_hashes, pair_hashes, desirable, splits and rejected, each
+        [rows].
       data: the limits.
 
     Returns:
-      Counts for each split and label, lengths in tokens, duplicates, contradictions and overlap.
+      Counts for each split and label, pairs of each split, unused rows, lengths in tokens, duplicates, contradictions
+      and overlap.
     """
     splits, desirable, pairs = columns["splits"], columns["desirable"], columns["pair_hashes"]
     kept = fit_lengths(
@@ -41,6 +43,10 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
             }
             for name, where in zip(SPLITS, inside, strict=True)
         },
+        "pairs": {
+            name: int(np.sum(where & (columns["rejected"] >= 0))) for name, where in zip(SPLITS, inside, strict=True)
+        },
+        "unused": int(np.sum(inside[3])),
         "lengths": {
             "prompt": _percentiles(columns["prompt_lengths"]),
             "completion": _percentiles(columns["completion_lengths"]),
@@ -49,7 +55,7 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
         "prompts_cut": int(np.sum(kept[0] < columns["prompt_lengths"])),
         "duplicates": len(pairs) - unique_rows,
         "contradictory": unique_rows - unique_pairs,
-        "train_eval_overlap": int(np.isin(pairs[inside[1]], pairs[~inside[1]]).sum()),
+        "train_eval_overlap": int(np.isin(pairs[inside[1]], pairs[inside[0] | inside[2]]).sum()),
     }
 
 
@@ -66,15 +72,18 @@ def check(manifest: dict[str, Any], data: DataConfig) -> None:
       data: the limits.
 
     Raises:
-      ConfigError: no row is usable, too many are rejected, one label is missing, or a held-out row is trained on.
+      ConfigError: no row is usable, too many are rejected, or a held-out row is trained on.
     """
     rows, rejected = manifest["rows"], manifest["rejected"]
     histogram = ", ".join(f"{n} × {reason}" for reason, n in list(manifest["rejections"]["histogram"].items())[:10])
     first = "; ".join(f"{r['place']}: {r['reason']}" for r in manifest["rejections"]["first"][:5])
     why = f"Rejected: {histogram}. First: {first}. " if rejected else ""
-    trained = manifest.get("splits", {}).get("train", {"desirable": 0, "undesirable": 0})
-    if not trained["desirable"] + trained["undesirable"]:
-        left = f"{manifest['skipped']} are left out by data.label_map, {manifest['accepted']} are held out. "
+    counts = {name: split["desirable"] + split["undesirable"] for name, split in manifest.get("splits", {}).items()}
+    if not counts.get("train"):
+        left = (
+            f"{manifest['skipped']} are left out by data.label_map, {counts.get('unused', 0)} by data.score_rule, "
+            f"{counts.get('eval', 0) + counts.get('judge', 0)} are held out. "
+        )
         raise ConfigError(
             f"0 of {rows} rows usable to train on. {why}{left}At least one is needed. "
             "Mend the rows, or set the fields, label_map, holdout and max_length of config.data to fit them."
@@ -83,12 +92,6 @@ def check(manifest: dict[str, Any], data: DataConfig) -> None:
         raise ConfigError(
             f"{rejected} of {rows} rows are rejected ({rejected / rows:.2%}). {why}"
             f"At most data.max_rejected={data.max_rejected:.2%} may be. Mend the rows, or set config.data.max_rejected."
-        )
-    if not trained["desirable"] or not trained["undesirable"]:
-        only = "desirable" if trained["desirable"] else "undesirable"
-        raise ConfigError(
-            f"all {trained[only]} rows to train on are {only}. KTO needs both labels. "
-            "Check config.data.label_field and label_map."
         )
     if manifest["train_eval_overlap"]:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A seeded permutation that is computed position by position: no list is shuffled, none is stored."""
+"""Seeded chance that is computed position by position: no list is shuffled, no generator has a state."""
 
 from __future__ import annotations
 
@@ -24,12 +24,29 @@ def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarra
       int64, of the shape of `positions`; distinct positions give distinct results.
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8 * _ROUNDS).digest()
-    round_keys = np.frombuffer(digest, "<u8")
+    round_keys = _keys(key, _ROUNDS)
     result = _feistel(np.asarray(positions, np.uint64), half, round_keys)
     while (outside := result >= size).any():
         result[outside] = _feistel(result[outside], half, round_keys)
     return result.astype(np.int64)
+
+
+def noise(count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Random bits for the positions 0 … count - 1, by SplitMix64 (Steele, Lea & Flood 2014).
+
+    Args:
+      count: how many.
+      key: integers that choose the sequence.
+
+    Returns:
+      uint64 [count]; position i has the same bits whatever the count.
+    """
+    return _mix(_keys(key, 1) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _keys(key: tuple[int, ...], count: int) -> np.ndarray:
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8 * count).digest()
+    return np.frombuffer(digest, "<u8")
 
 
 def _feistel(values: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:

@@ -1,4 +1,11 @@
-"""Rows of feedback from files: each becomes a `Feedback`, or a `Rejection` with its reason and place.
+"""Rows of feedback from files: each becomes a `Feedback` or a `Preference`, or a `Rejection` with its reason and place.
+
+`data.format` says what a row holds beside its prompt:
+
+    thumbs            completion, label                a Feedback
+    pairs             chosen, rejected                 a Preference
+    scores            completion, score                a Feedback whose label is decided later, from all scores
+    demonstrations    completion                       a Feedback that is desirable
 
 A broken row costs only itself. Nothing is guessed: a label is a boolean or is mapped by `data.label_map`.
 """
@@ -18,19 +25,31 @@ from kto_jax.data.files import Rejection
 
 Message = dict[str, str]
 
+_FORMATS = {
+    "thumbs": ("completion_field", "label_field"),
+    "pairs": ("chosen_field", "rejected_field"),
+    "scores": ("completion_field", "score_field"),
+    "demonstrations": ("completion_field",),
+}
+"""The fields of `DataConfig` that name what each format needs beside the prompt."""
+SAME_COMPLETIONS = "chosen and rejected are the same"
+"""Why a pair is rejected that teaches nothing."""
+_LARGEST = 3.4e38
+"""Weights and scores are kept as float32."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Feedback:
-    """One thumb.
+    """One completion, and what is said of it.
 
     Attributes:
       prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's.
       completion: what the model is rewarded or punished for.
-      desirable: thumbs-up.
+      desirable: thumbs-up; means nothing yet where rows hold scores.
       weight: how much the row counts, at least 0.
       place: `file:line`, from 1; of a Parquet or JSON file the row's number.
+      score: rating, finite; 0 where rows hold none.
     """
 
     prompt: str | list[Message]
@@ -38,6 +57,25 @@ class Feedback:
     desirable: bool
     weight: float
     place: str
+    score: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preference:
+    """Two completions of one prompt, of which the first is preferred.
+
+    Attributes:
+      chosen: desirable.
+      rejected: undesirable; of the same prompt, weight and place.
+    """
+
+    chosen: Feedback
+    rejected: Feedback
+
+    @property
+    def place(self) -> str:
+        """`file:line` of the row."""
+        return self.chosen.place
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,11 +85,19 @@ class Skipped:
     place: str
 
 
+Record = Feedback | Preference | Rejection | Skipped
+
+
+def completions_of(record: Feedback | Preference) -> tuple[Feedback, ...]:
+    """The completions of a row, in the order in which the index holds them."""
+    return (record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
+
+
 class _BadRowError(ValueError):
     """The row is rejected; the message is the reason."""
 
 
-def read_records(source: str, data: DataConfig) -> Iterator[Feedback | Rejection | Skipped]:
+def read_records(source: str, data: DataConfig) -> Iterator[Record]:
     """Reads the rows of a source in order.
 
     Args:
@@ -59,7 +105,7 @@ def read_records(source: str, data: DataConfig) -> Iterator[Feedback | Rejection
       data: which fields hold what.
 
     Yields:
-      Every row, as `Feedback`, `Rejection` or `Skipped`.
+      Every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`.
 
     Raises:
       ConfigError: the source is missing or of no known format, or its first row lacks a field.
@@ -68,7 +114,7 @@ def read_records(source: str, data: DataConfig) -> Iterator[Feedback | Rejection
         yield from records_of(files.read_rows(file), data)
 
 
-def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Feedback | Rejection | Skipped]:
+def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Record]:
     """Turns raw rows into records.
 
     Args:
@@ -76,13 +122,13 @@ def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Fe
       data: which fields hold what.
 
     Yields:
-      Every row, as `Feedback`, `Rejection` or `Skipped`.
+      Every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`.
 
     Raises:
       ConfigError: the first readable row lacks a field, or `data.prompt_template` is not usable.
     """
     prompt_fields = template_fields(data.prompt_template) if data.prompt_template else [data.prompt_field]
-    required = [*prompt_fields, data.completion_field, data.label_field]
+    required = [*prompt_fields, *(getattr(data, name) for name in _FORMATS[data.format])]
     seen_header = False
     for place, fields in rows:
         if isinstance(fields, Rejection):
@@ -92,7 +138,7 @@ def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Fe
             yield Rejection(f"row is not an object but {type(fields).__name__}", place)
             continue
         if not seen_header:
-            _check_columns(required, fields, place)
+            _check_columns(required, fields, data.format, place)
             seen_header = True
         try:
             yield _record(fields, prompt_fields, data, place)
@@ -129,8 +175,9 @@ def template_fields(template: str) -> list[str]:
     return names
 
 
-def _check_columns(required: list[str], fields: Mapping[str, Any], place: str) -> None:
+def _check_columns(required: list[str], fields: Mapping[str, Any], kind: str, place: str) -> None:
     columns = list(fields)
+    *others, last = "prompt_field (or prompt_template)", *_FORMATS[kind]
     for name in required:
         if name in columns:
             continue
@@ -138,12 +185,14 @@ def _check_columns(required: list[str], fields: Mapping[str, Any], place: str) -
         raise ConfigError(
             f"{place}: no column {name!r}. The columns are {', '.join(map(repr, columns)) or 'none'}. "
             + (f"Did you mean {nearest[0]!r}? " if nearest else "")
-            + "Set config.data.prompt_field (or prompt_template), completion_field and label_field."
+            + f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {kind!r}."
         )
 
 
-def _record(fields: Mapping[str, Any], prompt_fields: list[str], data: DataConfig, place: str) -> Feedback | Skipped:
-    desirable = _label(fields, data)
+def _record(
+    fields: Mapping[str, Any], prompt_fields: list[str], data: DataConfig, place: str
+) -> Feedback | Preference | Skipped:
+    desirable = _label(fields, data) if data.format == "thumbs" else data.format == "demonstrations"
     if desirable is None:
         return Skipped(place)
     if data.prompt_template:
@@ -152,8 +201,20 @@ def _record(fields: Mapping[str, Any], prompt_fields: list[str], data: DataConfi
         prompt: Any = _text(data.prompt_template.format_map(values), "prompt")
     else:
         prompt = _prompt(_present(fields, data.prompt_field))
-    completion = _completion(_present(fields, data.completion_field))
-    return Feedback(prompt, completion, desirable, _weight(fields.get(data.weight_field)), place)
+    weight = _weight(fields.get(data.weight_field))
+    if data.format == "pairs":
+        chosen, rejected = (
+            _completion(_present(fields, field), name)
+            for field, name in ((data.chosen_field, "chosen"), (data.rejected_field, "rejected"))
+        )
+        if chosen == rejected:
+            raise _BadRowError(SAME_COMPLETIONS)
+        return Preference(
+            Feedback(prompt, chosen, True, weight, place), Feedback(prompt, rejected, False, weight, place)
+        )
+    completion = _completion(_present(fields, data.completion_field), "completion")
+    score = _score(_present(fields, data.score_field)) if data.format == "scores" else 0.0
+    return Feedback(prompt, completion, desirable, weight, place, score)
 
 
 def _present(fields: Mapping[str, Any], name: str) -> Any:
@@ -176,15 +237,26 @@ def _label(fields: Mapping[str, Any], data: DataConfig) -> bool | None:
 
 
 def _weight(value: Any) -> float:
-    if value is None or value == "":
-        return 1.0
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not math.isfinite(weight) or weight < 0:
+    weight = 1.0 if value is None or value == "" else _number(value)
+    if weight is None or weight < 0:
         raise _BadRowError(f"weight is not a finite number of at least 0: {str(value)[:40]!r}")
     return weight
+
+
+def _score(value: Any) -> float:
+    score = _number(value)
+    if score is None:
+        raise _BadRowError(f"score is not a finite number: {str(value)[:40]!r}")
+    return score
+
+
+def _number(value: Any) -> float | None:
+    """A finite number from a number or text, or None."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) <= _LARGEST else None
 
 
 def _text(value: Any, name: str) -> str:
@@ -214,14 +286,14 @@ def _prompt(value: Any) -> str | list[Message]:
     return messages
 
 
-def _completion(value: Any) -> str:
+def _completion(value: Any, name: str) -> str:
     if not isinstance(value, list):
-        return _text(value, "completion")
+        return _text(value, name)
     if len(value) != 1:
-        raise _BadRowError("completion is not one message" if value else "empty completion")
-    message = _message(value[0], "completion")
+        raise _BadRowError(f"{name} is not one message" if value else f"empty {name}")
+    message = _message(value[0], name)
     if message["role"] != "assistant":
-        raise _BadRowError(f"completion has role {message['role']!r}, not 'assistant'")
+        raise _BadRowError(f"{name} has role {message['role']!r}, not 'assistant'")
     return message["content"]
 
 

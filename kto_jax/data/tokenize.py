@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError
-from kto_jax.data.records import Feedback, Message
+from kto_jax.data.records import SAME_COMPLETIONS, Feedback, Message, Preference, completions_of
 from kto_jax.data.truncation import cut_prompt
 
 
@@ -56,15 +56,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """Rows on their way back from a worker.
+    """Rows on their way back from a worker. A pair is accepted or rejected as one, and is two accepted completions.
 
     Attributes:
       reasons: why a row is rejected, or None; one for each row.
-      tokens: ids of prompt and completion of all accepted rows, one after the other, int32.
-      prompt_lengths: tokens of each accepted row's prompt.
-      completion_lengths: tokens of each accepted row's completion, its EOS included.
-      prompt_hashes: uint64 of each accepted row's whole prompt.
-      pair_hashes: uint64 of each accepted row's whole prompt and completion.
+      tokens: ids of prompt and completion of all accepted completions, one after the other, int32.
+      prompt_lengths: tokens of each accepted completion's prompt.
+      completion_lengths: tokens of each accepted completion, its EOS included.
+      prompt_hashes: uint64 of each accepted completion's whole prompt.
+      pair_hashes: uint64 of each accepted completion and its prompt, whole.
     """
 
     reasons: list[str | None]
@@ -113,6 +113,12 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
 def decode(tokenizer: TokenizerInfo, ids: Sequence[int] | np.ndarray) -> str:
     """The text of token ids, special tokens left out. Imports neither transformers nor torch."""
     return _backend(tokenizer.directory / "tokenizer.json").decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def encode_text(tokenizer: TokenizerInfo, text: str) -> np.ndarray:
+    """Ids of a text as it is, without template, BOS or EOS, int32. Imports neither transformers nor torch."""
+    backend = _backend(tokenizer.directory / "tokenizer.json")
+    return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
 
 
 @functools.lru_cache(maxsize=4)
@@ -178,7 +184,7 @@ def make_encoder(tokenizer: TokenizerInfo) -> Any:
     return Encoder(tokenizer.directory, tokenizer.bos_id, tokenizer.eos_id, tokenizer.has_chat_template)
 
 
-def encode_feedback(rows: list[Feedback], limits: Limits) -> EncodedRows:
+def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> EncodedRows:
     """Encodes rows in a worker that was started with a tokenizer.
 
     Args:
@@ -194,7 +200,11 @@ def encode_feedback(rows: list[Feedback], limits: Limits) -> EncodedRows:
     accepted: list[tuple[np.ndarray, np.ndarray, int, int]] = []
     for row in rows:
         try:
-            accepted.append(_encode_row(_encoder, row, limits))
+            encoded = [_encode_row(_encoder, completion, limits) for completion in completions_of(row)]
+            # Text that differs may be the same once the chat template has trimmed it, or once it is cut.
+            if len(encoded) == 2 and np.array_equal(encoded[0][1], encoded[1][1]):
+                raise EncodingError(SAME_COMPLETIONS)
+            accepted += encoded
             reasons.append(None)
         except EncodingError as error:
             reasons.append(str(error))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from kto_jax.config import DataConfig
-from kto_jax.data import index as index_module
-from kto_jax.data import tokenize
+from kto_jax.data import builder, tokenize
 from kto_jax.data.index import build_index
 
 TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
@@ -55,7 +54,7 @@ def make_index(tmp_path_factory, tokenizer):
         data = DataConfig(**{"num_workers": max(num_workers, 1), "holdout": 0.0, **fields})
         with pytest.MonkeyPatch.context() as patch:
             if not num_workers:
-                patch.setattr(index_module, "Workers", InProcessWorkers)
+                patch.setattr(builder, "Workers", InProcessWorkers)
             return build_index(data, tokenizer, vocab_size=vocab_size, directory=directory / "indices")
 
     return make

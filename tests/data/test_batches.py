@@ -375,6 +375,22 @@ def test_partners_of_pairs_never_share_the_prompt_and_keep_their_place_in_the_pa
     assert alone.step(0).partners.tolist() == [-1] * 4 and not alone.batch(0).unmatched.filled.any()
 
 
+def test_both_completions_of_a_pair_are_cut_to_the_same_prompt():
+    index = fake_index([(10, 3), (10, 13), (4, 3), (4, 5)], prompts=[0, 0, 1, 1])
+    for column in (index.prompt(0), index.prompt(2)):
+        column[1:] = np.arange(len(column) - 1) + 100
+    index.prompt(1)[:], index.prompt(3)[:] = index.prompt(0), index.prompt(2)
+    index.rejected[::2] = [1, 3]
+    plan = make_paired_plan(index, max_length=16, row_length=32, batch_size=2, shuffle=False)
+    batch = plan.batch(0)
+    (short, long), (one, other) = sorted(pairs_of(batch.matched), key=lambda pair: len(pair[1][1]), reverse=True)
+    assert short[0] == long[0] == [BOS, 107, 108] and one[0] == other[0] == [BOS, 100, 101, 102]
+    assert [len(completion) for _, completion in (short, long, one, other)] == [3, 13, 3, 5]
+    unrelated = sorted((prompt, len(completion)) for pair in pairs_of(batch.unmatched) for prompt, completion in pair)
+    whole, cut = index.prompt(0).tolist(), [BOS, 101, 102]
+    assert unrelated == [(whole, 3), (whole, 5), (cut, 3), (cut, 13)]
+
+
 def test_every_slot_has_the_score_of_its_example_and_empty_slots_have_none():
     index = random_index(33)
     batch = make_plan(index, batch_size=33).batch(0)
