@@ -1,7 +1,8 @@
 """Checkpoints: the only file that knows Orbax.
 
-    checkpoints/<step>/state    step, policy, optimizer state, bad-step count; written in the background
-    checkpoints/reference       the frozen reference, written once
+    checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and a reference that is
+                                synced; written in the background
+    checkpoints/reference       a frozen reference, written once
 
 A checkpoint appears under its final name only when it is whole, so a run that is killed finds the newest whole one.
 """
@@ -23,17 +24,24 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model, Params
 from kto_jax.state import TrainState
 
-# Fields of TrainState that every checkpoint holds; the reference is written once, beside them.
-_MOVING = ("step", "policy", "opt_state", "num_bad_steps")
+# Fields of TrainState that a checkpoint holds, where they hold anything.
+_MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 _BEST = "eval_loss"
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+    Args:
+      workdir: the run's folder.
+      config: how many to keep.
+      reference_moves: whether the reference is synced, and so part of every checkpoint.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, *, reference_moves: bool = False) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
         self._directory = workdir.absolute() / "checkpoints"
+        self._moving = (*_MOVING, "reference") if reference_moves else _MOVING
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
@@ -71,7 +79,7 @@ class Checkpoints:
             return
         self._checkpointer.save_checkpointables_async(
             step,
-            {"state": {name: getattr(state, name) for name in _MOVING}},
+            {"state": self._moving_part(state)},
             metrics=None if eval_loss is None else {_BEST: eval_loss},
             force=True,
         )
@@ -88,8 +96,13 @@ class Checkpoints:
         self._checkpointer.close()
 
     def save_reference(self, reference: Params) -> None:
-        """Writes the frozen reference, once for the run."""
-        ocp.save(self._directory / "reference", reference, overwrite=True)
+        """Writes the frozen reference, once for the run; nothing where there is none, or where it moves."""
+        if reference and "reference" not in self._moving:
+            ocp.save(self._directory / "reference", reference, overwrite=True)
+
+    def _moving_part(self, state: TrainState) -> dict[str, Any]:
+        parts = {name: getattr(state, name) for name in self._moving}
+        return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
     def restore(self, abstract: TrainState) -> TrainState:
         """Reads the newest checkpoint, placed as `abstract` says.
@@ -100,15 +113,15 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             raise ConfigError(f"{self._directory} holds no whole checkpoint. Start the run again without resuming.")
-        wanted = {name: getattr(abstract, name) for name in _MOVING}
+        wanted = self._moving_part(abstract)
         found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
         _check_same(found, wanted, self._directory / str(step))
         moving = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
-        _check_same(
-            ocp.metadata(self._directory / "reference").metadata, abstract.reference, self._directory / "reference"
-        )
-        reference = ocp.load(self._directory / "reference", abstract.reference)
-        return dataclasses.replace(abstract, **moving, reference=reference)
+        if abstract.reference and "reference" not in wanted:
+            place = self._directory / "reference"
+            _check_same(ocp.metadata(place).metadata, abstract.reference, place)
+            moving["reference"] = ocp.load(place, abstract.reference)
+        return dataclasses.replace(abstract, **moving)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

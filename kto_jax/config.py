@@ -44,6 +44,10 @@ class ReferenceConfig:
     path: str = ""
     """As `model.path`; empty for the policy's own initial weights."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    sync_every: int = 0
+    """Steps after which the reference moves towards the policy, as in TR-DPO (arXiv 2404.09656: 512); 0 never."""
+    sync_mix: float = 0.6
+    """Share of the policy in the reference that it then becomes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +103,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised. Method: KTO, arXiv 2402.01306, equation (7)."""
+    """What is minimised. Each objective reads some of these fields and refuses the others; "auto" takes its default.
+
+    KTO: arXiv 2402.01306, equation (7). docs/objectives.md has a table of all.
+    """
 
     name: str = "kto"
-    beta: float = 0.1
-    """Strength of the pull to the reference: 0.01 to 0.5."""
+    """A key of `kto_jax.objectives.OBJECTIVES`."""
+    variant: str = "auto"
+    """Which form of kto or dpo."""
+    beta: float | Literal["auto"] = "auto"
+    """Strength of the pull to the reference: 0.01 to 0.5; of simpo, scale of the rewards: 2 to 10."""
     desirable_weight: float | Literal["auto"] = 1.0
     """λ_D. "auto" on either weight raises the one that must rise so that λ_D n_D / (λ_U n_U) lies in [1, 4/3]; the
     other must be 1 or "auto"."""
@@ -111,6 +121,51 @@ class ObjectiveConfig:
     """λ_U."""
     kl_nonzero_mean: bool = False
     """Divide the KL sum by the number of non-zero log-ratios, as the HALOs code does; for parity runs only."""
+    as_printed: bool = False
+    """kto_log_utility in the form that a secondary source prints, which rewards the rejected completion."""
+    label_smoothing: float = 0.0
+    """Share of the labels taken to be wrong."""
+    f_divergence: str = "reverse_kl"
+    """What dpo keeps the policy near the reference by: reverse_kl, forward_kl, js or alpha."""
+    alpha: float | Literal["auto"] = "auto"
+    """α of dpo's alpha divergence, or of the Kahneman-Tversky value."""
+    loss_aversion: float | Literal["auto"] = "auto"
+    """λ of the Kahneman-Tversky value."""
+    margin: float | Literal["auto"] = "auto"
+    """By how much the chosen completion should lead: γ of simpo, δ of slic in nats, of a reward model."""
+    nll_weight: float | Literal["auto"] = "auto"
+    """Weight of the chosen completion's likelihood in cpo and slic."""
+    odds_weight: float | Literal["auto"] = "auto"
+    """λ of orpo: 0.1 to 0.25."""
+    centring: float = 0.0
+    """Pulls the two rewards of a pair to opposite values."""
+    good_control: str = "<|good|>"
+    """Text that csft puts before desirable completions; sample behind it."""
+    bad_control: str = "<|bad|>"
+    """Text that csft puts before undesirable completions."""
+    rewards: Literal["labels", "scores"] = "labels"
+    """ppo_offline: ±1 by label, or the score of each row (data.format "scores")."""
+    kl_weight: float | Literal["auto"] = "auto"
+    """ppo_offline: weight of the log-ratio of each token."""
+    clip_low: float | Literal["auto"] = "auto"
+    """ppo_offline: the ratio of policy to reference counts down to 1 − clip_low, 0.25 by default."""
+    clip_high: float | Literal["auto"] = "auto"
+    """ppo_offline: and up to 1 + clip_high, 4 by default."""
+    value_weight: float | Literal["auto"] = "auto"
+    """ppo_offline: weight of the value head's loss."""
+    value_clip: float | Literal["auto"] = "auto"
+    """ppo_offline: how far a value may move in a step before its error counts as if it had not."""
+    discount: float | Literal["auto"] = "auto"
+    """ppo_offline: γ of the advantages."""
+    trace: float | Literal["auto"] = "auto"
+    """ppo_offline: λ of the advantages."""
+    sft_weight: float = 0.0
+    """Any objective: adds so much of the SFT loss of the desirable or chosen completions."""
+    humanline: bool = False
+    """Any objective with a reference: keep each token's log-ratio within the two ends below, arXiv 2509.24207, which
+    also moves the reference to the policy every few steps: reference.sync_every, with sync_mix 1."""
+    humanline_low: float = -1.0
+    humanline_high: float = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +183,8 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 10.0
+    value_clip_norm: float = 0.1
+    """What the gradient of a value head is clipped to, apart from that of the policy."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """What AdamW's first moment is kept in."""
 
@@ -353,9 +410,17 @@ def _check(config: Config) -> None:
             "at least 0, and with data.holdout below 1",
         ),
         ("data.max_rejected", config.data.max_rejected, 0 <= config.data.max_rejected <= 1, "between 0 and 1"),
-        ("objective.beta", config.objective.beta, config.objective.beta > 0, "above 0, usually 0.01 to 0.5"),
+        ("reference.sync_every", config.reference.sync_every, config.reference.sync_every >= 0, "0 (never) or more"),
+        ("reference.sync_mix", config.reference.sync_mix, 0 < config.reference.sync_mix <= 1, "above 0, at most 1"),
+        *_objective_rules(config.objective),
         ("optimizer.learning_rate", config.optimizer.learning_rate, config.optimizer.learning_rate > 0, "above 0"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, config.optimizer.clip_norm > 0, "above 0"),
+        (
+            "optimizer.value_clip_norm",
+            config.optimizer.value_clip_norm,
+            config.optimizer.value_clip_norm > 0,
+            "above 0",
+        ),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps, config.optimizer.warmup_steps >= 0, "0 or more"),
         ("evaluation.every", config.evaluation.every, config.evaluation.every >= 0, "0 (only at the end) or more"),
         ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 1, "1 or more"),
@@ -377,9 +442,6 @@ def _check(config: Config) -> None:
         ("samples.temperature", config.samples.temperature, config.samples.temperature >= 0, "0 (greedy) or more"),
         ("samples.top_p", config.samples.top_p, 0 < config.samples.top_p <= 1, "above 0, at most 1"),
     ]
-    for weight in ("desirable_weight", "undesirable_weight"):
-        value = getattr(config.objective, weight)
-        rules.append((f"objective.{weight}", value, value == "auto" or value > 0, '"auto" or a number above 0'))
     for value in config.data.label_map.items():
         rules.append(("data.label_map", dict([value]), value[1] in (True, False, None), "True, False or None"))
     sizes = dataclasses.asdict(config.mesh)
@@ -388,3 +450,32 @@ def _check(config: Config) -> None:
     for name, value, good, allowed in rules:
         if not good:
             raise ConfigError(f"config.{name}={value!r} cannot be used. Allowed: {allowed}. Correct config.{name}.")
+
+
+def _objective_rules(config: ObjectiveConfig) -> list[tuple[str, Any, bool, str]]:
+    """What holds of the objective's numbers, whichever objective reads them."""
+    ranges: dict[str, tuple[typing.Callable[[float], bool], str]] = {
+        "beta": (lambda x: x > 0, "above 0, usually 0.01 to 0.5"),
+        "desirable_weight": (lambda x: x > 0, "above 0"),
+        "undesirable_weight": (lambda x: x > 0, "above 0"),
+        "loss_aversion": (lambda x: x > 0, "above 0"),
+        "clip_low": (lambda x: 0 < x < 1, "above 0, below 1"),
+        "clip_high": (lambda x: x > 0, "above 0"),
+        "value_clip": (lambda x: x > 0, "above 0"),
+        "discount": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+        "trace": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+        "humanline_low": (lambda x: x < 0, "below 0"),
+        "humanline_high": (lambda x: x > 0, "above 0"),
+        **{
+            name: (lambda x: x >= 0, "0 or more")
+            for name in ("nll_weight", "odds_weight", "centring", "kl_weight", "value_weight", "sft_weight")
+        },
+    }
+    rules = [
+        (f"objective.{name}", value, value == "auto" or holds(value), f'{allowed}, or "auto" where it is the default')
+        for name, (holds, allowed) in ranges.items()
+        for value in [getattr(config, name)]
+    ]
+    controls = (config.good_control, config.bad_control)
+    rules.append(("objective.good_control", controls[0], all(controls) and controls[0] != controls[1], "two texts"))
+    return rules

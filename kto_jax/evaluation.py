@@ -23,24 +23,26 @@ def make_evaluation(
     """The function that measures a state on the held-out feedback.
 
     Each of its batches makes a z0 of its own, as in training. It returns eval_loss (the mean over all examples),
-    eval_z0 (the mean over batches), eval_margin and eval_auc (over all examples).
+    eval_margin and eval_auc (over all completions), and where there is a z0 eval_z0 (the mean over batches).
     """
+    objective = objective.evaluated_as or objective
     step = jit_evaluation_step(model, objective)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        loss, z0, rewards, desirable = 0.0, [], [], []
+        loss, num_examples, z0, rewards, desirable = 0.0, 0, [], [], []
         for batch in prefetch(lambda step: place_batch(mesh, plan.batch(step)), range(plan.num_steps)):
-            figures, batch_rewards = jax.device_get(step(state.policy, state.reference, batch))
+            figures, batch_rewards = jax.device_get(step(state, batch))
             filled, labels = jax.device_get((batch.matched.filled, batch.desirable))
             loss += float(figures["loss_sum"])
-            z0.append(float(figures["z0"]))
+            num_examples += int(np.sum(objective.counts(filled, labels)))
+            z0 += [float(figures["z0"])] if "z0" in figures else []
             rewards.append(batch_rewards[filled])
             desirable.append(labels[filled])
         rewards_B, desirable_B = np.concatenate(rewards), np.concatenate(desirable)
         good, bad = rewards_B[desirable_B], rewards_B[~desirable_B]
         return {
-            "eval_loss": loss / len(rewards_B),
-            "eval_z0": float(np.mean(z0)),
+            "eval_loss": loss / max(num_examples, 1),
+            **({"eval_z0": float(np.mean(z0))} if z0 else {}),
             "eval_margin": float(np.mean(good) - np.mean(bad)) if len(good) and len(bad) else float("nan"),
             "eval_auc": float(auc(*jax.device_put((rewards_B, desirable_B, np.ones_like(desirable_B))))),
         }

@@ -13,7 +13,7 @@ from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index, build_index
 from kto_jax.data.permutation import permute
-from kto_jax.data.tokenize import TokenizerInfo, prepare_tokenizer
+from kto_jax.data.tokenize import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
@@ -34,7 +34,8 @@ class Inputs:
       held_out: what each evaluation reads; None where nothing is held out.
       num_steps: steps of the run.
       objective: what is minimised, its weights resolved from the counts.
-      num_desirable: examples to train on.
+      controls: ids before undesirable and desirable completions; None where the objective has no control texts.
+      num_desirable: completions to train on.
       num_undesirable: likewise.
     """
 
@@ -47,6 +48,7 @@ class Inputs:
     held_out: Plan | None
     num_steps: int
     objective: Objective
+    controls: tuple[np.ndarray, np.ndarray] | None
     num_desirable: int
     num_undesirable: int
 
@@ -72,9 +74,15 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
         config.data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices"
     )
     _check_judges(config, index)
-    plan, held_out = make_plans(config, index)
     labels = np.asarray(index.desirable)[index.rows("train")]
     num_desirable, num_undesirable = int(labels.sum()), int((~labels).sum())
+    objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
+    _check_together(config, objective)
+    controls = None
+    if objective.controls:
+        bad, good = objective.controls
+        controls = encode_text(tokenizer, bad), encode_text(tokenizer, good)
+    plan, held_out = make_plans(config, index, objective, controls)
     return Inputs(
         model_path=model_path,
         reference_path=reference_path,
@@ -84,15 +92,19 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
         plan=plan,
         held_out=held_out,
         num_steps=min(plan.num_steps, config.max_steps) if config.max_steps else plan.num_steps,
-        objective=make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable),
+        objective=objective,
+        controls=controls,
         num_desirable=num_desirable,
         num_undesirable=num_undesirable,
     )
 
 
-def make_plans(config: Config, index: Index) -> tuple[Plan, Plan | None]:
-    """What each step reads, and each evaluation; None where nothing is held out."""
-    row_length = config.row_length or config.data.max_length
+def make_plans(
+    config: Config, index: Index, objective: Objective, controls: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[Plan, Plan | None]:
+    """What each step reads, and each evaluation; None where nothing that counts is held out."""
+    paired = objective.reads == "pairs"
+    row_length = config.row_length or config.data.max_length * (2 if paired else 1)
     shape: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -100,14 +112,75 @@ def make_plans(config: Config, index: Index) -> tuple[Plan, Plan | None]:
         "microbatch_rows": config.microbatch_rows,
         "completion_length": max(1, round(row_length * config.completion_share)),
         "max_length": config.data.max_length,
+        "paired": paired,
+        "unmatched": objective.first_pass == "unmatched",
     }
+    plan = Plan(index, _rows_to_train(index, objective), epochs=config.epochs, suffixes=controls, **shape)
     held_out = index.rows("eval")
-    if len(held_out):
-        # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
-        held_out = held_out[permute(np.arange(len(held_out)), len(held_out), (0,))]
+    if paired:
+        held_out = held_out[np.asarray(index.rejected)[held_out] >= 0]
+    # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
+    held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
     held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
-    evaluation = Plan(index, held_out, epochs=1, shuffle=False, **shape) if len(held_out) else None
-    return Plan(index, index.rows("train"), epochs=config.epochs, **shape), evaluation
+    measured = objective.evaluated_as or objective
+    if not np.any(measured.counts(np.ones(len(held_out), bool), np.asarray(index.desirable)[held_out])):
+        return plan, None
+    good = controls and (controls[1], controls[1])
+    return plan, Plan(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
+
+
+def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:
+    """Row ids that an epoch visits: all, the desirable ones, or the chosen ones of pairs.
+
+    Raises:
+      ConfigError: there are none, or they are all of one label where both are needed.
+    """
+    rows = index.rows("train")
+    desirable = np.asarray(index.desirable)[rows]
+    if objective.reads == "pairs":
+        pairs = rows[np.asarray(index.rejected)[rows] >= 0]
+        if len(pairs):
+            return pairs
+        raise ConfigError(
+            f"config.objective.name reads pairs, and none of {len(rows)} rows to train on make one. A pair is a chosen "
+            'and a rejected completion of one prompt: data.format "pairs", or a prompt with both labels (without '
+            "data.one_per_prompt). Set config.data, or an objective that reads thumbs, such as kto."
+        )
+    if objective.reads == "desirable" and desirable.any():
+        return rows[desirable]
+    if objective.reads == "thumbs" and desirable.any() and not desirable.all():
+        return rows
+    only = "desirable" if desirable.any() else "undesirable"
+    needed = "desirable rows" if objective.reads == "desirable" else "both labels"
+    raise ConfigError(
+        f"all {len(rows)} rows to train on are {only}. The objective needs {needed}. "
+        "Check config.data.label_field and label_map, or set config.objective.name to sft for demonstrations."
+    )
+
+
+def _check_together(config: Config, objective: Objective) -> None:
+    """Refuses settings elsewhere that the objective has no use for.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    name = config.objective.name
+    rules = [
+        ("reference.path", config.reference.path, objective.uses_reference, "holds no reference"),
+        ("reference.sync_every", config.reference.sync_every, objective.uses_reference, "holds no reference"),
+        ("samples.num_prompts", config.samples.num_prompts, objective.scorer != "reward", "writes no text"),
+    ]
+    for field, value, has_use, why in rules:
+        if value and not has_use:
+            raise ConfigError(
+                f"config.{field}={value!r} has no use: the objective {name!r} {why}. Take config.{field} out, or set "
+                "config.objective.name."
+            )
+    if config.objective.rewards == "scores" and config.data.format != "scores":
+        raise ConfigError(
+            f'config.objective.rewards="scores" needs scores, and config.data.format is {config.data.format!r}. '
+            'Set config.data.format to "scores", or objective.rewards to "labels".'
+        )
 
 
 def _check_judges(config: Config, index: Index) -> None:

@@ -36,35 +36,38 @@ def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[A
     return jnp.where(pairs > 0, wins / jnp.maximum(pairs, 1), jnp.nan)
 
 
-def feedback_figures(
-    rewards: Float[Array, " B"],
-    desirable: Bool[Array, " B"],
-    where: Bool[Array, " B"],
-    reference_reward: Float[Array, ""],
+def class_figures(
+    rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]
 ) -> dict[str, Float[Array, ""]]:
-    """How well implied rewards tell the thumbs apart.
-
-    Args:
-      rewards: β (log π_policy − log π_reference) of each completion.
-      desirable: the thumbs.
-      where: which entries count.
-      reference_reward: β z0.
+    """How well rewards tell the two classes apart.
 
     Returns:
-      rewards_desirable and rewards_undesirable: means by class. margin: their difference. accuracy: share of desirable
-      completions above the reference point and undesirable ones below it. auc: see `auc`. saturated: share whose
-      gradient is less than a tenth of the largest.
+      rewards_desirable and rewards_undesirable: means by class, NaN where it is absent. margin: their difference. auc:
+      see `auc`.
     """
-    good, bad = where & desirable, where & ~desirable
-    gains = rewards - reference_reward
-    value = 1 / (1 + jnp.exp(-jnp.clip(gains, -80, 80)))
-    slope = value * (1 - value)
-    desirable_mean, undesirable_mean = mean(rewards, good), mean(rewards, bad)
+    means = {}
+    for name, members in (("desirable", where & desirable), ("undesirable", where & ~desirable)):
+        means[name] = jnp.where(jnp.any(members), mean(rewards, members), jnp.nan)
     return {
-        "rewards_desirable": desirable_mean,
-        "rewards_undesirable": undesirable_mean,
-        "margin": desirable_mean - undesirable_mean,
-        "accuracy": mean(jnp.where(desirable, gains > 0, gains < 0).astype(rewards.dtype), where),
+        "rewards_desirable": means["desirable"],
+        "rewards_undesirable": means["undesirable"],
+        "margin": means["desirable"] - means["undesirable"],
         "auc": auc(rewards, desirable, where),
-        "saturated": mean((slope < _SATURATED_SLOPE).astype(rewards.dtype), where),
     }
+
+
+def accuracy(gains: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Share of desirable completions whose reward is above the reference point, and undesirable ones below it."""
+    return mean(jnp.where(desirable, gains > 0, gains < 0).astype(gains.dtype), where)
+
+
+def saturated(gains: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Share whose gradient is less than a tenth of the largest, where the value of a gain is its sigmoid."""
+    value = 1 / (1 + jnp.exp(-jnp.clip(gains, -80, 80)))
+    return mean((value * (1 - value) < _SATURATED_SLOPE).astype(gains.dtype), where)
+
+
+def pair_accuracy(rewards: Float[Array, "*M R S"], where: Bool[Array, "*M R S"]) -> Float[Array, ""]:
+    """Share of pairs, in the slots 2k and 2k + 1, whose chosen completion has the larger reward."""
+    wins = rewards[..., 0::2] > rewards[..., 1::2]
+    return mean(wins.astype(rewards.dtype), where[..., 0::2])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from kto_jax import samples
 from kto_jax.config import Config, to_dict
 from kto_jax.inputs import Inputs
@@ -24,6 +26,8 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
     if not prompts or path.exists():
         return
+    if inputs.controls is not None:
+        prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
     console.print(f"completing {len(prompts)} held-out prompts")
     written = samples.write_samples(
         model, state.policy, state.reference, run.tokenizer, prompts, config.samples, config.seed
@@ -70,25 +74,36 @@ def _compare(
 
 def model_card(name: str, config: Config, inputs: Inputs) -> str:
     """README.md of the policy: what was trained, on what, by which configuration."""
-    prompts = inputs.index.manifest["splits"]["train"]["prompts"]
-    return f"""---
+    objective = config.objective.name
+    task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
+    options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
+    reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
+    facts = [
+        f"options: {options}",
+        f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "
+        f"schedule, {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}",
+        *([reference] if reference else []),
+        f"seed {config.seed}",
+        *([f"sample behind `{config.objective.good_control}`, after the template"] if inputs.controls else []),
+    ]
+    return (
+        f"""---
 library_name: transformers
-tags: [{config.objective.name}, kto_jax]
+pipeline_tag: {task}
+tags: [{objective}, kto_jax]
 ---
 
 # {name}
 
-`{config.model.path}`, aligned with {config.objective.name.upper()} by kto_jax: {inputs.num_steps} steps of
-{config.batch_size} examples from `{config.data.train}`: {inputs.num_desirable} desirable and {inputs.num_undesirable}
-undesirable completions of {prompts} prompts (index {inputs.index.manifest["key"][:16]}).
+`{config.model.path}`, trained with {objective.upper()} by kto_jax: {inputs.num_steps} steps of {config.batch_size}
+{inputs.objective.examples} from `{config.data.train}`, which has {inputs.num_desirable} desirable and
+{inputs.num_undesirable} undesirable completions of {inputs.index.manifest["splits"]["train"]["prompts"]} prompts (index
+{inputs.index.manifest["key"][:16]}).
 
-Method: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ICML 2024, arXiv 2402.01306.
-
-- β {config.objective.beta}; weights {inputs.objective.desirable_weight:g} (desirable) and
-  {inputs.objective.undesirable_weight:g} (undesirable)
-- {config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} schedule,
-  {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}
-- reference: `{config.reference.path or config.model.path}`; seed {config.seed}
-
-config.json, manifest.json and metrics.jsonl of the run hold the rest. The licence is the base model's.
 """
+        + "".join(f"- {fact}\n" for fact in facts)
+        + """
+Method of KTO: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ICML 2024, arXiv
+2402.01306. config.json, manifest.json and metrics.jsonl of the run hold the rest. The licence is the base model's.
+"""
+    )

@@ -17,11 +17,11 @@ from kto_jax import judges
 from kto_jax.config import SamplesConfig
 from kto_jax.data.index import Index
 from kto_jax.data.tokenize import TokenizerInfo, decode
+from kto_jax.forward import packed_logps
 from kto_jax.models.model import Model, Params
 from kto_jax.rollout import sample
 from kto_jax.run import write_json
 from kto_jax.shapes import PackedRows
-from kto_jax.step import packed_logps
 
 # Prompts that are completed at once: on CPU a step of decoding costs little more for many rows than for one.
 _PROMPTS = 64
@@ -36,12 +36,12 @@ class Samples:
     Attributes:
       prompts: decoded, without control tokens.
       completions: decoded.
-      perplexity: of all completion tokens together under the reference.
+      perplexity: of all completion tokens together under the reference; None where there is no reference.
     """
 
     prompts: list[str]
     completions: list[str]
-    perplexity: float
+    perplexity: float | None
 
 
 def held_out_prompts(index: Index, count: int) -> list[np.ndarray]:
@@ -60,7 +60,7 @@ def write_samples(
     config: SamplesConfig,
     seed: int,
 ) -> Samples:
-    """Completes the prompts with the policy, and measures how likely the reference finds the completions."""
+    """Completes the prompts with the policy, and measures how likely the reference, if any, finds the completions."""
     completions = sample(
         model,
         policy,
@@ -76,7 +76,7 @@ def write_samples(
     return Samples(
         prompts=[decode(tokenizer, ids) for ids in prompts],
         completions=[decode(tokenizer, ids).strip() for ids in completions],
-        perplexity=perplexity(model, reference, prompts, completions),
+        perplexity=perplexity(model, reference, prompts, completions) if reference else None,
     )
 
 
@@ -123,8 +123,10 @@ def judge(
                 f"train; on prompts it has not seen it agrees with {fitted.quality['accuracy']:.0%} of the labels (AUC "
                 f"{fitted.quality['auc']:.2f})."
             )
-    perplexities = {"before": before.perplexity, "after": after.perplexity}
-    return [*verdicts, {"judge": "reference", "figure": "perplexity of the completions", **perplexities}], notes
+    if before.perplexity is not None:
+        perplexities = {"before": before.perplexity, "after": after.perplexity}
+        verdicts.append({"judge": "reference", "figure": "perplexity of the completions", **perplexities})
+    return verdicts, notes
 
 
 def save_samples(path: Path, samples: Samples) -> None:

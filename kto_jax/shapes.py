@@ -87,3 +87,48 @@ class FeedbackBatch:
     unmatched: PackedRows
     num_matched: Int[Array, ""]
     num_unmatched: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Completion tokens of packed rows, one by one.
+
+    Attributes:
+      policy: log-probability under the policy, in nats.
+      reference: likewise, under the reference.
+      values: the value head's estimate before each token.
+      segments: 1-based slot of every token; 0 is padding.
+    """
+
+    policy: Float[Array, "R C"]
+    reference: Float[Array, "R C"]
+    values: Float[Array, "R C"]
+    segments: Int[Array, "R C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What the models say of the completion in each slot: all that an objective sees. Empty slots hold 0.
+
+    Attributes:
+      policy: log-probability under the policy, summed over the completion's tokens, in nats; of a reward model, the
+        completion's reward. With humanline, the reference's plus the clamped log-ratios of the tokens.
+      reference: log-probability under the reference; 0 where there is none.
+      likelihood: log-probability under the policy, without humanline.
+      lengths: tokens of the completion.
+      desirable: thumbs-up or thumbs-down.
+      scores: rating of the example; 0 where the data has none.
+      filled: slots that hold an example.
+      tokens: the same, token by token, for models with a value head; else None.
+    """
+
+    policy: Float[Array, "*M R S"]
+    reference: Float[Array, "*M R S"]
+    likelihood: Float[Array, "*M R S"]
+    lengths: Float[Array, "*M R S"]
+    desirable: Bool[Array, "*M R S"]
+    scores: Float[Array, "*M R S"]
+    filled: Bool[Array, "*M R S"]
+    tokens: TokenScores | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 from typing import Any as Array  # Arrays, or jax.ShapeDtypeStruct where only the layout of a state is meant.
 
@@ -24,8 +25,9 @@ class TrainState:
     Attributes:
       step: steps taken.
       policy: parameters that are trained.
-      reference: frozen parameters that log-ratios are taken against.
+      reference: parameters that log-ratios are taken against; {} for objectives without a reference.
       opt_state: the optimizer's.
+      objective_state: the objective's, by name; usually {}.
       num_bad_steps: consecutive steps whose loss or gradient was not finite; they changed nothing else.
     """
 
@@ -33,6 +35,7 @@ class TrainState:
     policy: Params
     reference: Params
     opt_state: Any
+    objective_state: dict[str, Array]
     num_bad_steps: Int[Array, ""]
 
 
@@ -52,8 +55,14 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or RMSProp."""
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, *, value_head: bool = False
+) -> optax.GradientTransformation:
+    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp."""
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if value_head:
+        groups = {"policy": clip, "scorer": optax.clip_by_global_norm(config.value_clip_norm)}
+        clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
     if config.name == "adamw":
         update = optax.adamw(
             schedule,
@@ -69,10 +78,16 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return optax.chain(clip, update)
 
 
-def create_state(policy: Params, reference: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def create_state(
+    policy: Params,
+    reference: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective_state: Mapping[str, float],
+) -> TrainState:
     """A state at step 0.
 
     Args:
@@ -81,6 +96,7 @@ def create_state(policy: Params, reference: Params, optimizer: optax.GradientTra
         policy's memory.
       optimizer: from `make_optimizer`.
       mesh: scalars are replicated over it.
+      objective_state: what the objective starts from.
     """
     scalar = NamedSharding(mesh, PartitionSpec())
     owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
@@ -93,12 +109,24 @@ def create_state(policy: Params, reference: Params, optimizer: optax.GradientTra
         policy=policy,
         reference=reference,
         opt_state=jax.jit(optimizer.init, out_shardings=layout)(policy),
+        objective_state={
+            name: jax.device_put(jnp.asarray(value, _wide()), scalar) for name, value in objective_state.items()
+        },
         num_bad_steps=jax.device_put(jnp.zeros((), jnp.int32), scalar),
     )
 
 
+def _wide() -> jnp.dtype:
+    """float32, or float64 where x64 is on."""
+    return jnp.result_type(float)
+
+
 def abstract_state(
-    policy: Params, reference: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    policy: Params,
+    reference: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective_state: Mapping[str, float],
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, from abstract parameters that carry shardings."""
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -107,7 +135,8 @@ def abstract_state(
     opt_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
     )
-    return TrainState(scalar, policy, reference, opt_state, scalar)
+    number = jax.ShapeDtypeStruct((), _wide(), sharding=scalar.sharding)
+    return TrainState(scalar, policy, reference, opt_state, dict.fromkeys(objective_state, number), scalar)
 
 
 def state_shardings(abstract_opt_state: Any, params: Any, mesh: Mesh) -> Any:

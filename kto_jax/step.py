@@ -1,14 +1,16 @@
 """One training step: log-probabilities, the reference point of the whole batch, gradients, the update.
 
-Pass 1, without gradient, reads the unmatched pairs of all microbatches and makes one z0. Pass 2 takes gradients
-microbatch by microbatch. Sums are divided once, by the count of the whole batch, so that neither devices nor
-microbatches change the numbers. Microbatches have one shape and a traced count: one program serves every step.
+Pass 1, without gradient, reads what the objective's reference point is made of over all microbatches (for KTO the
+unmatched pairs) and makes one z0. Pass 2 takes gradients microbatch by microbatch. Sums are divided once, by the count
+of the whole batch, so that neither devices nor microbatches change the numbers. Microbatches have one shape and a
+traced count: one program serves every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,118 +18,148 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kto_jax import metrics
-from kto_jax.losses import segment_sums, token_logps
+from kto_jax.config import ReferenceConfig
+from kto_jax.forward import read_completions
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
-from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.shapes import Completions, FeedbackBatch, PackedRows
 from kto_jax.state import TrainState
 
 Figures = dict[str, Float[Array, ""]]
+Tree = TypeVar("Tree")
 
 
-def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
-    """Log-probability of the completion in each slot of one microbatch, in nats; 0 in empty slots."""
-    hidden_RLD = model.hidden_states(params, rows.tokens, rows.segment_ids, rows.positions)
-    hidden_RCD = jnp.take_along_axis(hidden_RLD, rows.predictors[..., None], axis=1)
-    hidden_RCD = model.constrain(hidden_RCD, ("rows", "length", "embed"))
-    # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
-    head_DV = model.constrain(model.head(params), ("embed", "vocab"))
-    logps_RC = token_logps(hidden_RCD, head_DV, rows.targets)
-    num_slots = rows.filled.shape[-1]
-    return jax.vmap(lambda values, ids: segment_sums(values, ids - 1, num_slots, where=ids > 0))(
-        logps_RC, rows.target_segments
+def _microbatch(tree: Tree, index: Int[Array, ""]) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _room_for(function: Callable[[Int[Array, ""]], Tree], num_microbatches: int) -> Tree:
+    """Zeros that hold the results of all microbatches."""
+    one = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.tree.map(lambda leaf: jnp.zeros((num_microbatches, *leaf.shape), leaf.dtype), one)
+
+
+def _put(results: Tree, index: Int[Array, ""], result: Tree) -> Tree:
+    return jax.tree.map(lambda all_of_them, one: all_of_them.at[index].set(one), results, result)
+
+
+def _sums_alone(completions: Completions) -> Completions:
+    return dataclasses.replace(completions, tokens=None)
+
+
+def read_all(
+    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, rows: PackedRows
+) -> Completions:
+    """All microbatches of `rows`, which are the batch's matched or unmatched ones, without gradient: [M, R, S]."""
+    unmatched = rows is batch.unmatched
+    count = batch.num_unmatched if unmatched else batch.num_matched
+    labels = (
+        (jnp.zeros_like(rows.filled), jnp.zeros(rows.filled.shape)) if unmatched else (batch.desirable, batch.scores)
     )
 
-
-def _microbatch(rows: PackedRows, index: Int[Array, ""]) -> PackedRows:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
-
-
-def _logps_by_microbatch(
-    model: Model, policy: Params, reference: Params, rows: PackedRows, count: Int[Array, ""]
-) -> tuple[Float[Array, "M R S"], Float[Array, "M R S"]]:
-    """Policy and reference log-probabilities of all microbatches, without gradient."""
-
-    def body(index: Int[Array, ""], logps: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        microbatch = _microbatch(rows, index)
-        return (
-            logps[0].at[index].set(packed_logps(model, policy, microbatch)),
-            logps[1].at[index].set(packed_logps(model, reference, microbatch)),
+    def read(index: Int[Array, ""]) -> Completions:
+        return _sums_alone(
+            read_completions(model, objective, state.policy, state.reference, *_microbatch((rows, *labels), index))
         )
 
-    empty = jnp.zeros(rows.filled.shape, jnp.promote_types(model.dtype, jnp.float32))
-    return jax.lax.fori_loop(0, count, body, (empty, empty))
+    def body(index: Int[Array, ""], results: Completions) -> Completions:
+        return _put(results, index, read(index))
+
+    return jax.lax.fori_loop(0, count, body, _room_for(read, rows.filled.shape[0]))
+
+
+# ------------------------------------------------------------------------------------------------ the two passes
 
 
 def reference_point(
-    model: Model, objective: Objective, policy: Params, reference: Params, batch: FeedbackBatch
-) -> tuple[Float[Array, ""], Figures]:
-    """z0 of the global batch, and what is known about it.
+    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
+) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Figures]:
+    """The reference point of the global batch, and what is known about it.
 
     Returns:
-      z0 in nats, and figures: z0, kl (the unclamped mean log-ratio of the unmatched pairs), kl_standard_error,
+      What the objective makes of its first pass: for KTO z0 in nats. Figures: z0 (its mean over the examples) where
+      there is a first pass; of unmatched rows also kl (the unclamped mean log-ratio), kl_standard_error and
       num_unmatched.
     """
-    policy_logps, reference_logps = _logps_by_microbatch(model, policy, reference, batch.unmatched, batch.num_unmatched)
-    where = batch.unmatched.filled
-    z0 = objective.reference_point(policy_logps, reference_logps, where)
-    log_ratios = policy_logps - reference_logps
-    return z0, {
-        "z0": z0,
-        "kl": metrics.mean(log_ratios, where),
-        "kl_standard_error": metrics.standard_error(log_ratios, where),
-        "num_unmatched": jnp.sum(where).astype(z0.dtype),
+    if objective.first_pass == "none":
+        return jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32)), {}
+    rows = batch.unmatched if objective.first_pass == "unmatched" else batch.matched
+    completions = read_all(model, objective, state, batch, rows)
+    point = objective.reference_point(completions)
+    if objective.first_pass == "matched":
+        return point, {"z0": metrics.mean(jnp.broadcast_to(point, rows.filled.shape), rows.filled)}
+    log_ratios = completions.policy - completions.reference
+    figures = {
+        "z0": point,
+        "kl": metrics.mean(log_ratios, rows.filled),
+        "kl_standard_error": metrics.standard_error(log_ratios, rows.filled),
+        "num_unmatched": jnp.sum(rows.filled).astype(point.dtype),
     }
+    if not objective.uses_reference:
+        figures = {name: figures[name] for name in ("z0", "num_unmatched")}
+    return point, figures
 
 
 def loss_and_gradient(
-    model: Model, objective: Objective, policy: Params, reference: Params, batch: FeedbackBatch, z0: Float[Array, ""]
-) -> tuple[Float[Array, ""], Params, Float[Array, "M R S"]]:
-    """Weighted mean loss over the examples of the global batch, its gradient, and the log-ratios.
+    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, point: Array
+) -> tuple[Float[Array, ""], Params, Completions]:
+    """Weighted mean loss over the examples of the global batch, its gradient, and the completions [M, R, S].
 
     The loss is Σ weight · loss / number of examples: a weight of 2 counts an example twice.
     """
-    num_examples = jnp.maximum(jnp.sum(batch.matched.filled), 1)
+    num_examples = jnp.maximum(jnp.sum(objective.counts(batch.matched.filled, batch.desirable)), 1)
     dtype = jnp.promote_types(model.dtype, jnp.float32)
 
-    def share_of_loss(params: Params, index: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
-        microbatch = _microbatch(batch.matched, index)
-        reference_logps = packed_logps(model, reference, microbatch)
-        policy_logps = packed_logps(model, params, microbatch)
-        losses = objective.loss(policy_logps, reference_logps, batch.desirable[index], z0)
-        weighted = jnp.where(microbatch.filled, losses * batch.weights[index], 0)
-        return jnp.sum(weighted) / num_examples, policy_logps - reference_logps
+    def share_of_loss(params: Params, index: Int[Array, ""]) -> tuple[jax.Array, Completions]:
+        rows, desirable, scores, weights = _microbatch(
+            (batch.matched, batch.desirable, batch.scores, batch.weights), index
+        )
+        completions = read_completions(model, objective, params, state.reference, rows, desirable, scores)
+        losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
+        counts = objective.counts(rows.filled, desirable)
+        return jnp.sum(jnp.where(counts, losses * weights, 0)) / num_examples, _sums_alone(completions)
 
-    def body(index: Int[Array, ""], carry: tuple[jax.Array, Params, jax.Array]) -> tuple[jax.Array, Params, jax.Array]:
-        loss, gradient, log_ratios = carry
-        (part, part_ratios), part_gradient = jax.value_and_grad(share_of_loss, has_aux=True)(policy, index)
+    def body(index: Int[Array, ""], carry: tuple[jax.Array, Params, Completions]) -> tuple:
+        loss, gradient, completions = carry
+        (part, read), part_gradient = jax.value_and_grad(share_of_loss, has_aux=True)(state.policy, index)
         return (
             loss + part,
             jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradient, part_gradient),
-            log_ratios.at[index].set(part_ratios),
+            _put(completions, index, read),
         )
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), policy)
-    start = (jnp.zeros((), dtype), zeros, jnp.zeros(batch.matched.filled.shape, dtype))
-    return jax.lax.fori_loop(0, batch.num_matched, body, start)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), state.policy)
+    room = _room_for(lambda index: share_of_loss(state.policy, index)[1], batch.matched.filled.shape[0])
+    return jax.lax.fori_loop(0, batch.num_matched, body, (jnp.zeros((), dtype), zeros, room))
 
 
-def _figures(objective: Objective, log_ratios: jax.Array, batch: FeedbackBatch, z0: jax.Array) -> Figures:
-    return metrics.feedback_figures(
-        objective.beta * log_ratios.reshape(-1),
-        batch.desirable.reshape(-1),
-        batch.matched.filled.reshape(-1),
-        objective.beta * z0,
-    )
+# ------------------------------------------------------------------------------------------------ figures
 
 
-def work(model: Model, batch: FeedbackBatch) -> Figures:
+def _figures(
+    objective: Objective, completions: Completions, batch: FeedbackBatch, point: Array, state: Mapping[str, Array]
+) -> Figures:
+    rewards, filled = objective.rewards(completions), batch.matched.filled
+    flat = (rewards.reshape(-1), batch.desirable.reshape(-1), filled.reshape(-1))
+    figures = metrics.class_figures(*flat)
+    if objective.reads == "pairs":
+        return figures | {"accuracy": metrics.pair_accuracy(rewards, filled)}
+    if objective.reads == "thumbs" and objective.uses_reference:
+        gains = rewards - objective.reference_reward(point, state)
+        figures |= {"accuracy": metrics.accuracy(gains.reshape(-1), *flat[1:])}
+        if objective.saturates:
+            figures |= {"saturated": metrics.saturated(gains.reshape(-1), flat[2])}
+    return figures
+
+
+def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
     """What the step has to do for a batch, whatever it does besides: the numerators of tokens/s and MFU.
 
     Returns:
-      tokens: real tokens of the matched rows. flops: the policy's forward and backward pass and the reference's forward
-      pass over the matched rows, and both forward passes over the unmatched ones, at real tokens.
+      tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
+      matched rows, and the forward passes of the reference and of the first pass.
     """
+    has_logits = objective.scorer != "reward"
 
     def forward(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
         real = rows.segment_ids > 0
@@ -137,10 +169,16 @@ def work(model: Model, batch: FeedbackBatch) -> Figures:
         body = model.config.flops_per_token(attended=0, head=False)
         head = model.config.flops_per_token(attended=0, head=True) - body
         attention = model.config.flops_per_token(attended=1, head=False) - body
-        return tokens, body * tokens + attention * attended + head * completions
+        return tokens, body * tokens + attention * attended + has_logits * head * completions
 
     tokens, matched = forward(batch.matched)
-    return {"tokens": tokens, "flops": 4 * matched + 2 * forward(batch.unmatched)[1]}
+    models = 2 if objective.uses_reference else 1
+    zero = jnp.zeros_like(matched)
+    first = {"none": zero, "unmatched": forward(batch.unmatched)[1], "matched": matched}[objective.first_pass]
+    return {"tokens": tokens, "flops": (2 + models) * matched + models * first}
+
+
+# ------------------------------------------------------------------------------------------------ steps
 
 
 def train_step(
@@ -148,69 +186,103 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    sync: ReferenceConfig,
     state: TrainState,
     batch: FeedbackBatch,
 ) -> tuple[TrainState, Figures]:
-    """One step. A loss or gradient that is not finite leaves policy and optimizer as they were and is counted.
+    """One step. A loss or gradient that is not finite leaves all but the counts as it was, and is counted.
 
     Returns:
       The next state, and the figures that docs/metrics.md explains.
     """
-    z0, figures = reference_point(model, objective, state.policy, state.reference, batch)
-    loss, gradient, log_ratios = loss_and_gradient(model, objective, state.policy, state.reference, batch, z0)
+    point, figures = reference_point(model, objective, state, batch)
+    loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.policy)
     policy = optax.apply_updates(state.policy, updates)
+    objective_state = objective.next_state(state.objective_state, objective.rewards(completions), batch.matched.filled)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(finite, new, old)
 
-    next_state = dataclasses.replace(
-        state,
+    policy = jax.tree.map(keep, policy, state.policy)
+    next_state = TrainState(
         step=state.step + 1,
-        policy=jax.tree.map(keep, policy, state.policy),
+        policy=policy,
+        reference=_synced(state.reference, policy, state.step + 1, sync),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        objective_state=jax.tree.map(keep, objective_state, state.objective_state),
         num_bad_steps=jnp.where(finite, 0, state.num_bad_steps + 1),
     )
-    figures |= _figures(objective, log_ratios, batch, z0) | {
+    figures |= _figures(objective, completions, batch, point, state.objective_state) | {
         "loss": loss,
         "grad_norm": grad_norm,
         "learning_rate": schedule(state.step),
         "num_bad_steps": next_state.num_bad_steps,
-        "examples": jnp.sum(batch.matched.filled),
+        "examples": jnp.sum(objective.counts(batch.matched.filled, batch.desirable)),
+        **next_state.objective_state,
     }
-    return next_state, figures | work(model, batch)
+    return next_state, figures | work(model, objective, batch)
+
+
+def _synced(reference: Params, policy: Params, step: Int[Array, ""], sync: ReferenceConfig) -> Params:
+    """The reference, moved towards the policy where the step is due: mix · policy + (1 − mix) · reference."""
+    if not sync.sync_every or not reference:
+        return reference
+
+    def mix(old: Params) -> Params:
+        return jax.tree.map(
+            lambda r, p: (sync.sync_mix * p + (1 - sync.sync_mix) * r.astype(p.dtype)).astype(r.dtype),
+            old,
+            {name: policy[name] for name in old},  # without a value head
+        )
+
+    return jax.lax.cond(step % sync.sync_every == 0, mix, lambda old: old, reference)
 
 
 def evaluation_step(
-    model: Model, objective: Objective, policy: Params, reference: Params, batch: FeedbackBatch
+    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
 ) -> tuple[Figures, Float[Array, "M R S"]]:
     """Loss and z0 of one held-out batch, and the rewards of its slots, for figures over all of them."""
-    z0, figures = reference_point(model, objective, policy, reference, batch)
-    policy_logps, reference_logps = _logps_by_microbatch(model, policy, reference, batch.matched, batch.num_matched)
-    losses = objective.loss(policy_logps, reference_logps, batch.desirable, z0)
-    weighted = jnp.where(batch.matched.filled, losses * batch.weights, 0)
-    return figures | {"loss_sum": jnp.sum(weighted)}, objective.beta * (policy_logps - reference_logps)
+    point, figures = reference_point(model, objective, state, batch)
+
+    def body(index: Int[Array, ""], carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, desirable, scores, weights = _microbatch(
+            (batch.matched, batch.desirable, batch.scores, batch.weights), index
+        )
+        completions = read_completions(model, objective, state.policy, state.reference, rows, desirable, scores)
+        losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
+        counted = jnp.where(objective.counts(rows.filled, desirable), losses * weights, 0)
+        return carry[0] + jnp.sum(counted), carry[1].at[index].set(objective.rewards(completions))
+
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    room = (jnp.zeros((), dtype), jnp.zeros(batch.matched.filled.shape, dtype))
+    loss_sum, rewards = jax.lax.fori_loop(0, batch.num_matched, body, room)
+    return figures | {"loss_sum": loss_sum}, rewards
 
 
 def jit_train_step(
-    model: Model, objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    sync: ReferenceConfig,
 ) -> Callable[[TrainState, FeedbackBatch], tuple[TrainState, Figures]]:
     """The compiled step; it takes over the state's memory."""
 
     def step(state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
-        return train_step(model, objective, optimizer, schedule, state, batch)
+        return train_step(model, objective, optimizer, schedule, sync, state, batch)
 
     return jax.jit(step, donate_argnums=0)
 
 
 def jit_evaluation_step(
     model: Model, objective: Objective
-) -> Callable[[Params, Params, FeedbackBatch], tuple[Figures, jax.Array]]:
+) -> Callable[[TrainState, FeedbackBatch], tuple[Figures, jax.Array]]:
     """The compiled evaluation step."""
 
-    def step(policy: Params, reference: Params, batch: FeedbackBatch) -> tuple[Figures, jax.Array]:
-        return evaluation_step(model, objective, policy, reference, batch)
+    def step(state: TrainState, batch: FeedbackBatch) -> tuple[Figures, jax.Array]:
+        return evaluation_step(model, objective, state, batch)
 
     return jax.jit(step)

@@ -7,6 +7,7 @@ data or the model cannot be used, 75 preempted (run again), 130 interrupted from
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 import shlex
 import sys
@@ -78,15 +79,19 @@ def train(config: Config, workdir: Path, command: str) -> int:
         mesh, model = make_model(config, inputs)
         run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)
 
-    with run.lock, contextlib.closing(Checkpoints(run.path, config.checkpoint)) as checkpoints:
+    moves = config.reference.sync_every > 0
+    with (
+        run.lock,
+        contextlib.closing(Checkpoints(run.path, config.checkpoint, reference_moves=moves)) as checkpoints,
+    ):
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
         schedule = make_schedule(config.optimizer, inputs.num_steps)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
         state = make_state(config, inputs, model, mesh, optimizer, checkpoints)
 
         # ------------------------------------------------- the steps
         write_samples("before", model, state, inputs, run, config)
-        take_step = jit_train_step(model, inputs.objective, optimizer, schedule)
+        take_step = jit_train_step(model, inputs.objective, optimizer, schedule, config.reference)
         evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
         peak, source = peak_flops(jax.devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
@@ -124,7 +129,13 @@ def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
     mesh = make_mesh(config.mesh)
     constrain = constrainer(mesh)
-    return mesh, Model.create(architecture, dtype=config.model.dtype, remat=config.model.remat, constrain=constrain)
+    return mesh, Model.create(
+        architecture,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        constrain=constrain,
+        scorer=inputs.objective.scorer,
+    )
 
 
 def make_state(
@@ -136,24 +147,28 @@ def make_state(
     checkpoints: Checkpoints,
 ) -> TrainState:
     """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
-    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
-    reference_dtype = config.reference.param_dtype
+    plain = dataclasses.replace(model, scorer="none")
+    layout, reference_layout = (shardings(mesh, m.logical_axes(), m.abstract_params("float32")) for m in (model, plain))
+    reference_dtype, uses_reference = config.reference.param_dtype, inputs.objective.uses_reference
     if checkpoints.latest_step is not None:
-        policy, reference = (
-            _placed_like(model.abstract_params(dtype), layout) for dtype in ("float32", reference_dtype)
-        )
+        policy = _placed_like(model.abstract_params("float32"), layout)
+        reference = _placed_like(plain.abstract_params(reference_dtype), reference_layout) if uses_reference else {}
         console.print(f"continuing after step {checkpoints.latest_step}")
-        return checkpoints.restore(abstract_state(policy, reference, optimizer, mesh))
+        return checkpoints.restore(abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state))
+    key = jax.random.key(config.seed)
     if config.model.init == "random":
         draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
-        policy = draw(jax.random.key(config.seed), "float32")
+        policy = draw(key, "float32")
     else:
-        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout)
-    if config.reference.path:
-        reference = load_params(model, inputs.reference_path, param_dtype=reference_dtype, shardings=layout)
+        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout, key=key)
+    if not uses_reference:
+        reference = {}
+    elif config.reference.path:
+        reference = load_params(plain, inputs.reference_path, param_dtype=reference_dtype, shardings=reference_layout)
     else:
-        reference = jax.tree.map(lambda leaf: leaf.astype(reference_dtype), policy)
-    state = create_state(policy, reference, optimizer, mesh)
+        trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
+        reference = jax.tree.map(lambda leaf: leaf.astype(reference_dtype), trunk)
+    state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
     checkpoints.save_reference(state.reference)
     return state
 
@@ -244,12 +259,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
-    objective, num_held_out = inputs.objective, len(inputs.index.rows("eval"))
+    options = ", ".join(f"{name} {_short(value)}" for name, value in inputs.objective.options.items())
     console.print(
-        f"{inputs.num_steps} steps of {config.batch_size} examples from {inputs.num_desirable} desirable and "
-        f"{inputs.num_undesirable} undesirable ones, weighted {objective.desirable_weight:g} and "
-        f"{objective.undesirable_weight:g}; {num_held_out} held out; {mesh.size} × {jax.devices()[0].device_kind} "
-        f"as {dict(mesh.shape)}; {peak}",
+        f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
+        f"{inputs.objective.examples}; {inputs.num_desirable} desirable and {inputs.num_undesirable} "
+        f"undesirable completions, {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
+        f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; {peak}",
         highlight=False,
     )
     if config.optimizer.warmup_steps >= inputs.num_steps:
@@ -258,6 +273,10 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
             f"{config.optimizer.warmup_steps}): the learning rate never reaches {config.optimizer.learning_rate}",
             style="yellow",
         )
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:

@@ -11,7 +11,7 @@ LAYERS = [
     {"shapes", "config", "sources"},
     {"losses", "values", "models", "data", "metrics", "judges", "charts", "preemption", "hardware", "logs"},
     {"objectives", "sharding"},
-    {"state", "step", "rollout", "run"},
+    {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"results"},
     {"train", "generate", "curves"},
@@ -19,7 +19,7 @@ LAYERS = [
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
-    ("step", "state"), ("report", "charts"),
+    ("step", "state"), ("step", "forward"), ("report", "charts"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

@@ -24,14 +24,14 @@ OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1
 def make_state(mesh):
     layout = shardings(mesh, MODEL.logical_axes(), MODEL.abstract_params("float32"))
     policy = jax.device_put(MODEL.init_params(jax.random.key(0), "float32"), layout)
-    return create_state(policy, policy, OPTIMIZER, mesh)
+    return create_state(policy, policy, OPTIMIZER, mesh, {})
 
 
 def make_abstract(mesh, model=MODEL):
     abstract = model.abstract_params("float32")
     layout = shardings(mesh, model.logical_axes(), abstract)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
-    return abstract_state(params, params, OPTIMIZER, mesh)
+    return abstract_state(params, params, OPTIMIZER, mesh, {})
 
 
 @jax.jit(donate_argnums=0)

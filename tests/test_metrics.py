@@ -47,10 +47,23 @@ def test_figures_of_a_batch_by_hand():
     rewards = jnp.array([2.0, 0.5, -1.0, 9.0, 100.0])
     desirable = jnp.array([True, True, False, False, True])
     where = jnp.array([True, True, True, True, False])
-    figures = metrics.feedback_figures(rewards, desirable, where, jnp.array(1.0))
+    figures = metrics.class_figures(rewards, desirable, where)
     assert figures["rewards_desirable"] == 1.25
     assert figures["rewards_undesirable"] == 4.0
     assert figures["margin"] == -2.75
-    assert figures["accuracy"] == 0.5  # 2 is above 1, and -1 below it
     assert figures["auc"] == 0.5  # both beat -1, neither beats 9
-    assert figures["saturated"] == 0.25  # only 9 is more than 3.64 from 1
+    assert metrics.accuracy(rewards - 1, desirable, where) == 0.5  # 2 is above 1, and -1 below it
+    assert metrics.saturated(rewards - 1, where) == 0.25  # only 9 is more than 3.64 from 1
+
+
+def test_a_class_that_is_absent_has_no_mean_and_there_is_no_margin():
+    figures = metrics.class_figures(jnp.ones(3), jnp.ones(3, bool), jnp.ones(3, bool))
+    assert figures["rewards_desirable"] == 1
+    assert jnp.isnan(figures["rewards_undesirable"])
+    assert jnp.isnan(figures["margin"])
+
+
+def test_accuracy_of_pairs_is_the_share_won_by_the_chosen_one():
+    rewards = jnp.array([[2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 9.0, 0.0]])
+    where = jnp.array([[True, True, True, True], [True, True, False, False]])
+    assert metrics.pair_accuracy(rewards, where) == pytest.approx(1 / 3)  # a tie is not won

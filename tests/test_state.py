@@ -70,7 +70,7 @@ def test_the_optimizer_state_lies_like_the_parameters():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     layout = NamedSharding(mesh, PartitionSpec("fsdp"))
     policy = {"w": jax.device_put(jnp.ones((8, 2)), layout)}
-    state = create_state(policy, policy, optax.adamw(1e-3), mesh)
+    state = create_state(policy, policy, optax.adamw(1e-3), mesh, {})
     assert state.opt_state[0].mu["w"].sharding == layout
     assert state.opt_state[0].count.sharding.is_fully_replicated
 
@@ -78,5 +78,5 @@ def test_the_optimizer_state_lies_like_the_parameters():
 def test_a_reference_that_is_the_policy_is_a_copy_of_it():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     policy = {"w": jax.device_put(jnp.ones(8), jax.devices()[0])}
-    state = create_state(policy, policy, optax.sgd(1.0), mesh)
+    state = create_state(policy, policy, optax.sgd(1.0), mesh, {})
     assert state.policy["w"].unsafe_buffer_pointer() != state.reference["w"].unsafe_buffer_pointer()

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.data.batches import Plan
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.sharding import constrainer, make_mesh, place_batch, shardings
-from kto_jax.state import create_state, make_optimizer, make_schedule
+from kto_jax.state import TrainState, create_state, make_optimizer, make_schedule
 from kto_jax.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point
 from tests.losses import oracle
 from tests.synthetic import make_index
@@ -100,8 +100,9 @@ def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8
 
     @jax.jit
     def run(policy, reference, batch):
-        z0, figures = reference_point(model, OBJECTIVE, policy, reference, batch)
-        return z0, figures, *loss_and_gradient(model, OBJECTIVE, policy, reference, batch, z0)
+        state = TrainState(0, policy, reference, (), {}, 0)
+        z0, figures = reference_point(model, OBJECTIVE, state, batch)
+        return z0, figures, *loss_and_gradient(model, OBJECTIVE, state, batch, z0)
 
     return num_microbatches, *jax.device_get(run(policy, reference, place_batch(mesh, batch)))
 
@@ -158,10 +159,12 @@ def one_step(num_prompts=None, dtype="float32", **changes):
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
     policy, reference = jax.device_put(parameters("float32"), jax.devices()[0])
-    state = create_state(policy, reference, optimizer, mesh)
+    state = create_state(policy, reference, optimizer, mesh, {})
     before = jax.device_get(state)
     batch = dataclasses.replace(make_plan(96, 8, num_prompts=num_prompts)[1].batch(0), **changes)
-    after, figures = jit_train_step(model, OBJECTIVE, optimizer, schedule)(state, place_batch(mesh, batch))
+    after, figures = jit_train_step(model, OBJECTIVE, optimizer, schedule, ReferenceConfig())(
+        state, place_batch(mesh, batch)
+    )
     return before, jax.device_get(after), jax.device_get(figures), model, batch
 
 
@@ -202,7 +205,7 @@ def test_a_batch_of_one_prompt_has_no_reference_point_and_says_so():
 
 def test_evaluation_gives_the_loss_that_training_saw():
     before, _, figures, model, batch = plain_step()
-    evaluated, rewards = evaluation_step(model, OBJECTIVE, before.policy, before.reference, batch)
+    evaluated, rewards = evaluation_step(model, OBJECTIVE, before, batch)
     assert evaluated["loss_sum"] / BATCH == pytest.approx(float(figures["loss"]), rel=1e-6)
     assert evaluated["z0"] == pytest.approx(float(figures["z0"]), rel=1e-6)
     good = np.asarray(batch.desirable & batch.matched.filled)

@@ -2,7 +2,7 @@
 
 from kto_jax.losses.bco import bco_loss, update_running_mean
 from kto_jax.losses.cpo import cpo_loss
-from kto_jax.losses.dpo import DPO_VARIANTS, F_DIVERGENCES, dpo_loss
+from kto_jax.losses.dpo import DPO_VARIANTS, F_DIVERGENCES, check_dpo_options, dpo_loss
 from kto_jax.losses.grpo import group_relative_advantages, grpo_loss, k3_kl, leave_one_out_advantages
 from kto_jax.losses.halo import halo_loss
 from kto_jax.losses.kto import (
@@ -27,6 +27,7 @@ __all__ = [
     "apo_zero_unpaired_loss",
     "bco_loss",
     "bradley_terry_loss",
+    "check_dpo_options",
     "cpo_loss",
     "dpo_loss",
     "generalized_advantages",

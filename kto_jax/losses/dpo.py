@@ -73,7 +73,7 @@ def dpo_loss(
 
     Source: Rafailov et al., arXiv 2305.18290, equation (7); divergences: Wang et al., arXiv 2309.16240.
     """
-    _check(variant, label_smoothing, f_divergence)
+    check_dpo_options(variant, label_smoothing, f_divergence)
     to_reward = F_DIVERGENCES[f_divergence]
     chosen = to_reward(at_least_float32(policy_chosen_logps) - at_least_float32(reference_chosen_logps), alpha)
     rejected = to_reward(at_least_float32(policy_rejected_logps) - at_least_float32(reference_rejected_logps), alpha)
@@ -87,7 +87,12 @@ def dpo_loss(
     return DPO_VARIANTS[variant](chosen, rejected, options)
 
 
-def _check(variant: str, smoothing: float, f_divergence: str) -> None:
+def check_dpo_options(variant: str, smoothing: float, f_divergence: str) -> None:
+    """Refuses options of `dpo_loss` that do not go together.
+
+    Raises:
+      ValueError: an unknown variant or divergence, or a label smoothing that the variant cannot use.
+    """
     if variant not in DPO_VARIANTS:
         raise ValueError(f"variant={variant!r} is not a DPO variant. Choose one of {', '.join(DPO_VARIANTS)}.")
     if f_divergence not in F_DIVERGENCES:

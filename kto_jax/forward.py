@@ -1,0 +1,84 @@
+"""What the models say of packed rows: log-probabilities, rewards, values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kto_jax.losses import humanline_clamp, segment_sums, token_logps
+from kto_jax.models.model import Model, Params
+from kto_jax.objectives import Objective
+from kto_jax.shapes import Completions, PackedRows, TokenScores
+
+
+def completion_states(model: Model, params: Params, rows: PackedRows, *, offset: int = 0) -> Float[Array, "R C D"]:
+    """Hidden states that predict the completion's tokens; with an offset of 1, those that have read them."""
+    hidden_RLD = model.hidden_states(params, rows.tokens, rows.segment_ids, rows.positions)
+    hidden_RCD = jnp.take_along_axis(hidden_RLD, (rows.predictors + offset)[..., None], axis=1)
+    return model.constrain(hidden_RCD, ("rows", "length", "embed"))
+
+
+def _token_logps(model: Model, params: Params, hidden_RCD: Float[Array, "R C D"], rows: PackedRows) -> Array:
+    # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
+    head_DV = model.constrain(model.head(params), ("embed", "vocab"))
+    return token_logps(hidden_RCD, head_DV, rows.targets)
+
+
+def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array, "R S"]:
+    num_slots = rows.filled.shape[-1]
+    return jax.vmap(lambda values, ids: segment_sums(values, ids - 1, num_slots, where=ids > 0))(
+        values_RC, rows.target_segments
+    )
+
+
+def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
+    """Log-probability of the completion in each slot of one microbatch, in nats; 0 in empty slots."""
+    return _slot_sums(_token_logps(model, params, completion_states(model, params, rows), rows), rows)
+
+
+def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
+    """Reward of the completion in each slot: the reward head on the hidden state at its last token; 0 where empty."""
+    rewards_RC = model.scores(params, completion_states(model, params, rows, offset=1))
+    segments = rows.target_segments
+    is_last = segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    return _slot_sums(jnp.where(is_last, rewards_RC, 0), rows)
+
+
+def read_completions(
+    model: Model,
+    objective: Objective,
+    policy: Params,
+    reference: Params,
+    rows: PackedRows,
+    desirable: Array,
+    scores: Array,
+) -> Completions:
+    """All that the objective sees of one microbatch; gradients reach the policy alone."""
+    lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
+    if objective.scorer == "reward":
+        rewards = packed_rewards(model, policy, rows)
+        return Completions(rewards, jnp.zeros_like(rewards), rewards, lengths, desirable, scores, rows.filled)
+    hidden_RCD = completion_states(model, policy, rows)
+    policy_RC = _token_logps(model, policy, hidden_RCD, rows)
+    likelihood = _slot_sums(policy_RC, rows)
+    reference_RC = jnp.zeros_like(policy_RC)
+    if objective.uses_reference:
+        reference_RC = _token_logps(model, reference, completion_states(model, reference, rows), rows)
+    if objective.humanline:
+        low, high = objective.humanline
+        policy_RC = reference_RC + humanline_clamp(policy_RC - reference_RC, low=low, high=high)
+    tokens = None
+    if objective.scorer == "value":
+        values_RC = model.scores(policy, jax.lax.stop_gradient(hidden_RCD))
+        tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments)
+    return Completions(
+        policy=_slot_sums(policy_RC, rows),
+        reference=_slot_sums(reference_RC, rows),
+        likelihood=likelihood,
+        lengths=lengths,
+        desirable=desirable,
+        scores=scores,
+        filled=rows.filled,
+        tokens=tokens,
+    )

@@ -1,0 +1,358 @@
+"""One function per algorithm, and the table of them.
+
+The keyword arguments of a function are the fields of `config.objective` that it uses; their defaults are what "auto"
+stands for there. Adding an objective: a function and a line of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kto_jax import losses, values
+from kto_jax.losses import mean_logps
+from kto_jax.objectives.record import Objective, Point, State, implied_rewards, no_reference_point
+from kto_jax.shapes import Completions
+
+# ------------------------------------------------------------------------------------------------ thumbs
+
+
+def kto(
+    *,
+    variant: str = "standard",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    kl_nonzero_mean: bool = False,
+    alpha: float = 0.88,
+    loss_aversion: float = 2.25,
+) -> Objective:
+    """KTO, equation (7); `variant` changes its value function or its reference point.
+
+    "zero": z0 is 0. "log_sigmoid", "identity", "kahneman_tversky": another value function; `alpha` and `loss_aversion`
+    are of the last. "reference_free": mean token log-probabilities stand for log-ratios, and their mean over unrelated
+    pairs for z0, not clamped. "simple": z0 of each class is the mean log-ratio of the other one.
+    """
+    value_fns: dict[str, Callable[[Array], Array]] = {
+        "log_sigmoid": values.log_sigmoid,
+        "identity": values.identity,
+        "kahneman_tversky": functools.partial(values.kahneman_tversky, alpha=alpha, loss_aversion=loss_aversion),
+    }
+    _check_variant("kto", variant, ("standard", "zero", "reference_free", "simple", *value_fns))
+    if variant != "kahneman_tversky" and (alpha, loss_aversion) != (0.88, 2.25):
+        raise ValueError("alpha and loss_aversion are of the variant kahneman_tversky. Take them out, or set variant.")
+    if variant in ("zero", "reference_free", "simple") and kl_nonzero_mean:
+        raise ValueError(f"kl_nonzero_mean has no KL to divide in the variant {variant}. Take it out.")
+    plain = functools.partial(
+        losses.kto_loss,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        value_fn=value_fns.get(variant, values.sigmoid),
+    )
+
+    def loss(c: Completions, z0: Point, state: State) -> Float[Array, "R S"]:
+        return plain(*_log_ratio(c), c.desirable, z0)
+
+    def _log_ratio(c: Completions) -> tuple[Array, Array]:
+        if variant == "reference_free":
+            return mean_logps(c.policy, c.lengths), jnp.zeros_like(c.policy)
+        return c.policy, c.reference
+
+    def reference_point(c: Completions) -> Float[Array, "..."]:
+        if variant == "simple":
+            return losses.opposite_class_reference_point(c.policy, c.reference, c.desirable, where=c.filled)
+        where = c.filled & (c.policy != c.reference) if kl_nonzero_mean else c.filled
+        return losses.kl_reference_point(*_log_ratio(c), where=where, clamp=variant != "reference_free")
+
+    objective = Objective(
+        reads="thumbs",
+        loss=loss,
+        rewards=lambda c: beta * (_log_ratio(c)[0] - _log_ratio(c)[1]),
+        uses_reference=variant != "reference_free",
+        first_pass="matched" if variant == "simple" else "unmatched",
+        reference_point=reference_point,
+        reference_reward=lambda z0, state: beta * z0,
+        saturates=variant not in value_fns,
+    )
+    if variant == "zero":
+        return dataclasses.replace(objective, first_pass="none", reference_point=no_reference_point)
+    return objective
+
+
+def apo_zero_unpaired(*, beta: float = 0.1) -> Objective:
+    """KTO with z0 = 0 and weights of 1, arXiv 2408.06266."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        return losses.apo_zero_unpaired_loss(c.policy, c.reference, c.desirable, beta=beta)
+
+    return Objective("thumbs", loss, functools.partial(implied_rewards, beta=beta), saturates=True)
+
+
+def bco(*, beta: float = 0.1) -> Objective:
+    """BCO, its rewards centred by the mean of those of all earlier steps, arXiv 2404.04656."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        return losses.bco_loss(c.policy, c.reference, c.desirable, state["running_mean"], beta=beta)
+
+    return Objective(
+        "thumbs",
+        loss,
+        functools.partial(implied_rewards, beta=beta),
+        reference_reward=lambda point, state: state["running_mean"],
+        saturates=True,
+        **_RUNNING_MEAN,
+    )
+
+
+def _next_running_mean(state: State, rewards: Array, where: Array) -> State:
+    mean, count = losses.update_running_mean(state["running_mean"], state["running_count"], rewards, where=where)
+    return {"running_mean": mean, "running_count": count}
+
+
+_RUNNING_MEAN: dict[str, Any] = {
+    "initial_state": {"running_mean": 0.0, "running_count": 0.0},
+    "next_state": _next_running_mean,
+}
+
+
+def csft(*, good_control: str = "<|good|>", bad_control: str = "<|bad|>") -> Objective:
+    """SFT of every completion, behind a control text that says which label it has; sample behind the good one.
+
+    Held-out rows are all read behind the good control, and the loss is that of the desirable ones.
+    """
+    return Objective(
+        "thumbs",
+        _sft_of_slot,
+        _mean_logps,
+        uses_reference=False,
+        controls=(bad_control, good_control),
+        evaluated_as=sft(),
+    )
+
+
+def ppo_offline(
+    *,
+    kl_weight: float = 0.1,
+    clip_low: float = 0.75,
+    clip_high: float = 3.0,
+    value_weight: float = 0.5,
+    value_clip: float = 0.2,
+    discount: float = 1.0,
+    trace: float = 0.95,
+    rewards: str = "labels",
+) -> Objective:
+    """PPO on fixed data, arXiv 2402.01306, appendix B: the reference stands for the policy that wrote the completions.
+
+    The reward of a completion, ±1 by its label or its score, lies on its last token. Each token adds the clipped
+    surrogate, `kl_weight` times its log-ratio, and `value_weight` times the loss of the value head, whose gradient
+    stops at the hidden states. Values of before the step are those of the step itself, so that `value_clip` acts only
+    where one batch is read again. The loss of a completion is the mean over its tokens.
+    """
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        tokens = c.tokens
+        assert tokens is not None, "the step reads tokens for a model with a value head"
+        slots = jnp.arange(1, c.filled.shape[-1] + 1)
+        where_RSC = tokens.segments[:, None, :] == slots[None, :, None]
+        policy, reference, value = (
+            jnp.broadcast_to(x[:, None, :], where_RSC.shape) for x in (tokens.policy, tokens.reference, tokens.values)
+        )
+        gained = c.scores if rewards == "scores" else jnp.where(c.desirable, 1.0, -1.0).astype(c.policy.dtype)
+        reward_RSC = jnp.where(_is_last(where_RSC), gained[..., None], 0)
+        old_value = jax.lax.stop_gradient(value)
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        advantage = losses.generalized_advantages(
+            flat(reward_RSC), flat(old_value), discount=discount, trace=trace, where=flat(where_RSC)
+        ).reshape(where_RSC.shape)
+        per_token = (
+            losses.ppo_clip_loss(policy, reference, advantage, clip_low=clip_low, clip_high=clip_high, where=where_RSC)
+            + kl_weight * jnp.where(where_RSC, policy - reference, 0)
+            + value_weight
+            * losses.ppo_value_loss(value, old_value, advantage + old_value, clip=value_clip, where=where_RSC)
+        )
+        return jnp.sum(per_token, axis=-1) / jnp.maximum(c.lengths, 1)
+
+    return Objective("thumbs", loss, scorer="value")
+
+
+def _is_last(where_RSC: Bool[Array, "R S C"]) -> Bool[Array, "R S C"]:
+    """The last token of each slot."""
+    return where_RSC & ~jnp.pad(where_RSC[..., 1:], ((0, 0), (0, 0), (0, 1)))
+
+
+# ------------------------------------------------------------------------------------------------ demonstrations
+
+
+def sft() -> Objective:
+    """Supervised fine-tuning on the desirable completions: a mean over the tokens of each."""
+    return Objective("desirable", _sft_of_slot, _mean_logps, uses_reference=False)
+
+
+def _sft_of_slot(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+    return losses.sft_loss(c.policy, c.lengths)
+
+
+def _mean_logps(c: Completions) -> Float[Array, "*M R S"]:
+    return mean_logps(c.policy, c.lengths)
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+def _chosen_and_rejected(x_RS: Float[Array, "R S"]) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
+    return x_RS[..., 0::2], x_RS[..., 1::2]
+
+
+def _in_chosen_slots(losses_RP: Float[Array, "R P"]) -> Float[Array, "R S"]:
+    return jnp.stack([losses_RP, jnp.zeros_like(losses_RP)], axis=-1).reshape(*losses_RP.shape[:-1], -1)
+
+
+def _four_logps(c: Completions) -> tuple[Array, Array, Array, Array]:
+    return *_chosen_and_rejected(c.policy), *_chosen_and_rejected(c.reference)
+
+
+def kto_log_utility(
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    as_printed: bool = False,
+) -> Objective:
+    """KTO's utility of a pair inside a log-sigmoid; see `losses.log_utility_loss`, also for `as_printed`."""
+
+    def loss(c: Completions, z0: Point, state: State) -> Float[Array, "R S"]:
+        return _in_chosen_slots(
+            losses.log_utility_loss(
+                *_four_logps(c),
+                z0,
+                beta=beta,
+                desirable_weight=desirable_weight,
+                undesirable_weight=undesirable_weight,
+                as_printed=as_printed,
+            )
+        )
+
+    return Objective(
+        "pairs",
+        loss,
+        functools.partial(implied_rewards, beta=beta),
+        first_pass="unmatched",
+        reference_point=lambda c: losses.kl_reference_point(c.policy, c.reference, where=c.filled),
+    )
+
+
+def dpo(
+    *,
+    variant: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Objective:
+    """DPO and its variants, see `losses.dpo_loss`; `alpha` is of the alpha divergence."""
+    plain = functools.partial(
+        losses.dpo_loss,
+        variant=variant,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        f_divergence=f_divergence,
+        alpha=alpha,
+    )
+    losses.check_dpo_options(variant, label_smoothing, f_divergence)
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        chosen_lengths, rejected_lengths = _chosen_and_rejected(c.lengths)
+        return _in_chosen_slots(
+            plain(
+                *_four_logps(c),
+                chosen_lengths=jnp.maximum(chosen_lengths, 1),
+                rejected_lengths=jnp.maximum(rejected_lengths, 1),
+                running_mean=state.get("running_mean", 0.0),
+            )
+        )
+
+    state = _RUNNING_MEAN if variant == "bco_pair" else {}
+    return Objective("pairs", loss, functools.partial(implied_rewards, beta=beta), **state)
+
+
+def orpo(*, odds_weight: float = 0.1) -> Objective:
+    """ORPO, arXiv 2403.07691."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        return _in_chosen_slots(losses.orpo_loss(*_chosen_and_rejected(_mean_logps(c)), odds_weight=odds_weight))
+
+    return Objective("pairs", loss, lambda c: odds_weight * _mean_logps(c), uses_reference=False)
+
+
+def simpo(*, beta: float = 2.0, margin: float = 1.0) -> Objective:
+    """SimPO, arXiv 2405.14734."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        return _in_chosen_slots(losses.simpo_loss(*_chosen_and_rejected(_mean_logps(c)), beta=beta, margin=margin))
+
+    return Objective("pairs", loss, lambda c: beta * _mean_logps(c), uses_reference=False)
+
+
+def cpo(*, beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
+    """CPO, arXiv 2401.08417."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        chosen_mean, _ = _chosen_and_rejected(_mean_logps(c))
+        return _in_chosen_slots(
+            losses.cpo_loss(*_chosen_and_rejected(c.policy), chosen_mean, beta=beta, nll_weight=nll_weight)
+        )
+
+    return Objective("pairs", loss, lambda c: beta * c.policy, uses_reference=False)
+
+
+def slic(*, margin: float = 1.0, nll_weight: float = 0.1) -> Objective:
+    """SLiC-HF, arXiv 2305.10425."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        chosen_mean, _ = _chosen_and_rejected(_mean_logps(c))
+        return _in_chosen_slots(
+            losses.slic_loss(*_chosen_and_rejected(c.policy), chosen_mean, margin=margin, nll_weight=nll_weight)
+        )
+
+    return Objective("pairs", loss, lambda c: c.policy, uses_reference=False)
+
+
+def reward(*, margin: float = 0.0, centring: float = 0.0) -> Objective:
+    """A Bradley-Terry reward model: a linear head on the last token's hidden state in place of the output head."""
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        return _in_chosen_slots(
+            losses.bradley_terry_loss(*_chosen_and_rejected(c.policy), margin=margin, centring=centring)
+        )
+
+    return Objective("pairs", loss, lambda c: c.policy, uses_reference=False, scorer="reward")
+
+
+def _check_variant(name: str, variant: str, allowed: tuple[str, ...]) -> None:
+    if variant not in allowed:
+        shown = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"variant={variant!r} is not a variant of {name}. Choose one of {shown}.")
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "kto": kto,
+    "kto_log_utility": kto_log_utility,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
+    "dpo": dpo,
+    "orpo": orpo,
+    "simpo": simpo,
+    "cpo": cpo,
+    "slic": slic,
+    "sft": sft,
+    "csft": csft,
+    "reward": reward,
+    "ppo_offline": ppo_offline,
+}
