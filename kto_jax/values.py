@@ -1,7 +1,7 @@
 """Value functions: what a gain (z > 0) or a loss (z < 0) against the reference point is worth.
 
-Any of them can be the `value_fn` of `kto_loss` and `halo_loss`. All are non-decreasing and take at least float32;
-gradients stay finite for any finite z. Drawn by `python -m kto_jax.curves`.
+Any of them can be the `value_fn` of `kto_loss` and `halo_loss`. All are non-decreasing (PPO-Clip's where A > 0) and
+take at least float32; gradients stay finite for any finite z. Drawn by `python -m kto_jax.curves`.
 
 Source: Ethayarajh et al., arXiv 2402.01306, section 3.
 """
@@ -49,8 +49,9 @@ def kahneman_tversky(z: Float[Array, "*B"], *, alpha: float = 0.88, loss_aversio
       loss_aversion: λ, how much more a loss weighs than a gain; 2.25 is the human median.
     """
     z = at_least_float32(z)
-    distance = jnp.maximum(jnp.abs(z), _KINK)  # keeps the power's slope finite where it is not used
-    value = jnp.where(jnp.abs(z) < _KINK, z * _KINK ** (alpha - 1), jnp.sign(z) * distance**alpha)
+    near = jnp.abs(z) < _KINK
+    distance = jnp.where(near, _KINK, jnp.abs(z))  # keeps the power's slope finite where it is not used
+    value = jnp.where(near, z * _KINK ** (alpha - 1), jnp.sign(z) * distance**alpha)
     return jnp.where(z < 0, loss_aversion, 1.0) * value
 
 

@@ -62,6 +62,7 @@ def test_kahneman_tversky_teaches_where_training_starts_with_a_bounded_slope():
     assert slope(-1e-9) == pytest.approx(2.25 * 1e-6**-0.12)
     z = jnp.array([-1e-5, -1.001e-6, -1e-6, -0.999e-6, -1e-30, 1e-30, 0.999e-6, 1e-6, 1.001e-6, 1e-5])
     assert jnp.all(slopes(values.kahneman_tversky, z) < 12)
+    assert jnp.all(slopes(values.kahneman_tversky, z) > 3.5)  # at the very kink too, where a maximum would halve it
     assert jnp.all(jnp.diff(values.kahneman_tversky(z)) >= 0)
 
 

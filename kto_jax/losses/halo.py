@@ -31,7 +31,8 @@ def halo_loss(
 
     Args:
       rewards: implied reward of each completion, in nats; usually β · log(π_policy/π_reference).
-      reference_point: what the rewards are gains and losses against; a scalar or one per example.
+      reference_point: what the rewards are gains and losses against; a scalar or one per example. Gradient flows
+        through it, as DPO and SLiC need; KTO stops it.
       sign: +1 for a desirable completion, −1 for an undesirable one.
       value_fn: the value of a gain (positive) or loss (negative); non-decreasing.
       weight: how much each example counts.

@@ -303,10 +303,12 @@ def ppo_value(values, old, returns, where, clip=0.2):
 
 
 def k3(logps, reference, where):
+    """Constant from a difference of 20 nats on."""
     logps, reference = wide(logps, reference)
-    e, slope = exp_bounded(reference - logps)
-    value = e - (reference - logps) - 1
-    return np.where(where, value, 0), (np.where(where, 1 - slope, 0),)
+    difference = np.minimum(reference - logps, 20)
+    e, slope = exp_bounded(difference)
+    gradient = np.where(difference < 20, 1 - slope, 0)
+    return np.where(where, e - difference - 1, 0), (np.where(where, gradient, 0),)
 
 
 def grpo(logps, old, reference, advantages, where, low=0.2, high=0.2, kl_weight=0.04):

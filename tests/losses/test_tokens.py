@@ -102,6 +102,12 @@ def test_the_kl_estimate_is_zero_at_the_reference_and_positive_elsewhere():
     assert jnp.all(jnp.diff(kl[0, 15:]) > 0)
 
 
+@pytest.mark.parametrize("ahead, pull", [(-1e4, -1), (-25.0, -1), (-3.0, -1), (3.0, 1), (19.0, 1), (25.0, 0), (1e4, 0)])
+def test_the_kl_estimate_never_pushes_the_policy_away_from_the_reference(ahead, pull):
+    gradient = jax.grad(lambda logps: losses.k3_kl(logps, row(ahead))[0, 0])(row(0.0))
+    assert -jnp.sign(gradient[0, 0]) == pull
+
+
 def test_the_kl_estimate_is_unbiased_for_the_policys_own_tokens():
     policy, reference = (jax.nn.log_softmax(jnp.array(x)) for x in ([0.0, 1.0, 2.0], [1.0, 0.5, 0.0]))
     estimate = jnp.sum(jnp.exp(policy) * losses.k3_kl(policy, reference))
