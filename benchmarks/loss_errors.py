@@ -1,19 +1,22 @@
-"""How far each loss is from its independent float64 NumPy version: `python -m benchmarks.loss_errors`.
+"""How far each loss is from its independent float64 NumPy version, and what holds: `python -m benchmarks.loss_errors`.
 
-Errors are relative to max(1, |value|), the largest of 1,000 random inputs; "finite" is said of value and gradient with
-log-probabilities of ±1e4 in all combinations. Exit code 1 when any loss misses.
+First table: errors relative to max(1, |value|), the largest of 1,000 random inputs; "finite" is said of value and
+gradient with log-probabilities of ±1e4 in all combinations. Second table: ten properties of KTO and its family, with
+the figures that show each. Exit code 1 when a loss misses or a property does not hold.
 """
 
 import sys
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from tests.losses.cases import CASES, NUM_INPUTS, TOLERANCE, errors, finite_at_extremes
+from tests.losses.properties import PROPERTIES
 
 
-def main() -> int:
-    """Prints the table; returns the exit code."""
+def print_errors(console: Console) -> list[str]:
+    """Prints the table of errors; returns the losses that miss."""
     table = Table(
         title=f"Largest error against float64 NumPy at {NUM_INPUTS:,} random inputs; allowed: {TOLERANCE:.0e}"
     )
@@ -24,17 +27,38 @@ def main() -> int:
     for name, case in CASES.items():
         by_value, by_gradient = errors(case)
         finite = finite_at_extremes(case)
-        if not (by_value <= TOLERANCE and (by_gradient is None or by_gradient <= TOLERANCE) and finite):
+        within = by_value <= TOLERANCE and (by_gradient is None or by_gradient <= TOLERANCE) and finite
+        if not within:
             missed.append(name)
         gradient = "none" if by_gradient is None else f"{by_gradient:.1e}"
-        table.add_row(
-            name, f"{by_value:.1e}", gradient, "yes" if finite else "NO", style="red" if missed[-1:] == [name] else ""
-        )
-    console = Console()
+        table.add_row(name, f"{by_value:.1e}", gradient, "yes" if finite else "NO", style="" if within else "red")
     console.print(table)
     console.print(f"Missed: {', '.join(missed)}." if missed else f"All {len(CASES)} within bounds.")
-    return 1 if missed else 0
+    return missed
+
+
+def print_properties(console: Console) -> list[str]:
+    """Prints the table of properties; returns those that do not hold."""
+    table = Table("property", "holds", "measured", title="Properties, measured just now", show_lines=True)
+    broken = []
+    for name, measure in PROPERTIES.items():
+        holds, measured = measure()
+        if not holds:
+            broken.append(name)
+        table.add_row(name, "yes" if holds else "NO", measured, style="" if holds else "red")
+    console.print(table)
+    console.print(f"Do not hold: {'; '.join(broken)}." if broken else f"All {len(PROPERTIES)} hold.")
+    return broken
+
+
+def main() -> int:
+    """Prints the tables; returns the exit code."""
+    console = Console()
+    missed = print_errors(console)
+    broken = print_properties(console)
+    return 1 if missed or broken else 0
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for the property that speaks of meshes
     sys.exit(main())

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kto_jax.losses import halo_loss, kl_reference_point, kto, kto_loss
+from kto_jax import values
+from kto_jax.losses import kl_reference_point, kto, kto_loss
 from tests.losses import oracle
+from tests.losses.properties import BY_HAND
 
 
 def random_batch(seed, size=1000):
@@ -26,9 +28,7 @@ def test_the_docstring_example_holds():
     assert doctest.testmod(kto).attempted > 0
 
 
-@pytest.mark.parametrize("log_ratio, desirable, expected", [
-    (7, True, 0.3775), (2, True, 0.5), (-3, True, 0.6225), (-3, False, 0.3775),
-])  # fmt: skip
+@pytest.mark.parametrize("log_ratio, desirable, expected", BY_HAND)
 def test_losses_by_hand(log_ratio, desirable, expected):
     loss = kto_loss(jnp.array([float(log_ratio)]), jnp.zeros(1), jnp.array([desirable]), jnp.array(2.0), beta=0.1)
     np.testing.assert_allclose(loss, [expected], atol=5e-5)
@@ -58,57 +58,11 @@ def test_gradient_agrees_with_finite_differences():
         check_grads(lambda p: jnp.sum(kto_loss(p, *arguments)), (jnp.array(policy, jnp.float64),), order=1)
 
 
-def test_at_policy_equal_reference_the_loss_is_half_the_mean_weight():
-    logps = jnp.linspace(-50.0, -5.0, 8)
-    desirable = jnp.arange(8) < 3
-    z0 = kl_reference_point(logps, logps)
-    losses = kto_loss(logps, logps, desirable, z0, desirable_weight=1.5, undesirable_weight=0.5)
-    assert z0 == 0
-    np.testing.assert_allclose(losses, np.where(desirable, 0.75, 0.25), rtol=1e-6)
-
-
-def test_the_gradient_saturates_as_proposition_4_1_says():
-    gradient = jax.grad(lambda r: kto_loss(r[None], jnp.zeros(1), jnp.array([True]), jnp.array(0.0))[0])
-    assert gradient(jnp.array(0.0)) == pytest.approx(-0.1 / 4)
-    assert gradient(jnp.array(0.0)) / gradient(jnp.array(50.0)) == pytest.approx(37.6, abs=0.05)
-
-
-def test_no_gradient_flows_through_the_reference_point():
-    policy, reference, desirable = (jnp.array(x[:32]) for x in random_batch(5))
-
-    def with_z0_of_the_policy(p):
-        return jnp.sum(kto_loss(p, reference, desirable, jnp.mean(p - reference)))
-
-    def with_constant_z0(p):
-        return jnp.sum(kto_loss(p, reference, desirable, jnp.mean(policy - reference)))
-
-    np.testing.assert_array_equal(jax.grad(with_z0_of_the_policy)(policy), jax.grad(with_constant_z0)(policy))
-    assert not jnp.any(jax.grad(lambda p: kl_reference_point(p, reference))(policy))
-
-
-def test_scaling_both_weights_scales_loss_and_gradient():
-    policy, reference, desirable = (jnp.array(x[:32]) for x in random_batch(6))
-
-    def total(p, scale):
-        options = {"desirable_weight": 1.2 * scale, "undesirable_weight": 0.7 * scale}
-        return jnp.sum(kto_loss(p, reference, desirable, jnp.array(1.0), **options))
-
-    for function in (total, jax.grad(total)):
-        np.testing.assert_allclose(function(policy, 3.0), 3 * function(policy, 1.0), rtol=2e-6)
-
-
 def test_the_loss_falls_as_a_desirable_completion_gets_likelier_and_rises_for_an_undesirable_one():
     ratios = jnp.linspace(-40.0, 40.0, 81)
     for desirable, direction in ((True, -1), (False, 1)):
         losses = kto_loss(ratios, jnp.zeros(81), jnp.full(81, desirable), jnp.array(3.0))
         assert jnp.all(direction * jnp.diff(losses) > 0)
-
-
-def test_kto_is_an_instance_of_the_general_form():
-    policy, reference, desirable = (jnp.array(x[:32]) for x in random_batch(7))
-    sign = jnp.where(desirable, 1.0, -1.0)
-    general = halo_loss(0.1 * (policy - reference), jnp.array(0.2), sign, value_fn=jax.nn.sigmoid)
-    np.testing.assert_allclose(kto_loss(policy, reference, desirable, jnp.array(2.0)), 1 + general, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [1e4, -1e4])
@@ -127,6 +81,29 @@ def test_bfloat16_log_probabilities_are_taken_in_float32():
     expected = kto_loss(*(x.astype(jnp.float32) for x in rounded), jnp.array(desirable), jnp.array(0.0))
     assert losses.dtype == jnp.float32
     np.testing.assert_array_equal(losses, expected)
+
+
+@pytest.mark.parametrize("desirable, direction", [(True, 1), (False, -1)])
+def test_the_kahneman_tversky_value_trains_from_the_reference_where_its_slope_is_infinite(desirable, direction):
+    def loss_and_gradient(log_ratio, z0=0.0):
+        def loss(r):
+            return kto_loss(
+                r[None], jnp.zeros(1), jnp.array([desirable]), jnp.array(z0), value_fn=values.kahneman_tversky
+            )[0]
+
+        return jax.value_and_grad(loss)(jnp.array(log_ratio))
+
+    loss, gradient = loss_and_gradient(0.0)
+    assert loss == 1
+    assert gradient == pytest.approx(-direction * 0.1 * 1e-6**-0.12)
+    # Nearby the slope is of the same size, and nowhere steeper than that of a loss at the kink.
+    for log_ratio, z0 in [(1e-9, 0.0), (-1e-9, 0.0), (1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-9), (0.0, 1e-5)]:
+        _, gradient = loss_and_gradient(log_ratio, z0)
+        assert 0.3 < -direction * gradient < 2.26 * 0.1 * 1e-6**-0.12
+    log_ratio = 0.0
+    for _ in range(10):
+        log_ratio -= loss_and_gradient(log_ratio)[1]
+    assert direction * log_ratio > 0.5
 
 
 def test_permuting_and_batching_change_nothing():
