@@ -14,7 +14,7 @@ LAYERS = [
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"results"},
-    {"train", "generate", "curves"},
+    {"train", "generate", "score", "curves"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
