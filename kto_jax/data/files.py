@@ -199,7 +199,11 @@ def _json(stream: IO[bytes], name: str) -> Iterator[Row]:
 def _csv(stream: IO[bytes], name: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_BYTES)
     # Bytes that are not UTF-8 become surrogates here and reject their own row below, not the file.
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _csv_rows(text, name)
+
+
+def _csv_rows(text: IO[str], name: str) -> Iterator[Row]:
     reader = csv.reader(text, strict=True)
     header: list[str] | None = None
     while True:
