@@ -100,8 +100,9 @@ class Plan:
         # Of each row, or of each pair together.
         prompt, completion = (length.reshape(-1, self._unit).sum(axis=1) for length in lengths)
         self._check_fit(int(completion.max()), row_length, completion_length)
+        # A power of two, and at least 2 for pairs: a row holds two sequences of any length, and a batch has two.
         slots = _num_slots(lengths[0] + lengths[1], row_length, batch_size * self._unit)
-        self._shape = RowShape(row_length, completion_length, max(slots, self._unit))
+        self._shape = RowShape(row_length, completion_length, slots)
         self._base = self._base_microbatches(prompt, completion)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
         self.num_steps = self.steps_per_epoch * epochs

@@ -486,6 +486,16 @@ def test_nearly_all_steps_of_pairs_have_one_shape():
     assert len(set(shapes)) <= 2 and shapes.count(max(set(shapes), key=shapes.count)) >= 0.95 * len(shapes)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_short_last_step_has_the_shape_of_the_others_where_slots_run_out_first(paired):
+    index = paired_index(61, lengths=(2, 3, 3))
+    rows = index.pairs("train") if paired else np.arange(121)
+    size = {"batch_size": 60 if paired else 120, "microbatch_rows": 1, "row_length": 1024, "completion_length": 1024}
+    plan = make_plan(index, paired=paired, rows=rows, **size)
+    assert plan.num_slots == 64 and [len(plan.step(s).rows) for s in range(2)] == ([120, 2] if paired else [120, 1])
+    assert [plan.batch(s).matched.tokens.shape for s in range(2)] == [(2, 1, 1024)] * 2
+
+
 def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
     index = synthetic.make_index(12, paired=True)
     assert index.pairs("train").tolist() == [0, 2, 4, 6, 8, 10]
