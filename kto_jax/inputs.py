@@ -116,9 +116,7 @@ def make_plans(
         "unmatched": objective.first_pass == "unmatched",
     }
     plan = Plan(index, _rows_to_train(index, objective), epochs=config.epochs, suffixes=controls, **shape)
-    held_out = index.rows("eval")
-    if paired:
-        held_out = held_out[np.asarray(index.rejected)[held_out] >= 0]
+    held_out = index.pairs("eval") if paired else index.rows("eval")
     # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
     held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
     held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
@@ -138,8 +136,7 @@ def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:
     rows = index.rows("train")
     desirable = np.asarray(index.desirable)[rows]
     if objective.reads == "pairs":
-        pairs = rows[np.asarray(index.rejected)[rows] >= 0]
-        if len(pairs):
+        if len(pairs := index.pairs("train")):
             return pairs
         raise ConfigError(
             f"config.objective.name reads pairs, and none of {len(rows)} rows to train on make one. A pair is a chosen "
