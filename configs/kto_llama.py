@@ -4,7 +4,10 @@
 
 Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 145
 GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of
-{"prompt": ..., "completion": ..., "label": true or false}.
+{"prompt": ..., "completion": ..., "label": true or false}; pairs are read too (data.format "pairs").
+
+Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
+is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.
 """
 
 from kto_jax.config import default_config

@@ -1,19 +1,27 @@
 import ast
 import runpy
-from pathlib import Path
 
 import pytest
 
 from kto_jax.config import resolve
-from kto_jax.objectives import check_objective
-
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+from kto_jax.objectives import OBJECTIVES
+from tests.golden.dump_configs import CONFIGS, GOLDEN, dump
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_resolves_and_says_how_it_is_run_and_on_what(path):
-    config = resolve(runpy.run_path(str(path))["get_config"]())
-    check_objective(config.objective)
+def test_every_config_resolves_to_its_golden_dump(path):
+    assert dump(path) == (GOLDEN / f"{path.stem}.json").read_text(), "run python -m tests.golden.dump_configs and look"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_says_how_it_is_run_on_what_and_what_to_expect(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert f"python -m kto_jax.train --config=configs/{path.name}" in docstring
     assert "machine" in docstring or "Hardware" in docstring
+    assert "Expect" in docstring
+
+
+def test_there_is_a_config_for_every_objective_and_no_dump_without_its_config():
+    named = {resolve(runpy.run_path(str(path))["get_config"]()).objective.name for path in CONFIGS}
+    assert named == set(OBJECTIVES)
+    assert {path.stem for path in GOLDEN.iterdir()} == {path.stem for path in CONFIGS}

@@ -1,0 +1,33 @@
+"""BCO of Llama-3.1-8B-Instruct on thumbs: a classifier of completions, its rewards centred by their mean.
+
+    python -m kto_jax.train --config=configs/bco_llama.py --config.data.train=feedback.jsonl --workdir=runs/bco
+
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16:
+145 GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ...,
+"completion": ..., "label": true or false}; pairs are read too, one completion at a time (data.format "pairs").
+
+Expect: the loss starts at ln 2 = 0.693 and the margin at 0. running_mean is the mean reward of all earlier steps; no
+pass over unrelated completions is made, so that a step costs two thirds of KTO's.
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective.name = "bco"
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.reference.param_dtype = "bfloat16"
+    config.data.train = "feedback.jsonl"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 128
+    config.microbatch_rows = 16
+    config.objective.beta = 0.1
+    config.optimizer.learning_rate = 5e-6
+    config.optimizer.warmup_steps = 150
+    return config

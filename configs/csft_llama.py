@@ -1,0 +1,36 @@
+"""SFT of Llama-3.1-8B-Instruct on thumbs of both kinds, each behind a text that says which it is.
+
+    python -m kto_jax.train --config=configs/csft_llama.py --config.data.train=feedback.jsonl --workdir=runs/csft
+
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
+and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ..., "completion":
+..., "label": true or false}.
+
+Expect: sample behind the good control: prompts then end in `<|good|>`, which is plain text and needs no new token.
+eval_loss is that of held-out desirable completions behind it, eval_margin how much likelier they are than undesirable
+ones.
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective.name = "csft"
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.train = "feedback.jsonl"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 64
+    config.microbatch_rows = 16
+    config.objective.good_control = "<|good|>"
+    config.objective.bad_control = "<|bad|>"
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.epochs = 2
+    return config

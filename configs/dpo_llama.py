@@ -1,0 +1,34 @@
+"""DPO of Llama-3.1-8B-Instruct on pairs: the loss that most others are measured against.
+
+    python -m kto_jax.train --config=configs/dpo_llama.py --config.data.train=pairs.jsonl --workdir=runs/dpo
+
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16:
+145 GB and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen":
+..., "rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+
+Expect: the loss starts at ln 2 = 0.693 and the margin at 0, since the policy starts as the reference. A learning rate
+of a tenth of KTO's, as the papers take. Variants: --config.objective.variant=ipo, and so on (docs/objectives.md).
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective.name = "dpo"
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.reference.param_dtype = "bfloat16"
+    config.data.train = "pairs.jsonl"
+    config.data.format = "pairs"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 64
+    config.microbatch_rows = 16
+    config.objective.beta = 0.1
+    config.optimizer.learning_rate = 5e-7
+    config.optimizer.warmup_steps = 150
+    return config

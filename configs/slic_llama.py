@@ -1,0 +1,34 @@
+"""SLiC-HF of Llama-3.1-8B-Instruct on pairs: a hinge on likelihoods, without a reference.
+
+    python -m kto_jax.train --config=configs/slic_llama.py --config.data.train=pairs.jsonl --workdir=runs/slic
+
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
+and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
+"rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+
+Expect: the hinge of a pair is 0 once the chosen completion leads by `margin` nats, and nothing pushes it further: the
+loss ends near nll_weight times the likelihood loss. The margin is in nats.
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective.name = "slic"
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.train = "pairs.jsonl"
+    config.data.format = "pairs"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 64
+    config.microbatch_rows = 16
+    config.objective.margin = 1.0
+    config.objective.nll_weight = 0.1
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.warmup_steps = 150
+    return config
