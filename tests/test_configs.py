@@ -1,10 +1,7 @@
 import ast
-import runpy
 
 import pytest
 
-from kto_jax.config import resolve
-from kto_jax.objectives import OBJECTIVES
 from tests.golden.dump_configs import CONFIGS, GOLDEN, dump
 
 
@@ -21,7 +18,5 @@ def test_every_config_says_how_it_is_run_on_what_and_what_to_expect(path):
     assert "Expect" in docstring
 
 
-def test_there_is_a_config_for_every_objective_and_no_dump_without_its_config():
-    named = {resolve(runpy.run_path(str(path))["get_config"]()).objective.name for path in CONFIGS}
-    assert named == set(OBJECTIVES)
+def test_no_dump_stands_without_its_config():
     assert {path.stem for path in GOLDEN.iterdir()} == {path.stem for path in CONFIGS}

@@ -69,7 +69,7 @@ def test_flops_of_a_token_are_twice_its_matmul_weights_and_the_attention():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*LlamaForCausalLM, MistralForCausalLM, LlamaForSeq"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"attention_bias": True}, "attention_bias=True"),
