@@ -15,7 +15,7 @@ from kto_jax.data.index import Index, build_index
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokenize import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.huggingface import read_config
+from kto_jax.models.huggingface import is_reward_model, read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
 from kto_jax.sources import cache_directory, local_path
 
@@ -69,6 +69,11 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     reference_path = local_path(config.reference.path) if config.reference.path else model_path
     architecture = read_config(model_path)
     _check_model(config, architecture, architecture if reference_path == model_path else read_config(reference_path))
+    if config.objective.name != "reward" and is_reward_model(model_path):
+        raise ConfigError(
+            f"config.model.path={config.model.path!r} is a reward model, which has no output head. Allowed: a language "
+            "model, or config.objective.name=reward. Set config.model.path."
+        )
     tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
     index = build_index(
         config.data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices"

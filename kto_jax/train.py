@@ -31,6 +31,7 @@ from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.logs import MetricsLog, console
 from kto_jax.models.huggingface import load_params
 from kto_jax.models.model import Model, Params
+from kto_jax.objectives import defaults
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
@@ -259,7 +260,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
-    options = ", ".join(f"{name} {_short(value)}" for name, value in inputs.objective.options.items())
+    usual = defaults(config.objective.name)
+    chosen = {name: value for name, value in inputs.objective.options.items() if value != usual.get(name)}
+    options = ", ".join(f"{name} {_short(value)}" for name, value in chosen.items())
     console.print(
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
         f"{inputs.objective.examples}; {inputs.num_desirable} desirable and {inputs.num_undesirable} "

@@ -73,6 +73,52 @@ def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(restored_on, tmp_pat
     assert restored.policy["embed"]["table"].sharding.mesh.shape["tensor"] == max(restored_on.tensor, 1)
 
 
+def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkpoint(tmp_path):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), reference_moves=True)
+    state = dataclasses.replace(make_state(mesh), objective_state={"running_mean": jnp.array(0.25)})
+    checkpoints.save_reference(state.reference)
+    moved = dataclasses.replace(state, reference=jax.tree.map(lambda leaf: leaf + 1, state.reference))
+    checkpoints.save(1, moved, None)
+    checkpoints.wait()
+    abstract = make_abstract(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=abstract.step.sharding)
+    restored = checkpoints.restore(dataclasses.replace(abstract, objective_state={"running_mean": number}))
+    assert equal(restored.reference, moved.reference)
+    assert restored.objective_state == {"running_mean": 0.25}
+    assert not (tmp_path / "checkpoints" / "reference").exists()
+
+
+def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    state = dataclasses.replace(make_state(mesh), reference={})
+    checkpoints.save_reference(state.reference)
+    checkpoints.save(1, state, None)
+    checkpoints.wait()
+    restored = checkpoints.restore(dataclasses.replace(make_abstract(mesh), reference={}))
+    assert restored.reference == {}
+    assert equal(restored.policy, state.policy)
+    assert not (tmp_path / "checkpoints" / "reference").exists()
+
+
+def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
+    mesh = make_mesh(MeshConfig(fsdp=4, data=2))
+    model = Model.create(ARCHITECTURE, scorer="value")
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100), value_head=True)
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    policy = jax.device_put(model.init_params(jax.random.key(0), "float32"), layout)
+    state = create_state(policy, {}, optimizer, mesh, {})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state, None)
+    checkpoints.wait()
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), policy, layout
+    )
+    restored = checkpoints.restore(abstract_state(abstract, {}, optimizer, mesh, {}))
+    assert equal((restored.policy, restored.opt_state), (state.policy, state.opt_state))
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     checkpoints, _ = save_steps(tmp_path, make_mesh(MeshConfig()), [0.5, 0.1, None, 0.4, None, 0.3])
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -60,6 +60,16 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(adam[0].mu["w"], [0.6, 0.8], rtol=1e-5)
 
 
+def test_a_value_head_is_clipped_apart_from_the_policy():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=10.0, value_clip_norm=0.5)
+    optimizer = make_optimizer(config, make_schedule(config, 10), value_head=True)
+    params = {"embed": jnp.zeros(2), "scorer": {"w": jnp.zeros(2)}}
+    gradient = {"embed": jnp.array([3.0, 4.0]), "scorer": {"w": jnp.array([30.0, 40.0])}}
+    _, (_, adam) = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(adam[0].mu["embed"], [0.3, 0.4], rtol=1e-5)  # a norm of 5 is within 10
+    np.testing.assert_allclose(adam[0].mu["scorer"]["w"], [0.03, 0.04], rtol=1e-5)
+
+
 def test_moments_take_the_configured_type():
     _, (_, adam) = update("adamw", [0.5, -2.0], moments_dtype="bfloat16")
     assert adam[0].mu["w"].dtype == jnp.bfloat16

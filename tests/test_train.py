@@ -103,6 +103,39 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
     assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_synced_reference_and_the_state_of_an_objective_live_through_a_kill(cache, tmp_path):
+    options = ("--config.objective.name=bco", "--config.reference.sync_every=4")
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert finish(start(unbroken, cache, *options))[0] == 0
+    process = start(broken, cache, *options)
+    wait_for_step(broken, 7, process)
+    process.kill()
+    finish(process)
+    code, message = finish(start(broken, cache, *options))
+    assert code == 0, message
+    assert "continuing after step" in message
+    assert numbers(broken) == numbers(unbroken)
+    assert rows(broken)[-1]["running_count"] == 12 * 16
+    assert not (broken / "checkpoints" / "reference").exists()  # it moves, and lies in every checkpoint
+    assert (broken / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+def test_a_reward_model_is_trained_exported_and_scores(cache, tmp_path, capsys):
+    workdir, scored = tmp_path / "reward", tmp_path / "scored.jsonl"
+    assert main([*TINY, "--config.objective.name=reward", "--config.max_steps=2", f"--workdir={workdir}"]) == 0
+    assert json.loads((workdir / "policy/config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2"}  # no reference
+    from kto_jax.score import main as score
+
+    assert score([f"--model={workdir}", "--data=configs/tiny_feedback.jsonl", f"--out={scored}"]) == 0
+    assert len(scored.read_text().splitlines()) == 240
+    message = refused(capsys, *TINY, f"--workdir={tmp_path / 'next'}", f"--config.model.path={workdir / 'policy'}")
+    assert "is a reward model" in message
+
+
 def refused(capsys, *arguments):
     """The message of a command that must end with exit code 2."""
     assert main(arguments) == 2
@@ -119,6 +152,8 @@ def in_place(monkeypatch, cache):
     ("--config.objective.betta=0.2", "Did you mean 'beta'"),
     ("--config.objective.name=ktoo", "Did you mean 'kto'"),
     ("--config.objective.beta=-1", "Allowed: above 0"),
+    ("--config.objective.margin=1", "means nothing to the objective 'kto'"),
+    ("--config.objective.rewards=scores", "means nothing to the objective 'kto'"),
     ("--config.samples.judges=vade", "the judges are"),
     ("--config.data.train=missing.jsonl", "missing.jsonl"),
     ("--config.model.path=missing_model", "missing_model"),

@@ -16,7 +16,7 @@ from kto_jax.objectives.algorithms import OBJECTIVES
 from kto_jax.objectives.record import Objective, Point, State
 from kto_jax.shapes import Completions
 
-__all__ = ["OBJECTIVES", "Objective", "auto_weights", "check_objective", "make_objective"]
+__all__ = ["OBJECTIVES", "Objective", "auto_weights", "check_objective", "defaults", "make_objective"]
 
 # Keep λ_D n_D / (λ_U n_U) between these, arXiv 2402.01306, equation (8).
 _WEIGHT_RATIO = (1.0, 4 / 3)
@@ -34,7 +34,7 @@ def make_objective(config: ObjectiveConfig, *, num_desirable: int, num_undesirab
       ConfigError: see `check_objective` and `auto_weights`.
     """
     check_objective(config)
-    accepted = _fields(config.name)
+    accepted = defaults(config.name)
     options = {name: getattr(config, name) for name in accepted if getattr(config, name) != "auto"}
     if "desirable_weight" in accepted:
         weights = auto_weights(config, num_desirable, num_undesirable)
@@ -75,8 +75,8 @@ def _with_sft(loss: Callable[..., Array], weight: float) -> Callable[..., Array]
     return with_sft
 
 
-def _fields(name: str) -> dict[str, Any]:
-    """The options of an objective, and what "auto" stands for."""
+def defaults(name: str) -> dict[str, Any]:
+    """The options of an objective, and what "auto" stands for in each."""
     return {parameter.name: parameter.default for parameter in inspect.signature(OBJECTIVES[name]).parameters.values()}
 
 
@@ -88,7 +88,7 @@ def check_objective(config: ObjectiveConfig) -> None:
     """
     if config.name not in OBJECTIVES:
         raise ConfigError(f"config.objective.name={config.name!r} is not known. {nearest(config.name, OBJECTIVES)}")
-    accepted = {"name", "sft_weight", *_fields(config.name)}
+    accepted = {"name", "sft_weight", *defaults(config.name)}
     if config.humanline:
         accepted |= {"humanline", "humanline_low", "humanline_high"}
     for field in dataclasses.fields(config):
