@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from kto_jax.config import Config, ConfigError, DataConfig, ModelConfig, ObjectiveConfig, SamplesConfig
-from kto_jax.inputs import _check_judges, _check_model, make_plans
+from kto_jax.config import Config, ConfigError, DataConfig, ModelConfig, ObjectiveConfig, ReferenceConfig, SamplesConfig
+from kto_jax.inputs import _check_judges, _check_model, _check_together, make_plans
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
 from tests.synthetic import make_index
@@ -53,3 +53,80 @@ def test_a_judge_without_feedback_of_its_own_is_refused_before_training():
     _check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("vader",))), index)
     with pytest.raises(ConfigError, match=r"leaves 3 desirable and 0 undesirable.*Raise config.data.judge_holdout"):
         _check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("feedback",))), index)
+
+
+def objective(name, **options):
+    return make_objective(ObjectiveConfig(name=name, **options), num_desirable=1, num_undesirable=1)
+
+
+def labelled(desirable):
+    index = make_index(40)
+    index.desirable[:] = desirable
+    return index
+
+
+def test_thumbs_need_both_labels_and_demonstrations_the_desirable_one():
+    for name in ("kto", "bco", "csft", "ppo_offline"):
+        with pytest.raises(ConfigError, match="all 40 rows to train on are desirable.* needs both labels"):
+            make_plans(config(), labelled(True), objective(name), None)
+    with pytest.raises(ConfigError, match="are undesirable.* needs desirable rows"):
+        make_plans(config(), labelled(False), objective("sft"), None)
+    assert make_plans(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
+
+
+def test_demonstrations_are_the_desirable_rows_and_are_measured_beside_the_others():
+    index = make_index(40)
+    index.splits[20:] = 1
+    plan, held_out = make_plans(config(), index, objective("sft"), None)
+    visited = np.concatenate([plan.step(step).rows for step in range(plan.num_steps)])
+    assert sorted(visited) == np.flatnonzero(index.desirable[:20]).tolist()
+    assert sorted(np.concatenate([held_out.step(step).rows for step in range(held_out.num_steps)])) == [*range(20, 40)]
+    index.desirable[20:] = False
+    assert make_plans(config(), index, objective("sft"), None)[1] is None  # no demonstration is held out
+
+
+def test_pairs_are_visited_by_their_chosen_rows_in_rows_twice_as_long():
+    index = make_index(40, paired=True)
+    index.splits[30:] = 1
+    plan, held_out = make_plans(config(), index, objective("dpo"), None)
+    assert plan.batch(0).matched.tokens.shape[-1] == 2 * 38
+    assert plan.num_steps == 1
+    assert len(held_out.step(0).rows) == 10
+    with pytest.raises(ConfigError, match="reads pairs, and none of 40 rows to train on make one"):
+        make_plans(config(), make_index(40), objective("dpo"), None)
+
+
+def test_only_objectives_that_read_unrelated_completions_pack_them():
+    index = make_index(40, paired=True)
+    for name, packed in (("kto", True), ("kto_log_utility", True), ("bco", False), ("dpo", False), ("orpo", False)):
+        assert (make_plans(config(), index, objective(name), None)[0].batch(0).num_unmatched > 0) == packed
+
+
+def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the_good_one():
+    index = make_index(40)
+    index.splits[20:] = 1
+    bad, good = np.array([1], np.int32), np.array([2, 2], np.int32)
+    roomy = config(data=DataConfig(train="x", max_length=42, max_prompt_length=19))
+    plan, held_out = make_plans(roomy, index, objective("csft"), (bad, good))
+
+    def controls(batch):
+        rows = batch.matched
+        for microbatch, row, slot in np.argwhere(rows.filled):
+            first = np.flatnonzero(rows.target_segments[microbatch, row] == slot + 1)[0]
+            end = rows.predictors[microbatch, row, first] + 1
+            yield bool(batch.desirable[microbatch, row, slot]), rows.tokens[microbatch, row, end - 2 : end].tolist()
+
+    assert all(tokens == [2, 2] if desirable else tokens[1] == 1 for desirable, tokens in controls(plan.batch(0)))
+    assert all(tokens == [2, 2] for _, tokens in controls(held_out.batch(0)))
+
+
+@pytest.mark.parametrize("options, elsewhere, message", [
+    ({"name": "orpo"}, {"reference": ReferenceConfig(path="y")}, "config.reference.path='y' has no use"),
+    ({"name": "orpo"}, {"reference": ReferenceConfig(sync_every=3)}, "sync_every=3 has no use"),
+    ({"name": "reward"}, {"samples": SamplesConfig(num_prompts=2)}, "writes no text"),
+    ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and config.data.format is 'thumbs'"),
+])  # fmt: skip
+def test_settings_that_an_objective_has_no_use_for_are_refused(options, elsewhere, message):
+    _check_together(config(), KTO)
+    with pytest.raises(ConfigError, match=message):
+        _check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
