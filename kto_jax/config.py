@@ -153,8 +153,6 @@ class ObjectiveConfig:
     """ppo_offline: and up to 1 + clip_high, 4 by default."""
     value_weight: float | Literal["auto"] = "auto"
     """ppo_offline: weight of the value head's loss."""
-    value_clip: float | Literal["auto"] = "auto"
-    """ppo_offline: how far a value may move in a step before its error counts as if it had not."""
     discount: float | Literal["auto"] = "auto"
     """ppo_offline: γ of the advantages."""
     trace: float | Literal["auto"] = "auto"
@@ -461,7 +459,6 @@ def _objective_rules(config: ObjectiveConfig) -> list[tuple[str, Any, bool, str]
         "loss_aversion": (lambda x: x > 0, "above 0"),
         "clip_low": (lambda x: 0 < x < 1, "above 0, below 1"),
         "clip_high": (lambda x: x > 0, "above 0"),
-        "value_clip": (lambda x: x > 0, "above 0"),
         "discount": (lambda x: 0 <= x <= 1, "between 0 and 1"),
         "trace": (lambda x: 0 <= x <= 1, "between 0 and 1"),
         "humanline_low": (lambda x: x < 0, "below 0"),

@@ -67,9 +67,9 @@ def labelled(desirable):
 
 def test_thumbs_need_both_labels_and_demonstrations_the_desirable_one():
     for name in ("kto", "bco", "csft", "ppo_offline"):
-        with pytest.raises(ConfigError, match="all 40 rows to train on are desirable.* needs both labels"):
+        with pytest.raises(ConfigError, match=r"all 40 rows to train on are desirable.* needs both labels"):
             make_plans(config(), labelled(True), objective(name), None)
-    with pytest.raises(ConfigError, match="are undesirable.* needs desirable rows"):
+    with pytest.raises(ConfigError, match=r"are undesirable.* needs desirable rows"):
         make_plans(config(), labelled(False), objective("sft"), None)
     assert make_plans(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
 

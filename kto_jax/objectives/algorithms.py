@@ -143,7 +143,6 @@ def ppo_offline(
     clip_low: float = 0.75,
     clip_high: float = 3.0,
     value_weight: float = 0.5,
-    value_clip: float = 0.2,
     discount: float = 1.0,
     trace: float = 0.95,
     rewards: str = "labels",
@@ -152,8 +151,8 @@ def ppo_offline(
 
     The reward of a completion, ±1 by its label or its score, lies on its last token. Each token adds the clipped
     surrogate, `kl_weight` times its log-ratio, and `value_weight` times the loss of the value head, whose gradient
-    stops at the hidden states. Values of before the step are those of the step itself, so that `value_clip` acts only
-    where one batch is read again. The loss of a completion is the mean over its tokens.
+    stops at the hidden states; each batch is read once, so that no value has moved far enough to be clipped. The loss of
+    a completion is the mean over its tokens.
     """
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
@@ -175,7 +174,7 @@ def ppo_offline(
             losses.ppo_clip_loss(policy, reference, advantage, clip_low=clip_low, clip_high=clip_high, where=where_RSC)
             + kl_weight * jnp.where(where_RSC, policy - reference, 0)
             + value_weight
-            * losses.ppo_value_loss(value, old_value, advantage + old_value, clip=value_clip, where=where_RSC)
+            * losses.ppo_value_loss(value, old_value, advantage + old_value, where=where_RSC)
         )
         return jnp.sum(per_token, axis=-1) / jnp.maximum(c.lengths, 1)
 
