@@ -55,8 +55,8 @@ class DataConfig:
     """Where the feedback is and how a row is read."""
 
     train: str | tuple[str, ...] = ""
-    """Files (.jsonl, .json, .csv, .parquet, also .gz or .bz2), globs, `hub:org/name/split`, or
-    `wheel:NAME==VERSION/path/in/wheel`."""
+    """Files (.jsonl, .json, .csv, also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them, globs,
+    `hub:org/name/split`, or `wheel:NAME==VERSION/path/in/wheel`."""
     eval: str | tuple[str, ...] = ""
     """Held-out feedback; empty takes `holdout` of the prompts of `train`."""
     holdout: float = 0.05

