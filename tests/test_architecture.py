@@ -14,12 +14,12 @@ LAYERS = [
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"results"},
-    {"train", "generate", "score", "curves"},
+    {"train", "generate", "score", "curves", "inspect"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
-    ("step", "state"), ("step", "forward"), ("report", "charts"),
+    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

@@ -1,0 +1,263 @@
+"""Explains the feedback of a run: `python -m kto_jax.inspect --config=configs/quickstart.py --rows=4`.
+
+Builds the index that training would read, or reopens it, and prints what was read, what was rejected and where, what
+the splits and labels hold, how long the rows are, which λ the counts ask for, and some rows as they are trained on.
+No device is touched.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.index import Index, build_index
+from kto_jax.data.permutation import permute
+from kto_jax.data.tokenize import TokenizerInfo, prepare_tokenizer
+from kto_jax.data.truncation import cut_prompt, fit_lengths
+from kto_jax.models.huggingface import read_config
+from kto_jax.objectives import auto_weights
+from kto_jax.sources import cache_directory, local_path
+from kto_jax.train import UNUSABLE, read_command
+
+_NUM_ROWS = 4
+_NUM_BINS = 10
+_BAR_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_MAX_PLACES = 3
+_FACTS = {
+    "duplicates": "rows that repeat another: prompt, completion and label",
+    "contradictory": "completions of a prompt with both labels",
+    "train_eval_overlap": "rows of data.eval that are also in data.train",
+    "prompts_cut": "prompts that are cut from the left to fit",
+    "unused": "rows left out by score_rule or one_per_prompt",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 2 where the configuration or the feedback cannot be used."""
+    argv = sys.argv if arguments is None else ["inspect", *arguments]
+    if "--help" in argv or "-h" in argv:
+        print(
+            f"{__doc__}\nFlags: --config=FILE and --config.FIELD=VALUE as in training, --rows=N (default {_NUM_ROWS})."
+        )
+        return 0
+    try:
+        num_rows = _read_num_rows(argv)
+        config, _ = read_command([argument for argument in argv if not argument.startswith("--rows=")])
+        with tempfile.TemporaryDirectory() as scratch:
+            index, tokenizer = read_feedback(config, Path(scratch))
+            show(index, tokenizer, config, num_rows, Console(highlight=False))
+    except ConfigError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return UNUSABLE
+    return 0
+
+
+def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
+    """The index that training with `config` reads, and its tokenizer.
+
+    Args:
+      config: a run.
+      scratch: folder for the tokenizer; needed as long as the tokenizer is.
+
+    Raises:
+      ConfigError: the model or the feedback cannot be used.
+    """
+    model_path = local_path(config.model.path)
+    tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
+    vocab_size = read_config(model_path).vocab_size
+    return build_index(
+        config.data, tokenizer, vocab_size=vocab_size, directory=cache_directory() / "indices"
+    ), tokenizer
+
+
+def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, console: Console) -> None:
+    """Prints all there is to say of an index.
+
+    Args:
+      index: what to explain.
+      tokenizer: its tokenizer.
+      config: the run; its limits decide what of a row is trained on.
+      num_rows: how many rows to print, drawn from those to train on by `config.seed`.
+      console: where to.
+    """
+    manifest = index.manifest
+    console.print(Text(f"index {index.directory}", "dim"), soft_wrap=True)
+    for table in _tables(manifest):
+        console.print(table)
+    console.print(_weights(manifest, config), soft_wrap=True)
+    rows = index.rows("train")
+    prompt, completion = _kept(index, rows, config)
+    console.print(histogram("tokens of a row to train on: prompt and completion", prompt + completion))
+    console.print(histogram("tokens of its completion", completion))
+    console.print(_labels(manifest))
+    for row in rows[permute(np.arange(min(num_rows, len(rows))), len(rows), (config.seed,))]:
+        console.print(_row(index, tokenizer, config, int(row)))
+
+
+def histogram(title: str, values: np.ndarray) -> Table:
+    """Bars of text: ten steps of equal width up to the 99th percentile, and what lies beyond.
+
+    Args:
+      title: what is counted.
+      values: integers, at least one.
+    """
+    low, high = int(values.min()), int(np.percentile(values, 99))
+    width = max(1, -(-(high - low + 1) // _NUM_BINS))
+    numbers = np.minimum((values - low) // width, (high - low) // width + 1)
+    counts = {}
+    for number, count in enumerate(np.bincount(numbers.astype(np.int64))):
+        start = low + number * width
+        beyond = number > (high - low) // width
+        counts[f"{start:,} or more" if beyond else f"{start:,} to {start + width - 1:,}"] = int(count)
+    return bars(title, counts)
+
+
+def bars(title: str, counts: Mapping[str, int]) -> Table:
+    """One bar of text for each count, the longest of them full."""
+    table = _table(title, "", ("", "right"), "")
+    most = max([1, *counts.values()])
+    for name, count in counts.items():
+        # Whatever is there at all has a bar that can be seen.
+        eighths = max(round(8 * _BAR_WIDTH * count / most), min(count, 1))
+        table.add_row(name, f"{count:,}", Text("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip(), "cyan"))
+    return table
+
+
+def _tables(manifest: Mapping[str, Any]) -> list[Table]:
+    counts = ("rows", "accepted", "skipped", "rejected")
+    sources = _table("sources", "name", "split", *((name, "right") for name in counts))
+    for source in manifest["sources"]:
+        sources.add_row(Text(source["name"]), source["split"], *(f"{source[name]:,}" for name in counts))
+    if len(manifest["sources"]) > 1:
+        sources.add_row("all", "", *(f"{manifest[name]:,}" for name in counts))
+    splits = _table("splits", "", *((name, "right") for name in ("desirable", "undesirable", "prompts", "pairs")))
+    for name, split in manifest["splits"].items():
+        splits.add_row(name, *(f"{n:,}" for n in (*split.values(), manifest["pairs"][name])))
+    points = list(manifest["lengths"]["total"])
+    lengths = _table("tokens of the accepted rows", "", *((point, "right") for point in points))
+    for name, figures in manifest["lengths"].items():
+        lengths.add_row(name, *(f"{figures[point]:,.0f}" for point in points))
+    facts = _table("to know", "", ("", "right"), "")
+    for name, meaning in _FACTS.items():
+        facts.add_row(name, f"{manifest[name]:,}", Text(meaning, "dim"))
+    return [sources, *_rejections(manifest), splits, lengths, facts, *_scores(manifest)]
+
+
+def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
+    first = collections.defaultdict(list)
+    for rejection in manifest["rejections"]["first"]:
+        first[rejection["reason"]].append(rejection["place"])
+    table = _table("rejected", "reason", ("rows", "right"), "first places")
+    for reason, count in manifest["rejections"]["histogram"].items():
+        table.add_row(_visible(reason), f"{count:,}", Text(", ".join(first[reason][:_MAX_PLACES])))
+    return [table] if table.row_count else []
+
+
+def _scores(manifest: Mapping[str, Any]) -> list[Table]:
+    table = _table("scores", "", ("", "right"))
+    for name, value in manifest.get("scores", {}).items():
+        table.add_row(name, f"{value:g}" if isinstance(value, int | float) else str(value))
+    return [table] if table.row_count else []
+
+
+def _weights(manifest: Mapping[str, Any], config: Config) -> Text:
+    """Which λ the counts ask for."""
+    counts = manifest["splits"]["train"]
+    desirable, undesirable = counts["desirable"], counts["undesirable"]
+    text = Text(f"{desirable:,} desirable and {undesirable:,} undesirable rows to train on ", "bold")
+    if not desirable or not undesirable:
+        return text.append("are of one label: thumbs need both, and λ cannot make up for it.")
+    auto = dataclasses.replace(config.objective, desirable_weight="auto", undesirable_weight="auto")
+    weights = auto_weights(auto, desirable, undesirable)
+    text.append(
+        f"ask for λ_D = {weights[0]:.4g} and λ_U = {weights[1]:.4g}, which bring λ_D n_D / (λ_U n_U) from "
+        f"{desirable / undesirable:.3g} to {weights[0] * desirable / (weights[1] * undesirable):.3g}. "
+    )
+    set_to = f"{config.objective.desirable_weight} and {config.objective.undesirable_weight}"
+    return text.append(f"config.objective has desirable_weight and undesirable_weight {set_to}.", "dim")
+
+
+def _labels(manifest: Mapping[str, Any]) -> Table:
+    return bars(
+        "labels",
+        {
+            f"{split} {label}": counts[label]
+            for split, counts in manifest["splits"].items()
+            for label in ("desirable", "undesirable")
+            if counts["prompts"]
+        },
+    )
+
+
+def _kept(index: Index, rows: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each row's prompt and completion that are trained on."""
+    return fit_lengths(
+        index.prompt_lengths[rows],
+        index.completion_lengths[rows],
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+
+
+def _row(index: Index, tokenizer: TokenizerInfo, config: Config, row: int) -> Group:
+    """A row as it is trained on: the prompt dim; the completion, which the mask lets through, bold between ⟦ and ⟧."""
+    (num_prompt,), (num_completion,) = _kept(index, np.array([row]), config)
+    prompt = cut_prompt(index.prompt(row), int(num_prompt), tokenizer.bos_id)
+    was = f" (cut from {len(index.prompt(row))})" if len(prompt) < len(index.prompt(row)) else ""
+    label = "desirable" if index.desirable[row] else "undesirable"
+    score = f" · score {index.scores[row]:g}" if "scores" in index.manifest else ""
+    head = (
+        f"row {row} · {index.place(row)} · {label} · weight {index.weights[row]:g}{score} · {len(prompt)} tokens of "
+        f"prompt{was}, {num_completion} of completion"
+    )
+    completion = index.completion(row)[:num_completion]
+    text = Text.assemble(
+        (_decode(tokenizer, prompt), "dim"), ("⟦", "cyan"), (_decode(tokenizer, completion), "bold"), ("⟧", "cyan")
+    )
+    return Group(Rule(style="dim"), Text(head, "green" if index.desirable[row] else "red"), Padding(text, (0, 0, 0, 2)))
+
+
+def _decode(tokenizer: TokenizerInfo, ids: np.ndarray) -> str:
+    """The text of ids, special tokens and all: what the model reads."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
+    return _visible(backend.decode(ids.tolist(), skip_special_tokens=False))
+
+
+def _visible(text: str) -> str:
+    """Control characters spelt out: somebody's text must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _table(title: str, *columns: str | tuple[str, str]) -> Table:
+    headers = [column if isinstance(column, tuple) else (column, "left") for column in columns]
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(name for name, _ in headers))
+    for name, justify in headers:
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _read_num_rows(argv: Sequence[str]) -> int:
+    given = [argument.removeprefix("--rows=") for argument in argv if argument.startswith("--rows=")]
+    if given and not (given[-1].isascii() and given[-1].isdigit()):
+        raise ConfigError(f"--rows={given[-1]} is no count. Allowed: whole numbers from 0. Correct --rows.")
+    return int(given[-1]) if given else _NUM_ROWS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
