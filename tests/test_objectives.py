@@ -162,6 +162,20 @@ def test_the_sft_term_is_of_desirable_completions_alone():
     )
 
 
+def test_the_sft_term_is_of_the_likelihood_itself_where_humanline_clamps_log_ratios():
+    seen = completions([[-8.0]], [[-8.0]], [[True]])
+    seen = dataclasses.replace(seen, likelihood=jnp.array([[-20.0]]))
+    np.testing.assert_allclose(make("kto", humanline=True, sft_weight=1.0).loss(seen, jnp.array(0.0), {}), [[0.5 + 5]])
+
+
+def test_bco_pair_centres_by_the_mean_of_earlier_rewards_too():
+    objective = make("dpo", variant="bco_pair")
+    seen = completions([[5.0, 5.0]], [[0.0, 0.0]], [[True, False]])
+    state = {"running_mean": jnp.array(0.5), "running_count": jnp.array(4.0)}
+    np.testing.assert_allclose(objective.loss(seen, jnp.array(0.0), state), [[2 * np.log(2), 0]], rtol=1e-6)
+    assert objective.next_state(state, jnp.array([[2.5, 0.5]]), seen.filled)["running_mean"] == pytest.approx(5 / 6)
+
+
 def test_bco_centres_by_the_mean_of_earlier_rewards():
     objective = make("bco")
     seen = completions([[5.0, 5.0]], [[0.0, 0.0]], [[True, False]])
