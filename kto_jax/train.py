@@ -194,6 +194,7 @@ def take_steps(
     log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
     batches = prefetch(lambda step: place_batch(mesh, inputs.plan.batch(step)), range(first, num_steps))
     exit_code = 0
+    waiting_since = time.perf_counter()
     for step, batch in enumerate(batches, start=first + 1):
         clock = time.perf_counter()
         with jax.transfer_guard("disallow"):
@@ -201,6 +202,7 @@ def take_steps(
         figures = {name: float(value) for name, value in jax.device_get(device_figures).items()}
         seconds = time.perf_counter() - clock
         figures["seconds"] = seconds
+        figures["wait_seconds"] = clock - waiting_since
         figures["tokens_per_second"] = figures["tokens"] / seconds
         figures["mfu"] = figures["flops"] / seconds / peak
         if figures["num_bad_steps"] >= config.max_bad_steps:
@@ -217,6 +219,7 @@ def take_steps(
             console.print(f"stopped by a signal after step {step}; the same command continues")
             exit_code = preemption.exit_code
             break
+        waiting_since = time.perf_counter()
     checkpoints.wait()
     log.close()
     preemption.stop_listening()

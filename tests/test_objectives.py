@@ -155,6 +155,13 @@ def test_pairs_are_read_by_every_loss_of_pairs():
         assert objective.reads == "pairs"
 
 
+def test_csft_puts_each_control_before_its_own_class_and_is_measured_by_the_desirable_completions():
+    objective = make("csft")
+    assert objective.controls == ("<|bad|>", "<|good|>")  # undesirable, desirable, as the plan reads them
+    assert objective.reads == "thumbs"
+    assert objective.evaluated_as.reads == "desirable"
+
+
 def test_the_sft_term_is_of_desirable_completions_alone():
     seen = completions([[-8.0, -4.0]], [[-8.0, -4.0]], [[True, False]])
     np.testing.assert_allclose(

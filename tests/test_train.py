@@ -55,7 +55,7 @@ def wait_for_step(workdir, step, process):
 
 def numbers(workdir):
     """The figures of every step that do not depend on the clock."""
-    timed = ("seconds", "tokens_per_second", "mfu")
+    timed = ("seconds", "wait_seconds", "tokens_per_second", "mfu")
     return [{name: value for name, value in row.items() if name not in timed} for row in rows(workdir)]
 
 
@@ -76,6 +76,7 @@ def test_a_run_leaves_its_whole_folder_and_the_margin_rises(unbroken):
     assert log[0]["loss"] == 0.5
     assert log[-1]["margin"] > 0.5
     assert log[-1]["eval_auc"] > 0.9
+    assert all(0 <= row["wait_seconds"] < 5 for row in log)
     assert [row["step"] for row in log if "eval_loss" in row] == [6, 12]
     assert "12 steps" in (unbroken / "policy" / "README.md").read_text()
 
