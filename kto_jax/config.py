@@ -67,7 +67,12 @@ class DataConfig:
     """What a row holds beside its prompt: a completion and a label, a chosen and a rejected completion, a completion
     and a number, or a completion alone, which is desirable. Objectives of pairs also read thumbs and scores, matched
     within each prompt; objectives of thumbs also read pairs, one completion at a time."""
+    layout: Literal["fields", "messages", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"] = "fields"
+    """Where a row holds it: in the fields named below, in the messages of a chat log that have `feedback`, in one of
+    the JSON shapes of the HALOs code, or in the columns of a set that is known by name (kto_jax/data/layouts.py)."""
     prompt_field: str = "prompt"
+    """Text or chat messages. In pairs it may be missing: chosen and rejected are then whole conversations, as messages
+    or as transcripts of Human and Assistant, whose last turn is the completion."""
     prompt_template: str = ""
     """Builds the prompt from the row's fields, for example "Review the film {title}."; replaces `prompt_field`."""
     completion_field: str = "completion"

@@ -7,6 +7,8 @@
     scores            completion, score                a Feedback whose label is decided later, from all scores
     demonstrations    completion                       a Feedback that is desirable
 
+and `data.layout` where it holds them: `kto_jax.data.layouts`. A row of a chat log may hold several.
+
 A broken row costs only itself. Nothing is guessed: a label is a boolean or is mapped by `data.label_map`.
 """
 
@@ -22,21 +24,12 @@ from typing import Any
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.files import Rejection
+from kto_jax.data.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
+from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Message, check_text, part, present
 
-Message = dict[str, str]
-
-_FORMATS = {
-    "thumbs": ("completion_field", "label_field"),
-    "pairs": ("chosen_field", "rejected_field"),
-    "scores": ("completion_field", "score_field"),
-    "demonstrations": ("completion_field",),
-}
-"""The fields of `DataConfig` that name what each format needs beside the prompt."""
-SAME_COMPLETIONS = "chosen and rejected are the same"
-"""Why a pair is rejected that teaches nothing."""
+__all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
 _LARGEST = 3.4e38
 """Weights and scores are kept as float32."""
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,7 +73,7 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that the configuration leaves out: its label is mapped to None."""
+    """A row that is left out: its label is mapped to None, or it is a chat log without feedback."""
 
     place: str
 
@@ -91,10 +84,6 @@ Record = Feedback | Preference | Rejection | Skipped
 def completions_of(record: Feedback | Preference) -> tuple[Feedback, ...]:
     """The completions of a row, in the order in which the index holds them."""
     return (record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
-
-
-class _BadRowError(ValueError):
-    """The row is rejected; the message is the reason."""
 
 
 def read_records(source: str, data: DataConfig) -> Iterator[Record]:
@@ -115,35 +104,77 @@ def read_records(source: str, data: DataConfig) -> Iterator[Record]:
 
 
 def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Record]:
-    """Turns raw rows into records.
+    """Turns the raw rows of a file into records.
 
     Args:
       rows: place and fields; a `Rejection` in place of the fields where the row could not be read.
       data: which fields hold what.
 
     Yields:
-      Every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`.
+      Every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`; as several of a chat log with several ratings.
 
     Raises:
-      ConfigError: the first readable row lacks a field, or `data.prompt_template` is not usable.
+      ConfigError: the first readable row lacks a field, or `data.layout` or `data.prompt_template` is not usable.
     """
-    prompt_fields = template_fields(data.prompt_template) if data.prompt_template else [data.prompt_field]
-    required = [*prompt_fields, *(getattr(data, name) for name in _FORMATS[data.format])]
-    seen_header = False
-    for place, fields in rows:
+    layout = LAYOUTS[data.layout]
+    required = _required(data)
+    rows = _checked(rows, required, data)
+    for place, fields in rows if layout.gather is None else layout.gather(rows):
         if isinstance(fields, Rejection):
             yield fields
             continue
-        if not isinstance(fields, Mapping):
-            yield Rejection(f"row is not an object but {type(fields).__name__}", place)
-            continue
-        if not seen_header:
-            _check_columns(required, fields, data.format, place)
-            seen_header = True
         try:
-            yield _record(fields, prompt_fields, data, place)
-        except _BadRowError as error:
+            examples = layout.read(fields, data)
+        except BadRowError as error:
             yield Rejection(str(error), place)
+            continue
+        if not examples:
+            yield Skipped(place)
+        for example, names in examples:
+            try:
+                yield _record(example, names, data, place)
+            except BadRowError as error:
+                yield Rejection(str(error), place)
+
+
+def _required(data: DataConfig) -> list[str]:
+    """The columns that every row must have.
+
+    Raises:
+      ConfigError: the layout does not hold what the format needs, or has no use for the template.
+    """
+    columns = LAYOUTS[data.layout].columns
+    if data.format not in columns:
+        allowed = " or ".join(map(repr, columns))
+        raise ConfigError(
+            f"data.layout={data.layout!r} holds no {data.format}. With it data.format is {allowed}. "
+            "Set config.data.format."
+        )
+    if data.layout != "fields":
+        if data.prompt_template:
+            raise ConfigError(
+                f"data.prompt_template={data.prompt_template!r} has no use with data.layout={data.layout!r}, which "
+                'says where the prompt is. Only the layout "fields" takes a template. Take one of the two out.'
+            )
+        return list(columns[data.format])
+    needed = [getattr(data, f"{key}_field") for key in NEEDED[data.format]]
+    if data.prompt_template:
+        return [*template_fields(data.prompt_template), *needed]
+    # Chosen and rejected may hold the prompt; a column that is asked for by name must be there.
+    may_lack = data.format == "pairs" and data.prompt_field == "prompt"
+    return needed if may_lack else [data.prompt_field, *needed]
+
+
+def _checked(rows: Rows, required: list[str], data: DataConfig) -> Rows:
+    """The rows, of which the first must have the columns, and which are objects or rejections."""
+    seen_header = False
+    for place, fields in rows:
+        if not isinstance(fields, Mapping | Rejection):
+            fields = Rejection(f"row is not an object but {type(fields).__name__}", place)
+        if not seen_header and not isinstance(fields, Rejection):
+            _check_columns(required, fields, data, place)
+            seen_header = True
+        yield place, fields
 
 
 def template_fields(template: str) -> list[str]:
@@ -175,78 +206,73 @@ def template_fields(template: str) -> list[str]:
     return names
 
 
-def _check_columns(required: list[str], fields: Mapping[str, Any], kind: str, place: str) -> None:
+def _check_columns(required: list[str], fields: Fields, data: DataConfig, place: str) -> None:
     columns = list(fields)
-    *others, last = "prompt_field (or prompt_template)", *_FORMATS[kind]
     for name in required:
         if name in columns:
             continue
-        nearest = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name, map(str, columns), n=1, cutoff=0.5)
+        *others, last = "prompt_field (or prompt_template)", *(f"{key}_field" for key in NEEDED[data.format])
+        remedy = f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {data.format!r}."
+        if data.layout != "fields":
+            remedy = f"Set config.data.layout, which is {data.layout!r}."
         raise ConfigError(
             f"{place}: no column {name!r}. The columns are {', '.join(map(repr, columns)) or 'none'}. "
             + (f"Did you mean {nearest[0]!r}? " if nearest else "")
-            + f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {kind!r}."
+            + remedy
         )
 
 
-def _record(
-    fields: Mapping[str, Any], prompt_fields: list[str], data: DataConfig, place: str
-) -> Feedback | Preference | Skipped:
-    desirable = _label(fields, data) if data.format == "thumbs" else data.format == "demonstrations"
-    if desirable is None:
-        return Skipped(place)
-    if data.prompt_template:
+def _record(fields: Fields, names: Names, data: DataConfig, place: str) -> Feedback | Preference | Skipped:
+    desirable = data.format == "demonstrations"
+    if data.format == "thumbs":
+        label = _label(present(fields, names["label"]), data)
+        if label is None:
+            return Skipped(place)
+        desirable = label
+    if data.layout == "fields" and data.prompt_template:
         # format_map with the named fields alone: the template cannot reach anything else.
-        values = {name: _present(fields, name) for name in prompt_fields}
-        prompt: Any = _text(data.prompt_template.format_map(values), "prompt")
+        values = {name: present(fields, name) for name in template_fields(data.prompt_template)}
+        prompt: Any = check_text(data.prompt_template.format_map(values), "prompt")
+    elif data.format == "pairs":
+        prompt = fields.get(names.get("prompt", ""))
     else:
-        prompt = _prompt(_present(fields, data.prompt_field))
-    weight = _weight(fields.get(data.weight_field))
+        prompt = present(fields, names["prompt"])
+    weight = _weight(fields.get(names.get("weight", data.weight_field)))
+    replies = {key: present(fields, names[key]) for key in NEEDED[data.format] if key not in ("label", "score")}
+    prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
     if data.format == "pairs":
-        chosen, rejected = (
-            _completion(_present(fields, field), name)
-            for field, name in ((data.chosen_field, "chosen"), (data.rejected_field, "rejected"))
-        )
+        chosen, rejected = completions
         if chosen == rejected:
-            raise _BadRowError(SAME_COMPLETIONS)
+            raise BadRowError(SAME_COMPLETIONS)
         return Preference(
             Feedback(prompt, chosen, True, weight, place), Feedback(prompt, rejected, False, weight, place)
         )
-    completion = _completion(_present(fields, data.completion_field), "completion")
-    score = _score(_present(fields, data.score_field)) if data.format == "scores" else 0.0
-    return Feedback(prompt, completion, desirable, weight, place, score)
+    score = _score(present(fields, names["score"])) if data.format == "scores" else 0.0
+    return Feedback(prompt, completions[0], desirable, weight, place, score)
 
 
-def _present(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise _BadRowError(f"missing field {name!r}")
-    if fields[name] is None:
-        raise _BadRowError(f"null field {name!r}")
-    return fields[name]
-
-
-def _label(fields: Mapping[str, Any], data: DataConfig) -> bool | None:
-    value = _present(fields, data.label_field)
+def _label(value: Any, data: DataConfig) -> bool | None:
     if isinstance(value, bool | str | int | float) and str(value) in data.label_map:
         return data.label_map[str(value)]
     if isinstance(value, bool):
         return value
     if isinstance(value, str | int | float):
-        raise _BadRowError(f"label is not mapped: {str(value)[:40]!r}")
-    raise _BadRowError(f"label is not a boolean, text or number but {type(value).__name__}")
+        raise BadRowError(f"label is not mapped: {str(value)[:40]!r}")
+    raise BadRowError(f"label is not a boolean, text or number but {type(value).__name__}")
 
 
 def _weight(value: Any) -> float:
     weight = 1.0 if value is None or value == "" else _number(value)
     if weight is None or weight < 0:
-        raise _BadRowError(f"weight is not a finite number of at least 0: {str(value)[:40]!r}")
+        raise BadRowError(f"weight is not a finite number of at least 0: {str(value)[:40]!r}")
     return weight
 
 
 def _score(value: Any) -> float:
     score = _number(value)
     if score is None:
-        raise _BadRowError(f"score is not a finite number: {str(value)[:40]!r}")
+        raise BadRowError(f"score is not a finite number: {str(value)[:40]!r}")
     return score
 
 
@@ -257,52 +283,3 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) <= _LARGEST else None
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _BadRowError(f"{name} is not text but {type(value).__name__}")
-    if not value.strip():
-        raise _BadRowError(f"empty {name}")
-    if "\0" in value:
-        raise _BadRowError(f"NUL character in {name}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRowError(f"lone surrogate in {name}") from None
-    return value
-
-
-def _prompt(value: Any) -> str | list[Message]:
-    if not isinstance(value, list):
-        return _text(value, "prompt")
-    if not value:
-        raise _BadRowError("empty prompt")
-    messages = [_message(message, "prompt") for message in value]
-    if messages[-1]["role"] == "assistant":
-        raise _BadRowError("prompt ends with an assistant message")
-    if messages[-1]["role"] in ("system", "developer"):
-        raise _BadRowError("prompt has no message after the system message")
-    return messages
-
-
-def _completion(value: Any, name: str) -> str:
-    if not isinstance(value, list):
-        return _text(value, name)
-    if len(value) != 1:
-        raise _BadRowError(f"{name} is not one message" if value else f"empty {name}")
-    message = _message(value[0], name)
-    if message["role"] != "assistant":
-        raise _BadRowError(f"{name} has role {message['role']!r}, not 'assistant'")
-    return message["content"]
-
-
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise _BadRowError(f"message of the {name} is not an object but {type(message).__name__}")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise _BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}")
-    if "content" not in message:
-        raise _BadRowError(f"message of the {name} has no content")
-    return {"role": role, "content": _text(message["content"], name)}

@@ -15,7 +15,7 @@ from kto_jax.config import ConfigError
 from kto_jax.data import files
 from kto_jax.data.files import Rejection, expand, read_rows
 
-ROWS = [{"prompt": f'Question {i}? "quoted" é [{{,', "completion": "a\\b\n", "label": i % 2 == 0} for i in range(300)]
+ROWS = [{"prompt": f'Question {i}? 5" é [{{,', "completion": "a\\b\n", "label": i % 2 == 0} for i in range(300)]
 
 
 def zst(content):

@@ -1,0 +1,156 @@
+"""Texts and chat messages of a row: checked, and parted into a prompt and what is said in reply to it.
+
+A value may hold a whole conversation, which begins with the prompt: as messages, or as a transcript,
+
+    \\n\\nHuman: Hello?\\n\\nAssistant: Hi.
+
+Its last turn is the completion and all turns before it are the prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+SAME_COMPLETIONS = "chosen and rejected are the same"
+"""Why a pair is rejected that teaches nothing."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class BadRowError(ValueError):
+    """The row is rejected; the message is the reason."""
+
+
+def present(fields: Mapping[str, Any], name: str) -> Any:
+    """A field that must be there.
+
+    Raises:
+      BadRowError: it is missing or null.
+    """
+    if name not in fields:
+        raise BadRowError(f"missing field {name!r}")
+    if fields[name] is None:
+        raise BadRowError(f"null field {name!r}")
+    return fields[name]
+
+
+def check_text(value: Any, name: str) -> str:
+    """Text that is not blank and can be written as UTF-8.
+
+    Raises:
+      BadRowError: it is not.
+    """
+    if not isinstance(value, str):
+        raise BadRowError(f"{name} is not text but {type(value).__name__}")
+    if not value.strip():
+        raise BadRowError(f"empty {name}")
+    if "\0" in value:
+        raise BadRowError(f"NUL character in {name}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRowError(f"lone surrogate in {name}") from None
+    return value
+
+
+def check_prompt(value: Any) -> Prompt:
+    """Text, or messages of which the last is not the assistant's.
+
+    Raises:
+      BadRowError: it is neither.
+    """
+    if not isinstance(value, list):
+        return check_text(value, "prompt")
+    if not value:
+        raise BadRowError("empty prompt")
+    messages = [_message(message, "prompt") for message in value]
+    if messages[-1]["role"] == "assistant":
+        raise BadRowError("prompt ends with an assistant message")
+    if messages[-1]["role"] in ("system", "developer"):
+        raise BadRowError("prompt has no message after the system message")
+    return messages
+
+
+def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> tuple[Prompt, list[str]]:
+    """Parts what a row holds into its prompt and its completions.
+
+        prompt      chosen              rejected            gives
+        "Q"         "A"                 "B"                 Q → A, B
+        "Q"         [user Q, A]         [user Q, B]         Q → A, B        the prompt is repeated
+        [user Q]    [assistant A]       "B"                 [user Q] → A, B
+        none        [user Q, A]         [user Q, B]         [user Q] → A, B
+        none        "\\n\\nHuman: Q\\n\\nAssistant: A"  …        [user Q] → A, B
+
+    Args:
+      prompt: text or messages; None, empty text or no messages where the replies hold it.
+      replies: what is said in reply, by the name that reasons use; of one row, hence of one prompt.
+      may_lack: whether the replies may hold the prompt.
+
+    Returns:
+      The prompt, and the completion of each reply.
+
+    Raises:
+      BadRowError: a value is not as above, or the replies are not of one prompt.
+    """
+    lacks = prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip())
+    own = None if may_lack and lacks else check_prompt(prompt)
+    heads: list[list[Message]] = []
+    completions = []
+    for name, value in replies.items():
+        if own is None and isinstance(value, str):
+            value = _transcript(value, name)
+        if not isinstance(value, list):
+            completions.append(check_text(value, name))
+            continue
+        if not value:
+            raise BadRowError(f"empty {name}")
+        *head, last = [_message(message, name) for message in value]
+        if own is not None and head and not _repeats(head, own):
+            raise BadRowError(f"{name} is not one message")
+        if last["role"] != "assistant":
+            raise BadRowError(f"{name} has role {last['role']!r}, not 'assistant'")
+        completions.append(last["content"])
+        if head or own is None:
+            heads.append(head)
+    if any(head != heads[0] for head in heads):
+        raise BadRowError(f"{' and '.join(replies)} part before their last message")
+    if own is None:
+        return check_prompt(heads[0]), completions
+    # The head tells the whole of a prompt that is only one turn of it; one that says no more changes nothing.
+    longer = bool(heads) and len(heads[0]) > (1 if isinstance(own, str) else len(own))
+    return (heads[0] if longer else own), completions
+
+
+def _repeats(head: list[Message], prompt: Prompt) -> bool:
+    """Whether the turns before a completion are those of the prompt, or of a conversation that the prompt is from."""
+    if isinstance(prompt, str):
+        said = [message["content"].strip() for message in head if message["role"] == "user"]
+        return head[-1]["role"] != "assistant" and bool(said) and prompt.strip() in (said[0], said[-1])
+    return head == prompt[-len(head) :] or head[-len(prompt) :] == prompt
+
+
+def _transcript(value: str, name: str) -> list[Message]:
+    pieces = _TURN.split(check_text(value, name))
+    if pieces[0].strip() or len(pieces) == 1:
+        raise BadRowError(f"no prompt, and {name} is not a transcript of Human and Assistant")
+    return [
+        {"role": _SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+
+
+def _message(message: Any, name: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise BadRowError(f"message of the {name} is not an object but {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}")
+    if "content" not in message:
+        raise BadRowError(f"message of the {name} has no content")
+    return {"role": role, "content": check_text(message["content"], name)}
