@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -53,9 +53,10 @@ class Plan:
       batch_size: examples a step (with `paired`, pairs), over all hosts; the last step of an epoch may have fewer.
       seed: chooses the order of each epoch.
       epochs: how often the rows are visited.
-      row_length: tokens of a packed row (L).
+      row_length: tokens of a packed row (L). Of several, each step takes the one that leaves it the least padding; the
+        training step is compiled for each.
       microbatch_rows: packed rows of a microbatch, over all hosts (R).
-      completion_length: completion tokens that a packed row has room for (C).
+      completion_length: completion tokens that a packed row has room for (C); of several row lengths, the shortest.
       max_length: most tokens of prompt and completion together.
       shuffle: False visits the rows in the order given.
       paired: each row comes with its rejected completion, in slots 2k and 2k + 1 of the same packed row.
@@ -76,7 +77,7 @@ class Plan:
         batch_size: int,
         seed: int,
         epochs: int,
-        row_length: int,
+        row_length: int | Sequence[int],
         microbatch_rows: int,
         completion_length: int,
         max_length: int,
@@ -99,10 +100,11 @@ class Plan:
         lengths = self._fit(sequences, sequences)
         # Of each row, or of each pair together.
         prompt, completion = (length.reshape(-1, self._unit).sum(axis=1) for length in lengths)
-        self._check_fit(int(completion.max()), row_length, completion_length)
+        row_lengths = [row_length] if isinstance(row_length, int) else sorted(set(row_length))
+        self._check_fit(int(completion.max()), row_lengths[0], completion_length)
         # A power of two, and at least 2 for pairs: a row holds two sequences of any length, and a batch has two.
-        slots = _num_slots(lengths[0] + lengths[1], row_length, batch_size * self._unit)
-        self._shape = RowShape(row_length, completion_length, slots)
+        slots = _num_slots(lengths[0] + lengths[1], row_lengths[-1], batch_size * self._unit)
+        self._shapes = [RowShape(n, round(completion_length * n / row_lengths[0]), slots) for n in row_lengths]
         self._base = self._base_microbatches(prompt, completion)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
         self.num_steps = self.steps_per_epoch * epochs
@@ -110,7 +112,7 @@ class Plan:
     @property
     def num_slots(self) -> int:
         """Examples that a packed row has room for (S); even where they are pairs."""
-        return self._shape.slots
+        return self._shapes[0].slots
 
     def step(self, step: int) -> StepPlan:
         """Which rows a step reads, and their partners: a function of the index, the seed and the step alone.
@@ -148,27 +150,34 @@ class Plan:
         """
         plan = self.step(step)
         has_partner = plan.partners >= 0
-        matched = self._pack(plan.rows, plan.rows)
-        unmatched = self._pack(plan.rows[has_partner], plan.partners[has_partner])
-        num_matched, num_unmatched = (math.ceil(p.num_rows / self._microbatch_rows) for p in (matched, unmatched))
+        own = (plan.rows, plan.rows)
+        unrelated = (plan.rows[has_partner], plan.partners[has_partner])
+        shape, matched, unmatched = min(
+            ((shape, self._pack(*own, shape), self._pack(*unrelated, shape)) for shape in self._shapes),
+            key=lambda packed: self._cost(*packed),
+        )
+        num_matched, num_unmatched = self._num_microbatches(matched), self._num_microbatches(unmatched)
         num_microbatches = max(_power_of_two(max(num_matched, num_unmatched)), self._base)
-        fill_rows = functools.partial(self._fill, rows=rows)
-        matched_rows = fill_rows(matched, plan.rows, plan.rows, num_microbatches)
+        fill_rows = functools.partial(self._fill, shape=shape, rows=rows)
+        matched_rows = fill_rows(matched, *own, num_microbatches)
         by_slot = functools.partial(self._by_slot, matched, plan.rows, num_microbatches, rows)
         return FeedbackBatch(
             matched=matched_rows,
             desirable=by_slot(self._index.desirable),
             weights=by_slot(self._index.weights),
             scores=by_slot(self._index.scores),
-            unmatched=fill_rows(
-                unmatched,
-                plan.rows[has_partner],
-                plan.partners[has_partner],
-                num_microbatches if self._unmatched else 0,
-            ),
+            unmatched=fill_rows(unmatched, *unrelated, num_microbatches if self._unmatched else 0),
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
         )
+
+    def _cost(self, shape: RowShape, matched: Packing, unmatched: Packing) -> int:
+        """Tokens that pass through the model. The matched rows have a backward pass, which takes as long again."""
+        microbatches = 2 * self._num_microbatches(matched) + self._num_microbatches(unmatched)
+        return microbatches * self._microbatch_rows * shape.length
+
+    def _num_microbatches(self, packing: Packing) -> int:
+        return math.ceil(packing.num_rows / self._microbatch_rows)
 
     def _sequences(self, rows: np.ndarray) -> np.ndarray:
         """The rows themselves, or the chosen and the rejected row of each pair, one after the other."""
@@ -192,11 +201,18 @@ class Plan:
             return np.zeros(len(completions), np.int64)
         return np.where(self._index.desirable[completions], len(self._suffixes[1]), len(self._suffixes[0]))
 
-    def _pack(self, prompts: np.ndarray, completions: np.ndarray) -> Packing:
-        return pack(*self._fit(prompts, completions), self._shape, unit=self._unit)
+    def _pack(self, prompts: np.ndarray, completions: np.ndarray, shape: RowShape) -> Packing:
+        return pack(*self._fit(prompts, completions), shape, unit=self._unit)
 
     def _fill(
-        self, packing: Packing, prompts: np.ndarray, completions: np.ndarray, num_microbatches: int, *, rows: slice
+        self,
+        packing: Packing,
+        prompts: np.ndarray,
+        completions: np.ndarray,
+        num_microbatches: int,
+        *,
+        shape: RowShape,
+        rows: slice,
     ) -> PackedRows:
         num_prompt, num_completion = self._fit(prompts, completions)
 
@@ -213,16 +229,16 @@ class Plan:
             num_microbatches=num_microbatches,
             microbatch_rows=self._microbatch_rows,
             rows=rows,
-            shape=self._shape,
+            shape=shape,
         )
 
     def _by_slot(
         self, packing: Packing, row_ids: np.ndarray, num_microbatches: int, rows: slice, column: np.ndarray
     ) -> np.ndarray:
         """A column's value for the example in each slot, 0 in empty slots [M, rows, S]."""
-        values = np.zeros((num_microbatches * self._microbatch_rows, self._shape.slots), column.dtype)
+        values = np.zeros((num_microbatches * self._microbatch_rows, self.num_slots), column.dtype)
         values[packing.rows, packing.slots] = column[row_ids]
-        return values.reshape(num_microbatches, self._microbatch_rows, self._shape.slots)[:, rows]
+        return values.reshape(num_microbatches, self._microbatch_rows, self.num_slots)[:, rows]
 
     def _check_rows(self) -> None:
         if not len(self._rows):
@@ -273,14 +289,14 @@ class Plan:
         A step that needs more takes the next power of two, and the training step is compiled once more for it.
         """
         batch = min(self._batch_size, len(self._rows))
-        total = num_prompt + num_completion
+        total, shape = num_prompt + num_completion, self._shapes[0]
         needs = (
-            _upper(total, batch) / self._shape.length,
-            _upper(num_completion, batch) / self._shape.completion_length,
-            batch * self._unit / self._shape.slots,
+            _upper(total, batch) / shape.length,
+            _upper(num_completion, batch) / shape.completion_length,
+            batch * self._unit / shape.slots,
         )
-        # First fit leaves a tail in every row: about half of a typical sequence, or pair.
-        slack = 1.0 + 0.5 * float(total.mean()) / self._shape.length
+        # A row may keep a tail: at most about half of a typical sequence, or pair.
+        slack = 1.0 + 0.5 * float(total.mean()) / shape.length
         return _power_of_two(math.ceil(max(needs) * slack / self._microbatch_rows))
 
 
