@@ -17,9 +17,7 @@ from kto_jax.config import (
     ReferenceConfig,
 )
 from kto_jax.evaluation import make_evaluation
-from kto_jax.forward import completion_states, read_completions
 from kto_jax.inputs import make_plans
-from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import OBJECTIVES, make_objective
@@ -149,28 +147,6 @@ def test_the_reference_moves_when_it_is_due_and_at_no_other_time(every, step, mo
     synced = _synced(reference, policy, jnp.array(step), ReferenceConfig(sync_every=every, sync_mix=0.5))
     assert synced == {"w": jnp.array([2.0 if moves else 1.0])}
     assert synced["w"].dtype == jnp.bfloat16
-
-
-def test_humanline_clamps_each_token_before_the_sum():
-    model = Model.create(ARCHITECTURE)
-    policy, reference = (
-        jax.tree.map(lambda leaf: 4 * leaf, model.init_params(jax.random.key(seed), "float32")) for seed in (0, 1)
-    )
-    objective = make_objective(ObjectiveConfig(humanline=True), num_desirable=1, num_undesirable=1)
-    plan, _ = make_plans(CONFIG, feedback(False), objective, None)
-    batch = plan.batch(0)
-    rows, desirable, scores = jax.tree.map(lambda x: x[0], (batch.matched, batch.desirable, batch.scores))
-    seen = read_completions(model, objective, policy, reference, rows, desirable, scores)
-    hidden = [completion_states(model, params, rows) for params in (policy, reference)]
-    by_token = [token_logps(h, model.head(p), rows.targets) for h, p in zip(hidden, (policy, reference), strict=True)]
-    ratios = np.asarray(by_token[0] - by_token[1])
-    assert (ratios < -1).any()
-    assert (ratios > 1.5).any()
-    for row, slot in np.argwhere(rows.filled):
-        of_slot = rows.target_segments[row] == slot + 1
-        clamped = np.clip(ratios[row], -1, 1.5)[of_slot].sum()
-        assert seen.policy[row, slot] - seen.reference[row, slot] == pytest.approx(clamped, abs=1e-4)
-        assert seen.likelihood[row, slot] == pytest.approx(float(by_token[0][row][of_slot].sum()), abs=1e-4)
 
 
 def test_bco_goes_on_from_the_mean_of_the_rewards_so_far():
