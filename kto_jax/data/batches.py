@@ -17,12 +17,11 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.index import Index
-from kto_jax.data.packing import Packing, RowShape, fill, pack
+from kto_jax.data.packing import Packing, RowShape, fill, num_slots, pack, power_of_two
 from kto_jax.data.permutation import permute
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.shapes import FeedbackBatch, PackedRows
 
-_MAX_SLOTS = 64
 _NO_SUFFIX = np.zeros(0, np.int32)
 
 T = TypeVar("T")
@@ -103,7 +102,7 @@ class Plan:
         row_lengths = [row_length] if isinstance(row_length, int) else sorted(set(row_length))
         self._check_fit(int(completion.max()), row_lengths[0], completion_length)
         # A power of two, and at least 2 for pairs: a row holds two sequences of any length, and a batch has two.
-        slots = _num_slots(lengths[0] + lengths[1], row_lengths[-1], batch_size * self._unit)
+        slots = num_slots(lengths[0] + lengths[1], row_lengths[-1], batch_size * self._unit)
         self._shapes = [RowShape(n, round(completion_length * n / row_lengths[0]), slots) for n in row_lengths]
         self._base = self._base_microbatches(prompt, completion)
         self.steps_per_epoch = -(-len(self._rows) // batch_size)
@@ -157,7 +156,7 @@ class Plan:
             key=lambda packed: self._cost(*packed),
         )
         num_matched, num_unmatched = self._num_microbatches(matched), self._num_microbatches(unmatched)
-        num_microbatches = max(_power_of_two(max(num_matched, num_unmatched)), self._base)
+        num_microbatches = max(power_of_two(max(num_matched, num_unmatched)), self._base)
         fill_rows = functools.partial(self._fill, shape=shape, rows=rows)
         matched_rows = fill_rows(matched, *own, num_microbatches)
         by_slot = functools.partial(self._by_slot, matched, plan.rows, num_microbatches, rows)
@@ -297,7 +296,7 @@ class Plan:
         )
         # A row may keep a tail: at most about half of a typical sequence, or pair.
         slack = 1.0 + 0.5 * float(total.mean()) / shape.length
-        return _power_of_two(math.ceil(max(needs) * slack / self._microbatch_rows))
+        return power_of_two(math.ceil(max(needs) * slack / self._microbatch_rows))
 
 
 def pair(prompt_hashes: np.ndarray) -> np.ndarray:
@@ -347,17 +346,7 @@ def prefetch(function: Callable[[int], T], steps: Iterable[int], depth: int = 2)
                 future.cancel()
 
 
-def _num_slots(totals: np.ndarray, row_length: int, batch_size: int) -> int:
-    typical = max(1.0, float(np.median(totals)))
-    return min(_MAX_SLOTS, _power_of_two(math.ceil(row_length / typical)), _power_of_two(batch_size))
-
-
 def _upper(lengths: np.ndarray, batch: int) -> float:
     return min(
         batch * float(lengths.mean()) + 3 * math.sqrt(batch) * float(lengths.std()), batch * float(lengths.max())
     )
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`, and at least 1."""
-    return 1 << max(count - 1, 0).bit_length()

@@ -16,6 +16,7 @@ from kto_jax.shapes import PackedRows
 _EIGHTHS = (8, 9, 10, 11, 12, 14, 16, 24, 32)
 """Row lengths to try, in eighths of the shortest."""
 _NUM_TRIALS = 48
+_MAX_SLOTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,15 @@ def pack(num_prompt: np.ndarray, num_completion: np.ndarray, shape: RowShape, *,
 
 
 def choose_row_lengths(
-    totals: np.ndarray, *, batch_size: int, shortest: int, microbatch_rows: int = 1, num_lengths: int = 1
+    num_prompt: np.ndarray,
+    num_completion: np.ndarray,
+    *,
+    batch_size: int,
+    shortest: int,
+    completion_share: float = 1.0,
+    microbatch_rows: int = 1,
+    num_lengths: int = 1,
+    unit: int = 1,
 ) -> tuple[int, ...]:
     """The row lengths that leave the least padding in the microbatches of a step, tried on batches of the data.
 
@@ -81,25 +90,28 @@ def choose_row_lengths(
     them has the training step compiled once more, so another one must save at least 1 %.
 
     Args:
-      totals: tokens of each example to train on, prompt and completion, as they are kept; of pairs, of both [rows].
+      num_prompt: tokens of each example's prompt, as they are kept; of pairs, of both prompts [rows].
+      num_completion: likewise of its completion [rows].
       batch_size: examples (or pairs) a step.
       shortest: tokens that a row must have room for: data.max_length; of pairs twice that.
+      completion_share: completion tokens that a row has room for, as a share of its length.
       microbatch_rows: rows of a microbatch, over all devices (R).
       num_lengths: how many lengths there may be at most.
+      unit: 2 for pairs, whose completions take two slots.
 
     Returns:
       The lengths, shortest first: the first is at least `shortest`.
     """
     candidates = sorted({_round_up(shortest * eighths / 8, 128 if shortest >= 1024 else 8) for eighths in _EIGHTHS})
+    totals = num_prompt + num_completion
+    slots = num_slots(totals / unit, candidates[-1], batch_size * unit)
+    shapes = [RowShape(length, round(length * completion_share), slots) for length in candidates]
+    needs = np.stack([totals, num_completion, np.full_like(totals, unit)], axis=1)
     # Half of the batches stand for matched rows, half for unmatched ones; each is drawn by itself.
     size = min(batch_size, len(totals))
-    drawn = permute(np.arange(2 * _NUM_TRIALS * size) % len(totals), len(totals), (0,))
-    microbatches = np.array(
-        [
-            [-(-_num_rows(totals[rows], length) // microbatch_rows) for rows in drawn.reshape(-1, size)]
-            for length in candidates
-        ]
-    )
+    drawn = permute(np.arange(2 * _NUM_TRIALS * size) % len(totals), len(totals), (0,)).reshape(-1, size)
+    num_rows = np.array([[max(_best_fit(needs[rows], shape)) + 1 for rows in drawn] for shape in shapes])
+    microbatches = -(-num_rows // microbatch_rows)
     tokens = microbatches * microbatch_rows * np.array(candidates)[:, None]
     # Matched rows have a backward pass, which takes as long again.
     costs = 2 * tokens[:, ::2] + tokens[:, 1::2]
@@ -112,10 +124,24 @@ def choose_row_lengths(
     return tuple(candidates[number] for number in min(choices, key=cost))
 
 
-def _num_rows(totals: np.ndarray, row_length: int) -> int:
-    """How many rows sequences of `totals` tokens fill where only tokens run out."""
-    needs = np.stack([totals, np.zeros_like(totals), np.zeros_like(totals)], axis=1)
-    return max(_best_fit(needs, RowShape(row_length, 0, 0))) + 1
+def num_slots(totals: np.ndarray, row_length: int, batch_size: int) -> int:
+    """How many sequences a row has room for (S), a power of two.
+
+    Best fit puts the short sequences together into the last rows, so that a tenth of a set decides; an empty slot costs
+    next to nothing.
+
+    Args:
+      totals: tokens of each sequence [sequences].
+      row_length: tokens of a row.
+      batch_size: most sequences of a step.
+    """
+    short = max(1.0, float(np.percentile(totals, 10)))
+    return min(_MAX_SLOTS, power_of_two(math.ceil(row_length / short)), power_of_two(batch_size))
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`, and at least 1."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def _round_up(value: float, multiple: int) -> int:

@@ -45,6 +45,10 @@ def test_packing_log_normal_lengths_takes_hardly_more_rows_than_their_tokens_nee
     assert 1 - lengths.sum() / (2048 * sum(rows)) < 0.02
 
 
+def choose(totals, **settings):
+    return choose_row_lengths(totals - 1, np.ones_like(totals), **settings)
+
+
 def padding(plan, num_steps):
     """Share of the tokens of the microbatches in use, matched and unmatched, that is padding."""
     real = room = 0
@@ -59,7 +63,7 @@ def padding(plan, num_steps):
 def test_two_row_lengths_leave_under_eight_hundredths_where_one_cannot():
     totals = log_normal(2000)
     index = fake_index(np.stack([totals - totals // 3, totals // 3], axis=1).tolist(), max_prompt_length=2000)
-    lengths = choose_row_lengths(totals, batch_size=32, shortest=2048, num_lengths=2)
+    lengths = choose_row_lengths(totals - totals // 3, totals // 3, batch_size=32, shortest=2048, num_lengths=2)
     assert len(lengths) == 2 and lengths[0] >= 2048
     shape = {"batch_size": 32, "microbatch_rows": 1, "completion_length": lengths[0], "max_length": 2048}
     one, two = (padding(make_plan(index, row_length=length, **shape), 60) for length in (2048, lengths))
@@ -89,27 +93,27 @@ def test_each_step_takes_the_row_length_that_passes_the_fewest_tokens_through_th
 
 def test_the_shortest_row_length_that_serves_is_chosen():
     # Every batch fills four rows of 64 exactly.
-    assert choose_row_lengths(np.full(100, 32), batch_size=8, shortest=64) == (64,)
+    assert choose(np.full(100, 32), batch_size=8, shortest=64) == (64,)
     # Three sequences of 30 fill a row of 96 best; 64 would hold two and keep 4.
-    assert choose_row_lengths(np.full(100, 30), batch_size=9, shortest=64) == (96,)
+    assert choose(np.full(100, 30), batch_size=9, shortest=64) == (96,)
     # Nothing is gained by a second length, which would cost a compilation.
-    assert choose_row_lengths(np.full(100, 32), batch_size=8, shortest=64, num_lengths=3) == (64,)
+    assert choose(np.full(100, 32), batch_size=8, shortest=64, num_lengths=3) == (64,)
 
 
 def test_a_length_is_chosen_for_the_microbatches_that_the_devices_need():
     # Rows of 80 hold two sequences of 40. Eight rows of 64 hold all eight, in the one microbatch that there must be.
     totals = np.full(100, 40)
-    assert choose_row_lengths(totals, batch_size=8, shortest=64, microbatch_rows=1) == (80,)
-    assert choose_row_lengths(totals, batch_size=8, shortest=64, microbatch_rows=8) == (64,)
-    assert choose_row_lengths(totals, batch_size=9, shortest=64, microbatch_rows=8) == (80,)
+    assert choose(totals, batch_size=8, shortest=64, microbatch_rows=1) == (80,)
+    assert choose(totals, batch_size=8, shortest=64, microbatch_rows=8) == (64,)
+    assert choose(totals, batch_size=9, shortest=64, microbatch_rows=8) == (80,)
 
 
 def test_a_second_length_must_save_a_hundredth():
     totals = log_normal(20000)
-    sizes = [len(choose_row_lengths(totals, batch_size=n, shortest=2048, num_lengths=2)) for n in (32, 256)]
+    sizes = [len(choose(totals, batch_size=n, shortest=2048, num_lengths=2)) for n in (32, 256)]
     assert sizes == [2, 1]
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 64), (5, 112)])
 def test_a_set_smaller_than_a_batch_is_one_batch(count, length):
-    assert choose_row_lengths(np.full(count, 20), batch_size=32, shortest=64) == (length,)
+    assert choose(np.full(count, 20), batch_size=32, shortest=64) == (length,)
