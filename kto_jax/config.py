@@ -56,7 +56,7 @@ class DataConfig:
 
     train: str | tuple[str, ...] = ""
     """Files (.jsonl, .json, .csv, also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them, globs,
-    `hub:org/name/split`, or `wheel:NAME==VERSION/path/in/wheel`."""
+    `hub:org/name/split`, `tfds:name/split`, `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`."""
     eval: str | tuple[str, ...] = ""
     """Held-out feedback; empty takes `holdout` of the prompts of `train`."""
     holdout: float = 0.05

@@ -61,8 +61,8 @@ def expand(source: str) -> list[SourceFile]:
     """The files that a source names.
 
     Args:
-      source: a path, a glob, a directory, or `wheel:NAME==VERSION/path/in/wheel`. Hub sets are fetched by `fetch_hub`
-        first.
+      source: a path, a glob, a directory, `wheel:NAME==VERSION/path/in/wheel`, `tfds:name/split` or
+        `tfds-dir:path:split`. Hub sets are fetched by `fetch_hub` first.
 
     Returns:
       The files, those of a glob or a directory sorted by name.
@@ -70,7 +70,11 @@ def expand(source: str) -> list[SourceFile]:
     Raises:
       ConfigError: nothing is there, or a file's ending is not known.
     """
-    if any(character in source for character in "*?[") and not Path(source).exists():
+    if source.startswith(("tfds:", "tfds-dir:")):
+        from kto_jax.data.tfds import tfds_file
+
+        files = [SourceFile(tfds_file(source), source)]
+    elif any(character in source for character in "*?[") and not Path(source).exists():
         files = [SourceFile(Path(path), path) for path in sorted(glob.glob(source, recursive=True))]
         if not files:
             raise ConfigError(

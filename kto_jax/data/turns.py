@@ -149,7 +149,7 @@ def _message(message: Any, name: str) -> Message:
     if not isinstance(message, Mapping):
         raise BadRowError(f"message of the {name} is not an object but {type(message).__name__}")
     role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
+    if role not in _ROLES:
         raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}")
     if "content" not in message:
         raise BadRowError(f"message of the {name} has no content")

@@ -336,7 +336,7 @@ def test_ranked_replies_of_open_assistant_are_pairs_of_neighbours_with_their_thr
     [
         ([oasst("q", None, "prompter", "Twice.")], "the same message_id twice"),
         ([oasst(3, None, "prompter", "Why?")], "message_id is not text"),
-        ([oasst("x", "lost", "assistant", t, r) for t, r in (("A", 0),)], None),
+        ([oasst("x", "lost", "assistant", "Alone.", 0)], None),
         (
             [oasst("x", "lost", "assistant", "A", 0), oasst("y", "lost", "assistant", "B", 1)],
             "the file has no message 'lost', which is replied to",
@@ -358,6 +358,7 @@ def test_ranked_replies_of_open_assistant_are_pairs_of_neighbours_with_their_thr
             "role is not known: 'system'",
         ),
         ([oasst("x", "q", "assistant", None, 7)], "null field 'rejected'"),
+        ([oasst("x", "q", "assistant", "Of no rank.", math.nan)], None),
         (["text"], "row is not an object but str"),
     ],
 )
