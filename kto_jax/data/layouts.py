@@ -154,11 +154,7 @@ def _oasst(rows: Rows) -> Rows:
                 yield place, Rejection(str(error), place)
                 continue
             chosen = found[better][1].get("text")
-            yield place, {"prompt": prompt, "chosen": chosen, "rejected": fields.get("text"), **_weight(fields)}
-
-
-def _weight(fields: Fields) -> dict[str, Any]:
-    return {"weight": fields["weight"]} if "weight" in fields else {}
+            yield place, {**fields, "prompt": prompt, "chosen": chosen, "rejected": fields.get("text")}
 
 
 def _path(key: Any, found: dict[str, tuple[str, Fields]]) -> list[Message]:

@@ -163,6 +163,16 @@ def test_each_rated_turn_of_a_chat_log_is_an_example_with_all_turns_before_it(tm
     ]
 
 
+def test_weights_may_have_another_name_in_every_layout(tmp_path):
+    log = {"messages": [user("Q"), assistant("A", feedback=True, trust=2), assistant("B")], "weight": 5, "trust": 3}
+    turn = {"messages": [user("Q"), assistant("A", feedback=False, weight=7)], "trust": 3}
+    records = read(tmp_path / "a.jsonl", log, turn, layout="messages", weight_field="trust")
+    assert [record.weight for record in records] == [2.0, 3.0]
+    tree = [{**row, "trust": number, "weight": None} for number, row in enumerate(TREE)]
+    pairs = read(tmp_path / "a.jsonl", *tree, layout="oasst", format="pairs", weight_field="trust")
+    assert [record.chosen.weight for record in pairs] == [1.0, 3.0, 9.0]
+
+
 def test_ratings_of_a_chat_log_are_mapped_and_a_bad_one_costs_only_its_turn(tmp_path):
     turns = [user("Q"), *(assistant("A", feedback=rating) for rating in ("up", "down", "else", "none", {"x": 1}))]
     rows = [{"messages": [turns[0], turn]} for turn in turns[1:]]
