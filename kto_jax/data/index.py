@@ -16,7 +16,7 @@ A row of the index is one completion with its prompt; a pair is two rows, chosen
 
 Rows lie in source order. A row whose score gives no label, or of whose prompt `one_per_prompt` keeps another, is in the
 split "unused". The folder's name is a digest of everything that decides its content, so a matching index is reopened
-at once.
+at once. Two runs may build the same index at once, of which one waits; a build that was killed is gone on with.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ import numpy as np
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.builder import COLUMNS, FORMAT, Builder, settings
+from kto_jax.data.building import build_folder, publish
 from kto_jax.data.files import SourceFile
 from kto_jax.data.manifest import SPLITS, check
 from kto_jax.data.tokenize import TokenizerInfo, Workers
@@ -126,12 +124,13 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
     )
     final = directory / key[:16]
     if not (final / "manifest.json").exists():
-        with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as temporary:
-            builder = Builder(Path(temporary), data, tokenizer, vocab_size)
-            builder.add_sources(sources)
-            manifest = builder.finish(key, digests)
-            check(manifest, data)
-            _publish(Path(temporary), final)
+        with build_folder(final) as folder:
+            if folder is not None:
+                builder = Builder(folder, data, tokenizer, vocab_size)
+                builder.add_sources(sources)
+                manifest = builder.finish(key, digests)
+                check(manifest, data)
+                publish(folder, final)
     index = open_index(final)
     # max_rejected is not part of the key: it changes what is refused, not what is built.
     check(index.manifest, data)
@@ -201,16 +200,3 @@ def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: l
         del fields[name]
     key = [FORMAT, fields, tokenizer.sha256, vocab_size, sources]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    # A rename of the whole folder: a reader sees a finished index or none. The empty folder is for the context manager.
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        if not (final / "manifest.json").exists():
-            shutil.rmtree(final)
-            os.rename(temporary, final)
-            temporary.mkdir()
-        return
-    temporary.mkdir()

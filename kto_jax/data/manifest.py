@@ -31,15 +31,15 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
     )
-    unique_pairs = len(np.unique(pairs))
-    unique_rows = len(np.unique(np.stack([pairs, desirable.astype(np.uint64)]), axis=1).T)
+    unique_pairs = _num_unique(pairs)
+    unique_rows = _num_unique(pairs[desirable]) + _num_unique(pairs[~desirable])
     inside = [splits == code for code in range(len(SPLITS))]
     return {
         "splits": {
             name: {
                 "desirable": int(np.sum(where & desirable)),
                 "undesirable": int(np.sum(where & ~desirable)),
-                "prompts": len(np.unique(columns["prompt_hashes"][where])),
+                "prompts": _num_unique(columns["prompt_hashes"][where]),
             }
             for name, where in zip(SPLITS, inside, strict=True)
         },
@@ -55,12 +55,28 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
         "prompts_cut": int(np.sum(kept[0] < columns["prompt_lengths"])),
         "duplicates": len(pairs) - unique_rows,
         "contradictory": unique_rows - unique_pairs,
-        "train_eval_overlap": int(np.isin(pairs[inside[1]], pairs[inside[0] | inside[2]]).sum()),
+        "train_eval_overlap": _num_inside(pairs[inside[1]], pairs[inside[0] | inside[2]]),
     }
 
 
+def _num_unique(values: np.ndarray) -> int:
+    # In place, of one copy: np.unique makes several, and there may be ten million rows.
+    ordered = np.sort(values)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(ordered), 1)
+
+
+def _num_inside(values: np.ndarray, others: np.ndarray) -> int:
+    """How many of `values` are also among `others`."""
+    if not len(values) or not len(others):
+        return 0
+    ordered = np.sort(others)
+    at = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return int(np.count_nonzero(ordered[at] == values))
+
+
 def _percentiles(lengths: np.ndarray) -> dict[str, float]:
-    points = {f"p{p}": float(np.percentile(lengths, p)) for p in (10, 50, 90, 99)}
+    percents = (10, 50, 90, 99)
+    points = {f"p{p}": float(value) for p, value in zip(percents, np.percentile(lengths, percents), strict=True)}
     return {"min": float(lengths.min()), **points, "max": float(lengths.max()), "mean": round(float(lengths.mean()), 2)}
 
 

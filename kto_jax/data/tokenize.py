@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -174,7 +175,16 @@ def _start_worker(tokenizer: TokenizerInfo | None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = None if tokenizer is None else make_encoder(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """A process that is killed cannot end its workers, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def make_encoder(tokenizer: TokenizerInfo) -> Any:
