@@ -90,6 +90,9 @@ class DataConfig:
     """Keep one completion of each prompt, chosen by chance: no prompt is then seen with both labels."""
     seed: int = 0
     """Decides what is left to chance when rows are converted: Bernoulli labels, `one_per_prompt`, matched pairs."""
+    tools_field: str = "tools"
+    """Optional field with the tools that the prompt offers: a list of JSON schemas, or text that is one. They reach the
+    chat template, which must show them."""
     weight_field: str = "weight"
     """Optional field with the example's weight."""
     chat_template: str = "auto"

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.data.records import Message
+from kto_jax.data.turns import TOOLS
 
 _RENDER_SECONDS = 1.0
 _RENDER_BYTES = 512 << 20
@@ -119,7 +120,24 @@ class Encoder:
 
     def _messages(self, prompt: str | list[Message], mark: str) -> list[Message]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [{"role": m["role"], "content": self._mask(m["content"], mark)} for m in messages]
+        return [{"role": m["role"], "content": self._mask_content(m, mark)} for m in messages]
+
+    def _mask_content(self, message: Message, mark: str) -> str:
+        if message["role"] != TOOLS:
+            return self._mask(message["content"], mark)
+        try:
+            return json.dumps(self._mask_json(json.loads(message["content"]), mark))
+        except RecursionError:
+            raise EncodingError("tools are nested too deeply") from None
+
+    def _mask_json(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._mask(value, mark)
+        if isinstance(value, list):
+            return [self._mask_json(item, mark) for item in value]
+        if isinstance(value, dict):
+            return {self._mask(key, mark): self._mask_json(item, mark) for key, item in value.items()}
+        return value
 
     def _check_prefix(self, messages: list[Message], completion: str) -> str:
         """The completion as the template writes it; the conversation must start with the prompt as encoded."""
@@ -161,16 +179,31 @@ class Encoder:
         )
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        if messages[0]["role"] != TOOLS:
+            return self._apply(messages, None, add_generation_prompt)
+        if not self._shows_tools:
+            raise EncodingError("the chat template does not show tools")
+        return self._apply(messages[1:], json.loads(messages[0]["content"]), add_generation_prompt)
+
+    @functools.cached_property
+    def _shows_tools(self) -> bool:
+        name = "probe_of_tools"
+        probe = {"name": name, "description": "-", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": probe}]
+        return name in self._apply([{"role": "user", "content": "-"}], tools, True)
+
+    def _apply(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         tokenizer = self._tokenizer
         try:
             with _limits():
                 text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
         except Exception as error:
             # A template is a stranger's program: whatever it raises is the row's or the template's fault.
             raise EncodingError(f"chat template: {type(error).__name__}: {str(error)[:100]}") from error
-        if len(text) > _RENDER_CHARACTERS + 4 * sum(len(m["content"]) for m in messages):
+        given = sum(len(m["content"]) for m in messages) + (len(json.dumps(tools)) if tools else 0)
+        if len(text) > _RENDER_CHARACTERS + 4 * given:
             raise EncodingError(f"chat template: writes {len(text)} characters")
         return text
 

@@ -93,7 +93,8 @@ def _messages(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
         weight = message.get(data.weight_field)
         weight = fields.get(data.weight_field) if weight is None else weight
         example = {"prompt": messages[:i], "completion": [message], kind: rating, "weight": weight}
-        examples.append((example, {key: key for key in example}))
+        names = {key: key for key in example}
+        examples.append(({data.tools_field: fields.get(data.tools_field), **example}, names))
     return examples
 
 

@@ -25,7 +25,7 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.files import Rejection
 from kto_jax.data.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
-from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Message, check_text, part, present
+from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Message, check_text, part, present, with_tools
 
 __all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
 _LARGEST = 3.4e38
@@ -37,7 +37,8 @@ class Feedback:
     """One completion, and what is said of it.
 
     Attributes:
-      prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's.
+      prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's, and the first may
+        hold tools (`kto_jax.data.turns.TOOLS`).
       completion: what the model is rewarded or punished for.
       desirable: thumbs-up; means nothing yet where rows hold scores.
       weight: how much the row counts, at least 0.
@@ -241,6 +242,7 @@ def _record(fields: Fields, names: Names, data: DataConfig, place: str) -> Feedb
     weight = _weight(fields.get(names.get("weight", data.weight_field)))
     replies = {key: present(fields, names[key]) for key in NEEDED[data.format] if key not in ("label", "score")}
     prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
+    prompt = with_tools(prompt, fields.get(data.tools_field))
     if data.format == "pairs":
         chosen, rejected = completions
         if chosen == rejected:

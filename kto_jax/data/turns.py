@@ -9,6 +9,7 @@ Its last turn is the completion and all turns before it are the prompt.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 Message = dict[str, str]
 Prompt = str | list[Message]
 
+TOOLS = "tools"
+"""Role of a first message that holds, as JSON, the tools that the chat template lists. No row can have it."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
 """Why a pair is rejected that teaches nothing."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -125,6 +128,34 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
     # The head tells the whole of a prompt that is only one turn of it; one that says no more changes nothing.
     longer = bool(heads) and len(heads[0]) > (1 if isinstance(own, str) else len(own))
     return (heads[0] if longer else own), completions
+
+
+def with_tools(prompt: Prompt, tools: Any) -> Prompt:
+    """A prompt with the tools that its assistant may call.
+
+    Args:
+      prompt: text or messages.
+      tools: JSON schemas, as a list of objects or as text that is one; None or nothing for no tools.
+
+    Returns:
+      The prompt, or messages of which the first has the role `TOOLS`.
+
+    Raises:
+      BadRowError: the tools are neither.
+    """
+    if not tools:
+        return prompt
+    try:
+        schemas = json.loads(tools) if isinstance(tools, str) else tools
+        text = json.dumps(schemas, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise BadRowError("tools is not JSON") from None
+    if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):
+        raise BadRowError("tools is not a list of objects")
+    if not schemas:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": TOOLS, "content": check_text(text, "tools")}, *messages]
 
 
 def _repeats(head: list[Message], prompt: Prompt) -> bool:

@@ -51,6 +51,7 @@ JUNK = st.one_of(
     st.sampled_from(WORDS),
     st.lists(st.sampled_from(WORDS), max_size=4).map("".join),
     st.text(max_size=5),
+    st.sampled_from([[], {}, [3], {"x": 3}]),
     st.sampled_from([[user("Q")], [assistant("A")], [user("Q"), assistant("A")], assistant(3), {"role": ["user"]}]),
 )
 
@@ -66,7 +67,7 @@ def places_of(value, path=()):
 @st.composite
 def mutated_line(draw, rows):
     row = json.loads(json.dumps(draw(st.sampled_from(rows))))
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.integers(0, 3))):
         path = draw(st.sampled_from(list(places_of(row))))
         junk = json.loads(json.dumps(draw(JUNK)))
         if not path:

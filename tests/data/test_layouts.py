@@ -346,6 +346,15 @@ def test_ranked_replies_of_open_assistant_are_pairs_of_neighbours_with_their_thr
     [
         ([oasst("q", None, "prompter", "Twice.")], "the same message_id twice"),
         ([oasst(3, None, "prompter", "Why?")], "message_id is not text"),
+        ([oasst([3], None, "prompter", "Why?")], "message_id is not text"),
+        (
+            [
+                oasst("s", None, ["prompter"], "S"),
+                oasst("x", "s", "assistant", "A", 0),
+                oasst("y", "s", "assistant", "B", 1),
+            ],
+            "role is not known: \"['prompter']\"",
+        ),
         ([oasst("x", "lost", "assistant", "Alone.", 0)], None),
         (
             [oasst("x", "lost", "assistant", "A", 0), oasst("y", "lost", "assistant", "B", 1)],

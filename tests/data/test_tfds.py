@@ -77,8 +77,11 @@ def test_a_prepared_directory_is_read_and_its_bytes_are_text(prepared, cache):
 def test_a_directory_is_fetched_once_and_again_when_it_has_changed(prepared, cache, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(prepared / "thumbs" / "1.0.0", copy)
-    (first,), (again,) = expand(f"tfds-dir:{copy}:test"), expand(f"tfds-dir:{copy}:test")
-    assert first.path == again.path and len(first.path.read_text().splitlines()) == 1
+    (first,) = expand(f"tfds-dir:{copy}:test")
+    written = first.path.stat().st_mtime_ns
+    (again,) = expand(f"tfds-dir:{copy}:test")
+    assert first.path == again.path and again.path.stat().st_mtime_ns == written
+    assert len(first.path.read_text().splitlines()) == 1
     (copy / "note.txt").write_text("changed")
     (changed,) = expand(f"tfds-dir:{copy}:test")
     assert changed.path != first.path and changed.name == f"tfds-dir:{copy}:test"
@@ -107,7 +110,8 @@ def test_a_source_without_name_or_split_is_refused(source, cache):
         expand(source)
 
 
-def test_a_set_that_cannot_be_read_is_said_and_leaves_no_file(tmp_path, cache):
-    with pytest.raises(ConfigError, match=r"cannot be read: .*must be prepared as ArrayRecord"):
-        expand(f"tfds-dir:{tmp_path}/nothing")
+def test_a_set_that_cannot_be_read_is_said_and_leaves_no_file(prepared, tmp_path, cache):
+    for source in (f"tfds-dir:{tmp_path}/nothing", f"tfds-dir:{prepared}/thumbs/1.0.0:nosuch"):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*must be prepared as ArrayRecord"):
+            expand(source)
     assert not list(cache.iterdir())
