@@ -15,6 +15,7 @@ A layout reads a row as one or more examples, each a mapping and which of its na
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -29,6 +30,7 @@ Fields = Mapping[str, Any]
 Names = dict[str, str]
 """From prompt, completion, label, score, chosen, rejected and weight to a column; the weight may be absent, and so may
 the prompt of a pair."""
+Examples = list[tuple[Fields, Names]]
 Rows = Iterator[tuple[str, Any]]
 
 NEEDED = {
@@ -53,33 +55,38 @@ class Layout:
 
     Attributes:
       columns: for each `data.format` that the layout can hold, the columns that its rows must have.
-      read: the examples of a row.
+      reader: makes, once for a file, the function that gives the examples of a row. That raises `BadRowError`.
       gather: makes rows of examples from all rows of a file, where one row alone is no example.
     """
 
     columns: Mapping[str, tuple[str, ...]]
-    read: Callable[[Fields, DataConfig], list[tuple[Fields, Names]]]
+    reader: Callable[[DataConfig], Callable[[Fields], Examples]]
     gather: Callable[[Rows], Rows] | None = None
 
 
-def _fields(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
-    keys = ("prompt", *NEEDED[data.format])
-    return [(fields, {key: getattr(data, f"{key}_field") for key in keys})]
+def _fields(data: DataConfig) -> Callable[[Fields], Examples]:
+    names = {key: getattr(data, f"{key}_field") for key in ("prompt", *NEEDED[data.format])}
+    return lambda fields: [(fields, names)]
 
 
-def _named(*keys: str) -> Callable[[Fields, DataConfig], list[tuple[Fields, Names]]]:
+def _named(*keys: str) -> Callable[[DataConfig], Callable[[Fields], Examples]]:
     """The columns have the names of what they hold."""
     names = {key: key for key in keys}
-    return lambda fields, data: [(fields, names)]
+    return lambda data: lambda fields: [(fields, names)]
 
 
-def _messages(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
+def _by_row(read: Callable[[DataConfig, Fields], Examples]) -> Callable[[DataConfig], Callable[[Fields], Examples]]:
+    """Every row says for itself which of its columns hold what."""
+    return lambda data: functools.partial(read, data)
+
+
+def _messages(data: DataConfig, fields: Fields) -> Examples:
     """Each rated turn is an example, whose prompt is all turns before it; the others are only context."""
     messages = present(fields, "messages")
     if not isinstance(messages, list):
         raise BadRowError(f"messages is not a list but {type(messages).__name__}")
     kind = "label" if data.format == "thumbs" else "score"
-    examples: list[tuple[Fields, Names]] = []
+    examples: Examples = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise BadRowError(f"message {i + 1} is not an object but {type(message).__name__}")
@@ -98,7 +105,7 @@ def _messages(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
     return examples
 
 
-def _halos(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
+def _halos(data: DataConfig, fields: Fields) -> Examples:
     expected, found = _HALOS_TYPES[data.format], present(fields, "type")
     if found != expected:
         raise BadRowError(f"type is {str(found)[:40]!r}, and data.format {data.format!r} reads {expected!r}")
@@ -114,7 +121,7 @@ def _halos(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
     return [(fields, names)]
 
 
-def _shp(fields: Fields, data: DataConfig) -> list[tuple[Fields, Names]]:
+def _shp(data: DataConfig, fields: Fields) -> Examples:
     sides = ("human_ref_A", "human_ref_B") if _zero_or_one(fields, "labels") else ("human_ref_B", "human_ref_A")
     return [(fields, {"prompt": "history", "chosen": sides[0], "rejected": sides[1]})]
 
@@ -177,7 +184,7 @@ def _path(key: Any, found: dict[str, tuple[str, Fields]]) -> list[Message]:
 
 LAYOUTS = {
     "fields": Layout(dict.fromkeys(NEEDED, ()), _fields),
-    "messages": Layout(dict.fromkeys(("thumbs", "scores"), ("messages",)), _messages),
+    "messages": Layout(dict.fromkeys(("thumbs", "scores"), ("messages",)), _by_row(_messages)),
     "halos": Layout(
         {
             "demonstrations": ("type", "output"),
@@ -185,10 +192,10 @@ LAYOUTS = {
             "pairs": ("type", "prompt", "output_A", "output_B", "label"),
             "scores": ("type", "prompt", "output", "reward"),
         },
-        _halos,
+        _by_row(_halos),
     ),
     "hh": Layout({"pairs": ("chosen", "rejected")}, _named("chosen", "rejected")),
-    "shp": Layout({"pairs": ("history", "human_ref_A", "human_ref_B", "labels")}, _shp),
+    "shp": Layout({"pairs": ("history", "human_ref_A", "human_ref_B", "labels")}, _by_row(_shp)),
     "oasst": Layout(
         {"pairs": ("message_id", "parent_id", "text", "role", "rank")}, _named("prompt", "chosen", "rejected"), _oasst
     ),

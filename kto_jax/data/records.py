@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import string
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from kto_jax.data.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
 from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Message, check_text, part, present, with_tools
 
 __all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
+_REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
 _LARGEST = 3.4e38
 """Weights and scores are kept as float32."""
 
@@ -118,14 +120,14 @@ def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Re
       ConfigError: the first readable row lacks a field, or `data.layout` or `data.prompt_template` is not usable.
     """
     layout = LAYOUTS[data.layout]
-    required = _required(data)
-    rows = _checked(rows, required, data)
+    rows = _checked(rows, _required(data), data)
+    read = layout.reader(data)
     for place, fields in rows if layout.gather is None else layout.gather(rows):
         if isinstance(fields, Rejection):
             yield fields
             continue
         try:
-            examples = layout.read(fields, data)
+            examples = read(fields)
         except BadRowError as error:
             yield Rejection(str(error), place)
             continue
@@ -178,6 +180,7 @@ def _checked(rows: Rows, required: list[str], data: DataConfig) -> Rows:
         yield place, fields
 
 
+@functools.lru_cache
 def template_fields(template: str) -> list[str]:
     """The fields that `data.prompt_template` names.
 
@@ -240,7 +243,7 @@ def _record(fields: Fields, names: Names, data: DataConfig, place: str) -> Feedb
     else:
         prompt = present(fields, names["prompt"])
     weight = _weight(fields.get(names.get("weight", data.weight_field)))
-    replies = {key: present(fields, names[key]) for key in NEEDED[data.format] if key not in ("label", "score")}
+    replies = {key: present(fields, names[key]) for key in _REPLIES[data.format]}
     prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
     prompt = with_tools(prompt, fields.get(data.tools_field))
     if data.format == "pairs":

@@ -121,12 +121,14 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
         completions.append(last["content"])
         if head or own is None:
             heads.append(head)
+    if own is not None and not heads:
+        return own, completions
     if any(head != heads[0] for head in heads):
         raise BadRowError(f"{' and '.join(replies)} part before their last message")
     if own is None:
         return check_prompt(heads[0]), completions
     # The head tells the whole of a prompt that is only one turn of it; one that says no more changes nothing.
-    longer = bool(heads) and len(heads[0]) > (1 if isinstance(own, str) else len(own))
+    longer = len(heads[0]) > (1 if isinstance(own, str) else len(own))
     return (heads[0] if longer else own), completions
 
 
