@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,7 +70,9 @@ def start(sources, tokenizer):
     yield run
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def finish(process):
@@ -121,7 +125,10 @@ def test_a_killed_build_is_gone_on_with_and_leaves_no_process_and_no_folder(star
     deadline = time.monotonic() + 10
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, workers))
+    left = [pid for pid in workers if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
     for path in (sources / "indices").rglob("*"):
         path.unlink() if path.is_file() else None
     assert finish(start())[:2] == (8, digest)
@@ -191,11 +198,18 @@ def test_what_was_killed_long_ago_is_removed_but_not_what_is_held_or_new(make_in
     assert [name for name in names(sources) if name.startswith("building-")] == ["building-held", "building-new"]
 
 
-def test_a_file_system_without_locks_is_built_on_too(make_index, sources, monkeypatch):
+def test_a_file_system_without_locks_is_built_on_too_and_others_files_are_left_alone(make_index, sources, monkeypatch):
     def refuse(*_):
         raise OSError("no locks")
 
+    final = build(make_index, sources).directory
+    shutil.rmtree(final)
+    others = final.with_name(f"building-{final.name}") / "index" / "tokens.bin"
+    others.parent.mkdir(parents=True)
+    others.write_bytes(b"1234")
     monkeypatch.setattr(building.fcntl, "flock", refuse)
     assert build(make_index, sources).manifest["accepted"] == 53
-    (folder,) = (path for path in (sources / "indices").iterdir() if path.name.startswith("building-"))
-    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert others.read_bytes() == b"1234" and sorted(path.name for path in others.parents[1].iterdir()) == [
+        "index",
+        "lock",
+    ]
