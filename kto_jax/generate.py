@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 import rich.padding
 import rich.rule
@@ -115,6 +116,7 @@ def complete(
     *,
     num_samples: int,
     seed: int,
+    completion_prefix: str = "",
     **sampling: Any,
 ) -> list[Completion]:
     """Writes `num_samples` completions of each prompt, those of one prompt side by side.
@@ -126,6 +128,7 @@ def complete(
       prompts: text or chat messages.
       num_samples: completions of each prompt.
       seed: of the sampling.
+      completion_prefix: text between each prompt, closed by the generation prompt, and its completions.
       **sampling: `max_new_tokens`, `temperature`, `top_p`, `top_k` and `batch_size` of `rollout.sample`.
 
     Raises:
@@ -133,7 +136,8 @@ def complete(
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples} asks for nothing; it must be at least 1. Set --num_samples=1.")
-    encoded = tokenize.encode_prompts(tokenizer, list(prompts))
+    prefix = tokenize.encode_text(tokenizer, completion_prefix)
+    encoded = [np.concatenate([ids, prefix]) for ids in tokenize.encode_prompts(tokenizer, list(prompts))]
     repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
     eos_ids = {tokenizer.eos_id, *model.config.eos_ids}
     sampling["batch_size"] = max(1, min(sampling["batch_size"], len(repeated)))
@@ -201,6 +205,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("model", "", "A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:…")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts", "", 'A JSONL file of {"prompt": text or chat messages}.')
+    flags.DEFINE_string(
+        "completion_prefix", "", "Text between prompt and completion, such as the good control of csft."
+    )
     flags.DEFINE_integer("max_new_tokens", 128, "A completion that has not ended by then is cut.")
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 always takes the most likely token.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that hold this share of the mass.")
@@ -234,6 +241,7 @@ def _run(options: flags.FlagValues) -> None:
             prompts,
             num_samples=options.num_samples,
             seed=options.seed,
+            completion_prefix=options.completion_prefix,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,

@@ -63,7 +63,8 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     Raises:
       ConfigError: the configuration, the data or the model cannot be used.
     """
-    check_objective(config.objective)
+    objective = check_objective(config.objective)
+    _check_together(config, objective)
     judges.check_names(config.samples.judges)
     model_path = local_path(config.model.path)
     reference_path = local_path(config.reference.path) if config.reference.path else model_path
@@ -75,18 +76,15 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
             "model, or config.objective.name=reward. Set config.model.path."
         )
     tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
-    index = build_index(
-        config.data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices"
-    )
+    controls = _encode_controls(objective, tokenizer, architecture.vocab_size)
+    longest_control = max(map(len, controls)) if controls else 0
+    # Prompt and completion leave room for the control between them.
+    data = dataclasses.replace(config.data, max_length=config.data.max_length - longest_control)
+    index = build_index(data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices")
     _check_judges(config, index)
     labels = np.asarray(index.desirable)[index.rows("train")]
     num_desirable, num_undesirable = int(labels.sum()), int((~labels).sum())
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
-    _check_together(config, objective)
-    controls = None
-    if objective.controls:
-        bad, good = objective.controls
-        controls = encode_text(tokenizer, bad), encode_text(tokenizer, good)
     plan, held_out = make_plans(config, index, objective, controls)
     return Inputs(
         model_path=model_path,
@@ -150,14 +148,34 @@ def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:
         )
     if objective.reads == "desirable" and desirable.any():
         return rows[desirable]
-    if objective.reads == "thumbs" and desirable.any() and not desirable.all():
+    if objective.reads == "thumbs" and (not objective.needs_both_labels or len(set(desirable.tolist())) == 2):
         return rows
     only = "desirable" if desirable.any() else "undesirable"
     needed = "desirable rows" if objective.reads == "desirable" else "both labels"
     raise ConfigError(
-        f"all {len(rows)} rows to train on are {only}. The objective needs {needed}. "
-        "Check config.data.label_field and label_map, or set config.objective.name to sft for demonstrations."
+        f"all {len(rows)} rows to train on are {only}. The objective needs {needed}. Check config.data.label_field and "
+        "label_map, of scores score_rule and score_threshold, or set config.objective.name to sft for demonstrations."
     )
+
+
+def _encode_controls(
+    objective: Objective, tokenizer: TokenizerInfo, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of the objective's control texts, if it has any.
+
+    Raises:
+      ConfigError: a text has no tokens, or some that the model does not have.
+    """
+    if not objective.controls:
+        return None
+    bad, good = (encode_text(tokenizer, text) for text in objective.controls)
+    for text, ids in zip(objective.controls, (bad, good), strict=True):
+        if not len(ids) or ids.max() >= vocab_size:
+            raise ConfigError(
+                f"the control {text!r} becomes the tokens {ids.tolist()}. It needs at least one, all below the model's "
+                f"{vocab_size}. Set config.objective.good_control and bad_control."
+            )
+    return bad, good
 
 
 def _check_together(config: Config, objective: Objective) -> None:
@@ -166,18 +184,33 @@ def _check_together(config: Config, objective: Objective) -> None:
     Raises:
       ConfigError: naming the field.
     """
-    name = config.objective.name
+    name = f"the objective {config.objective.name!r}"
+    scores = config.data.format == "scores"
+    by_threshold = scores and config.data.score_rule == "threshold"
     rules = [
-        ("reference.path", config.reference.path, objective.uses_reference, "holds no reference"),
-        ("reference.sync_every", config.reference.sync_every, objective.uses_reference, "holds no reference"),
-        ("samples.num_prompts", config.samples.num_prompts, objective.scorer != "reward", "writes no text"),
+        ("reference.path", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.param_dtype", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
+        ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
+        ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
+        ("data.score_rule", scores, f"data.format is {config.data.format!r}"),
+        ("data.score_threshold", by_threshold, "no score is held against it"),
     ]
-    for field, value, has_use, why in rules:
-        if value and not has_use:
+    usual = Config()
+    for field, has_use, why in rules:
+        section, option = field.split(".")
+        value = getattr(getattr(config, section), option)
+        if value != getattr(getattr(usual, section), option) and not has_use:
             raise ConfigError(
-                f"config.{field}={value!r} has no use: the objective {name!r} {why}. Take config.{field} out, or set "
-                "config.objective.name."
+                f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
+                "out, or change what it goes with."
             )
+    if config.batch_size < 2 and objective.first_pass == "unmatched":
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 is made of. {name} "
+            "needs 2 or more. Set config.batch_size."
+        )
     if config.objective.rewards == "scores" and config.data.format != "scores":
         raise ConfigError(
             f'config.objective.rewards="scores" needs scores, and config.data.format is {config.data.format!r}. '

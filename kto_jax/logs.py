@@ -61,9 +61,11 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
         if "loss" in figures:
-            shown = " ".join(f"{name} {figures[name]:{form}}" for name, form in _SHOWN.items() if name in figures)
+            known = {name: figures[name] for name in _SHOWN if math.isfinite(figures.get(name, math.nan))}
+            shown = " ".join(f"{name} {value:{_SHOWN[name]}}" for name, value in known.items())
             self._progress.update(self._task, completed=step, figures=shown)
             if not console.is_terminal:
                 console.print(f"step {step}: {shown}", highlight=False)

@@ -29,9 +29,9 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
     console.print(f"completing {len(prompts)} held-out prompts")
-    written = samples.write_samples(
-        model, state.policy, state.reference, run.tokenizer, prompts, config.samples, config.seed
-    )
+    # A reference that moves is no measure of what changed.
+    reference = {} if config.reference.sync_every else state.reference
+    written = samples.write_samples(model, state.policy, reference, run.tokenizer, prompts, config.samples, config.seed)
     samples.save_samples(path, written)
 
 
@@ -78,6 +78,8 @@ def model_card(name: str, config: Config, inputs: Inputs) -> str:
     task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
     options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
     reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
+    if config.reference.sync_every:
+        reference += f", moved by {config.reference.sync_mix} to the policy every {config.reference.sync_every} steps"
     facts = [
         f"options: {options}",
         f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "

@@ -34,7 +34,7 @@ class Samples:
     """Completions of held-out prompts.
 
     Attributes:
-      prompts: decoded, without control tokens.
+      prompts: decoded, without the tokenizer's control tokens.
       completions: decoded.
       perplexity: of all completion tokens together under the reference; None where there is no reference.
     """

@@ -213,10 +213,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("prompt_field", "prompt", "Holds text or chat messages.")
     flags.DEFINE_string("completion_field", "completion", "Holds text or one assistant message.")
     flags.DEFINE_string("score_field", "score", "The field to add.")
-    flags.DEFINE_integer("max_length", DataConfig.max_length, "As config.data.max_length in training.", lower_bound=2)
-    flags.DEFINE_integer(
-        "max_prompt_length", DataConfig.max_prompt_length, "As config.data.max_prompt_length.", lower_bound=1
-    )
+    flags.DEFINE_integer("max_length", None, "As config.data.max_length; a run's own by default.", lower_bound=2)
+    flags.DEFINE_integer("max_prompt_length", None, "As config.data.max_prompt_length, likewise.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 16, "Rows scored at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What to compute in.")
     flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
@@ -233,11 +231,20 @@ def _check_files(options: flags.FlagValues) -> list[files.SourceFile]:
     return found
 
 
+def _limits_of_run(model: str) -> dict[str, int]:
+    """The lengths that a run trained with; the defaults where the model is no run's folder."""
+    config = Path(model) / "config.json"
+    data = json.loads(config.read_text())["data"] if (Path(model) / "policy").is_dir() and config.is_file() else {}
+    return {name: data.get(name, getattr(DataConfig, name)) for name in ("max_length", "max_prompt_length")}
+
+
 def _run(options: flags.FlagValues) -> int:
     found, out = _check_files(options), Path(options.out)
+    limits = _limits_of_run(options.model)
     data = DataConfig(
         prompt_field=options.prompt_field, completion_field=options.completion_field,
-        max_length=options.max_length, max_prompt_length=options.max_prompt_length,
+        max_length=options.max_length or limits["max_length"],
+        max_prompt_length=options.max_prompt_length or limits["max_prompt_length"],
     )  # fmt: skip
     model, params, tokenizer_path = open_reward_model(options.model, dtype=options.dtype)
     if data.max_length > model.config.max_length:

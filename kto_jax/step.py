@@ -141,6 +141,8 @@ def _figures(
 ) -> Figures:
     rewards, filled = objective.rewards(completions), batch.matched.filled
     flat = (rewards.reshape(-1), batch.desirable.reshape(-1), filled.reshape(-1))
+    if objective.reads == "desirable":
+        return {"rewards_desirable": metrics.mean(rewards, filled)}
     figures = metrics.class_figures(*flat)
     if objective.reads == "pairs":
         return figures | {"accuracy": metrics.pair_accuracy(rewards, filled)}
@@ -190,11 +192,16 @@ def train_step(
     state: TrainState,
     batch: FeedbackBatch,
 ) -> tuple[TrainState, Figures]:
-    """One step. A loss or gradient that is not finite leaves all but the counts as it was, and is counted.
+    """One step: a synced reference moves where it is due, then the policy.
+
+    The reference moves at the start, so that whoever measures or saves the state between steps sees the policy beside
+    the reference that it was trained against. A loss or gradient that is not finite leaves policy, optimizer and
+    objective as they were, and is counted.
 
     Returns:
       The next state, and the figures that docs/metrics.md explains.
     """
+    state = dataclasses.replace(state, reference=_synced(state.reference, state.policy, state.step, sync))
     point, figures = reference_point(model, objective, state, batch)
     loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
     grad_norm = optax.tree.norm(gradient)
@@ -210,7 +217,7 @@ def train_step(
     next_state = TrainState(
         step=state.step + 1,
         policy=policy,
-        reference=_synced(state.reference, policy, state.step + 1, sync),
+        reference=state.reference,
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         objective_state=jax.tree.map(keep, objective_state, state.objective_state),
         num_bad_steps=jnp.where(finite, 0, state.num_bad_steps + 1),
@@ -227,7 +234,7 @@ def train_step(
 
 
 def _synced(reference: Params, policy: Params, step: Int[Array, ""], sync: ReferenceConfig) -> Params:
-    """The reference, moved towards the policy where the step is due: mix · policy + (1 − mix) · reference."""
+    """The reference, moved towards the policy after every so many steps: mix · policy + (1 − mix) · reference."""
     if not sync.sync_every or not reference:
         return reference
 
@@ -238,7 +245,7 @@ def _synced(reference: Params, policy: Params, step: Int[Array, ""], sync: Refer
             {name: policy[name] for name in old},  # without a value head
         )
 
-    return jax.lax.cond(step % sync.sync_every == 0, mix, lambda old: old, reference)
+    return jax.lax.cond((step > 0) & (step % sync.sync_every == 0), mix, lambda old: old, reference)
 
 
 def evaluation_step(

@@ -214,7 +214,9 @@ def take_steps(
             figures |= evaluate(state)
         log.write(step, figures)
         if last or stopping or "eval_loss" in figures or _due(step, config.checkpoint.every):
-            checkpoints.save(step, state, figures.get("eval_loss"))
+            # Losses against references that differ say nothing of which policy is best.
+            comparable = not config.reference.sync_every
+            checkpoints.save(step, state, figures.get("eval_loss") if comparable else None)
         if stopping and not last:
             console.print(f"stopped by a signal after step {step}; the same command continues")
             exit_code = preemption.exit_code
@@ -268,8 +270,8 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
     options = ", ".join(f"{name} {_short(value)}" for name, value in chosen.items())
     console.print(
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
-        f"{inputs.objective.examples}; {inputs.num_desirable} desirable and {inputs.num_undesirable} "
-        f"undesirable completions, {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
+        f"{inputs.objective.examples} from {inputs.plan.num_examples} ({inputs.num_desirable} desirable and "
+        f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
         f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; {peak}",
         highlight=False,
     )

@@ -60,10 +60,13 @@ def test_a_value_that_no_run_can_use_is_refused_in_three_parts(section, field, v
         resolve(config)
 
 
-def test_a_batch_of_one_is_refused_with_the_reason():
+@pytest.mark.parametrize(
+    "field, value", [("margin", float("nan")), ("beta", float("inf")), ("kl_weight", float("inf"))]
+)
+def test_numbers_of_an_objective_are_finite(field, value):
     config = valid()
-    config.batch_size = 1
-    with pytest.raises(ConfigError, match="z0 needs another example's completion"):
+    config.objective[field] = value
+    with pytest.raises(ConfigError, match=f"objective.{field}={value}"):
         resolve(config)
 
 

@@ -128,20 +128,17 @@ def flat(params):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))])
 
 
-def test_objectives_without_a_reference_hold_none():
-    for name in ("orpo", "sft", "reward"):
-        assert train(ObjectiveConfig(name=name))[3].reference == {}
+def test_a_synced_reference_is_the_policy_only_from_the_step_after():
+    """So that whoever measures or saves the state after step 10 or 20 sees what the policy has gained."""
+    sync = ReferenceConfig(sync_every=10, sync_mix=1.0)
+    _, after, history, state = train(ObjectiveConfig(name="apo_zero_unpaired"), mesh_config=ONE, reference_config=sync)
+    assert history[9]["margin"] > 0.1
+    assert history[10]["margin"] == 0  # the first step beside the new reference
+    assert after["eval_margin"] > 0.1
+    assert np.max(np.abs(flat(state.reference) - flat(first_policy("none")))) > 0.01
 
 
-def test_a_synced_reference_takes_its_share_of_the_policy():
-    sync = ReferenceConfig(sync_every=20, sync_mix=0.25)
-    state = train(ObjectiveConfig(name="apo_zero_unpaired"), mesh_config=ONE, reference_config=sync)[3]
-    start = flat(first_policy("none"))
-    assert np.max(np.abs(flat(state.policy) - start)) > 0.01
-    np.testing.assert_allclose(flat(state.reference), 0.25 * flat(state.policy) + 0.75 * start, atol=1e-7)
-
-
-@pytest.mark.parametrize("every, step, moves", [(3, 6, True), (3, 5, False), (0, 6, False)])
+@pytest.mark.parametrize("every, step, moves", [(3, 6, True), (3, 5, False), (3, 0, False), (0, 6, False)])
 def test_the_reference_moves_when_it_is_due_and_at_no_other_time(every, step, moves):
     reference, policy = {"w": jnp.array([1.0], jnp.bfloat16)}, {"w": jnp.array([3.0]), "scorer": jnp.array([9.0])}
     synced = _synced(reference, policy, jnp.array(step), ReferenceConfig(sync_every=every, sync_mix=0.5))
@@ -150,10 +147,9 @@ def test_the_reference_moves_when_it_is_due_and_at_no_other_time(every, step, mo
 
 
 def test_bco_goes_on_from_the_mean_of_the_rewards_so_far():
-    history, state = train(ObjectiveConfig(name="bco"))[2:]
+    history = train(ObjectiveConfig(name="bco"))[2]
     assert history[0]["running_mean"] == 0  # the policy is still the reference
     assert history[-1]["running_count"] == sum(row["examples"] for row in history)
-    assert float(state.objective_state["running_mean"]) == pytest.approx(history[-1]["running_mean"])
     assert history[-1]["running_mean"] != 0
 
 

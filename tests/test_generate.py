@@ -183,3 +183,21 @@ def test_a_policy_with_a_value_scorer_writes_as_it_would_without(exported, tmp_p
         temperature=1.0, top_p=1.0, top_k=0, batch_size=1,
     )  # fmt: skip
     assert write(opened, loaded) == write(model, params)
+
+
+def test_a_completion_prefix_is_read_after_the_prompt_as_training_reads_a_control(exported, monkeypatch):
+    _, model, params, tokenizer = exported
+    seen = []
+
+    def sample(model, params, prompts, **options):
+        seen.extend(prompts)
+        return [np.array([5], np.int32) for _ in prompts]
+
+    monkeypatch.setattr(generate.rollout, "sample", sample)
+    for prefix in ("", "<|good|>"):
+        generate.complete(
+            model, params, tokenizer, ["Say it."], num_samples=1, seed=0, completion_prefix=prefix, batch_size=1
+        )
+    control = tokenize.encode_text(tokenizer, "<|good|>")
+    assert len(control) > 0
+    np.testing.assert_array_equal(seen[1], np.concatenate([seen[0], control]))

@@ -1,8 +1,21 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from kto_jax.config import Config, ConfigError, DataConfig, ModelConfig, ObjectiveConfig, ReferenceConfig, SamplesConfig
-from kto_jax.inputs import _check_judges, _check_model, _check_together, make_plans
+from kto_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    SamplesConfig,
+)
+from kto_jax.data.tokenize import prepare_tokenizer
+from kto_jax.inputs import _check_judges, _check_model, _check_together, _encode_controls, make_plans
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
 from tests.synthetic import make_index
@@ -36,8 +49,6 @@ def test_without_held_out_rows_there_is_no_evaluation():
 
 
 def test_a_reference_may_differ_in_what_does_not_change_its_logits():
-    import dataclasses
-
     other = dataclasses.replace(ARCHITECTURE, eos_ids=(1, 2), bos_id=7, initializer_range=0.1)
     _check_model(config(), ARCHITECTURE, other)
     with pytest.raises(ConfigError, match=r"another architecture than the policy: rope_theta 5.0 against 10000.0"):
@@ -72,6 +83,8 @@ def test_thumbs_need_both_labels_and_demonstrations_the_desirable_one():
     with pytest.raises(ConfigError, match=r"are undesirable.* needs desirable rows"):
         make_plans(config(), labelled(False), objective("sft"), None)
     assert make_plans(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
+    scored = objective("ppo_offline", rewards="scores")  # a score says more than its label
+    assert make_plans(config(), labelled(True), scored, None)[0].num_steps == 3
 
 
 def test_demonstrations_are_the_desirable_rows_and_are_measured_beside_the_others():
@@ -124,9 +137,29 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     ({"name": "orpo"}, {"reference": ReferenceConfig(path="y")}, "config.reference.path='y' has no use"),
     ({"name": "orpo"}, {"reference": ReferenceConfig(sync_every=3)}, "sync_every=3 has no use"),
     ({"name": "reward"}, {"samples": SamplesConfig(num_prompts=2)}, "writes no text"),
+    ({"name": "kto"}, {"reference": ReferenceConfig(sync_mix=0.5)}, "no use: reference.sync_every is 0"),
+    ({"name": "bco"}, {"optimizer": OptimizerConfig(value_clip_norm=0.5)}, "'bco' has no value head"),
+    ({"name": "kto"}, {"data": DataConfig(train="x", score_threshold=3.0)}, "score_threshold=3.0 has no use"),
+    ({"name": "kto"}, {"data": DataConfig(train="x", score_rule="mean")}, "data.format is 'thumbs'"),
+    ({"name": "kto"}, {"batch_size": 1}, "batch_size=1 leaves no other example"),
     ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and config.data.format is 'thumbs'"),
 ])  # fmt: skip
 def test_settings_that_an_objective_has_no_use_for_are_refused(options, elsewhere, message):
     _check_together(config(), KTO)
     with pytest.raises(ConfigError, match=message):
         _check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
+
+
+def test_a_batch_of_one_is_enough_where_no_unrelated_completion_is_read():
+    _check_together(config(batch_size=1), objective("sft"))
+
+
+@pytest.mark.parametrize("text, message", [("", r"becomes the tokens \[\]"), ("~", r"'~' becomes the tokens \[\d+\]")])
+def test_a_control_without_tokens_or_beyond_the_vocabulary_is_refused(text, message, tmp_path):
+    tokenizer = prepare_tokenizer(Path("configs/tiny_model"), tmp_path / "tokenizer", chat_template="auto")
+    csft = objective("csft")
+    bad, good = _encode_controls(csft, tokenizer, 512)
+    assert len(bad) > 1
+    assert len(good) > 1
+    with pytest.raises(ConfigError, match=message):
+        _encode_controls(dataclasses.replace(csft, controls=(text, "<|good|>")), tokenizer, 30)

@@ -17,8 +17,9 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
     log.close()
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_what_is_not_finite_becomes_null_and_is_shown_to_nobody(tmp_path, capsys):
     write(tmp_path, 0, [1])
+    assert "nan" not in capsys.readouterr().err.lower()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "auc": None}]
 
 

@@ -94,6 +94,8 @@ def test_every_option_of_every_objective_is_a_field_of_the_configuration(name):
     ({"name": "dpo", "variant": "ipoo"}, "'ipoo' is not a DPO variant"),
     ({"name": "dpo", "variant": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no meaning"),
     ({"name": "kto", "alpha": 0.5}, "of the variant kahneman_tversky"),
+    ({"name": "kto", "variant": "kahneman_tversky", "alpha": 1.5}, r"alpha=1.5 .* must lie in \(0, 1\]"),
+    ({"name": "dpo", "alpha": 0.3}, "alpha=0.3 with f_divergence='reverse_kl'"),
     ({"name": "kto", "variant": "zero", "kl_nonzero_mean": True}, "no KL to divide"),
     ({"name": "orpo", "humanline": True}, "takes no log-ratios"),
     ({"name": "reward", "sft_weight": 0.1}, "means nothing to a reward model"),
@@ -173,6 +175,20 @@ def test_the_sft_term_is_of_the_likelihood_itself_where_humanline_clamps_log_rat
     seen = completions([[-8.0]], [[-8.0]], [[True]])
     seen = dataclasses.replace(seen, likelihood=jnp.array([[-20.0]]))
     np.testing.assert_allclose(make("kto", humanline=True, sft_weight=1.0).loss(seen, jnp.array(0.0), {}), [[0.5 + 5]])
+
+
+def test_rewards_of_a_divergence_are_those_that_its_loss_compares():
+    objective = make("dpo", f_divergence="forward_kl", beta=0.5)
+    seen = completions([[1.0, -2.0]], [[0.0, 0.0]], [[True, False]])
+    rewards = objective.rewards(seen)
+    np.testing.assert_allclose(rewards, [[0.5 * (1 - np.exp(-1)), 0.5 * (1 - np.exp(2))]], rtol=1e-6)
+    expected = -jax.nn.log_sigmoid(rewards[0, 0] - rewards[0, 1])
+    np.testing.assert_allclose(objective.loss(seen, jnp.array(0.0), {})[0, 0], expected, rtol=1e-6)
+
+
+def test_auto_weights_of_pairs_count_pairs():
+    options = make("kto_log_utility", desirable_weight="auto").options  # 100 and 300 thumbs
+    assert (options["desirable_weight"], options["undesirable_weight"]) == (1, 1)
 
 
 def test_bco_pair_centres_by_the_mean_of_earlier_rewards_too():

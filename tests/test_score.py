@@ -205,3 +205,10 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(exported, tmp_path, com
     code, said = command(*(argument.format(**values) for argument in arguments))
     assert code == 2 and said.startswith("error: ") and message in said
     assert len(data.read_text().splitlines()) == len(ROWS)
+
+
+def test_a_run_is_scored_with_the_lengths_that_it_trained_with(tmp_path):
+    assert score._limits_of_run(str(tmp_path)) == {"max_length": 1024, "max_prompt_length": 512}
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"max_length": 99, "max_prompt_length": 11}}))
+    assert score._limits_of_run(str(tmp_path)) == {"max_length": 99, "max_prompt_length": 11}

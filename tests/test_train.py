@@ -129,9 +129,9 @@ def test_a_reward_model_is_trained_exported_and_scores(cache, tmp_path, capsys):
         "LlamaForSequenceClassification"
     ]
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2"}  # no reference
-    from kto_jax.score import main as score
-
-    assert score([f"--model={workdir}", "--data=configs/tiny_feedback.jsonl", f"--out={scored}"]) == 0
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "kto_jax.score", f"--model={workdir}", f"--out={scored}"]
+    subprocess.run([*command, "--data=configs/tiny_feedback.jsonl"], cwd=ROOT, env=environment, check=True)
     assert len(scored.read_text().splitlines()) == 240
     message = refused(capsys, *TINY, f"--workdir={tmp_path / 'next'}", f"--config.model.path={workdir / 'policy'}")
     assert "is a reward model" in message

@@ -109,6 +109,11 @@ class Plan:
         self.num_steps = self.steps_per_epoch * epochs
 
     @property
+    def num_examples(self) -> int:
+        """Examples (with `paired`, pairs) that an epoch visits."""
+        return len(self._rows)
+
+    @property
     def num_slots(self) -> int:
         """Examples that a packed row has room for (S); even where they are pairs."""
         return self._shapes[0].slots
@@ -159,12 +164,12 @@ class Plan:
         num_microbatches = max(power_of_two(max(num_matched, num_unmatched)), self._base)
         fill_rows = functools.partial(self._fill, shape=shape, rows=rows)
         matched_rows = fill_rows(matched, *own, num_microbatches)
-        by_slot = functools.partial(self._by_slot, matched, plan.rows, num_microbatches, rows)
+        by_slot = functools.partial(self._by_slot, matched, num_microbatches, rows)
         return FeedbackBatch(
             matched=matched_rows,
-            desirable=by_slot(self._index.desirable),
-            weights=by_slot(self._index.weights),
-            scores=by_slot(self._index.scores),
+            desirable=by_slot(self._index.desirable[plan.rows]),
+            weights=by_slot(self._weights(plan.rows)),
+            scores=by_slot(self._index.scores[plan.rows]),
             unmatched=fill_rows(unmatched, *unrelated, num_microbatches if self._unmatched else 0),
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
@@ -232,12 +237,17 @@ class Plan:
         )
 
     def _by_slot(
-        self, packing: Packing, row_ids: np.ndarray, num_microbatches: int, rows: slice, column: np.ndarray
+        self, packing: Packing, num_microbatches: int, rows: slice, values: np.ndarray
     ) -> np.ndarray:
-        """A column's value for the example in each slot, 0 in empty slots [M, rows, S]."""
-        values = np.zeros((num_microbatches * self._microbatch_rows, self.num_slots), column.dtype)
-        values[packing.rows, packing.slots] = column[row_ids]
-        return values.reshape(num_microbatches, self._microbatch_rows, self.num_slots)[:, rows]
+        """The value of the sequence in each slot, 0 in empty slots [M, rows, S]."""
+        slots = np.zeros((num_microbatches * self._microbatch_rows, self.num_slots), values.dtype)
+        slots[packing.rows, packing.slots] = values
+        return slots.reshape(num_microbatches, self._microbatch_rows, self.num_slots)[:, rows]
+
+    def _weights(self, sequences: np.ndarray) -> np.ndarray:
+        """The weight of each sequence; both of a pair have the geometric mean, so that a 0 on either side counts."""
+        of_units = self._index.weights[sequences].reshape(-1, self._unit)
+        return np.repeat(np.prod(of_units, axis=1) ** np.float32(1 / self._unit), self._unit)
 
     def _check_rows(self) -> None:
         if not len(self._rows):

@@ -45,6 +45,9 @@ def convert(columns: dict[str, np.ndarray], data: DataConfig) -> tuple[dict[str,
         rejected = np.full(len(hashes), -1, np.int64)
     else:
         rejected = match_pairs(hashes, splits, desirable, used, data.seed)
+        # A completion that was called both is no preference over itself.
+        texts = columns["pair_hashes"]
+        rejected = np.where((rejected >= 0) & (texts == texts[rejected]), -1, rejected)
     splits = np.where(used, splits, SPLITS.index("unused")).astype(np.uint8)
     return {"desirable": desirable, "splits": splits, "rejected": rejected}, facts
 

@@ -27,17 +27,19 @@ def make_objective(config: ObjectiveConfig, *, num_desirable: int, num_undesirab
 
     Args:
       config: its options.
-      num_desirable: of the training set; the counts resolve weights of "auto".
+      num_desirable: of the training set; the counts resolve weights of "auto". Pairs have as many of each.
       num_undesirable: likewise.
 
     Raises:
-      ConfigError: see `check_objective` and `auto_weights`.
+      ConfigError: there is no objective of that name, an option is set that it does not read, options do not go
+        together, or weights of "auto" cannot be resolved.
     """
-    check_objective(config)
+    _check_options(config)
     accepted = defaults(config.name)
     options = {name: getattr(config, name) for name in accepted if getattr(config, name) != "auto"}
     if "desirable_weight" in accepted:
-        weights = auto_weights(config, num_desirable, num_undesirable)
+        in_pairs = OBJECTIVES[config.name]().reads == "pairs"
+        weights = auto_weights(config, *((1, 1) if in_pairs else (num_desirable, num_undesirable)))
         options |= dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True))
     try:
         objective = OBJECTIVES[config.name](**options)
@@ -80,12 +82,19 @@ def defaults(name: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in inspect.signature(OBJECTIVES[name]).parameters.values()}
 
 
-def check_objective(config: ObjectiveConfig) -> None:
-    """Refuses what the objective cannot use, before any data is read.
+def check_objective(config: ObjectiveConfig) -> Objective:
+    """Refuses what the objective cannot use, before any data is read; weights of "auto" wait for the counts.
+
+    Returns:
+      The objective, as it would be with as many desirable completions as undesirable ones.
 
     Raises:
-      ConfigError: there is no objective of that name, or an option is set that it does not read.
+      ConfigError: as `make_objective`.
     """
+    return make_objective(config, num_desirable=1, num_undesirable=1)
+
+
+def _check_options(config: ObjectiveConfig) -> None:
     if config.name not in OBJECTIVES:
         raise ConfigError(f"config.objective.name={config.name!r} is not known. {nearest(config.name, OBJECTIVES)}")
     accepted = {"name", "sft_weight", *defaults(config.name)}

@@ -46,9 +46,17 @@ def kto(
     }
     _check_variant("kto", variant, ("standard", "zero", "reference_free", "simple", *value_fns))
     if variant != "kahneman_tversky" and (alpha, loss_aversion) != (0.88, 2.25):
-        raise ValueError("alpha and loss_aversion are of the variant kahneman_tversky. Take them out, or set variant.")
+        raise ValueError(
+            f"alpha={alpha} and loss_aversion={loss_aversion} with variant={variant!r}; they are of the variant "
+            "kahneman_tversky alone. Take them out, or set variant."
+        )
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} of the Kahneman-Tversky value must lie in (0, 1]. Set alpha.")
     if variant in ("zero", "reference_free", "simple") and kl_nonzero_mean:
-        raise ValueError(f"kl_nonzero_mean has no KL to divide in the variant {variant}. Take it out.")
+        raise ValueError(
+            f"kl_nonzero_mean=True with variant={variant!r}, which has no KL to divide. It is for the other variants. "
+            "Take it out."
+        )
     plain = functools.partial(
         losses.kto_loss,
         beta=beta,
@@ -106,7 +114,6 @@ def bco(*, beta: float = 0.1) -> Objective:
         loss,
         functools.partial(implied_rewards, beta=beta),
         reference_reward=lambda point, state: state["running_mean"],
-        saturates=True,
         **_RUNNING_MEAN,
     )
 
@@ -151,8 +158,8 @@ def ppo_offline(
 
     The reward of a completion, ±1 by its label or its score, lies on its last token. Each token adds the clipped
     surrogate, `kl_weight` times its log-ratio, and `value_weight` times the loss of the value head, whose gradient
-    stops at the hidden states; each batch is read once, so that no value has moved far enough to be clipped. The loss of
-    a completion is the mean over its tokens.
+    stops at the hidden states; each batch is read once, so that no value has moved far enough to be clipped. The loss
+    of a completion is the mean over its tokens.
     """
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
@@ -173,12 +180,11 @@ def ppo_offline(
         per_token = (
             losses.ppo_clip_loss(policy, reference, advantage, clip_low=clip_low, clip_high=clip_high, where=where_RSC)
             + kl_weight * jnp.where(where_RSC, policy - reference, 0)
-            + value_weight
-            * losses.ppo_value_loss(value, old_value, advantage + old_value, where=where_RSC)
+            + value_weight * losses.ppo_value_loss(value, old_value, advantage + old_value, where=where_RSC)
         )
         return jnp.sum(per_token, axis=-1) / jnp.maximum(c.lengths, 1)
 
-    return Objective("thumbs", loss, scorer="value")
+    return Objective("thumbs", loss, scorer="value", needs_both_labels=rewards == "labels")
 
 
 def _is_last(where_RSC: Bool[Array, "R S C"]) -> Bool[Array, "R S C"]:
@@ -265,6 +271,12 @@ def dpo(
         alpha=alpha,
     )
     losses.check_dpo_options(variant, label_smoothing, f_divergence)
+    if alpha != 0.5 and f_divergence != "alpha":
+        raise ValueError(
+            f"alpha={alpha} with f_divergence={f_divergence!r}; it is of the divergence alpha alone. Take it out, or "
+            "set f_divergence."
+        )
+    to_reward = losses.F_DIVERGENCES[f_divergence]
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
         chosen_lengths, rejected_lengths = _chosen_and_rejected(c.lengths)
@@ -278,7 +290,7 @@ def dpo(
         )
 
     state = _RUNNING_MEAN if variant == "bco_pair" else {}
-    return Objective("pairs", loss, functools.partial(implied_rewards, beta=beta), **state)
+    return Objective("pairs", loss, lambda c: beta * to_reward(c.policy - c.reference, alpha), **state)
 
 
 def orpo(*, odds_weight: float = 0.1) -> Objective:

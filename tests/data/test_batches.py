@@ -505,3 +505,14 @@ def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
         assert index.prompt_hashes[row] == index.prompt_hashes[other] and index.weights[row] == index.weights[other]
         assert index.desirable[row] and not index.desirable[other] and min(index.completion_lengths) > 0
     assert len(np.unique(index.prompt_hashes)) == 6
+
+
+def test_a_pair_weighs_the_geometric_mean_of_its_rows():
+    index = synthetic.make_index(16, paired=True)
+    index.weights[:] = np.tile([1.0, 4.0, 2.0, 0.0], 4)
+    batch = Plan(
+        index, np.arange(0, 16, 2), batch_size=8, seed=0, epochs=1, row_length=76, microbatch_rows=8,
+        completion_length=76, max_length=38, paired=True,
+    ).batch(0)  # fmt: skip
+    weights = batch.weights[batch.matched.filled]
+    assert sorted(weights.tolist()) == [0.0] * 8 + [2.0] * 8

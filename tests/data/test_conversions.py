@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_jax.data.conversions import labels_from_scores, match_pairs, one_per_prompt, own_pairs
+from kto_jax.config import DataConfig
+from kto_jax.data.conversions import convert, labels_from_scores, match_pairs, one_per_prompt, own_pairs
 from kto_jax.data.permutation import noise
 
 SCORES = [1, 2, 3, 6, 0, 4, 4, 7]
@@ -142,3 +143,14 @@ def test_a_pair_of_the_file_is_dropped_where_one_of_its_rows_is_not_used():
     used = np.array([True, True, True, False, False, True, True, True])
     assert own_pairs(used).tolist() == [1, -1, -1, -1, -1, -1, 7, -1]
     assert own_pairs(np.zeros(0, bool)).tolist() == []
+
+
+def test_a_completion_that_was_called_both_is_no_pair_with_itself():
+    columns = {
+        "prompt_hashes": np.array([7, 7, 8, 8], np.uint64),
+        "pair_hashes": np.array([1, 1, 2, 3], np.uint64),
+        "splits": np.zeros(4, np.uint8),
+        "desirable": np.array([True, False, True, False]),
+        "scores": np.zeros(4, np.float32),
+    }
+    assert convert(columns, DataConfig(train="x"))[0]["rejected"].tolist() == [-1, -1, 3, -1]
