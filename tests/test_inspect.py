@@ -61,7 +61,7 @@ def test_no_device_is_touched(printed):
 
 def test_the_counts_are_those_of_the_file(printed, cache):
     assert cells(printed, str(cache / "rows.jsonl")) == ["train", "44", "43", "0", "1"]
-    assert cells(printed, "train") == ["12", "31", "41", "1"]
+    assert cells(printed, "train")[:3] == ["12", "31", "41"]
     assert cells(printed, "empty completion") == ["1", f"{cache / 'rows.jsonl'}:43"]
     assert [cells(printed, name)[0] for name in ("duplicates", "contradictory", "prompts_cut")] == ["1", "1", "1"]
     assert cells(printed, "total")[5] == "64"  # the longest row, cut to data.max_length
@@ -95,6 +95,23 @@ def test_a_command_that_cannot_be_used_is_refused(arguments, message, capsys, ca
     monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
     assert main([CONFIG, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_scores_of_one_label_are_shown_and_no_weight_is_said_to_mend_them(capsys, cache, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+    scored = [{"prompt": f"Question {i}?", "completion": "Text.", "score": 1.5 + i} for i in range(3)]
+    (cache / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    changes = [
+        "data.format=scores",
+        "data.score_threshold=1.0",
+        "data.holdout=0.0",
+        f"data.train={cache / 'scores.jsonl'}",
+    ]
+    assert main([CONFIG, "--rows=1", *(f"--config.{change}" for change in changes)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 desirable and 0 undesirable rows to train on are of one label" in " ".join(printed.split())
+    assert cells(printed, "rule") == ["threshold"] and cells(printed, "mean") == ["2.5"]
+    assert "score " in printed.split("───")[-1] and printed.count("⟦") == 1
 
 
 def test_help_says_what_it_does(capsys):
