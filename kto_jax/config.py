@@ -249,8 +249,8 @@ class Config:
     epochs: int = 1
     max_steps: int = 0
     """Ends the run early; 0 trains all epochs."""
-    row_length: int = 0
-    """Tokens of a packed row; 0 takes `data.max_length`."""
+    row_length: int | Literal["auto"] = 0
+    """Tokens of a packed row; 0 takes `data.max_length`, of pairs twice that; "auto" what leaves the least padding."""
     microbatch_rows: int = 8
     """Packed rows that pass through the model at once, over all devices."""
     completion_share: float = 1.0
@@ -406,8 +406,8 @@ def _check(config: Config) -> None:
         (
             "row_length",
             config.row_length,
-            config.row_length == 0 or config.row_length >= config.data.max_length,
-            f"0, or at least data.max_length={config.data.max_length}",
+            config.row_length in (0, "auto") or int(config.row_length) >= config.data.max_length,
+            f'0, "auto", or at least data.max_length={config.data.max_length}',
         ),
         ("data.holdout", config.data.holdout, 0 <= config.data.holdout < 1, "at least 0, below 1"),
         (

@@ -12,8 +12,10 @@ from kto_jax import judges
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index, build_index
+from kto_jax.data.packing import choose_row_lengths
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokenize import TokenizerInfo, encode_text, prepare_tokenizer
+from kto_jax.data.truncation import fit_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import is_reward_model, read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
@@ -107,7 +109,8 @@ def make_plans(
 ) -> tuple[Plan, Plan | None]:
     """What each step reads, and each evaluation; None where nothing that counts is held out."""
     paired = objective.reads == "pairs"
-    row_length = config.row_length or config.data.max_length * (2 if paired else 1)
+    rows = _rows_to_train(index, objective)
+    row_length = _row_length(config, index, rows, paired)
     shape: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -118,7 +121,7 @@ def make_plans(
         "paired": paired,
         "unmatched": objective.first_pass == "unmatched",
     }
-    plan = Plan(index, _rows_to_train(index, objective), epochs=config.epochs, suffixes=controls, **shape)
+    plan = Plan(index, rows, epochs=config.epochs, suffixes=controls, **shape)
     held_out = index.pairs("eval") if paired else index.rows("eval")
     # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
     held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
@@ -128,6 +131,29 @@ def make_plans(
         return plan, None
     good = controls and (controls[1], controls[1])
     return plan, Plan(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
+
+
+def _row_length(config: Config, index: Index, rows: np.ndarray, paired: bool) -> int:
+    """Tokens of a packed row: as configured, what the longest example needs, or what leaves the least padding."""
+    shortest = config.data.max_length * (2 if paired else 1)
+    if config.row_length != "auto":
+        return config.row_length or shortest
+    sequences = np.stack([rows, np.asarray(index.rejected)[rows]], axis=1).reshape(-1) if paired else rows
+    lengths = fit_lengths(
+        index.prompt_lengths[sequences],
+        index.completion_lengths[sequences],
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+    unit = 2 if paired else 1
+    return choose_row_lengths(
+        *(length.reshape(-1, unit).sum(axis=1) for length in lengths),
+        batch_size=config.batch_size,
+        shortest=shortest,
+        completion_share=config.completion_share,
+        microbatch_rows=config.microbatch_rows,
+        unit=unit,
+    )[0]
 
 
 def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:

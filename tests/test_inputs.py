@@ -109,6 +109,21 @@ def test_pairs_are_visited_by_their_chosen_rows_in_rows_twice_as_long():
         make_plans(config(), make_index(40), objective("dpo"), None)
 
 
+@pytest.mark.parametrize("name, shortest", [("kto", 38), ("dpo", 76)])
+def test_a_row_length_of_auto_is_chosen_from_the_lengths_and_leaves_less_padding(name, shortest):
+    index = make_index(400, paired=True)
+
+    def padding(row_length):
+        plan, _ = make_plans(config(row_length=row_length, microbatch_rows=2), index, objective(name), None)
+        used = [plan.batch(step).matched.segment_ids[: plan.batch(step).num_matched] for step in range(8)]
+        return used[0].shape[-1], np.mean([np.mean(ids == 0) for ids in used])
+
+    (plain, much), (chosen, little) = padding(0), padding("auto")
+    assert plain == shortest
+    assert chosen > shortest
+    assert little < much
+
+
 def test_only_objectives_that_read_unrelated_completions_pack_them():
     index = make_index(40, paired=True)
     for name, packed in (("kto", True), ("kto_log_utility", True), ("bco", False), ("dpo", False), ("orpo", False)):
