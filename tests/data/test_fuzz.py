@@ -16,7 +16,7 @@ from tests.data.test_layouts import HALOS, HH, LOG, TREE, assistant, user
 
 CHAT = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
 GOOD = {
-    ("fields", "thumbs"): [{"prompt": "Q", "completion": "A", "label": True, "weight": 1}],
+    ("fields", "thumbs"): [{"prompt": "Q", "completion": "A", "label": True, "weight": 1, "tools": [{"name": "x"}]}],
     ("fields", "pairs"): [{"prompt": "Q", "chosen": "A", "rejected": "B"}, CHAT, {**CHAT, "prompt": "Q"}],
     ("fields", "scores"): [{"prompt": [user("Q")], "completion": [assistant("A")], "score": 0.5}],
     ("fields", "demonstrations"): [{"prompt": [{"role": "system", "content": "S"}, user("Q")], "completion": "A"}],
