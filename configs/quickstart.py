@@ -35,10 +35,10 @@ def get_config():
     config.data.judge_holdout = 0.4
     config.batch_size = 16
     config.max_steps = 16
-    # A batch fills three or four microbatches of 384 tokens with little padding.
-    config.row_length = 128
+    # A batch fills two microbatches of 480 tokens; of the row shapes tried, this one takes the least time a step.
+    config.row_length = 160
     config.microbatch_rows = 3
-    config.completion_share = 0.65
+    config.completion_share = 0.55
     config.objective.desirable_weight = "auto"
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "constant"

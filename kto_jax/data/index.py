@@ -177,7 +177,7 @@ def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, s
                 found += [(file, split) for file in files.expand(source)]
     if not any(split == "train" for _, split in found):
         raise ConfigError(
-            "data.train is empty. It takes files (.jsonl, .json, .csv, .parquet), globs, hub:org/name/split or "
+            "data.train is empty. It takes files, directories, globs, hub:org/name/split, tfds:name/split or "
             "wheel:NAME==VERSION/path. Set config.data.train."
         )
     return found
