@@ -236,9 +236,7 @@ class Plan:
             shape=shape,
         )
 
-    def _by_slot(
-        self, packing: Packing, num_microbatches: int, rows: slice, values: np.ndarray
-    ) -> np.ndarray:
+    def _by_slot(self, packing: Packing, num_microbatches: int, rows: slice, values: np.ndarray) -> np.ndarray:
         """The value of the sequence in each slot, 0 in empty slots [M, rows, S]."""
         slots = np.zeros((num_microbatches * self._microbatch_rows, self.num_slots), values.dtype)
         slots[packing.rows, packing.slots] = values
