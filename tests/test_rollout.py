@@ -120,7 +120,7 @@ def test_the_loop_ends_when_all_rows_have_ended():
             jax.debug.callback(lambda: calls.append(1))
             return super().decode(params, cache, tokens_BL, positions_BL)
 
-    counting = Counting(model.config, model.dtype, model.remat, model.constrain, model.graphdef)
+    counting = Counting(model.config, model.dtype, model.remat, model.constrain, model.scorer, model.graphdef)
     sample(
         counting, params, [[1, 5]], eos_id=first, key=jax.random.key(0), max_new_tokens=100, temperature=0, batch_size=1
     )

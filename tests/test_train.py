@@ -222,7 +222,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--config.objective.beta=0.2", "config.objective.beta: was 0.1, is 0.2"),
+    ("--config.objective.beta=0.2", "config.objective.beta: was 'auto', is 0.2"),
     ("--config.seed=1", "config.seed: was 0, is 1"),
     ("--config.data.max_length=63", "config.data.max_length: was 64, is 63"),
     ("--config.samples.temperature=0.5", "config.samples.temperature: was 1.0, is 0.5"),
