@@ -16,7 +16,7 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.state import TrainState, create_state, make_optimizer, make_schedule
-from kto_jax.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point
+from kto_jax.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point, work
 from tests.losses import oracle
 from tests.synthetic import make_index
 
@@ -224,3 +224,20 @@ def test_flops_of_a_step_are_four_forward_passes_over_matched_rows_and_two_over_
         return total + head * np.sum(rows.target_segments > 0)
 
     assert figures["flops"] == pytest.approx(4 * forward(batch.matched) + 2 * forward(batch.unmatched), rel=1e-5)
+
+
+@pytest.mark.parametrize("name, options, passes", [
+    ("kto", {}, (4, 2)), ("kto", {"variant": "simple"}, (6, 0)), ("kto", {"variant": "reference_free"}, (3, 1)),
+    ("bco", {}, (4, 0)), ("sft", {}, (3, 0)),
+])  # fmt: skip
+def test_flops_count_the_passes_that_each_objective_makes(name, options, passes):
+    model, batch = Model.create(CONFIG), make_plan(96, 8)[1].batch(0)
+    bco, sft = (
+        make_objective(ObjectiveConfig(name=name), num_desirable=1, num_undesirable=1) for name in ("bco", "sft")
+    )
+    matched = float(work(model, bco, batch)["flops"]) - float(work(model, sft, batch)["flops"])  # a reference's pass
+    unmatched = (float(work(model, OBJECTIVE, batch)["flops"]) - 4 * matched) / 2
+    objective = make_objective(ObjectiveConfig(name=name, **options), num_desirable=1, num_undesirable=1)
+    expected = passes[0] * matched + passes[1] * unmatched
+    assert unmatched > 0.5 * matched
+    assert float(work(model, objective, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
