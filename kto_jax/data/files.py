@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import glob
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kto_jax.config import ConfigError
+from kto_jax.sources import file_digest, local_path
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 _COLUMNAR = (".parquet", ".arrow", ".feather")
@@ -53,8 +53,7 @@ class SourceFile:
 
     def sha256(self) -> str:
         """Digest of the file as it lies on the disk, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
 
 def expand(source: str) -> list[SourceFile]:
@@ -84,8 +83,6 @@ def expand(source: str) -> list[SourceFile]:
     elif Path(source).is_dir():
         files = _in_directory(Path(source))
     elif source.startswith("wheel:") or not Path(source).is_file():
-        from kto_jax.sources import local_path
-
         path = local_path(source)
         files = [SourceFile(path, path.name)]
     else:
