@@ -181,20 +181,23 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path, seconds):
     assert file_digest(path) == digest_of(b"two")
 
 
+def test_a_file_that_takes_the_place_of_another_is_hashed_anew(tmp_path):
+    path, other = settled(tmp_path / "rows", b"one"), settled(tmp_path / "other", b"two")
+    os.utime(other, ns=(0, path.stat().st_mtime_ns))
+    assert file_digest(path) == digest_of(b"one")
+    other.replace(path)
+    assert file_digest(path) == digest_of(b"two")
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(tmp_path, monkeypatch):
     path = settled(tmp_path / "rows", b"one")
-    hashed = sources._sha256
-
-    def meanwhile(file):
-        digest = hashed(file)
-        settled(path, b"two")
-        return digest
-
+    before, hashed = path.stat().st_mtime_ns, sources._sha256
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_sha256", meanwhile)
+        patch.setattr(sources, "_sha256", lambda file: hashed(settled(file, b"two", seconds=1800)))
         file_digest(path)
-    replaced_in_place(settled(path, b"two"), b"six")
-    assert file_digest(path) == digest_of(b"six")
+    path.write_bytes(b"one")
+    os.utime(path, ns=(before, before))
+    assert file_digest(path) == digest_of(b"one")
 
 
 def test_a_remembered_digest_that_is_cut_is_made_again(tmp_path, cache):
