@@ -108,6 +108,11 @@ class DataConfig:
     """Share of the rows that may be rejected before the run refuses to start."""
     num_workers: int | Literal["auto"] = "auto"
     """Tokenizing processes."""
+    num_loaders: int = 0
+    """Processes that make batches ahead of the step; 0 makes them in a thread, which keeps up unless steps are short."""
+    index_store: str = ""
+    """A folder or bucket (`gs://bucket/indices`, `s3://bucket/indices`) where finished indices are kept for all hosts
+    and runs: one host builds, the others copy. Empty: every host builds its own, in its cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,6 +422,7 @@ def _check(config: Config) -> None:
             "at least 0, and with data.holdout below 1",
         ),
         ("data.max_rejected", config.data.max_rejected, 0 <= config.data.max_rejected <= 1, "between 0 and 1"),
+        ("data.num_loaders", config.data.num_loaders, config.data.num_loaders >= 0, "0 (a thread) or more"),
         ("reference.sync_every", config.reference.sync_every, config.reference.sync_every >= 0, "0 (never) or more"),
         ("reference.sync_mix", config.reference.sync_mix, 0 < config.reference.sync_mix <= 1, "above 0, at most 1"),
         *_objective_rules(config.objective),

@@ -30,6 +30,8 @@ _FREE = (
     "completion_share",
     "model.remat",
     "data.num_workers",
+    "data.num_loaders",
+    "data.index_store",
     "data.max_rejected",
     "mesh",
     "evaluation",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import resource
 import shlex
 import sys
@@ -192,7 +193,12 @@ def take_steps(
     first, num_steps = int(state.step), inputs.num_steps
     preemption = Preemption()
     log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
-    batches = prefetch(lambda step: place_batch(mesh, inputs.plan.batch(step)), range(first, num_steps))
+    batches = prefetch(
+        inputs.plan.batch,
+        range(first, num_steps),
+        finish=functools.partial(place_batch, mesh),
+        num_loaders=config.data.num_loaders,
+    )
     exit_code = 0
     waiting_since = time.perf_counter()
     for step, batch in enumerate(batches, start=first + 1):

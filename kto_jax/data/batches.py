@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.index import Index
+from kto_jax.data.loaders import Loaders
 from kto_jax.data.packing import Packing, RowShape, fill, num_slots, pack, power_of_two
 from kto_jax.data.permutation import permute
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.shapes import FeedbackBatch, PackedRows
 
 _NO_SUFFIX = np.zeros(0, np.int32)
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,6 @@ class Plan:
         self._unit, self._unmatched, self._suffixes = 2 if paired else 1, unmatched, suffixes
         self._max_prompt_length = int(index.manifest["data"]["max_prompt_length"])
         self._bos_id = index.manifest["tokenizer"]["bos_id"]
-        self._completion_lengths = index.completion_lengths
         self._check_rows()
         sequences = self._sequences(self._rows)
         lengths = self._fit(sequences, sequences)
@@ -192,7 +191,7 @@ class Plan:
         suffix = self._suffix_lengths(completions)
         num_prompt, num_completion = fit_lengths(
             self._index.prompt_lengths[prompts],
-            self._completion_lengths[completions],
+            self._index.num_completion(completions),
             max_length=self._max_length - suffix,
             max_prompt_length=self._max_prompt_length - suffix,
         )
@@ -227,9 +226,16 @@ class Plan:
             prompt = cut_prompt(self._index.prompt(prompts[i]), int(num_prompt[i]) - len(suffix), self._bos_id)
             return np.concatenate([prompt, suffix]), completion
 
+        def placed_sequence(i: int) -> tuple[np.ndarray, np.ndarray]:
+            try:
+                return sequence(i)
+            except Exception as error:
+                error.add_note(f"at {self._index.place(completions[i])}")
+                raise
+
         return fill(
             packing,
-            sequence,
+            placed_sequence,
             num_microbatches=num_microbatches,
             microbatch_rows=self._microbatch_rows,
             rows=rows,
@@ -282,7 +288,7 @@ class Plan:
         self._check_suffixes()
 
     def _check_suffixes(self) -> None:
-        longest = self._completion_lengths[self._rows] + self._suffix_lengths(self._rows)
+        longest = self._index.num_completion(self._rows) + self._suffix_lengths(self._rows)
         if self._suffixes is not None and longest.max() > self._max_length - 1:
             raise ConfigError(
                 f"the longest completion and the control tokens before it have {longest.max()} tokens, which leaves no "
@@ -328,27 +334,47 @@ def pair(prompt_hashes: np.ndarray) -> np.ndarray:
     return (ends[first % len(ends)] + 1) % count
 
 
-def prefetch(function: Callable[[int], T], steps: Iterable[int], depth: int = 2) -> Iterator[T]:
-    """Computes `function(step)` for each step ahead of time, in one background thread.
+def prefetch(
+    function: Callable[[int], Any],
+    steps: Iterable[int],
+    *,
+    finish: Callable[[Any], Any] = lambda batch: batch,
+    num_loaders: int = 0,
+    depth: int = 2,
+) -> Iterator[Any]:
+    """Computes `finish(function(step))` for each step ahead of time.
 
     Args:
-      function: makes a step's batch.
+      function: makes a step's batch, in one background thread; with loaders in their processes, to which it is pickled
+        (a plan's `batch` can be, a lambda cannot).
       steps: which steps, in order.
-      depth: how many results are made ahead.
+      finish: what is left to do in this process, in the background thread: placing the batch on devices.
+      num_loaders: processes that make batches, each one ahead; 0 for none.
+      depth: how many finished results are kept ahead.
 
     Yields:
-      The results in order. What `function` raises is raised here, in its turn.
+      The results in order. What either function raises is raised here, in its turn.
     """
-    remaining = iter(steps)
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    with contextlib.ExitStack() as stack:
+        batches: Iterator[Any] = map(function, steps)
+        if num_loaders:
+            batches = iter(stack.enter_context(contextlib.closing(Loaders(function, steps, num_loaders))))
+        end = object()
+
+        def make() -> Any:
+            batch = next(batches, end)
+            return end if batch is end else finish(batch)
+
+        # The thread ends before the loaders: it may be waiting for one.
+        thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch"))
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             while True:
-                while len(pending) < depth and (step := next(remaining, None)) is not None:
-                    pending.append(thread.submit(function, step))
-                if not pending:
+                while len(pending) < depth:
+                    pending.append(thread.submit(make))
+                if (result := pending.popleft().result()) is end:
                     return
-                yield pending.popleft().result()
+                yield result
         finally:
             for future in pending:
                 future.cancel()

@@ -93,6 +93,14 @@ class Index:
         source, line = self.places[row]
         return f"{self.manifest['sources'][source]['name']}:{line}"
 
+    def num_completion(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the completions of some rows, int32."""
+        return (self.offsets[rows + 1] - self.offsets[rows] - self.prompt_lengths[rows]).astype(np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files again: the columns do not travel."""
+        return _reopen, (self.directory, self.manifest)
+
     @property
     def completion_lengths(self) -> np.ndarray:
         """Tokens of each row's completion."""
@@ -167,6 +175,10 @@ def open_index(directory: Path) -> Index:
     return Index(directory, manifest, tokens, **columns)
 
 
+def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:
+    return dataclasses.replace(open_index(directory), manifest=manifest)
+
+
 def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, str]]:
     found = []
     for split, sources in (("train", data.train), ("eval", data.eval)):
@@ -195,8 +207,8 @@ def _hub_file(source: str, directory: Path) -> SourceFile:
 
 def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[tuple[str, str]]) -> str:
     fields = settings(data)
-    # Where the bytes lie, how many workers read them and how many may be broken do not change the content.
-    for name in ("train", "eval", "max_rejected", "num_workers", "chat_template"):
+    # Where the bytes lie, how many processes read them and how many may be broken do not change the content.
+    for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store", "chat_template"):
         del fields[name]
     key = [FORMAT, fields, tokenizer.sha256, vocab_size, sources]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

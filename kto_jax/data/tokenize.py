@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.data.processes import bare_main
 from kto_jax.data.records import SAME_COMPLETIONS, Feedback, Message, Preference, completions_of
 from kto_jax.data.truncation import cut_prompt
 
@@ -150,19 +148,8 @@ class Workers:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
         """Runs a module-level function in a worker."""
-        with _bare_main():
+        with bare_main():
             return self._pool.submit(function, *args)
-
-
-@contextlib.contextmanager
-def _bare_main() -> Iterator[None]:
-    """Hides the main module while a process starts: spawn would import it again, and JAX with it."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 # Everything below runs in the workers.
