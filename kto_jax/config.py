@@ -55,11 +55,13 @@ class ReferenceConfig:
 class DataConfig:
     """Where the feedback is and how a row is read."""
 
-    train: str | tuple[str, ...] = ""
+    train: str | tuple[str | Mapping[str, Any], ...] = ""
     """Files (.jsonl, .json, .csv, also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them, globs,
-    `hub:org/name/split`, `tfds:name/split`, `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`."""
-    eval: str | tuple[str, ...] = ""
-    """Held-out feedback; empty takes `holdout` of the prompts of `train`."""
+    `hub:org/name/split`, `tfds:name/split`, `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a tuple
+    of several, a mapping may stand for a source: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight":
+    0.5}`. Its weight is how often an epoch visits each of its rows; what says how a row is read may be set too."""
+    eval: str | tuple[str | Mapping[str, Any], ...] = ""
+    """Held-out feedback, likewise but without weights; empty takes `holdout` of the prompts of `train`."""
     holdout: float = 0.05
     """Share of the prompts, chosen by their hash, kept out of training for evaluation when `eval` is empty."""
     judge_holdout: float = 0.0
@@ -113,6 +115,14 @@ class DataConfig:
     index_store: str = ""
     """A folder or bucket (`gs://bucket/indices`, `s3://bucket/indices`) where finished indices are kept for all hosts
     and runs: one host builds, the others copy. Empty: every host builds its own, in its cache."""
+
+
+SOURCE_FIELDS = (
+    *("format", "layout", "prompt_field", "prompt_template", "completion_field", "label_field", "label_map"),
+    *("chosen_field", "rejected_field", "score_field", "score_rule", "score_threshold", "tools_field", "weight_field"),
+)
+"""Fields of `DataConfig` that say how a row is read, of which each source may have its own."""
+_LARGEST_WEIGHT = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +369,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         origin = typing.get_origin(option)
+        if origin is tuple and typing.get_args(option)[0] is not str and isinstance(value, (tuple, list, Mapping)):
+            entries = [value] if isinstance(value, Mapping) else value
+            return tuple(_convert_source(entry, f"{path}[{i}]") for i, entry in enumerate(entries))
         if origin is Literal and value in typing.get_args(option) and isinstance(value, str):
             return value
         if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
@@ -377,12 +390,36 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     raise ConfigError(f"{given}. Allowed: {_describe(hint)}. Correct {path}.")
 
 
+def _convert_source(entry: Any, path: str) -> str | dict[str, Any]:
+    """An entry of data.train or data.eval.
+
+    Raises:
+      ConfigError: it is neither a source nor a mapping of the fields that a source may have.
+    """
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping) or not entry.get("source"):
+        raise ConfigError(
+            f"{path}={entry!r} names no source. Allowed: text, or a mapping of source, weight and how its rows are "
+            f'read. Write {path} as {{"source": "feedback.jsonl"}}.'
+        )
+    hints = typing.get_type_hints(DataConfig)
+    allowed = {"source": str, "weight": float} | {name: hints[name] for name in SOURCE_FIELDS}
+    for name in entry:
+        if name not in allowed:
+            remedy = f"Set config.data.{name} for all sources." if name in hints else f"Correct {path}."
+            raise ConfigError(f"{path}.{name} is not a field of a source. {nearest(str(name), allowed)} {remedy}")
+    return {name: _convert(value, allowed[name], f"{path}.{name}") for name, value in entry.items()}
+
+
 def _describe(hint: Any) -> str:
     """A type annotation in words: `Literal["a", "b"]` is '"a" or "b"'."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(f'"{option}"' for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is not str:
+        return "a tuple of texts and mappings with a source"
     return str(hint).removeprefix("collections.abc.") if typing.get_origin(hint) else hint.__name__
 
 
@@ -455,14 +492,33 @@ def _check(config: Config) -> None:
         ("samples.temperature", config.samples.temperature, config.samples.temperature >= 0, "0 (greedy) or more"),
         ("samples.top_p", config.samples.top_p, 0 < config.samples.top_p <= 1, "above 0, at most 1"),
     ]
-    for value in config.data.label_map.items():
-        rules.append(("data.label_map", dict([value]), value[1] in (True, False, None), "True, False or None"))
+    rules += _source_rules(config.data)
     sizes = dataclasses.asdict(config.mesh)
     rules.append(("mesh", sizes, all(size == -1 or size >= 1 for size in sizes.values()), "-1, or 1 and more"))
     rules.append(("mesh", sizes, list(sizes.values()).count(-1) <= 1, "-1 on one axis at most"))
     for name, value, good, allowed in rules:
         if not good:
             raise ConfigError(f"config.{name}={value!r} cannot be used. Allowed: {allowed}. Correct config.{name}.")
+
+
+def _source_rules(data: DataConfig) -> list[tuple[str, Any, bool, str]]:
+    """What holds of the labels and the weight of every source."""
+    label_maps = {"data.label_map": data.label_map}
+    rules: list[tuple[str, Any, bool, str]] = []
+    for split in ("train", "eval"):
+        for i, entry in enumerate(getattr(data, split)):
+            if not isinstance(entry, Mapping):
+                continue
+            label_maps[f"data.{split}[{i}].label_map"] = entry.get("label_map", {})
+            name, weight = f"data.{split}[{i}].weight", entry.get("weight", 1.0)
+            if split == "train":
+                rules.append((name, weight, 0 < weight <= _LARGEST_WEIGHT, f"above 0, at most {_LARGEST_WEIGHT:g}"))
+            else:
+                rules.append((name, weight, "weight" not in entry, "none, since held-out rows are read once each"))
+    for name, label_map in label_maps.items():
+        for label, meaning in label_map.items():
+            rules.append((name, {label: meaning}, meaning in (True, False, None), "True, False or None"))
+    return rules
 
 
 def _objective_rules(config: ObjectiveConfig) -> list[tuple[str, Any, bool, str]]:

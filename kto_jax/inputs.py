@@ -12,6 +12,7 @@ from kto_jax import judges
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index, build_index
+from kto_jax.data.mixture import Visits, sources_of, weights_of
 from kto_jax.data.packing import choose_row_lengths
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokenize import TokenizerInfo, encode_text, prepare_tokenizer
@@ -37,7 +38,7 @@ class Inputs:
       num_steps: steps of the run.
       objective: what is minimised, its weights resolved from the counts.
       controls: ids before undesirable and desirable completions; None where the objective has no control texts.
-      num_desirable: completions to train on.
+      num_desirable: completions that an epoch trains on: rows, each as often as the weight of its source says.
       num_undesirable: likewise.
     """
 
@@ -84,8 +85,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     data = dataclasses.replace(config.data, max_length=config.data.max_length - longest_control)
     index = build_index(data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices")
     _check_judges(config, index)
-    labels = np.asarray(index.desirable)[index.rows("train")]
-    num_desirable, num_undesirable = int(labels.sum()), int((~labels).sum())
+    num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
     plan, held_out = make_plans(config, index, objective, controls)
     return Inputs(
@@ -104,13 +104,22 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     )
 
 
+def count_visits(index: Index) -> tuple[int, int]:
+    """Desirable and undesirable completions that an epoch over the rows to train on visits, in the mean of epochs."""
+    visits = Visits(index.rows("train"), index.places[:, 0], weights_of(index.manifest), seed=0)
+    desirable = np.asarray(index.desirable)
+    return round(visits.total(desirable)), round(visits.total(~desirable))
+
+
 def make_plans(
     config: Config, index: Index, objective: Objective, controls: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[Plan, Plan | None]:
     """What each step reads, and each evaluation; None where nothing that counts is held out."""
     paired = objective.reads == "pairs"
     rows = _rows_to_train(index, objective)
-    row_length = _row_length(config, index, rows, paired)
+    weights = weights_of(index.manifest)
+    visits = Visits(rows, index.places[:, 0], weights, seed=config.seed)
+    row_length = _row_length(config, index, visits.at(np.arange(len(visits)), 0), paired)
     shape: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -121,7 +130,7 @@ def make_plans(
         "paired": paired,
         "unmatched": objective.first_pass == "unmatched",
     }
-    plan = Plan(index, rows, epochs=config.epochs, suffixes=controls, **shape)
+    plan = Plan(index, rows, epochs=config.epochs, weights=weights, suffixes=controls, **shape)
     held_out = index.pairs("eval") if paired else index.rows("eval")
     # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
     held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
@@ -211,8 +220,9 @@ def _check_together(config: Config, objective: Objective) -> None:
       ConfigError: naming the field.
     """
     name = f"the objective {config.objective.name!r}"
-    scores = config.data.format == "scores"
-    by_threshold = scores and config.data.score_rule == "threshold"
+    sources = sources_of(config.data)
+    scored = [source.data for source in sources if source.data.format == "scores"]
+    by_threshold = any(data.score_rule == "threshold" for data in scored)
     rules = [
         ("reference.path", objective.uses_reference, f"{name} holds no reference"),
         ("reference.param_dtype", objective.uses_reference, f"{name} holds no reference"),
@@ -220,7 +230,7 @@ def _check_together(config: Config, objective: Objective) -> None:
         ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
         ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
         ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
-        ("data.score_rule", scores, f"data.format is {config.data.format!r}"),
+        ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
         ("data.score_threshold", by_threshold, "no score is held against it"),
     ]
     usual = Config()
@@ -237,10 +247,17 @@ def _check_together(config: Config, objective: Objective) -> None:
             f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 is made of. {name} "
             "needs 2 or more. Set config.batch_size."
         )
-    if config.objective.rewards == "scores" and config.data.format != "scores":
+    for source in sources:
+        if source.scale is not None and source.data.format != "scores":
+            raise ConfigError(
+                f"the source {source.path!r} of config.data has a score_rule or score_threshold of its own, and its "
+                f"format is {source.data.format!r}. Only scores are judged by a rule. Take it out, or set its format."
+            )
+    unscored = [source for source in sources if source.data.format != "scores"]
+    if config.objective.rewards == "scores" and unscored:
         raise ConfigError(
-            f'config.objective.rewards="scores" needs scores, and config.data.format is {config.data.format!r}. '
-            'Set config.data.format to "scores", or objective.rewards to "labels".'
+            f'config.objective.rewards="scores" needs scores, and the format of {unscored[0].path!r} is '
+            f'{unscored[0].data.format!r}. Set config.data.format to "scores", or objective.rewards to "labels".'
         )
 
 

@@ -27,6 +27,7 @@ from kto_jax.data.index import Index, build_index
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokenize import TokenizerInfo, prepare_tokenizer
 from kto_jax.data.truncation import cut_prompt, fit_lengths
+from kto_jax.inputs import count_visits
 from kto_jax.models.huggingface import read_config
 from kto_jax.objectives import auto_weights
 from kto_jax.sources import cache_directory, local_path
@@ -98,7 +99,7 @@ def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, 
     console.print(Text(f"index {index.directory}", "dim"), soft_wrap=True)
     for table in _tables(manifest):
         console.print(table)
-    console.print(_weights(manifest, config), soft_wrap=True)
+    console.print(_weights(*count_visits(index), config), soft_wrap=True)
     rows = index.rows("train")
     prompt, completion = _kept(index, rows, config)
     console.print(histogram("tokens of a row to train on: prompt and completion", prompt + completion))
@@ -154,7 +155,20 @@ def _tables(manifest: Mapping[str, Any]) -> list[Table]:
     facts = _table("to know", "", ("", "right"), "")
     for name, meaning in _FACTS.items():
         facts.add_row(name, f"{manifest[name]:,}", Text(meaning, "dim"))
-    return [sources, *_rejections(manifest), splits, lengths, facts, *_scores(manifest)]
+    return [sources, *_mixture(manifest), *_rejections(manifest), splits, lengths, facts, *_scores(manifest)]
+
+
+def _mixture(manifest: Mapping[str, Any]) -> list[Table]:
+    """What each source brings to an epoch, where there are several."""
+    counts, shares = ("desirable", "undesirable", "pairs"), ("completions", "pairs")
+    columns = ("weight", *counts, *(f"share of {kind}" for kind in shares))
+    table = _table("an epoch of the sources to train on", "name", *((name, "right") for name in columns))
+    for source in manifest["sources"]:
+        if source["split"] == "train":
+            numbers = (f"{source['train'][name]:,}" for name in counts)
+            percents = (f"{source['share'][kind]:.1%}" for kind in shares)
+            table.add_row(Text(source["name"]), f"{source['weight']:g}", *numbers, *percents)
+    return [table] if table.row_count > 1 else []
 
 
 def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
@@ -168,16 +182,18 @@ def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
 
 
 def _scores(manifest: Mapping[str, Any]) -> list[Table]:
-    table = _table("scores", "", ("", "right"))
-    for name, value in manifest.get("scores", {}).items():
-        table.add_row(name, f"{value:g}" if isinstance(value, int | float) else str(value))
-    return [table] if table.row_count else []
+    tables = []
+    for scale in manifest.get("scores", ()):
+        table = _table("scores", "", ("", "right"))
+        for name, value in scale.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(name, Text(f"{value:g}" if isinstance(value, int | float) else text))
+        tables.append(table)
+    return tables
 
 
-def _weights(manifest: Mapping[str, Any], config: Config) -> Text:
-    """Which λ the counts ask for."""
-    counts = manifest["splits"]["train"]
-    desirable, undesirable = counts["desirable"], counts["undesirable"]
+def _weights(desirable: int, undesirable: int, config: Config) -> Text:
+    """Which λ the counts of an epoch ask for."""
     text = Text(f"{desirable:,} desirable and {undesirable:,} undesirable rows to train on ", "bold")
     if not desirable or not undesirable:
         return text.append("are of one label: thumbs need both, and λ cannot make up for it.")

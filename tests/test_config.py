@@ -1,3 +1,5 @@
+import json
+
 import ml_collections
 import pytest
 
@@ -33,6 +35,39 @@ def test_the_plain_dict_of_a_config_resolves_to_the_same_config():
     assert resolve(to_dict(resolved)) == resolved
 
 
+def test_a_source_may_have_a_weight_and_settings_of_its_own_in_a_file_and_after_it():
+    config = valid()
+    mapped = {"source": "b", "weight": 2, "format": "pairs", "label_map": {"up": True, "other": None}}
+    config.data.train = ("a.jsonl", mapped)
+    config.data.eval = [{"source": "c", "layout": "hh"}, "d"]
+    resolved = resolve(config)
+    assert resolved.data.train == ("a.jsonl", {**mapped, "weight": 2.0}) and resolved.data.eval[1] == "d"
+    assert resolve(json.loads(json.dumps(to_dict(resolved)))) == resolved
+    config.data.train = {"source": "b"}
+    assert resolve(config).data.train == ({"source": "b"},)
+
+
+@pytest.mark.parametrize("split, entry, message", [
+    ("train", {"source": "b", "wieght": 2.0}, r"train\[1\].wieght is not a field of a source. Did you mean 'weight'"),
+    ("train", {"source": "b", "max_length": 9}, r"max_length is not a.* Allowed: .* Set config.data.max_length"),
+    ("train", {"source": "b", "format": "pair"}, r"train\[1\].format='pair'.* Allowed: .*\"pairs\""),
+    ("train", {"source": "b", "weight": 0}, r"config.data.train\[1\].weight=0.0 cannot be used. Allowed: above"),
+    ("train", {"source": "b", "weight": 1e6}, "at most 1000"),
+    ("train", {"source": "b", "weight": float("nan")}, "above 0"),
+    ("train", {"source": "b", "weight": "much"}, "Allowed: float"),
+    ("train", {"weight": 2.0}, r"train\[1\]=.* names no source. Allowed: text, or a mapping"),
+    ("train", 3, r"train\[1\]=3 names no source"),
+    ("train", {"source": "b", "label_map": {"up": "yes"}}, r"train\[1\].label_map=.* Allowed: True, False or None"),
+    ("eval", {"source": "b", "weight": 2.0}, r"eval\[1\].weight=2.0 cannot be used. Allowed: none"),
+    ("eval", {"source": "b", "label_map": {"up": "yes"}}, r"eval\[1\].label_map=.* Allowed: True, False or None"),
+])  # fmt: skip
+def test_a_source_that_no_run_can_use_is_refused_in_three_parts(split, entry, message):
+    config = valid()
+    config.data[split] = ("a", entry)
+    with pytest.raises(ConfigError, match=message):
+        resolve(config)
+
+
 def test_a_comma_separated_string_fills_a_tuple():
     config = valid()
     config.samples.judges = "vader, feedback"
@@ -51,7 +86,7 @@ def test_a_comma_separated_string_fills_a_tuple():
     ("data", "label_map", {"good": "yes"}, r"Allowed: True, False or None"),
     ("mesh", "data", 0, r"-1, or 1 and more"),
     ("mesh", "fsdp", -1, r"-1 on one axis at most"),
-    ("data", "train", True, r"config.data.train=True is of type bool"),
+    ("data", "train", True, r"config.data.train=True is of type bool. Allowed: str or a tuple of texts and mappings"),
 ])  # fmt: skip
 def test_a_value_that_no_run_can_use_is_refused_in_three_parts(section, field, value, message):
     config = valid()

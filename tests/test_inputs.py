@@ -15,7 +15,7 @@ from kto_jax.config import (
     SamplesConfig,
 )
 from kto_jax.data.tokenize import prepare_tokenizer
-from kto_jax.inputs import _check_judges, _check_model, _check_together, _encode_controls, make_plans
+from kto_jax.inputs import _check_judges, _check_model, _check_together, _encode_controls, count_visits, make_plans
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
 from tests.synthetic import make_index
@@ -109,6 +109,43 @@ def test_pairs_are_visited_by_their_chosen_rows_in_rows_twice_as_long():
         make_plans(config(), make_index(40), objective("dpo"), None)
 
 
+def test_a_source_is_visited_by_its_weight_and_held_out_rows_once_each():
+    index = make_index(40)
+    index.places[30:, 0] = 1
+    index.desirable[:] = np.arange(40) % 10 < 5
+    index.manifest["sources"] = [{"weight": 0.5}, {"weight": 3.0}]
+    plan, _ = make_plans(config(), index, KTO, None)
+    assert plan.num_examples == 15 + 30
+    read = np.concatenate([plan.step(step).rows for step in range(plan.num_steps)])
+    assert np.bincount(read[read >= 30], minlength=40)[30:].tolist() == [3] * 10
+    index.splits[25:] = 1
+    plan, held_out = make_plans(config(), index, KTO, None)
+    assert plan.num_examples == 13 and held_out.num_examples == 15
+
+
+def test_labels_are_counted_as_often_as_an_epoch_visits_them():
+    index = make_index(40)
+    index.desirable[:] = np.arange(40) < 30
+    assert count_visits(index) == (30, 10)
+    index.places[20:, 0] = 1
+    index.manifest["sources"] = [{"weight": 0.5}, {"weight": 3.0}]
+    assert count_visits(index) == (10 + 30, 30)
+    index.splits[35:] = 2
+    assert count_visits(index) == (10 + 30, 15)
+
+
+def test_a_row_length_of_auto_is_that_of_the_rows_that_are_visited_often():
+    index = make_index(400, min_length=4, max_length=38)
+    lengths = np.diff(index.offsets)
+    index.places[lengths > 12, 0] = 1
+    found = []
+    for weights in ((0.05, 50.0), (50.0, 0.05)):
+        index.manifest["sources"] = [{"weight": weight} for weight in weights]
+        plan, _ = make_plans(config(row_length="auto"), index, KTO, None)
+        found.append(plan.num_slots)
+    assert found[0] < found[1]
+
+
 @pytest.mark.parametrize("name, shortest", [("kto", 38), ("dpo", 76)])
 def test_a_row_length_of_auto_is_chosen_from_the_lengths_and_leaves_less_padding(name, shortest):
     index = make_index(400, paired=True)
@@ -155,9 +192,13 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     ({"name": "kto"}, {"reference": ReferenceConfig(sync_mix=0.5)}, "no use: reference.sync_every is 0"),
     ({"name": "bco"}, {"optimizer": OptimizerConfig(value_clip_norm=0.5)}, "'bco' has no value head"),
     ({"name": "kto"}, {"data": DataConfig(train="x", score_threshold=3.0)}, "score_threshold=3.0 has no use"),
-    ({"name": "kto"}, {"data": DataConfig(train="x", score_rule="mean")}, "data.format is 'thumbs'"),
+    ({"name": "kto"}, {"data": DataConfig(train="x", score_rule="mean")}, "no source holds scores, as"),
+    ({"name": "kto"}, {"data": DataConfig(train=({"source": "y", "score_rule": "mean"},))}, "'y'.* score_threshold of its own"),
+    ({"name": "ppo_offline", "rewards": "scores"},
+     {"data": DataConfig(train=({"source": "y", "format": "scores"}, "z"))},
+     "needs scores, and the format of 'z' is 'thumbs'"),
     ({"name": "kto"}, {"batch_size": 1}, "batch_size=1 leaves no other example"),
-    ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and config.data.format is 'thumbs'"),
+    ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and the format of 'x' is 'thumbs'"),
 ])  # fmt: skip
 def test_settings_that_an_objective_has_no_use_for_are_refused(options, elsewhere, message):
     _check_together(config(), KTO)

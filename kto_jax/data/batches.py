@@ -19,6 +19,7 @@ import numpy as np
 from kto_jax.config import ConfigError
 from kto_jax.data.index import Index
 from kto_jax.data.loaders import Loaders
+from kto_jax.data.mixture import Visits
 from kto_jax.data.packing import Packing, RowShape, fill, num_slots, pack, power_of_two
 from kto_jax.data.permutation import permute
 from kto_jax.data.truncation import cut_prompt, fit_lengths
@@ -52,6 +53,7 @@ class Plan:
       batch_size: examples a step (with `paired`, pairs), over all hosts; the last step of an epoch may have fewer.
       seed: chooses the order of each epoch.
       epochs: how often the rows are visited.
+      weights: how often an epoch visits each row of each source; None visits all rows once [sources].
       row_length: tokens of a packed row (L). Of several, each step takes the one that leaves it the least padding; the
         training step is compiled for each.
       microbatch_rows: packed rows of a microbatch, over all hosts (R).
@@ -76,6 +78,7 @@ class Plan:
         batch_size: int,
         seed: int,
         epochs: int,
+        weights: np.ndarray | None = None,
         row_length: int | Sequence[int],
         microbatch_rows: int,
         completion_length: int,
@@ -88,6 +91,7 @@ class Plan:
         assert suffixes is None or not (paired or unmatched)
         self._index = index
         self._rows = np.asarray(rows, np.int64)
+        self._visits = Visits(self._rows, index.places[:, 0], weights, seed=seed)
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._microbatch_rows, self._max_length = microbatch_rows, max_length
         self._unit, self._unmatched, self._suffixes = 2 if paired else 1, unmatched, suffixes
@@ -96,21 +100,23 @@ class Plan:
         self._check_rows()
         sequences = self._sequences(self._rows)
         lengths = self._fit(sequences, sequences)
-        # Of each row, or of each pair together.
-        prompt, completion = (length.reshape(-1, self._unit).sum(axis=1) for length in lengths)
         row_lengths = [row_length] if isinstance(row_length, int) else sorted(set(row_length))
-        self._check_fit(int(completion.max()), row_lengths[0], completion_length)
+        self._check_fit(int(self._of_units(lengths[1]).max()), row_lengths[0], completion_length)
+        if self._visits.is_weighted:
+            # All rows must fit; how much a step holds is a matter of those that it visits.
+            sequences = self._sequences(self._visits.at(np.arange(len(self._visits)), 0))
+            lengths = self._fit(sequences, sequences)
         # A power of two, and at least 2 for pairs: a row holds two sequences of any length, and a batch has two.
         slots = num_slots(lengths[0] + lengths[1], row_lengths[-1], batch_size * self._unit)
         self._shapes = [RowShape(n, round(completion_length * n / row_lengths[0]), slots) for n in row_lengths]
-        self._base = self._base_microbatches(prompt, completion)
-        self.steps_per_epoch = -(-len(self._rows) // batch_size)
+        self._base = self._base_microbatches(self._of_units(lengths[0]), self._of_units(lengths[1]))
+        self.steps_per_epoch = -(-len(self._visits) // batch_size)
         self.num_steps = self.steps_per_epoch * epochs
 
     @property
     def num_examples(self) -> int:
         """Examples (with `paired`, pairs) that an epoch visits."""
-        return len(self._rows)
+        return len(self._visits)
 
     @property
     def num_slots(self) -> int:
@@ -127,11 +133,11 @@ class Plan:
           The step's rows.
         """
         epoch, k = divmod(step, self.steps_per_epoch)
-        size = len(self._rows)
+        size = len(self._visits)
         positions = np.arange(k * self._batch_size, min((k + 1) * self._batch_size, size))
         if self._shuffle:
             positions = permute(positions, size, (self._seed, epoch))
-        rows = self._rows[positions]
+        rows = self._visits.at(positions, epoch)
         partners = np.full(len(rows), -1, np.int64)
         if self._unmatched:
             partners = pair(self._index.prompt_hashes[rows])
@@ -185,6 +191,10 @@ class Plan:
     def _sequences(self, rows: np.ndarray) -> np.ndarray:
         """The rows themselves, or the chosen and the rejected row of each pair, one after the other."""
         return rows if self._unit == 1 else np.stack([rows, self._index.rejected[rows]], axis=1).reshape(-1)
+
+    def _of_units(self, lengths: np.ndarray) -> np.ndarray:
+        """Of each row, or of each pair together."""
+        return lengths.reshape(-1, self._unit).sum(axis=1)
 
     def _fit(self, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens kept of each prompt, its suffix included, and of each completion."""
@@ -301,7 +311,7 @@ class Plan:
 
         A step that needs more takes the next power of two, and the training step is compiled once more for it.
         """
-        batch = min(self._batch_size, len(self._rows))
+        batch = min(self._batch_size, len(self._visits))
         total, shape = num_prompt + num_completion, self._shapes[0]
         needs = (
             _upper(total, batch) / shape.length,

@@ -21,11 +21,12 @@ from kto_jax.config import DataConfig
 from kto_jax.data import files
 from kto_jax.data.conversions import convert
 from kto_jax.data.files import Rejection, SourceFile
-from kto_jax.data.manifest import statistics
+from kto_jax.data.manifest import by_source, statistics
+from kto_jax.data.mixture import Source
 from kto_jax.data.records import Feedback, Preference, Record, Skipped, completions_of, records_of
 from kto_jax.data.tokenize import EncodedRows, Limits, TokenizerInfo, Workers, encode_feedback
 
-FORMAT = 3
+FORMAT = 4
 """Version of the index's files."""
 COLUMNS = (
     *("offsets", "prompt_lengths", "desirable", "weights", "scores", "rejected"),
@@ -65,13 +66,22 @@ class Builder:
 
     Args:
       directory: an empty folder, or what a build of the same sources and settings left.
-      data: fields, format, limits and splits.
+      data: limits and splits.
+      sources: the files, in order, and how each is read.
       tokenizer: how text becomes ids.
       vocab_size: rows of the model's embedding.
     """
 
-    def __init__(self, directory: Path, data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int):
+    def __init__(
+        self,
+        directory: Path,
+        data: DataConfig,
+        sources: Sequence[tuple[SourceFile, Source]],
+        tokenizer: TokenizerInfo,
+        vocab_size: int,
+    ):
         self._directory, self._data, self._tokenizer, self._vocab_size = directory, data, tokenizer, vocab_size
+        self._read_from = sources
         self._limits = Limits(data.max_length, data.max_prompt_length, data.long_completion, vocab_size)
         progress = _read_progress(directory)
         self._reasons = collections.Counter[str](progress["reasons"])
@@ -84,7 +94,7 @@ class Builder:
             os.truncate(_path(directory, name), progress["sizes"].get(name, 0))
         self._files: dict[str, IO[bytes]] = {}
 
-    def add_sources(self, sources: list[tuple[SourceFile, str]]) -> None:
+    def add_sources(self) -> None:
         """Reads and tokenizes all sources, in order."""
         with (
             contextlib.ExitStack() as streams,
@@ -95,14 +105,14 @@ class Builder:
                 self._files[name] = streams.enter_context(_path(self._directory, name).open("ab"))
             if done := sum(source["rows"] for source in self._sources):
                 progress.console.print(f"going on with a build that was interrupted after {done} rows")
-            for file, split in sources[self._num_finished :]:
+            for file, source in self._read_from[self._num_finished :]:
                 if len(self._sources) == self._num_finished:
                     counts = {"rows": 0, "accepted": 0, "skipped": 0, "rejected": 0}
-                    self._sources.append({"name": file.name, "split": split, **counts})
+                    self._sources.append({"name": file.name, "split": source.split, **counts})
                 size = file.path.stat().st_size
                 task = progress.add_task(f"reading {file.path.name}", total=size)
                 rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
-                records = itertools.islice(records_of(rows, self._data), self._sources[-1]["rows"], None)
+                records = itertools.islice(records_of(rows, source.data), self._sources[-1]["rows"], None)
                 self._add_records(records, workers)
                 progress.update(task, completed=size)
                 self._num_finished += 1
@@ -196,23 +206,27 @@ class Builder:
             "rejections": {"histogram": dict(self._reasons.most_common()), "first": self._first},
         }
         if manifest["accepted"]:
-            manifest |= self._write_columns()
+            figures, trained = self._write_columns()
+            manifest |= figures
+            manifest["sources"] = [{**s, "train": t} for s, t in zip(manifest["sources"], trained, strict=True)]
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         for path in (self._directory / _PROGRESS, *self._directory.glob("*.raw")):
             path.unlink(missing_ok=True)
         (self._directory / "manifest.json").write_text(text, encoding="utf-8")
         return manifest
 
-    def _write_columns(self) -> dict[str, Any]:
-        """Writes what all rows together decide; returns what the manifest says of it."""
+    def _write_columns(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
+        """Writes what all rows together decide; returns what the manifest says of it, and of each source."""
         columns: dict[str, np.ndarray] = {
             name: np.memmap(_path(self._directory, name), dtype, mode="r")
             for name, dtype in _STREAMED.items()
             if name != "tokens"
         }
         columns["splits"] = self._splits(columns)
-        converted, facts = convert(columns, self._data)
+        columns["sources"] = columns["places"][::2]
+        converted, facts = convert(columns, self._data, [source for _, source in self._read_from])
         columns |= converted
+        trained = by_source(columns, len(self._sources))
         figures = statistics(columns, self._data) | facts
         columns["places"] = columns["places"].reshape(-1, 2)
         columns["scores"] = columns["scores"].astype(np.float32)
@@ -225,7 +239,7 @@ class Builder:
         for name in COLUMNS:
             np.save(self._directory / f"{name}.npy", columns[name], allow_pickle=False)
             digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8).data)
-        return {**figures, "content_sha256": digest.hexdigest()}
+        return {**figures, "content_sha256": digest.hexdigest()}, trained
 
     def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
         """Decided by the prompt's hash alone: all completions of a prompt share a split, whatever else is read."""

@@ -6,50 +6,84 @@ matter how the rows were read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import DataConfig
 from kto_jax.data.manifest import SPLITS
+from kto_jax.data.mixture import Source
 from kto_jax.data.permutation import noise
 
 _ROUNDING = 1e-12
 """A score this close to a mean, relative to the largest score, is equal to it."""
 
 
-def convert(columns: dict[str, np.ndarray], data: DataConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def convert(
+    columns: dict[str, np.ndarray], data: DataConfig, sources: Sequence[Source]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What all rows together decide: labels of scores, which rows are used, and pairs.
 
     Args:
-      columns: prompt_hashes, splits, desirable and scores, each [rows].
-      data: format, rules and seed.
+      columns: prompt_hashes, pair_hashes, splits, desirable, scores and sources (a position in `sources`), each [rows].
+      data: seed, and whether one completion of each prompt is kept.
+      sources: of what format the rows of each are, and by what rule its scores are labels.
 
     Returns:
-      The columns desirable, splits (position of "unused" for rows that are not used) and rejected; and for scores what
-      the manifest says of them.
+      The columns desirable, splits (position of "unused" for rows that are not used) and rejected; and what the
+      manifest says of scores, one entry for each scale, where there are any.
     """
-    hashes, splits, desirable = columns["prompt_hashes"], columns["splits"], columns["desirable"]
-    used = np.ones(len(hashes), bool)
-    facts: dict[str, Any] = {}
-    if data.format == "scores":
-        desirable, used = labels_from_scores(
-            columns["scores"], hashes, rule=data.score_rule, threshold=data.score_threshold, seed=data.seed
-        )
-        facts["scores"] = _describe(columns["scores"], used, data)
+    hashes, splits = columns["prompt_hashes"], columns["splits"]
+    formats = np.array([source.data.format for source in sources])
+    desirable, used, facts = _label(columns, data, sources)
     if data.one_per_prompt:
         used = one_per_prompt(hashes, splits, used, data.seed)
-    if data.format == "pairs":
-        rejected = own_pairs(used)
-    elif data.format == "demonstrations":
-        rejected = np.full(len(hashes), -1, np.int64)
-    else:
-        rejected = match_pairs(hashes, splits, desirable, used, data.seed)
+    rejected = np.full(len(hashes), -1, np.int64)
+    if "thumbs" in formats or "scores" in formats:
+        rated = np.isin(formats, ("thumbs", "scores"))[columns["sources"]]
+        rejected = match_pairs(hashes, splits, desirable, used & rated, data.seed)
         # A completion that was called both is no preference over itself.
         texts = columns["pair_hashes"]
         rejected = np.where((rejected >= 0) & (texts == texts[rejected]), -1, rejected)
+    if "pairs" in formats:
+        rows = _rows_of(formats == "pairs", columns["sources"])
+        own = own_pairs(used[rows])
+        rejected[rows] = np.where(own < 0, -1, rows[own])
     splits = np.where(used, splits, SPLITS.index("unused")).astype(np.uint8)
     return {"desirable": desirable, "splits": splits, "rejected": rejected}, facts
+
+
+def _label(
+    columns: dict[str, np.ndarray], data: DataConfig, sources: Sequence[Source]
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Which rows are desirable, which are used, and what the manifest says of scores.
+
+    Scores of one scale are judged together: those of a source that names a rule or threshold of its own, or of all
+    sources that do not.
+    """
+    desirable, used = np.array(columns["desirable"]), np.ones(len(columns["desirable"]), bool)
+    facts = []
+    scored = [number for number, source in enumerate(sources) if source.data.format == "scores"]
+    scales: dict[int | None, list[int]] = {}
+    for number in scored:
+        scales.setdefault(sources[number].scale, []).append(number)
+    for numbers in scales.values():
+        rows = _rows_of(np.isin(np.arange(len(sources)), numbers), columns["sources"])
+        if not len(rows):
+            continue
+        scores, own = columns["scores"][rows], sources[numbers[0]].data
+        desirable[rows], used[rows] = labels_from_scores(
+            scores, columns["prompt_hashes"][rows], rule=own.score_rule, threshold=own.score_threshold, seed=own.seed
+        )
+        paths = list(dict.fromkeys(sources[number].path for number in numbers))
+        facts.append({"sources": paths, **_describe(scores, used[rows], own)})
+    return desirable, used, {"scores": facts} if facts else {}
+
+
+def _rows_of(wanted: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Rows whose source is wanted, int64."""
+    return np.flatnonzero(wanted[sources])
 
 
 def labels_from_scores(

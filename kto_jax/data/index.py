@@ -35,6 +35,7 @@ from kto_jax.data.builder import COLUMNS, FORMAT, Builder, settings
 from kto_jax.data.building import build_folder, publish
 from kto_jax.data.files import SourceFile
 from kto_jax.data.manifest import SPLITS, check
+from kto_jax.data.mixture import Source, sources_of, with_weights
 from kto_jax.data.tokenize import TokenizerInfo, Workers
 
 
@@ -127,22 +128,22 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
     directory.mkdir(parents=True, exist_ok=True)
     sources = _find_sources(data, directory)
     digests = [file.sha256() for file, _ in sources]
-    key = _key(
-        data, tokenizer, vocab_size, [(digest, split) for digest, (_, split) in zip(digests, sources, strict=True)]
-    )
+    key = _key(data, tokenizer, vocab_size, [source for _, source in sources], digests)
     final = directory / key[:16]
     if not (final / "manifest.json").exists():
         with build_folder(final) as folder:
             if folder is not None:
-                builder = Builder(folder, data, tokenizer, vocab_size)
-                builder.add_sources(sources)
+                builder = Builder(folder, data, sources, tokenizer, vocab_size)
+                builder.add_sources()
                 manifest = builder.finish(key, digests)
                 check(manifest, data)
                 publish(folder, final)
     index = open_index(final)
     # max_rejected is not part of the key: it changes what is refused, not what is built.
     check(index.manifest, data)
-    return index
+    # Nor are weights: they say how often the rows are visited, and are those of this call.
+    weights = [source.weight for _, source in sources]
+    return dataclasses.replace(index, manifest=with_weights(index.manifest, settings(data), weights))
 
 
 def open_index(directory: Path) -> Index:
@@ -179,15 +180,15 @@ def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:
     return dataclasses.replace(open_index(directory), manifest=manifest)
 
 
-def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, str]]:
-    found = []
-    for split, sources in (("train", data.train), ("eval", data.eval)):
-        for source in [sources] if isinstance(sources, str) else sources:
-            if source.startswith("hub:"):
-                found.append((_hub_file(source, directory / "hub"), split))
-            elif source:
-                found += [(file, split) for file in files.expand(source)]
-    if not any(split == "train" for _, split in found):
+def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, Source]]:
+    """Every file to read, in order, and the source that it is of."""
+    found: list[tuple[SourceFile, Source]] = []
+    for source in sources_of(data):
+        if source.path.startswith("hub:"):
+            found.append((_hub_file(source.path, directory / "hub"), source))
+        else:
+            found += [(file, source) for file in files.expand(source.path)]
+    if not any(source.split == "train" for _, source in found):
         raise ConfigError(
             "data.train is empty. It takes files, directories, globs, hub:org/name/split, tfds:name/split or "
             "wheel:NAME==VERSION/path. Set config.data.train."
@@ -205,10 +206,12 @@ def _hub_file(source: str, directory: Path) -> SourceFile:
     return SourceFile(path, source)
 
 
-def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[tuple[str, str]]) -> str:
+def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[Source], digests: list[str]) -> str:
     fields = settings(data)
     # Where the bytes lie, how many processes read them and how many may be broken do not change the content.
     for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store", "chat_template"):
         del fields[name]
-    key = [FORMAT, fields, tokenizer.sha256, vocab_size, sources]
+    # The scale: which files are one source matters only to scores that are judged by themselves.
+    read = [(digest, s.split, dict(s.own), s.scale) for digest, s in zip(digests, sources, strict=True)]
+    key = [FORMAT, fields, tokenizer.sha256, vocab_size, read]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

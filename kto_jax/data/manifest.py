@@ -59,6 +59,26 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
     }
 
 
+def by_source(columns: dict[str, np.ndarray], num_sources: int) -> list[dict[str, int]]:
+    """What each source has to train on.
+
+    Args:
+      columns: sources (a number below `num_sources`), splits, desirable and rejected, each [rows].
+      num_sources: how many.
+
+    Returns:
+      Desirable and undesirable completions, and pairs, of each.
+    """
+    train = columns["splits"] == SPLITS.index("train")
+    kinds = {
+        "desirable": train & columns["desirable"],
+        "undesirable": train & ~columns["desirable"],
+        "pairs": train & (columns["rejected"] >= 0),
+    }
+    counts = {name: np.bincount(columns["sources"][where], minlength=num_sources) for name, where in kinds.items()}
+    return [{name: int(count[number]) for name, count in counts.items()} for number in range(num_sources)]
+
+
 def _num_unique(values: np.ndarray) -> int:
     # In place, of one copy: np.unique makes several, and there may be ten million rows.
     ordered = np.sort(values)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from kto_jax.config import DataConfig
 from kto_jax.data.conversions import convert, labels_from_scores, match_pairs, one_per_prompt, own_pairs
+from kto_jax.data.mixture import sources_of
 from kto_jax.data.permutation import noise
 
 SCORES = [1, 2, 3, 6, 0, 4, 4, 7]
@@ -152,5 +153,7 @@ def test_a_completion_that_was_called_both_is_no_pair_with_itself():
         "splits": np.zeros(4, np.uint8),
         "desirable": np.array([True, False, True, False]),
         "scores": np.zeros(4, np.float32),
+        "sources": np.zeros(4, np.int64),
     }
-    assert convert(columns, DataConfig(train="x"))[0]["rejected"].tolist() == [-1, -1, 3, -1]
+    data = DataConfig(train="x")
+    assert convert(columns, data, sources_of(data))[0]["rejected"].tolist() == [-1, -1, 3, -1]

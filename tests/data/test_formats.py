@@ -148,8 +148,10 @@ def test_an_index_of_scores_has_labels_by_the_rule_and_pairs_within_prompts(make
     index = make_index(rows, format="scores", score_threshold=0.7)
     assert index.desirable.tolist() == [i >= 7 for i in range(20)]
     assert index.scores.dtype == np.float32 and np.allclose(index.scores, np.arange(20) / 10)
-    assert index.manifest["scores"] == {
-        **{"rule": "threshold", "pivot": 0.7, "min": 0.0, "mean": pytest.approx(0.95), "max": 1.9, "unused": 0}
+    (scores,) = index.manifest["scores"]
+    assert scores == {
+        "sources": [index.manifest["data"]["train"]],
+        **{"rule": "threshold", "pivot": 0.7, "min": 0.0, "mean": pytest.approx(0.95), "max": 1.9, "unused": 0},
     }
     chosen = index.pairs("train")
     partners = index.rejected[chosen]
@@ -166,7 +168,7 @@ def test_scores_that_give_no_label_are_unused_and_counted(make_index, rule, pivo
     rows = [{**SCORED, "completion": f"Text {i}.", "score": i % 3} for i in range(12)]
     index = make_index(rows, format="scores", score_rule=rule)
     unused = 0 if rule == "bernoulli" else 4
-    assert (index.manifest["scores"]["pivot"], index.manifest["scores"]["unused"]) == (pivot, unused)
+    assert [(scores["pivot"], scores["unused"]) for scores in index.manifest["scores"]] == [(pivot, unused)]
     assert index.manifest["unused"] == len(index.rows("unused")) == unused
     assert not len(set(index.rows("unused")) - {1, 4, 7, 10})
     assert len(index.rows("train")) == 12 - unused and index.manifest["accepted"] == 12
