@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kto_jax import judges
@@ -83,7 +84,14 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     longest_control = max(map(len, controls)) if controls else 0
     # Prompt and completion leave room for the control between them.
     data = dataclasses.replace(config.data, max_length=config.data.max_length - longest_control)
-    index = build_index(data, tokenizer, vocab_size=architecture.vocab_size, directory=cache_directory() / "indices")
+    index = build_index(
+        data,
+        tokenizer,
+        vocab_size=architecture.vocab_size,
+        directory=cache_directory() / "indices",
+        # Asking which process this is touches the devices, which only a run of several processes has to.
+        builds=not jax.distributed.is_initialized() or jax.process_index() == 0,
+    )
     _check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)

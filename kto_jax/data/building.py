@@ -2,6 +2,7 @@
 
 indices/building-KEY/lock      held by the process that builds; the system lets go of it however the process ends
 indices/building-KEY/index     what is written so far, and progress.json, which says how far that is
+indices/building-KEY/copy      a finished index on its way from the store
 indices/KEY                    the finished index, renamed there as a whole
 """
 
@@ -14,14 +15,60 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from kto_jax.config import ConfigError
+from kto_jax.data.store import IndexStore
 
 _STALE_SECONDS = 86_400
 """A folder that no process holds is kept so long, to be gone on with by a run of the same data."""
+
+
+def provide(
+    final: Path, build: Callable[[Path], None], *, key: str, store: IndexStore | None = None, builds: bool = True
+) -> None:
+    """Sees to it that a finished index lies at its place: it is there already, or copied from the store, or built.
+
+    Args:
+      final: where the finished index will lie.
+      build: writes the index into a folder, going on with what a killed build left there.
+      key: of the index.
+      store: where finished indices are kept for all hosts.
+      builds: whether this process builds what the store lacks, and publishes it; the others then wait for it. Without
+        a store every host builds.
+
+    Raises:
+      ConfigError: the store cannot be used, holds something broken, or the process that builds has ended; or what
+        `build` raises.
+    """
+
+    def is_here() -> bool:
+        return (final / "manifest.json").exists()
+
+    if store is not None and not builds and not is_here():
+        # Not under the lock: on this host, it may be the lock of the process that builds.
+        store.wait(key, is_here)
+    publishes = store is not None and builds and store.find(key) is None
+    with store.signs_of_building(key) if store is not None and publishes else contextlib.nullcontext():
+        with build_folder(final) if not is_here() else contextlib.nullcontext() as folder:
+            if folder is not None:
+                _copy_or_build(folder, final, build, key, store)
+        if store is not None and publishes and store.find(key) is None:
+            store.publish(key, final)
+
+
+def _copy_or_build(
+    folder: Path, final: Path, build: Callable[[Path], None], key: str, store: IndexStore | None
+) -> None:
+    contents = store.find(key) if store is not None else None
+    if store is None or contents is None:
+        build(folder)
+    else:
+        folder = folder.with_name(folder.name.replace("index", "copy"))
+        store.copy(key, contents, folder)
+    publish(folder, final)
 
 
 @contextlib.contextmanager

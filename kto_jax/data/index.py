@@ -32,10 +32,11 @@ import numpy as np
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.builder import COLUMNS, FORMAT, Builder, settings
-from kto_jax.data.building import build_folder, publish
+from kto_jax.data.building import provide
 from kto_jax.data.files import SourceFile
 from kto_jax.data.manifest import SPLITS, check
 from kto_jax.data.mixture import Source, sources_of, with_weights
+from kto_jax.data.store import IndexStore
 from kto_jax.data.tokenize import TokenizerInfo, Workers
 
 
@@ -108,7 +109,9 @@ class Index:
         return (np.diff(self.offsets) - self.prompt_lengths).astype(np.int32)
 
 
-def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, directory: Path) -> Index:
+def build_index(
+    data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, directory: Path, builds: bool = True
+) -> Index:
     """Reads, checks and tokenizes the feedback, or reopens the index of an earlier, equal call.
 
     Args:
@@ -116,13 +119,14 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
       tokenizer: how text becomes ids.
       vocab_size: rows of the model's embedding; a row with a larger id is rejected.
       directory: where indices are kept, each in a folder of its own.
+      builds: whether this process builds what `data.index_store` lacks; the others wait for it.
 
     Returns:
       The opened index.
 
     Raises:
       ConfigError: a source is missing or lacks a field, too many rows are rejected, no row is usable, or a row
-        of `data.eval` is also in `data.train`.
+        of `data.eval` is also in `data.train`; or the store cannot be used.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -130,14 +134,14 @@ def build_index(data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, 
     digests = [file.sha256() for file, _ in sources]
     key = _key(data, tokenizer, vocab_size, [source for _, source in sources], digests)
     final = directory / key[:16]
-    if not (final / "manifest.json").exists():
-        with build_folder(final) as folder:
-            if folder is not None:
-                builder = Builder(folder, data, sources, tokenizer, vocab_size)
-                builder.add_sources()
-                manifest = builder.finish(key, digests)
-                check(manifest, data)
-                publish(folder, final)
+
+    def build(folder: Path) -> None:
+        builder = Builder(folder, data, sources, tokenizer, vocab_size)
+        builder.add_sources()
+        check(builder.finish(key, digests), data)
+
+    store = IndexStore(data.index_store) if data.index_store else None
+    provide(final, build, key=key, store=store, builds=builds)
     index = open_index(final)
     # max_rejected is not part of the key: it changes what is refused, not what is built.
     check(index.manifest, data)
