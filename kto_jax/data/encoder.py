@@ -23,11 +23,20 @@ from typing import Any
 import numpy as np
 
 from kto_jax.data.records import Message
-from kto_jax.data.turns import TOOLS
+from kto_jax.data.turns import TOOL_CALLS, TOOLS, Completion
 
 _RENDER_SECONDS = 1.0
 _RENDER_BYTES = 512 << 20
 _RENDER_CHARACTERS = 1 << 20
+_TEXT = "-"
+_PROBE = "probe_of_tools"
+_CALL_ID = "a1b2c3d4e"
+"""Some templates ask for nine letters and digits."""
+_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    TOOL_CALLS: [{"id": _CALL_ID, "type": "function", "function": {"name": _PROBE, "arguments": {}}}],
+}
 
 
 class EncodingError(ValueError):
@@ -68,12 +77,12 @@ class Encoder:
         self._directory = directory if has_chat_template else None
         self._cached_prompt = functools.lru_cache(maxsize=4096)(self._encode_prompt)
 
-    def encode_row(self, prompt: str | list[Message], completion: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_row(self, prompt: str | list[Message], completion: Completion) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a prompt, closed by the generation prompt, and a completion, closed by one EOS.
 
         Args:
           prompt: text (one user turn where there is a chat template) or messages.
-          completion: text.
+          completion: text, or a message that calls tools.
 
         Returns:
           Ids of the prompt and of the completion, int32.
@@ -81,10 +90,14 @@ class Encoder:
         Raises:
           EncodingError: the template refuses the row, or changes the prompt or the completion once both are there.
         """
-        mark = _unused_character([completion, *_contents(prompt)])
-        masked = self._mask(completion, mark)
+        reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [completion]
+        mark = _unused_character([*_contents(reply), *_contents(prompt)])
         if self._directory is not None:
-            masked = self._check_prefix(self._messages(prompt, mark), masked)
+            masked = self._check_prefix(self._messages(prompt, mark), *self._messages(reply, mark))
+        elif isinstance(completion, str):
+            masked = self._mask(completion, mark)
+        else:
+            raise EncodingError("tool calls need a chat template")
         ids = [*self._encode(masked, mark), self._eos_id]
         return self.encode_prompt(prompt), np.asarray(ids, np.int32)
 
@@ -118,17 +131,24 @@ class Encoder:
         ids = self._encode(text, mark)
         return ids if ids[:1] == self._added_bos else self._added_bos + ids
 
-    def _messages(self, prompt: str | list[Message], mark: str) -> list[Message]:
+    def _messages(self, prompt: str | list[Message], mark: str) -> list[dict[str, Any]]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [{"role": m["role"], "content": self._mask_content(m, mark)} for m in messages]
+        return [self._masked(message, mark) for message in messages]
 
-    def _mask_content(self, message: Message, mark: str) -> str:
-        if message["role"] != TOOLS:
-            return self._mask(message["content"], mark)
-        try:
-            return json.dumps(self._mask_json(json.loads(message["content"]), mark))
-        except RecursionError:
-            raise EncodingError("tools are nested too deeply") from None
+    def _masked(self, message: Message, mark: str) -> dict[str, Any]:
+        """A message as the template gets it: no control string in it, and its calls as objects."""
+        masked: dict[str, Any] = {}
+        for key, value in message.items():
+            try:
+                if key == TOOL_CALLS:
+                    masked[key] = self._mask_json(json.loads(value), mark)
+                elif message["role"] == TOOLS and key == "content":
+                    masked[key] = json.dumps(self._mask_json(json.loads(value), mark))
+                else:
+                    masked[key] = self._mask(value, mark)
+            except RecursionError:
+                raise EncodingError("tools are nested too deeply") from None
+        return masked
 
     def _mask_json(self, value: Any, mark: str) -> Any:
         if isinstance(value, str):
@@ -139,18 +159,28 @@ class Encoder:
             return {self._mask(key, mark): self._mask_json(item, mark) for key, item in value.items()}
         return value
 
-    def _check_prefix(self, messages: list[Message], completion: str) -> str:
+    def _check_prefix(self, messages: list[dict[str, Any]], reply: dict[str, Any]) -> str:
         """The completion as the template writes it; the conversation must start with the prompt as encoded."""
-        prompt = self._render(messages, add_generation_prompt=True)
-        whole = self._render([*messages, {"role": "assistant", "content": completion}], add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise EncodingError("the chat template changes the prompt when the completion is added")
-        written = whole[len(prompt) :]
+        written, completion = self._written(messages, reply), reply["content"]
+        if TOOL_CALLS in reply:
+            # What the template writes after a text says where the calls end.
+            end = self._written(messages, {"role": "assistant", "content": _TEXT}).removeprefix(_TEXT)
+            if not written.endswith(end) or len(written) == len(end):
+                raise EncodingError("the chat template ends tool calls in another way than text")
+            return written[: len(written) - len(end)]
         # Some templates trim what they are given.
         for candidate in (completion, completion.strip()):
             if written.startswith(candidate):
                 return candidate
         raise EncodingError("the chat template changes the completion")
+
+    def _written(self, messages: list[dict[str, Any]], reply: dict[str, Any]) -> str:
+        """What the template writes for a reply, behind the prompt as encoded."""
+        prompt = self._render(messages, add_generation_prompt=True)
+        whole = self._render([*messages, reply], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise EncodingError("the chat template changes the prompt when the completion is added")
+        return whole[len(prompt) :]
 
     def _mask(self, text: str, mark: str) -> str:
         return self._pattern.sub(lambda match: f"{mark}{self._names.index(match[0])}{mark}", text)
@@ -178,7 +208,11 @@ class Encoder:
             self._directory, trust_remote_code=False, local_files_only=True
         )
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        if any(TOOL_CALLS in message for message in messages) and not self._shows_tool_calls:
+            raise EncodingError("the chat template does not show tool calls")
+        if any(message["role"] == "tool" for message in messages) and not self._shows_results:
+            raise EncodingError("the chat template does not show the messages of tools")
         if messages[0]["role"] != TOOLS:
             return self._apply(messages, None, add_generation_prompt)
         if not self._shows_tools:
@@ -187,12 +221,32 @@ class Encoder:
 
     @functools.cached_property
     def _shows_tools(self) -> bool:
-        name = "probe_of_tools"
-        probe = {"name": name, "description": "-", "parameters": {"type": "object", "properties": {}}}
+        probe = {"name": _PROBE, "description": "-", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": probe}]
-        return name in self._apply([{"role": "user", "content": "-"}], tools, True)
+        return _PROBE in self._apply([{"role": "user", "content": "-"}], tools, True)
 
-    def _apply(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
+    @functools.cached_property
+    def _shows_tool_calls(self) -> bool:
+        return self._shows({"role": "user", "content": _TEXT}, _CALL)
+
+    @functools.cached_property
+    def _shows_results(self) -> bool:
+        result = {"role": "tool", "name": "-", "tool_call_id": _CALL_ID, "content": _PROBE}
+        # Some templates take results only behind calls, others know no calls.
+        calls = _CALL if self._shows_tool_calls else {"role": "assistant", "content": _TEXT}
+        return self._shows({"role": "user", "content": _TEXT}, calls, result)
+
+    def _shows(self, *messages: dict[str, Any]) -> bool:
+        """Whether the template writes the probe in the last message, and nothing of it without that message."""
+        written = []
+        for seen in (messages, messages[:-1]):
+            try:
+                written.append(self._apply(list(seen), None, False).count(_PROBE))
+            except EncodingError:
+                return False
+        return written[0] > written[1]
+
+    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         tokenizer = self._tokenizer
         try:
             with _limits():
@@ -202,14 +256,14 @@ class Encoder:
         except Exception as error:
             # A template is a stranger's program: whatever it raises is the row's or the template's fault.
             raise EncodingError(f"chat template: {type(error).__name__}: {str(error)[:100]}") from error
-        given = sum(len(m["content"]) for m in messages) + (len(json.dumps(tools)) if tools else 0)
+        given = sum(len(json.dumps(m)) for m in messages) + (len(json.dumps(tools)) if tools else 0)
         if len(text) > _RENDER_CHARACTERS + 4 * given:
             raise EncodingError(f"chat template: writes {len(text)} characters")
         return text
 
 
 def _contents(prompt: str | list[Message]) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
 
 
 def _unused_character(texts: list[str]) -> str:

@@ -26,7 +26,7 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.files import Rejection
 from kto_jax.data.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
-from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Message, check_text, part, present, with_tools
+from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Completion, Message, check_text, part, present, with_tools
 
 __all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
 _REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
@@ -41,7 +41,7 @@ class Feedback:
     Attributes:
       prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's, and the first may
         hold tools (`kto_jax.data.turns.TOOLS`).
-      completion: what the model is rewarded or punished for.
+      completion: what the model is rewarded or punished for; a message where it calls tools.
       desirable: thumbs-up; means nothing yet where rows hold scores.
       weight: how much the row counts, at least 0.
       place: `file:line`, from 1; of a Parquet or JSON file the row's number.
@@ -49,7 +49,7 @@ class Feedback:
     """
 
     prompt: str | list[Message]
-    completion: str
+    completion: Completion
     desirable: bool
     weight: float
     place: str

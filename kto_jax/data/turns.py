@@ -5,20 +5,31 @@ A value may hold a whole conversation, which begins with the prompt: as messages
     \\n\\nHuman: Hello?\\n\\nAssistant: Hi.
 
 Its last turn is the completion and all turns before it are the prompt.
+
+The content of a message is text, or a list of parts that are text, which are joined. A message of the assistant's may
+call tools, with or without content.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, str]
+"""Role and content; of an assistant's message that calls tools, its calls as JSON; of a tool's, what it is named by."""
 Prompt = str | list[Message]
+Completion = str | Message
+"""Text, or the message of an assistant that calls tools."""
 
 TOOLS = "tools"
 """Role of a first message that holds, as JSON, the tools that the chat template lists. No row can have it."""
+TOOL_CALLS = "tool_calls"
+"""Key of the calls of a message."""
+TOOL_FIELDS = ("name", "tool_call_id")
+"""What a message of a tool may say of itself."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
 """Why a pair is rejected that teaches nothing."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -80,7 +91,7 @@ def check_prompt(value: Any) -> Prompt:
     return messages
 
 
-def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> tuple[Prompt, list[str]]:
+def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> tuple[Prompt, list[Completion]]:
     """Parts what a row holds into its prompt and its completions.
 
         prompt      chosen              rejected            gives
@@ -96,7 +107,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
       may_lack: whether the replies may hold the prompt.
 
     Returns:
-      The prompt, and the completion of each reply.
+      The prompt, and the completion of each reply: its text, or its message where that calls tools.
 
     Raises:
       BadRowError: a value is not as above, or the replies are not of one prompt.
@@ -104,7 +115,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
     lacks = prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip())
     own = None if may_lack and lacks else check_prompt(prompt)
     heads: list[list[Message]] = []
-    completions = []
+    completions: list[Completion] = []
     for name, value in replies.items():
         if own is None and isinstance(value, str):
             value = _transcript(value, name)
@@ -118,7 +129,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
             raise BadRowError(f"{name} is not one message")
         if last["role"] != "assistant":
             raise BadRowError(f"{name} has role {last['role']!r}, not 'assistant'")
-        completions.append(last["content"])
+        completions.append(last if TOOL_CALLS in last else last["content"])
         if head or own is None:
             heads.append(head)
     if own is not None and not heads:
@@ -149,9 +160,9 @@ def with_tools(prompt: Prompt, tools: Any) -> Prompt:
         return prompt
     try:
         schemas = json.loads(tools) if isinstance(tools, str) else tools
-        text = json.dumps(schemas, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         raise BadRowError("tools is not JSON") from None
+    text = _json(schemas, "tools")
     if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):
         raise BadRowError("tools is not a list of objects")
     if not schemas:
@@ -184,6 +195,59 @@ def _message(message: Any, name: str) -> Message:
     role = message.get("role")
     if role not in _ROLES:
         raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}")
+    calls = _tool_calls(message.get(TOOL_CALLS), role, name)
+    content = _joined(message.get("content"), name)
+    if calls and (content is None or (isinstance(content, str) and not content.strip())):
+        return {"role": role, "content": "", **calls}
     if "content" not in message:
         raise BadRowError(f"message of the {name} has no content")
-    return {"role": role, "content": check_text(message["content"], name)}
+    named = {key: check_text(message[key], key) for key in TOOL_FIELDS if role == "tool" and message.get(key)}
+    return {"role": role, "content": check_text(content, name), **calls, **named}
+
+
+def _joined(content: Any, name: str) -> Any:
+    """The text of a content that is a list of parts; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for piece in content:
+        if not isinstance(piece, Mapping):
+            raise BadRowError(f"part of the {name} is not an object but {type(piece).__name__}")
+        if piece.get("type") != "text":
+            kind = piece.get("type")
+            raise BadRowError(f"part of the {name} has type {kind if kind is None else str(kind)[:40]!r}, not 'text'")
+        if not isinstance(piece.get("text"), str):
+            raise BadRowError(f"text of a part of the {name} is {type(piece.get('text')).__name__}")
+    return "".join(piece["text"] for piece in content)
+
+
+def _tool_calls(calls: Any, role: str, name: str) -> dict[str, str]:
+    """The calls of a message as chat templates read them, with arguments that are an object; nothing without calls."""
+    if not calls:
+        return {}
+    if role != "assistant":
+        raise BadRowError(f"{TOOL_CALLS} of the {name} on a message that is not the assistant's")
+    if not isinstance(calls, list):
+        raise BadRowError(f"{TOOL_CALLS} of the {name} is not a list but {type(calls).__name__}")
+    return {TOOL_CALLS: check_text(_json([_tool_call(call, name) for call in calls], TOOL_CALLS), TOOL_CALLS)}
+
+
+def _tool_call(call: Any, name: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise BadRowError(f"tool call of the {name} is not an object with a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    if not isinstance(arguments, Mapping):
+        raise BadRowError(f"arguments of a tool call of the {name} are not a JSON object")
+    own = {"id": check_text(call["id"], "id of a tool call")} if call.get("id") else {}
+    called = {"name": check_text(function.get("name"), "name of a tool call"), "arguments": arguments}
+    return {**own, "type": "function", "function": called}
+
+
+def _json(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise BadRowError(f"{name} is not JSON") from None

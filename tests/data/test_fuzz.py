@@ -14,13 +14,25 @@ from kto_jax.data.records import Feedback, Preference, Rejection, Skipped, compl
 from tests.data.conftest import InProcessWorkers
 from tests.data.test_layouts import HALOS, HH, LOG, TREE, assistant, user
 
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+}
+PARTS = [{"type": "text", "text": "Q"}]
+CALLS = [user(PARTS), CALLING, {"role": "tool", "content": "B", "tool_call_id": "1"}, assistant("A")]
 CHAT = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
 GOOD = {
     ("fields", "thumbs"): [{"prompt": "Q", "completion": "A", "label": True, "weight": 1, "tools": [{"name": "x"}]}],
-    ("fields", "pairs"): [{"prompt": "Q", "chosen": "A", "rejected": "B"}, CHAT, {**CHAT, "prompt": "Q"}],
+    ("fields", "pairs"): [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        CHAT,
+        {**CHAT, "prompt": "Q"},
+        {"prompt": CALLS[:1], "chosen": [CALLING], "rejected": "B"},
+    ],
     ("fields", "scores"): [{"prompt": [user("Q")], "completion": [assistant("A")], "score": 0.5}],
     ("fields", "demonstrations"): [{"prompt": [{"role": "system", "content": "S"}, user("Q")], "completion": "A"}],
-    ("messages", "thumbs"): [LOG],
+    ("messages", "thumbs"): [LOG, {"messages": [*CALLS[:3], {**CALLS[3], "feedback": True}]}],
     ("messages", "scores"): [{"messages": [user("Q"), assistant("A", feedback=3), assistant("B", score=4)]}],
     ("halos", "demonstrations"): [HALOS["sample"]],
     ("halos", "thumbs"): [HALOS["binary"]],

@@ -207,7 +207,7 @@ def test_scores_of_a_chat_log_are_numbers(tmp_path):
         ([user("Q"), assistant(None, feedback=True)], "completion is not text but NoneType"),
         ([user("Q"), assistant(" ", feedback=True)], "empty completion"),
         ([user(""), assistant("A", feedback=True)], "empty prompt"),
-        ([user("Q"), assistant([assistant("A")], feedback=True)], "completion is not text but list"),
+        ([user("Q"), assistant([assistant("A")], feedback=True)], "part of the completion has type None, not 'text'"),
         (None, "null field 'messages'"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
         ({**GOOD, "prompt": ["Hello?"]}, "message of the prompt is not an object but str"),
         ({**GOOD, "prompt": [{"role": "boss", "content": "x"}]}, "role of the prompt is not known: 'boss'"),
         ({**GOOD, "prompt": [{"role": "user"}]}, "message of the prompt has no content"),
-        ({**GOOD, "prompt": [{"role": "user", "content": ["x"]}]}, "prompt is not text but list"),
+        ({**GOOD, "prompt": [{"role": "user", "content": ["x"]}]}, "part of the prompt is not an object but str"),
         ({**GOOD, "prompt": [{"role": "assistant", "content": "x"}]}, "prompt ends with an assistant message"),
         ({**GOOD, "prompt": [{"role": "system", "content": "x"}]}, "prompt has no message after the system message"),
         ({**GOOD, "completion": []}, "empty completion"),
