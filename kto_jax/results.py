@@ -8,6 +8,7 @@ import numpy as np
 
 from kto_jax import samples
 from kto_jax.config import Config, to_dict
+from kto_jax.data.mixture import sources_of
 from kto_jax.inputs import Inputs
 from kto_jax.logs import console, read_metrics
 from kto_jax.models.huggingface import save_hugging_face
@@ -80,6 +81,11 @@ def model_card(name: str, config: Config, inputs: Inputs) -> str:
     reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
     if config.reference.sync_every:
         reference += f", moved by {config.reference.sync_mix} to the policy every {config.reference.sync_every} steps"
+    sources = ", ".join(
+        f"`{source.path}`" + (f" (weight {source.weight:g})" if source.weight != 1 else "")
+        for source in sources_of(config.data)
+        if source.split == "train"
+    )
     facts = [
         f"options: {options}",
         f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "
@@ -98,7 +104,7 @@ tags: [{objective}, kto_jax]
 # {name}
 
 `{config.model.path}`, trained with {objective.upper()} by kto_jax: {inputs.num_steps} steps of {config.batch_size}
-{inputs.objective.examples} from `{config.data.train}`, which has {inputs.num_desirable} desirable and
+{inputs.objective.examples} from {sources}, an epoch of which has {inputs.num_desirable} desirable and
 {inputs.num_undesirable} undesirable completions of {inputs.index.manifest["splits"]["train"]["prompts"]} prompts (index
 {inputs.index.manifest["key"][:16]}).
 
