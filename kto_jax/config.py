@@ -45,6 +45,9 @@ class ReferenceConfig:
     path: str = ""
     """As `model.path`; empty for the policy's own initial weights."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    precompute: bool = False
+    """Compute its log-probabilities of all that the run will read once, before training, and then hold no reference.
+    They are kept in the cache, for other runs on the same feedback."""
     sync_every: int = 0
     """Steps after which the reference moves towards the policy, as in TR-DPO (arXiv 2404.09656: 512); 0 never."""
     sync_mix: float = 0.6

@@ -53,8 +53,13 @@ def read_completions(
     rows: PackedRows,
     desirable: Array,
     scores: Array,
+    reference_logps: Float[Array, "R S"] | None = None,
 ) -> Completions:
-    """All that the objective sees of one microbatch; gradients reach the policy alone."""
+    """All that the objective sees of one microbatch; gradients reach the policy alone.
+
+    Where `reference_logps` are given, the reference is not read; humanline and value heads need its tokens and cannot
+    do without it.
+    """
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scorer == "reward":
         rewards = packed_rewards(model, policy, rows)
@@ -63,7 +68,7 @@ def read_completions(
     policy_RC = _token_logps(model, policy, hidden_RCD, rows)
     likelihood = _slot_sums(policy_RC, rows)
     reference_RC = jnp.zeros_like(policy_RC)
-    if objective.uses_reference:
+    if objective.uses_reference and reference_logps is None:
         reference_RC = _token_logps(model, reference, completion_states(model, reference, rows), rows)
     if objective.humanline:
         low, high = objective.humanline
@@ -74,7 +79,7 @@ def read_completions(
         tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments)
     return Completions(
         policy=_slot_sums(policy_RC, rows),
-        reference=_slot_sums(reference_RC, rows),
+        reference=_slot_sums(reference_RC, rows) if reference_logps is None else reference_logps,
         likelihood=likelihood,
         lengths=lengths,
         desirable=desirable,

@@ -234,6 +234,7 @@ def _check_together(config: Config, objective: Objective) -> None:
     rules = [
         ("reference.path", objective.uses_reference, f"{name} holds no reference"),
         ("reference.param_dtype", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.precompute", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
         ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
@@ -249,6 +250,19 @@ def _check_together(config: Config, objective: Objective) -> None:
             raise ConfigError(
                 f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
                 "out, or change what it goes with."
+            )
+    moving = f"config.reference.sync_every={config.reference.sync_every} moves the reference"
+    by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
+    conflicts = [
+        (config.reference.sync_every > 0, moving),
+        (objective.humanline is not None, by_token.format("config.objective.humanline=True")),
+        (objective.scorer == "value", by_token.format(name)),
+    ]
+    for conflict, why in conflicts:
+        if config.reference.precompute and conflict:
+            raise ConfigError(
+                f"config.reference.precompute=True cannot be used: {why}. It is for a frozen reference of whole "
+                "completions. Take config.reference.precompute out, or change what it conflicts with."
             )
     if config.batch_size < 2 and objective.first_pass == "unmatched":
         raise ConfigError(

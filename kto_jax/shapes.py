@@ -78,6 +78,9 @@ class FeedbackBatch:
         objectives that do not read it.
       num_matched: how many leading microbatches of `matched` hold anything; the rest is padding.
       num_unmatched: the same for `unmatched`.
+      matched_reference: log-probability of each slot of `matched` under the reference, in nats, where it was computed
+        before training; None where the step reads the reference itself.
+      unmatched_reference: the same for `unmatched`.
     """
 
     matched: PackedRows
@@ -87,6 +90,8 @@ class FeedbackBatch:
     unmatched: PackedRows
     num_matched: Int[Array, ""]
     num_unmatched: Int[Array, ""]
+    matched_reference: Float[Array, "M R S"] | None = None
+    unmatched_reference: Float[Array, "M R S"] | None = None
 
 
 @jax.tree_util.register_dataclass

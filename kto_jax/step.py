@@ -51,15 +51,14 @@ def read_all(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, rows: PackedRows
 ) -> Completions:
     """All microbatches of `rows`, which are the batch's matched or unmatched ones, without gradient: [M, R, S]."""
-    unmatched = rows is batch.unmatched
-    count = batch.num_unmatched if unmatched else batch.num_matched
-    labels = (
-        (jnp.zeros_like(rows.filled), jnp.zeros(rows.filled.shape)) if unmatched else (batch.desirable, batch.scores)
-    )
+    inputs, count = (rows, batch.desirable, batch.scores, batch.matched_reference), batch.num_matched
+    if rows is batch.unmatched:
+        no_labels = (jnp.zeros_like(rows.filled), jnp.zeros(rows.filled.shape))
+        inputs, count = (rows, *no_labels, batch.unmatched_reference), batch.num_unmatched
 
     def read(index: Int[Array, ""]) -> Completions:
         return _sums_alone(
-            read_completions(model, objective, state.policy, state.reference, *_microbatch((rows, *labels), index))
+            read_completions(model, objective, state.policy, state.reference, *_microbatch(inputs, index))
         )
 
     def body(index: Int[Array, ""], results: Completions) -> Completions:
@@ -100,6 +99,24 @@ def reference_point(
     return point, figures
 
 
+def _loss_sum(
+    model: Model,
+    objective: Objective,
+    policy: Params,
+    state: TrainState,
+    batch: FeedbackBatch,
+    point: Array,
+    index: Int[Array, ""],
+) -> tuple[Completions, Float[Array, ""]]:
+    """The completions of a matched microbatch, and Σ weight · loss of its examples."""
+    rows, desirable, scores, reference_logps, weights = _microbatch(
+        (batch.matched, batch.desirable, batch.scores, batch.matched_reference, batch.weights), index
+    )
+    completions = read_completions(model, objective, policy, state.reference, rows, desirable, scores, reference_logps)
+    losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
+    return completions, jnp.sum(jnp.where(objective.counts(rows.filled, desirable), losses * weights, 0))
+
+
 def loss_and_gradient(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, point: Array
 ) -> tuple[Float[Array, ""], Params, Completions]:
@@ -111,13 +128,8 @@ def loss_and_gradient(
     dtype = jnp.promote_types(model.dtype, jnp.float32)
 
     def share_of_loss(params: Params, index: Int[Array, ""]) -> tuple[jax.Array, Completions]:
-        rows, desirable, scores, weights = _microbatch(
-            (batch.matched, batch.desirable, batch.scores, batch.weights), index
-        )
-        completions = read_completions(model, objective, params, state.reference, rows, desirable, scores)
-        losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
-        counts = objective.counts(rows.filled, desirable)
-        return jnp.sum(jnp.where(counts, losses * weights, 0)) / num_examples, _sums_alone(completions)
+        completions, loss = _loss_sum(model, objective, params, state, batch, point, index)
+        return loss / num_examples, _sums_alone(completions)
 
     def body(index: Int[Array, ""], carry: tuple[jax.Array, Params, Completions]) -> tuple:
         loss, gradient, completions = carry
@@ -159,7 +171,7 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
 
     Returns:
       tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
-      matched rows, and the forward passes of the reference and of the first pass.
+      matched rows, and the forward passes of the reference (where the step reads it) and of the first pass.
     """
     has_logits = objective.scorer != "reward"
 
@@ -174,7 +186,7 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
         return tokens, body * tokens + attention * attended + has_logits * head * completions
 
     tokens, matched = forward(batch.matched)
-    models = 2 if objective.uses_reference else 1
+    models = 2 if objective.uses_reference and batch.matched_reference is None else 1
     zero = jnp.zeros_like(matched)
     first = {"none": zero, "unmatched": forward(batch.unmatched)[1], "matched": matched}[objective.first_pass]
     return {"tokens": tokens, "flops": (2 + models) * matched + models * first}
@@ -255,13 +267,8 @@ def evaluation_step(
     point, figures = reference_point(model, objective, state, batch)
 
     def body(index: Int[Array, ""], carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows, desirable, scores, weights = _microbatch(
-            (batch.matched, batch.desirable, batch.scores, batch.weights), index
-        )
-        completions = read_completions(model, objective, state.policy, state.reference, rows, desirable, scores)
-        losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
-        counted = jnp.where(objective.counts(rows.filled, desirable), losses * weights, 0)
-        return carry[0] + jnp.sum(counted), carry[1].at[index].set(objective.rewards(completions))
+        completions, loss = _loss_sum(model, objective, state.policy, state, batch, point, index)
+        return carry[0] + loss, carry[1].at[index].set(objective.rewards(completions))
 
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     room = (jnp.zeros((), dtype), jnp.zeros(batch.matched.filled.shape, dtype))

@@ -33,6 +33,7 @@ from kto_jax.logs import MetricsLog, console
 from kto_jax.models.huggingface import load_params
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import defaults
+from kto_jax.precompute import load_reference, precompute
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
@@ -86,6 +87,9 @@ def train(config: Config, workdir: Path, command: str) -> int:
         run.lock,
         contextlib.closing(Checkpoints(run.path, config.checkpoint, reference_moves=moves)) as checkpoints,
     ):
+        if config.reference.precompute:
+            inputs = precompute(config, inputs, model, mesh)
+
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
         schedule = make_schedule(config.optimizer, inputs.num_steps)
         optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
@@ -151,7 +155,8 @@ def make_state(
     """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
     plain = dataclasses.replace(model, scorer="none")
     layout, reference_layout = (shardings(mesh, m.logical_axes(), m.abstract_params("float32")) for m in (model, plain))
-    reference_dtype, uses_reference = config.reference.param_dtype, inputs.objective.uses_reference
+    reference_dtype = config.reference.param_dtype
+    uses_reference = inputs.objective.uses_reference and not config.reference.precompute
     if checkpoints.latest_step is not None:
         policy = _placed_like(model.abstract_params("float32"), layout)
         reference = _placed_like(plain.abstract_params(reference_dtype), reference_layout) if uses_reference else {}
@@ -166,7 +171,7 @@ def make_state(
     if not uses_reference:
         reference = {}
     elif config.reference.path:
-        reference = load_params(plain, inputs.reference_path, param_dtype=reference_dtype, shardings=reference_layout)
+        reference = load_reference(config, inputs, plain, reference_layout)
     else:
         trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
         reference = jax.tree.map(lambda leaf: leaf.astype(reference_dtype), trunk)

@@ -13,7 +13,7 @@ LAYERS = [
     {"objectives", "sharding"},
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
-    {"results"},
+    {"results", "precompute"},
     {"train", "generate", "score", "curves", "inspect"},
 ]
 # Within a layer, these alone.

@@ -8,8 +8,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +25,7 @@ from kto_jax.data.loaders import Loaders
 from kto_jax.data.mixture import Visits
 from kto_jax.data.packing import Packing, RowShape, fill, num_slots, pack, power_of_two
 from kto_jax.data.permutation import permute
+from kto_jax.data.reference_logps import ReferenceLogps
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.shapes import FeedbackBatch, PackedRows
 
@@ -42,6 +46,16 @@ class StepPlan:
     rows: np.ndarray
     partners: np.ndarray
     epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Where the sequences of a step lie; `unrelated` are the rows of its unmatched prompts and completions."""
+
+    shape: RowShape
+    matched: Packing
+    unmatched: Packing
+    unrelated: tuple[np.ndarray, np.ndarray]
 
 
 class Plan:
@@ -97,6 +111,7 @@ class Plan:
         self._unit, self._unmatched, self._suffixes = 2 if paired else 1, unmatched, suffixes
         self._max_prompt_length = int(index.manifest["data"]["max_prompt_length"])
         self._bos_id = index.manifest["tokenizer"]["bos_id"]
+        self._reference: ReferenceLogps | None = None
         self._check_rows()
         sequences = self._sequences(self._rows)
         lengths = self._fit(sequences, sequences)
@@ -122,6 +137,30 @@ class Plan:
     def num_slots(self) -> int:
         """Examples that a packed row has room for (S); even where they are pairs."""
         return self._shapes[0].slots
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences of a step; a pair is two."""
+        return self._batch_size * self._unit
+
+    @property
+    def reads_unmatched(self) -> bool:
+        """Whether prompts with unrelated completions are packed too."""
+        return self._unmatched
+
+    @property
+    def key(self) -> str:
+        """Digest of all that decides which sequences each step reads, and where they are cut."""
+        index = [self._index.manifest[name] for name in ("key", "content_sha256")]
+        order = [self._batch_size, self._seed, self._shuffle, self.num_steps, self._unit, self._unmatched]
+        parts = [*index, *order, self._max_length, self._max_prompt_length]
+        return hashlib.sha256(json.dumps(parts).encode() + self._visits.digest()).hexdigest()
+
+    def with_reference_logps(self, reference: ReferenceLogps) -> Plan:
+        """The same plan, whose batches hold the reference's log-probabilities."""
+        plan = copy.copy(self)
+        plan._reference = reference
+        return plan
 
     def step(self, step: int) -> StepPlan:
         """Which rows a step reads, and their partners: a function of the index, the seed and the step alone.
@@ -158,32 +197,65 @@ class Plan:
           where the plan leaves it out.
         """
         plan = self.step(step)
-        has_partner = plan.partners >= 0
-        own = (plan.rows, plan.rows)
-        unrelated = (plan.rows[has_partner], plan.partners[has_partner])
-        shape, matched, unmatched = min(
-            ((shape, self._pack(*own, shape), self._pack(*unrelated, shape)) for shape in self._shapes),
-            key=lambda packed: self._cost(*packed),
-        )
-        num_matched, num_unmatched = self._num_microbatches(matched), self._num_microbatches(unmatched)
+        packed = self._packed(plan)
+        num_matched, num_unmatched = (self._num_microbatches(p) for p in (packed.matched, packed.unmatched))
         num_microbatches = max(power_of_two(max(num_matched, num_unmatched)), self._base)
-        fill_rows = functools.partial(self._fill, shape=shape, rows=rows)
-        matched_rows = fill_rows(matched, *own, num_microbatches)
-        by_slot = functools.partial(self._by_slot, matched, num_microbatches, rows)
-        return FeedbackBatch(
-            matched=matched_rows,
+        room = num_microbatches if self._unmatched else 0
+        fill_rows = functools.partial(self._fill, shape=packed.shape, rows=rows)
+        by_slot = functools.partial(self._by_slot, packed.matched, num_microbatches, rows)
+        batch = FeedbackBatch(
+            matched=fill_rows(packed.matched, plan.rows, plan.rows, num_microbatches),
             desirable=by_slot(self._index.desirable[plan.rows]),
             weights=by_slot(self._weights(plan.rows)),
             scores=by_slot(self._index.scores[plan.rows]),
-            unmatched=fill_rows(unmatched, *unrelated, num_microbatches if self._unmatched else 0),
+            unmatched=fill_rows(packed.unmatched, *packed.unrelated, room),
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
         )
+        if self._reference is None:
+            return batch
+        unrelated = self._reference.unmatched[step, : len(plan.rows)][plan.partners >= 0]
+        return dataclasses.replace(
+            batch,
+            matched_reference=by_slot(self._reference.matched[plan.rows]),
+            unmatched_reference=self._by_slot(packed.unmatched, room, rows, unrelated),
+        )
 
-    def _cost(self, shape: RowShape, matched: Packing, unmatched: Packing) -> int:
+    def by_sequence(self, step: int, matched: np.ndarray, unmatched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What was found for the slots of a step's batch, in the order of the step's sequences.
+
+        Args:
+          step: from 0 to num_steps - 1.
+          matched: of the slots of `matched` [M, R, S]; of all hosts' rows.
+          unmatched: of those of `unmatched`, likewise; not read where the plan leaves it out.
+
+        Returns:
+          The numbers of each sequence behind its own prompt and of each prompt's unrelated sequence, 0 where it has
+          none, each [sequences].
+        """
+        plan = self.step(step)
+        packed = self._packed(plan)
+        unrelated = np.zeros(len(plan.rows), matched.dtype)
+        if self._unmatched:
+            unrelated[plan.partners >= 0] = _at_slots(unmatched, packed.unmatched)
+        return _at_slots(matched, packed.matched), unrelated
+
+    def _packed(self, plan: StepPlan) -> _Packed:
+        """Where each sequence of a step lies, in rows of the length that suits it."""
+        has_partner = plan.partners >= 0
+        unrelated = (plan.rows[has_partner], plan.partners[has_partner])
+        return min(
+            (
+                _Packed(shape, self._pack(plan.rows, plan.rows, shape), self._pack(*unrelated, shape), unrelated)
+                for shape in self._shapes
+            ),
+            key=self._cost,
+        )
+
+    def _cost(self, packed: _Packed) -> int:
         """Tokens that pass through the model. The matched rows have a backward pass, which takes as long again."""
-        microbatches = 2 * self._num_microbatches(matched) + self._num_microbatches(unmatched)
-        return microbatches * self._microbatch_rows * shape.length
+        microbatches = 2 * self._num_microbatches(packed.matched) + self._num_microbatches(packed.unmatched)
+        return microbatches * self._microbatch_rows * packed.shape.length
 
     def _num_microbatches(self, packing: Packing) -> int:
         return math.ceil(packing.num_rows / self._microbatch_rows)
@@ -388,6 +460,10 @@ def prefetch(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _at_slots(values_MRS: np.ndarray, packing: Packing) -> np.ndarray:
+    return values_MRS.reshape(-1, values_MRS.shape[-1])[packing.rows, packing.slots]
 
 
 def _upper(lengths: np.ndarray, batch: int) -> float:

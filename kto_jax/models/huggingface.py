@@ -6,6 +6,7 @@ only those bytes are read. Writing goes shard file by shard file. Nothing is eve
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from kto_jax.models.gguf import open_gguf
 from kto_jax.models.model import Model, Params
 from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json
 from kto_jax.models.scorers import init_scorer
+from kto_jax.sources import file_digest
 
 # Our name -> (Hugging Face name, whether it is stored transposed). "{}" stands for the layer.
 NAMES = {
@@ -129,6 +131,12 @@ def _draw_scorer(model: Model, key: Array, param_dtype: str, shardings: Any) -> 
         return jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_scorer(model.scorer, model.config, key))
 
     return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def weights_digest(path: Path) -> str:
+    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors."""
+    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
 
 def open_weights(path: Path) -> Weights:

@@ -1,0 +1,147 @@
+"""The reference's log-probabilities of all that a run will read, computed once; training then holds no reference.
+
+They lie in the cache under a key of all that decides them: the reference's weights, the index, the order and size of
+the batches, the epochs, the truncation and the dtypes. A second run finds them whole, a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from rich.progress import track
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.batches import Plan, prefetch
+from kto_jax.data.index import Index
+from kto_jax.data.reference_logps import ReferenceLogps, open_store
+from kto_jax.forward import packed_logps
+from kto_jax.inputs import Inputs
+from kto_jax.logs import console
+from kto_jax.models.huggingface import load_params, weights_digest
+from kto_jax.models.model import Model, Params
+from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.sharding import place_batch, shardings
+from kto_jax.sources import cache_directory
+
+_FORMAT = 1
+"""Version of the stores."""
+
+
+def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inputs:
+    """Finds or computes what the reference says of every step and evaluation of the run.
+
+    The reference is loaded only where something is missing, and is let go of at the end.
+
+    Args:
+      config: the run.
+      inputs: what it reads.
+      model: the policy's; the reference has its architecture.
+      mesh: the devices.
+
+    Returns:
+      The inputs, with plans whose batches hold the reference's log-probabilities.
+
+    Raises:
+      ConfigError: the reference finds a completion impossible (its log-probability is not finite).
+    """
+    plain = dataclasses.replace(model, scorer="none")
+    tasks = [("train", inputs.plan, inputs.num_steps)]
+    if inputs.held_out:
+        tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
+    stores = [_find_store(config, inputs, plan) for _, plan, _ in tasks]
+    missing = [len(store.missing_steps(num_steps)) for store, (*_, num_steps) in zip(stores, tasks, strict=True)]
+    places = " and ".join(str(store.directory) for store in stores)
+    console.print(f"reference log-probabilities: {sum(missing)} steps to compute, kept in {places}", highlight=False)
+    if any(missing):
+        layout = shardings(mesh, plain.logical_axes(), plain.abstract_params("float32"))
+        reference = load_reference(config, inputs, plain, layout)
+        read = functools.partial(_jit_read(plain), reference)
+        place = functools.partial(place_batch, mesh)
+        for store, (name, plan, num_steps) in zip(stores, tasks, strict=True):
+            steps = store.missing_steps(num_steps).tolist()
+            batches = prefetch(plan.batch, steps, finish=place, num_loaders=config.data.num_loaders)
+            shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
+            for step, batch in zip(steps, shown, strict=True):
+                rows = plan.step(step).rows
+                matched, unmatched = _compute(store, plan, step, batch, read)
+                for logps in (matched, unmatched):
+                    _check_finite(logps, rows, inputs.index)
+                store.write(step, rows, matched, unmatched)
+    plans = [plan.with_reference_logps(store) for store, (_, plan, _) in zip(stores, tasks, strict=True)]
+    return dataclasses.replace(inputs, plan=plans[0], held_out=plans[1] if inputs.held_out else None)
+
+
+def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
+    """The reference's parameters from its files, or as drawn where the policy's first weights are.
+
+    Args:
+      config: the run.
+      inputs: what it reads.
+      model: the architecture, without a scorer.
+      layout: sharding of every parameter.
+    """
+    if config.model.init == "random" and not config.reference.path:
+
+        def draw(key: Array) -> Params:
+            drawn = model.init_params(key, "float32")
+            return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), drawn)
+
+        return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
+    return load_params(model, inputs.reference_path, param_dtype=config.reference.param_dtype, shardings=layout)
+
+
+def _find_store(config: Config, inputs: Inputs, plan: Plan) -> ReferenceLogps:
+    if config.model.init == "random" and not config.reference.path:
+        weights = f"random {config.seed} {inputs.architecture}"
+    else:
+        weights = weights_digest(inputs.reference_path)
+    parts = [_FORMAT, weights, plan.key, config.model.dtype, config.reference.param_dtype]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    directory = cache_directory() / "reference_logps" / key[:16]
+    return open_store(directory, len(inputs.index.splits), plan.num_steps, plan.max_sequences)
+
+
+def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
+    """The compiled function: (parameters, rows, microbatches that are used) -> log-probabilities [M, R, S]."""
+
+    def read(params: Params, rows: PackedRows, count: Int[Array, ""]) -> Float[Array, "M R S"]:
+        def body(index: Int[Array, ""], logps: Array) -> Array:
+            microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
+            return logps.at[index].set(packed_logps(model, params, microbatch))
+
+        dtype = jnp.promote_types(model.dtype, jnp.float32)
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(rows.filled.shape, dtype))
+
+    return jax.jit(read)
+
+
+def _compute(
+    store: ReferenceLogps, plan: Plan, step: int, batch: FeedbackBatch, read: Callable[[PackedRows, Array], Array]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where all are known already."""
+    nothing = np.zeros(batch.matched.filled.shape, np.float32)
+    is_known = not np.isnan(store.matched[plan.step(step).rows]).any()
+    matched = nothing if is_known else jax.device_get(read(batch.matched, batch.num_matched))
+    unmatched = jax.device_get(read(batch.unmatched, batch.num_unmatched)) if plan.reads_unmatched else nothing
+    matched, unmatched = plan.by_sequence(step, matched, unmatched)
+    return matched[:0] if is_known else matched, unmatched
+
+
+def _check_finite(logps: np.ndarray, rows: np.ndarray, index: Index) -> None:
+    broken = rows[: len(logps)][~np.isfinite(logps)]
+    if len(broken):
+        places = ", ".join(index.place(row) for row in broken[:5])
+        raise ConfigError(
+            f"the reference gives {len(broken)} completions a log-probability that is not finite, among them {places}. "
+            "Every number must be finite. Look at these rows, or at config.reference.path and model.dtype."
+        )
