@@ -114,6 +114,29 @@ def test_scores_of_one_label_are_shown_and_no_weight_is_said_to_mend_them(capsys
     assert "score " in printed.split("───")[-1] and printed.count("⟦") == 1
 
 
+def test_a_mixture_is_shown_by_source_and_the_weights_asked_for_are_those_of_its_visits(capsys, cache, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, label in (("good", True), ("bad", False)):
+        rated = [{"prompt": f"Question {i}?", "completion": f"{name} {i}.", "label": label} for i in range(20)]
+        (cache / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    (cache / "mixed.py").write_text(
+        f"""import runpy
+def get_config():
+    config = runpy.run_path({str(ROOT / "configs/tiny.py")!r})["get_config"]()
+    config.data.train = ({{"source": {str(cache / "good.jsonl")!r}, "weight": 0.5}}, {str(cache / "bad.jsonl")!r})
+    config.data.holdout = 0.0
+    return config
+"""
+    )
+    assert main([f"--config={cache / 'mixed.py'}", "--rows=0"]) == 0
+    printed = capsys.readouterr().out
+    epoch = printed[printed.index("an epoch of") :]
+    assert cells(epoch, str(cache / "good.jsonl")) == ["0.5", "20", "0", "20", "33.3%", "100.0%"]
+    assert cells(epoch, str(cache / "bad.jsonl")) == ["1", "0", "20", "0", "66.7%", "0.0%"]
+    assert "10 desirable and 20 undesirable rows to train on ask for λ_D = 2 and λ_U = 1" in " ".join(printed.split())
+
+
 def test_help_says_what_it_does(capsys):
     assert main(["--help"]) == 0 and "--rows=N" in capsys.readouterr().out
 
