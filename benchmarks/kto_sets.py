@@ -1,0 +1,185 @@
+"""The feedback that `python -m benchmarks.kto` trains on, packed, padded, and as plain lists of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.packing import log_normal_lengths, make_index
+from configs import quickstart, tiny
+from kto_jax.config import Config, resolve
+from kto_jax.data.batches import Plan
+from kto_jax.data.index import Index
+from kto_jax.data.packing import Packing, RowShape, choose_row_lengths, fill
+from kto_jax.inspect import read_feedback
+from kto_jax.objectives import make_objective
+from kto_jax.shapes import FeedbackBatch, PackedRows
+
+Sequences = list[tuple[list[int], list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackSet:
+    """What all contenders train on.
+
+    Attributes:
+      config: how a user of kto_jax would train on it; what peers share is read from it.
+      plan: its batches, packed.
+      plain_remat: what the plain step keeps for its gradient, so that it fits 24 GB.
+    """
+
+    config: Config
+    plan: Plan
+    plain_remat: str
+
+
+def quickstart_set(model: str) -> FeedbackSet:
+    """The quickstart as it is: short reviews, 16 examples a step."""
+    config = quickstart.get_config()
+    config.model.path = model or config.model.path
+    return _make_set(resolve(config), plain_remat="none")
+
+
+def small_set(model: str) -> FeedbackSet:
+    """Toy rows for a tiny model."""
+    config = tiny.get_config()
+    config.model.path = model or config.model.path
+    config.row_length, config.microbatch_rows = 192, 2
+    return _make_set(resolve(config), plain_remat="none")
+
+
+def log_normal_set(model: str) -> FeedbackSet:
+    """Chat-like lengths: median 250, 95th percentile 1,000, cap 2,048 tokens.
+
+    The tokens are the quickstart's reviews, strung together. A third of each example is completion; half of the
+    examples are desirable.
+    """
+    config = quickstart.get_config()
+    config.model.path = model or config.model.path
+    with tempfile.TemporaryDirectory() as scratch:
+        reviews, tokenizer = read_feedback(resolve(config), Path(scratch))
+    lengths = log_normal_lengths(4_000)
+    index = make_index(lengths)
+    tokens = np.resize(reviews.tokens, index.tokens.shape).astype(np.int32)
+    tokens[index.offsets[1:] - 1] = tokenizer.eos_id
+    index = dataclasses.replace(index, tokens=tokens, weights=np.ones(len(lengths.prompt), np.float32))
+    config.data.max_length, config.data.max_prompt_length = lengths.max_length, lengths.max_length // 2
+    config.batch_size, config.microbatch_rows, config.completion_share = 8, 1, 0.4
+    (config.row_length,) = choose_row_lengths(
+        lengths.prompt,
+        lengths.completion,
+        batch_size=config.batch_size,
+        shortest=lengths.max_length,
+        completion_share=config.completion_share,
+    )
+    return _make_set(resolve(config), plain_remat="full", index=index)
+
+
+SETS = {"quickstart": quickstart_set, "log_normal": log_normal_set, "small": small_set}
+
+
+def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -> FeedbackSet:
+    """The set's plan; weights from the counts, and a constant learning rate, so that all contenders have the same."""
+    if index is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            index, _ = read_feedback(config, Path(scratch))
+    rows = index.rows("train")
+    labels = np.asarray(index.desirable)[rows]
+    options = make_objective(
+        config.objective, num_desirable=int(labels.sum()), num_undesirable=int((~labels).sum())
+    ).options
+    shared = ("beta", "desirable_weight", "undesirable_weight")
+    weights: dict[str, Any] = {name: float(options[name]) for name in shared}
+    config = dataclasses.replace(
+        config,
+        objective=dataclasses.replace(config.objective, **weights),
+        optimizer=dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0),
+    )
+    row_length = int(config.row_length) or config.data.max_length
+    plan = Plan(
+        index,
+        rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=1,
+        row_length=row_length,
+        microbatch_rows=config.microbatch_rows,
+        completion_length=round(row_length * config.completion_share),
+        max_length=config.data.max_length,
+    )
+    return FeedbackSet(config, plan, plain_remat)
+
+
+def sequences(rows: PackedRows) -> Sequences:
+    """The prompts and completions that lie in packed rows, slot by slot."""
+    found = []
+    for place in zip(*np.nonzero(rows.filled), strict=True):
+        *row, slot = place
+        ids = rows.tokens[*row][rows.segment_ids[*row] == slot + 1].tolist()
+        split = len(ids) - int(np.sum(rows.target_segments[*row] == slot + 1))
+        found.append((ids[:split], ids[split:]))
+    return found
+
+
+def as_lists(batch: FeedbackBatch) -> dict[str, list]:
+    """The same examples as plain lists, for contenders that pad for themselves.
+
+    Every prompt has an unmatched completion, so that peers, which always make as many pairs, do the same work.
+    """
+    rows: dict[str, list] = {"matched": sequences(batch.matched), "unmatched": sequences(batch.unmatched)}
+    assert len(rows["matched"]) == len(rows["unmatched"])
+    assert np.all(batch.weights[batch.matched.filled] == 1)
+    return rows | {"desirable": batch.desirable[batch.matched.filled].tolist()}
+
+
+def pad_batch(batch: FeedbackBatch) -> FeedbackBatch:
+    """The same examples with a row for each, padded to the longest, in one microbatch: packing switched off.
+
+    Lengths are rounded up to a multiple of 32, so that there are few programs to compile.
+    """
+
+    def by_row(values: np.ndarray) -> np.ndarray:
+        return values[batch.matched.filled].reshape(1, -1, 1)
+
+    return dataclasses.replace(
+        batch,
+        matched=_pad(batch.matched),
+        unmatched=_pad(batch.unmatched),
+        desirable=by_row(batch.desirable),
+        weights=by_row(batch.weights),
+        scores=by_row(batch.scores),
+        num_matched=np.int32(1),
+        num_unmatched=np.int32(1),
+    )
+
+
+def _pad(rows: PackedRows) -> PackedRows:
+    found = sequences(rows)
+    count = len(found)
+    zeros = np.zeros(count, np.int64)
+
+    def longest(lengths: list[int]) -> int:
+        return -(-max(lengths) // 32) * 32
+
+    return fill(
+        Packing(np.arange(count), zeros, zeros, zeros, count),
+        lambda i: (np.array(found[i][0]), np.array(found[i][1])),
+        num_microbatches=1,
+        microbatch_rows=count,
+        rows=slice(None),
+        shape=RowShape(
+            longest([len(prompt) + len(completion) for prompt, completion in found]),
+            longest([len(completion) for _, completion in found]),
+            1,
+        ),
+    )
+
+
+def padding(batch: FeedbackBatch) -> float:
+    """Share of padding in what passes through the model, matched and unmatched."""
+    used = [batch.matched.segment_ids[: batch.num_matched], batch.unmatched.segment_ids[: batch.num_unmatched]]
+    return 1 - sum(int((ids > 0).sum()) for ids in used) / sum(ids.size for ids in used)

@@ -1,0 +1,1 @@
+"""What `python -m benchmarks.kto` times, each in a process of its own; peers also in an environment of their own."""

@@ -1,0 +1,29 @@
+"""Our training step, on the batches that the parent packed or padded: contenders `kto_jax` and `padded`."""
+
+from __future__ import annotations
+
+from benchmarks.peers.jax_turn import load_batch, load_policy, take_turn
+from benchmarks.peers.turn import read_job
+from kto_jax.config import resolve
+from kto_jax.objectives import make_objective
+from kto_jax.sharding import place_batch
+from kto_jax.state import create_state, make_optimizer, make_schedule
+from kto_jax.step import jit_train_step
+
+
+def main() -> None:
+    """Takes the turn."""
+    job = read_job()
+    config = resolve(job["config"])
+    mesh, model, policy = load_policy(job, config.model.remat)
+    objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
+    schedule = make_schedule(config.optimizer, len(job["batches"]))
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    state = create_state(policy, policy, optimizer, mesh, objective.initial_state)
+    del policy
+    take_turn(job, step, state, [place_batch(mesh, load_batch(path)) for path in job["batches"]])
+
+
+if __name__ == "__main__":
+    main()
