@@ -90,6 +90,7 @@ def main() -> None:
     # Nothing but the contender whose turn it is may hold a GPU's memory, or run on more cores than asked for.
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(options.threads)}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, every contender takes one
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     out = Path(options.out)
     results = json.loads(out.read_text()) if out.exists() else {}

@@ -19,8 +19,8 @@ from kto_jax.sharding import constrainer, make_mesh, shardings
 
 
 def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Model, Params]:
-    """The devices, the model and its weights in float32, as a run of kto_jax has them."""
-    mesh = make_mesh(MeshConfig())
+    """The first device, the model and its weights in float32, as a run of kto_jax has them."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(read_config(job["model"]), dtype=job["dtype"], remat=remat, constrain=constrainer(mesh))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     return mesh, model, load_params(model, job["model"], param_dtype="float32", shardings=layout)

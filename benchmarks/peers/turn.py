@@ -18,8 +18,7 @@ def read_job() -> dict[str, Any]:
     job = json.loads(Path(sys.argv[1]).read_text())
     # Where memory runs out, the contender that needs it is what the kernel ends.
     Path("/proc/self/oom_score_adj").write_text("1000")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
     return job
 
 
