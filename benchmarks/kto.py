@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,15 @@ def main() -> None:
     out = Path(options.out)
     results = json.loads(out.read_text()) if out.exists() else {}
     results["flops_check"] = flops_check()
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.sets:
         with tempfile.TemporaryDirectory() as scratch:
-            results[name] = {"machine": describe_machine(options), **measure(name, options, Path(scratch))}
+            for result in measure(name, options, Path(scratch)):
+                results[name] = {"machine": describe_machine(options), **result}
+                out.write_text(json.dumps(results, indent=2) + "\n")
         console.print(make_table(name, results[name]))
         for contender, reason in results[name]["failed"].items():
             console.print(f"{contender} failed: {reason}", style="red", markup=False)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def read_options() -> argparse.Namespace:
@@ -127,12 +129,12 @@ def read_options() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ the turns
 
 
-def measure(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
     """All rounds on one set.
 
-    Returns:
-      The settings, the peaks in FLOP/s, tokens and FLOPs of each step, every turn's figures by contender, why
-      contenders failed, and a summary of each.
+    Yields:
+      After each round: the settings, the peaks in FLOP/s, tokens and FLOPs of each step, every turn's figures by
+      contender, why contenders failed, and a summary of each.
     """
     feedback = SETS[name](options.model)
     model_dir = export_model(feedback, scratch)
@@ -151,14 +153,14 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
                 else:
                     turns[contender].append(figures)
         peaks.append(peak_flops(device, options.dtype)[0])
-    result = {
-        "settings": settings(job),
-        "peak_flops": peaks,
-        "steps": batches,
-        "turns": {contender: taken for contender, taken in turns.items() if taken},
-        "failed": failed,
-    }
-    return result | {"summary": summarise(result)}
+        result = {
+            "settings": settings(job),
+            "peak_flops": peaks,
+            "steps": batches,
+            "turns": {contender: taken for contender, taken in turns.items() if taken},
+            "failed": failed,
+        }
+        yield result | {"summary": summarise(result)}
 
 
 def make_job(
