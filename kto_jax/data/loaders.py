@@ -9,28 +9,38 @@ a run (the last steps still need batches), and a pool that lost one process wait
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
+import io
 import itertools
+import mmap
 import multiprocessing
 import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.processes import bare_main
 
 T = TypeVar("T")
+_AHEAD = 2
+_ALIGNMENT = 64
+"""Bytes; where each array begins."""
 
 
 class Loaders(Generic[T]):
-    """Processes that compute `function(step)` for each step, one step ahead each; iterate to take the results in order.
+    """Processes that compute `function(step)` for each step; iterate to take the results in order.
 
-    Their memory is bounded: each holds the function and one result. They touch no accelerator, end with this process
-    however it ends, and leave SIGINT and SIGTERM to it.
+    Each is two steps ahead at most, so that it works on the second while the first is taken. Their memory is bounded:
+    each holds the function, a result, and two to be taken. They touch no accelerator, end with this process however it
+    ends, and leave SIGINT and SIGTERM to it.
 
     Args:
       function: makes a step's batch; it is pickled once for each process, so no lambda.
@@ -42,6 +52,7 @@ class Loaders(Generic[T]):
         self._steps = iter(steps)
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
+        self._memories: list[tuple[_SharedMemory, ...]] = []
         atexit.register(self.close)
         context = multiprocessing.get_context("spawn")
         try:
@@ -52,8 +63,9 @@ class Loaders(Generic[T]):
                     process.start()
                 self._processes.append(process)
                 self._connections.append(ours)
+                self._memories.append(tuple(_SharedMemory(_anonymous_file()) for _ in range(_AHEAD)))
             for number in range(num_loaders):
-                self._send(number, function, "at its start")
+                self._start(number, function)
         except BaseException:
             self.close()
             raise
@@ -65,40 +77,48 @@ class Loaders(Generic[T]):
           ConfigError: a loader was ended from outside.
           Exception: whatever `function` raised, in its turn, with a note of where.
         """
-        asked = list(itertools.islice(self._steps, len(self._processes)))
-        for number, step in enumerate(asked):
-            self._send(number, step, f"before step {step}")
-        number = 0
-        while asked:
-            step = asked.pop(0)
-            result = self._receive(number, f"while it made the batch of step {step}")
-            following = next(self._steps, None)
-            if following is not None:
-                self._send(number, following, f"before step {following}")
-                asked.append(following)
+        asked: collections.deque[int] = collections.deque()
+        num_asked = num_taken = 0
+        while True:
+            while len(asked) < _AHEAD * len(self._processes) and (step := next(self._steps, None)) is not None:
+                self._send(num_asked % len(self._processes), step)
+                asked.append(step)
+                num_asked += 1
+            if not asked:
+                return
+            round_, number = divmod(num_taken, len(self._processes))
+            result = self._receive(number, round_ % _AHEAD, f"while it made the batch of step {asked.popleft()}")
+            num_taken += 1
             yield result
-            number = (number + 1) % len(self._processes)
 
     def close(self) -> None:
         """Ends the processes at once; they hold nothing that could be lost."""
         atexit.unregister(self.close)
         for process in self._processes:
             process.kill()
-        for process, connection in zip(self._processes, self._connections, strict=True):
+        for process in self._processes:
             process.join()
+        for connection in self._connections:
             connection.close()
+        for memory in itertools.chain(*self._memories):
+            memory.close()
 
-    def _send(self, number: int, message: Any, moment: str) -> None:
-        try:
+    def _start(self, number: int, function: Callable[[int], T]) -> None:
+        with contextlib.suppress(OSError):
+            for memory in self._memories[number]:
+                send_handle(self._connections[number], memory.file, self._processes[number].pid)
+        self._send(number, function)
+
+    def _send(self, number: int, message: Any) -> None:
+        with contextlib.suppress(OSError):  # a process that has ended is found where its result is to be taken
             self._connections[number].send(message)
-        except OSError:
-            raise self._ended(number, moment) from None
 
-    def _receive(self, number: int, moment: str) -> T:
+    def _receive(self, number: int, turn: int, moment: str) -> T:
         try:
-            result, error, trace = self._connections[number].recv()
+            head, places = self._connections[number].recv()
         except (EOFError, OSError):  # nothing else holds the other end
             raise self._ended(number, moment) from None
+        result, error, trace = ForkingPickler.loads(head, buffers=self._memories[number][turn].read(places))
         if error is not None:
             error.add_note(f"in {self._processes[number].name}, {moment}:\n{trace}")
             raise error
@@ -116,6 +136,58 @@ class Loaders(Generic[T]):
         )
 
 
+class _SharedMemory:
+    """A file that two processes map, and that grows with what is written to it.
+
+    It has no name, so nothing is left of it when both have ended, whichever way.
+    """
+
+    def __init__(self, file: int):
+        self.file = file
+        self._map: mmap.mmap | None = None
+
+    def write(self, buffers: list[memoryview]) -> list[tuple[int, int]]:
+        """Writes all, in place of what was there; returns where each begins, and its bytes."""
+        ends = list(itertools.accumulate(_aligned(len(buffer)) for buffer in buffers))
+        if buffers and ends[-1] > os.fstat(self.file).st_size:
+            os.ftruncate(self.file, ends[-1])
+        places = [(end - _aligned(len(buffer)), len(buffer)) for end, buffer in zip(ends, buffers, strict=True)]
+        for (start, size), buffer in zip(places, buffers, strict=True):
+            if size:
+                self._mapped(start + size)[start : start + size] = buffer
+        return places
+
+    def read(self, places: list[tuple[int, int]]) -> list[memoryview]:
+        """A copy of what was written at each place: the next batch will lie there too."""
+        size = max((start + size for start, size in places), default=0)
+        copy = np.empty(size, np.uint8)
+        if size:
+            copy[:] = np.frombuffer(self._mapped(size), np.uint8, size)
+        return [copy.data[start : start + size] for start, size in places]
+
+    def close(self) -> None:
+        """Lets go of the file and of the memory."""
+        if self._map is not None:
+            self._map.close()
+        os.close(self.file)
+
+    def _mapped(self, size: int) -> mmap.mmap:
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(self.file, 0)
+        return self._map
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("kto_jax batches")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 # Everything below runs in the loaders.
 
 
@@ -126,9 +198,19 @@ def _serve(connection: Connection) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Where the parent is gone, whichever way, the pipe ends.
     with contextlib.suppress(EOFError, OSError):
+        memories = [_SharedMemory(recv_handle(connection)) for _ in range(_AHEAD)]
         function = connection.recv()
-        while True:
-            connection.send(_reply(function, connection.recv()))
+        for memory in itertools.cycle(memories):
+            buffers: list[memoryview] = []
+            head = _pickled(_reply(function, connection.recv()), buffers)
+            connection.send((head, memory.write(buffers)))
+
+
+def _pickled(value: Any, buffers: list[memoryview]) -> bytes:
+    """A value without its arrays, which are added to `buffers`."""
+    head = io.BytesIO()
+    ForkingPickler(head, 5, True, lambda buffer: buffers.append(buffer.raw())).dump(value)
+    return head.getvalue()
 
 
 def _reply(function: Callable[[int], Any], step: int) -> tuple[Any, BaseException | None, str]:

@@ -91,18 +91,33 @@ def pid_of_step(step):
     return os.getpid()
 
 
-def test_a_loader_is_one_step_ahead_and_no_more(tmp_path):
+def test_a_loader_is_two_steps_ahead_and_no_more(tmp_path):
     made = tmp_path / "made"
     with contextlib.closing(Loaders(functools.partial(note, str(made)), range(100), 2)) as loaders:
         assert next(iter(loaders)) == 0
         time.sleep(0.3)
-        assert sorted(made.read_text().split()) == ["0", "1", "2"]
+        assert sorted(made.read_text().split()) == ["0", "1", "2", "3"]
 
 
 def note(path, step):
     with open(path, "a") as file:
         file.write(f"{step}\n")
     return step
+
+
+def growing(step):
+    return {
+        "step": step,
+        "a": np.arange(1000 * (step % 3)),
+        "b": np.full((3, step), step)[:, ::2],
+        "c": np.float32(step),
+    }
+
+
+def test_arrays_of_all_sizes_come_back_as_they_were_and_stay_so():
+    results = list(prefetch(growing, range(8), num_loaders=1))
+    assert equal(results, [growing(step) for step in range(8)])
+    results[4]["a"] += 1  # the receiver's own
 
 
 class StrangeError(Exception):
@@ -172,7 +187,7 @@ def test_a_loader_that_is_killed_is_said_in_its_turn_and_no_process_is_left(how,
 
 
 def send_big(step):
-    return np.full(1 << 20, step)
+    return bytes(1 << 20)
 
 
 def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
