@@ -1,8 +1,11 @@
 """Scores completions with a reward model, from the command line.
 
 python -m kto_jax.score --model=runs/reward --data=feedback.jsonl --out=scored.jsonl
+python -m kto_jax.score --model=runs/reward --config=configs/kto_llama.py --out=scored.jsonl
 
-Every row of --out is the row of --data with a field "score" added: train on it with config.data.format=scores.
+Every row of --out is the row of --data with a field "score" added: train on it with config.data.format=scores. With
+--config in place of --data, what is scored is what training reads of config.data.train, in any format, layout or
+mixture; each of its completions becomes a row of its own, {prompt, completion, label, score}.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from jaxtyping import Array, Float, Int
 from kto_jax import sources
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files, records, tokenize
+from kto_jax.data.mixture import sources_of
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models import huggingface
 from kto_jax.models.model import Model, Params
+from kto_jax.train import read_command
 
 _SHORTEST = 64
 """Sequences are padded to this length or a power of two above it, so that few shapes are compiled."""
@@ -117,7 +122,7 @@ def score_rows(
     batch_size: int,
     score_field: str = "score",
 ) -> Iterator[dict[str, Any] | files.Rejection]:
-    """Adds to each row the score of its prompt, completion and EOS, encoded as training encodes them.
+    """Adds to each row the score of its prompt and completion.
 
     Args:
       model: a reward model.
@@ -134,8 +139,35 @@ def score_rows(
     Raises:
       ConfigError: the first row lacks a prompt or a completion, or a row has a field `score_field` already.
     """
-    limits = tokenize.Limits(data.max_length, data.max_prompt_length, "reject", model.config.vocab_size)
     pairs = _records(rows, data, score_field)
+    yield from score_records(model, params, tokenizer, pairs, data, batch_size=batch_size, score_field=score_field)
+
+
+def score_records(
+    model: Model,
+    params: Params,
+    tokenizer: tokenize.TokenizerInfo,
+    pairs: Iterator[tuple[Any, records.Feedback | files.Rejection]],
+    data: DataConfig,
+    *,
+    batch_size: int,
+    score_field: str,
+) -> Iterator[dict[str, Any] | files.Rejection]:
+    """Adds to rows the score of their prompt, completion and EOS, encoded as training encodes them.
+
+    Args:
+      model: a reward model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      pairs: each row's fields, and what was read of them.
+      data: the limits.
+      batch_size: rows scored at once.
+      score_field: the field that is added.
+
+    Yields:
+      Every row in order, with its score, or a `Rejection`.
+    """
+    limits = tokenize.Limits(data.max_length, data.max_prompt_length, "reject", model.config.vocab_size)
     with tokenize.Workers(1, tokenizer) as workers:
         while chunk := list(itertools.islice(pairs, batch_size * _BATCHES_READ_AHEAD)):
             readable = [record for _, record in chunk if isinstance(record, records.Feedback)]
@@ -175,6 +207,32 @@ def _records(
     for record in records.records_of(trimmed(), dataclasses.replace(data, format="demonstrations")):
         assert isinstance(record, records.Feedback | files.Rejection)
         yield waiting.pop(), record
+
+
+def completions_to_score(
+    data: DataConfig, score_field: str
+) -> Iterator[tuple[Any, records.Feedback | files.Rejection]]:
+    """Every completion of what `data.train` names, and a row of the layout "fields" for it.
+
+    Args:
+      data: as training reads it.
+      score_field: the field that will be added.
+
+    Yields:
+      Fields and completion; a `Rejection` in place of both where a row cannot be used.
+
+    Raises:
+      ConfigError: as `records.records_of` does, or the rows have a field `score_field` already.
+    """
+    for source in sources_of(data):
+        for record in records.read_records(source.path, source.data) if source.split == "train" else ():
+            if isinstance(record, files.Rejection):
+                yield None, record
+            elif not isinstance(record, records.Skipped):
+                for completion in records.completions_of(record):
+                    row = records.row_of(completion, source.data)
+                    _check_fields(record.place, row, (), score_field)
+                    yield row, completion
 
 
 def _check_fields(place: str, fields: Mapping[str, Any], needed: Iterable[str], score_field: str) -> None:
@@ -220,12 +278,17 @@ def _define_flags() -> None:
     flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
 
 
-def _check_files(options: flags.FlagValues) -> list[files.SourceFile]:
+def _check_files(options: flags.FlagValues, feedback: DataConfig | None) -> list[files.SourceFile]:
     """What is to be read."""
     missing = [f"--{name}" for name in ("model", "data", "out") if not getattr(options, name)]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} not given; --model, --data and --out are needed. Set them.")
-    found, out = files.expand(options.data), Path(options.out)
+    if feedback is not None and options.data:
+        raise ConfigError("--data and --config are given; one of them says what is scored. Take one of the two out.")
+    if missing and not (feedback is not None and missing == ["--data"]):
+        raise ConfigError(
+            f"{', '.join(missing)} not given; --model, --data (or --config) and --out are needed. Set them."
+        )
+    paths = [source.path for source in sources_of(feedback)] if feedback is not None else [options.data]
+    found, out = [file for path in paths for file in files.expand(path)], Path(options.out)
     if out.is_dir() or (out.exists() and any(out.samefile(file.path) for file in found)):
         raise ConfigError(f"--out={out} is --data or a directory; it must be another file. Choose another --out.")
     return found
@@ -238,8 +301,8 @@ def _limits_of_run(model: str) -> dict[str, int]:
     return {name: data.get(name, getattr(DataConfig, name)) for name in ("max_length", "max_prompt_length")}
 
 
-def _run(options: flags.FlagValues) -> int:
-    found, out = _check_files(options), Path(options.out)
+def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
+    found, out = _check_files(options, feedback), Path(options.out)
     limits = _limits_of_run(options.model)
     data = DataConfig(
         prompt_field=options.prompt_field, completion_field=options.completion_field,
@@ -258,10 +321,13 @@ def _run(options: flags.FlagValues) -> int:
         tokenizer = tokenize.prepare_tokenizer(
             tokenizer_path, Path(directory) / "tokenizer", chat_template=options.chat_template
         )
-        rows = itertools.chain.from_iterable(map(files.read_rows, found))
-        scored = score_rows(
-            model, params, tokenizer, rows, data, batch_size=options.batch_size, score_field=options.score_field
-        )
+        how: dict[str, Any] = {"batch_size": options.batch_size, "score_field": options.score_field}
+        if feedback is None:
+            rows = itertools.chain.from_iterable(map(files.read_rows, found))
+            scored = score_rows(model, params, tokenizer, rows, data, **how)
+        else:
+            completions = completions_to_score(feedback, options.score_field)
+            scored = score_records(model, params, tokenizer, completions, data, **how)
         try:
             _write(partial, scored, counts)
             if counts["scored"]:
@@ -300,12 +366,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         try:
-            rest = flags.FLAGS(list(argv))[1:]
+            of_config = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config")]
+            feedback = read_command([argv[0], *of_config])[0].data if of_config else None
+            rest = flags.FLAGS([argument for argument in argv if argument not in of_config])[1:]
         except flags.Error as error:
             raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
         if rest:
             raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --data= before a file.")
-        return _run(flags.FLAGS)
+        return _run(flags.FLAGS, feedback)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

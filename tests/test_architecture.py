@@ -19,7 +19,7 @@ LAYERS = [
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
-    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"),
+    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

@@ -65,7 +65,7 @@ def command(capsys, monkeypatch):
     monkeypatch.setattr(score.flags, "FLAGS", parsed)
     for name in ("string", "integer", "enum"):
         define = getattr(score.flags, f"DEFINE_{name}")
-        with_values = lambda *args, define=define, **options: define(*args, flag_values=parsed, **options)  # noqa: E731
+        with_values = lambda *args, define=define, **options: define(*args, **{"flag_values": parsed} | options)  # noqa: E731
         monkeypatch.setattr(score.flags, f"DEFINE_{name}", with_values)
     score._define_flags()
 
@@ -197,6 +197,9 @@ def test_rows_without_the_fields_or_with_a_rating_already_are_refused(exported, 
         (["--model={model}", "--data={data}", "--out={directory}/x", "--max_length=4000"], "context of 2048 tokens"),
         (["--model={model}", "--batch_size=0"], "batch_size"),
         (["data.jsonl"], "is no flag"),
+        (["--model=m", "--data={data}", "--out=x", "--config=configs/tiny.py"], "--data and --config are given"),
+        (["--model=m", "--config=configs/tiny.py"], "--out not given"),
+        (["--model=m", "--config=configs/tiny.py", "--config.data.trian=x", "--out=x"], "Did you mean 'train'"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(exported, tmp_path, command, arguments, message):
@@ -205,6 +208,64 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(exported, tmp_path, com
     code, said = command(*(argument.format(**values) for argument in arguments))
     assert code == 2 and said.startswith("error: ") and message in said
     assert len(data.read_text().splitlines()) == len(ROWS)
+
+
+def test_whatever_training_reads_is_scored_one_row_for_every_completion(exported, tmp_path, command):
+    run, model, params, tokenizer = exported
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    pairs = [
+        {"chosen": "\n\nHuman: Q?\n\nAssistant: Jaws.", "rejected": "\n\nHuman: Q?\n\nAssistant: Heat."},
+        {"chosen": "no transcript", "rejected": "neither"},
+    ]
+    log = {"messages": [*CHAT, {"role": "assistant", "content": "Fine.", "feedback": "up"}], "weight": 2.0}
+    skipped = {"messages": [*CHAT, {"role": "assistant", "content": "Well.", "feedback": "unsure"}]}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    (tmp_path / "config.py").write_text(f"""
+from kto_jax.config import default_config
+def get_config():
+    config = default_config()
+    config.model.path = "any"
+    config.data.train = (
+        {{"source": {str(write(tmp_path / "pairs.jsonl", pairs))!r}, "format": "pairs", "layout": "hh"}},
+        {{"source": {str(write(tmp_path / "log.jsonl", [log, skipped]))!r}, "layout": "messages",
+         "label_map": {{"up": True, "unsure": None}}}},
+        {{"source": {str(write(tmp_path / "shown.jsonl", [ROWS[0] | {"weight": None, "tools": []}]))!r},
+         "format": "demonstrations"}},
+    )
+    return config
+""")
+    out = tmp_path / "scored.jsonl"
+    code, said = command(f"--model={run}", f"--config={tmp_path / 'config.py'}", f"--out={out}")
+    assert code == 0 and "4 rows scored, 1 rejected" in said and f"{tmp_path / 'pairs.jsonl'}:2: no prompt" in said
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    question = [{"role": "user", "content": "Q?"}]
+    assert [{name: row[name] for name in row if name != "score"} for row in rows] == [
+        {"prompt": question, "completion": "Jaws.", "label": True},
+        {"prompt": question, "completion": "Heat.", "label": False},
+        {"prompt": CHAT, "completion": "Fine.", "weight": 2.0, "label": True},
+        {"prompt": "Name a film.", "completion": "Jaws."},
+    ]
+    encoder = tokenize.make_encoder(tokenizer)
+    for row in rows:
+        ids = np.concatenate(encoder.encode_row(row["prompt"], row["completion"]))
+        np.testing.assert_allclose(row["score"], naive(model, params, ids), rtol=1e-4)
+    # What is written of a completion reads back as the same.
+    data = DataConfig()
+    row = {"prompt": CHAT, "completion": [calls], "label": False, "tools": tools}
+    (record,) = records.records_of(iter([("x:1", row)]), data)
+    written = json.loads(json.dumps(records.row_of(record, data)))
+    assert list(records.records_of(iter([("x:1", written)]), data)) == [record] and written["tools"] == tools
+    scored = DataConfig(format="scores")
+    (record,) = records.records_of(iter([("x:1", {"prompt": "Q", "completion": "A", "score": 2})]), scored)
+    assert records.row_of(record, scored) == {"prompt": "Q", "completion": "A", "score": 2.0}
+
+
+def test_ratings_of_a_configuration_are_not_written_over(exported, tmp_path):
+    rated = write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A", "score": 2}])
+    with pytest.raises(ConfigError, match=r"a.jsonl:1 has a field 'score' already"):
+        list(score.completions_to_score(DataConfig(train=str(rated), format="scores"), "score"))
+    ((row, _),) = score.completions_to_score(DataConfig(train=str(rated), format="scores"), "reward")
+    assert row["score"] == 2.0
 
 
 def test_a_run_is_scored_with_the_lengths_that_it_trained_with(tmp_path):

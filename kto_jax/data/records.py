@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import string
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,18 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files
 from kto_jax.data.files import Rejection
 from kto_jax.data.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
-from kto_jax.data.turns import SAME_COMPLETIONS, BadRowError, Completion, Message, check_text, part, present, with_tools
+from kto_jax.data.turns import (
+    SAME_COMPLETIONS,
+    TOOLS,
+    BadRowError,
+    Completion,
+    Message,
+    check_text,
+    message_of,
+    part,
+    present,
+    with_tools,
+)
 
 __all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
 _REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
@@ -87,6 +99,28 @@ Record = Feedback | Preference | Rejection | Skipped
 def completions_of(record: Feedback | Preference) -> tuple[Feedback, ...]:
     """The completions of a row, in the order in which the index holds them."""
     return (record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
+
+
+def row_of(feedback: Feedback, data: DataConfig) -> dict[str, Any]:
+    """A row of the layout "fields" that reads back as this completion.
+
+    Args:
+      feedback: read by `records_of`.
+      data: by which it was read; scores are kept as scores, and labels as labels.
+    """
+    prompt, completion = feedback.prompt, feedback.completion
+    row: dict[str, Any] = {}
+    if isinstance(prompt, list) and prompt[0]["role"] == TOOLS:
+        row["tools"], prompt = json.loads(prompt[0]["content"]), prompt[1:]
+    row["prompt"] = prompt if isinstance(prompt, str) else [message_of(message) for message in prompt]
+    row["completion"] = completion if isinstance(completion, str) else [message_of(completion)]
+    if feedback.weight != 1:
+        row["weight"] = feedback.weight
+    if data.format == "scores":
+        row["score"] = feedback.score
+    elif data.format != "demonstrations":
+        row["label"] = feedback.desirable
+    return row
 
 
 def read_records(source: str, data: DataConfig) -> Iterator[Record]:

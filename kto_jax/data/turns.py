@@ -171,6 +171,11 @@ def with_tools(prompt: Prompt, tools: Any) -> Prompt:
     return [{"role": TOOLS, "content": check_text(text, "tools")}, *messages]
 
 
+def message_of(message: Message) -> dict[str, Any]:
+    """A message as a row holds it: its calls are objects."""
+    return {key: json.loads(value) if key == TOOL_CALLS else value for key, value in message.items()}
+
+
 def _repeats(head: list[Message], prompt: Prompt) -> bool:
     """Whether the turns before a completion are those of the prompt, or of a conversation that the prompt is from."""
     if isinstance(prompt, str):
