@@ -243,17 +243,16 @@ def test_scores_with_a_rule_of_their_own_are_judged_by_themselves(make_index, mi
 
 def test_two_files_of_one_source_have_one_scale(make_index, tmp_path):
     for name, score in (("a", 1), ("b", 9)):
-        write(
-            tmp_path / f"{name}.jsonl",
-            [{"prompt": "Q?", "completion": f"{name}{i}.", "score": score} for i in range(2)],
-        )
+        rows = [{"prompt": "Q?", "completion": f"{name}{i}.", "score": score + 2 * i} for i in range(2)]
+        write(tmp_path / f"{name}.jsonl", rows)
     entry = {"source": str(tmp_path / "[ab].jsonl"), "format": "scores", "score_rule": "mean"}
-    index = make_index([], train=(entry,), directory=tmp_path)
-    assert [scale["pivot"] for scale in index.manifest["scores"]] == [5.0]
-    each = tuple({**entry, "source": str(tmp_path / f"{name}.jsonl"), "score_rule": "threshold", "score_threshold": at}
-                 for name, at in (("a", 1.0), ("b", 10.0)))  # fmt: skip
-    index = make_index([], train=each, directory=tmp_path)
-    assert index.desirable.tolist() == [True, True, False, False]
+    together = make_index([], train=(entry,), directory=tmp_path)
+    assert [scale["pivot"] for scale in together.manifest["scores"]] == [6.0]
+    apart = tuple({**entry, "source": str(tmp_path / f"{name}.jsonl")} for name in "ab")
+    index = make_index([], train=apart, directory=tmp_path)
+    assert [scale["pivot"] for scale in index.manifest["scores"]] == [2.0, 10.0]
+    assert index.desirable.tolist() == [False, True, False, True]
+    assert together.desirable.tolist() == [False, False, True, True]
 
 
 def test_weights_rebuild_nothing_but_other_settings_of_a_source_do(make_index, mixed, tmp_path, monkeypatch):
