@@ -17,7 +17,7 @@ from kto_jax.data.mixture import Visits, sources_of, weights_of
 from kto_jax.data.permutation import permute
 from kto_jax.models.config import TransformerConfig
 from kto_jax.run import open_run
-from tests.data.test_batches import make_plan, paired_index, random_index
+from tests.data.test_batches import fake_index, make_plan, paired_index, random_index
 
 ARCHITECTURE = TransformerConfig(
     vocab_size=512, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, max_length=64
@@ -134,29 +134,21 @@ def test_pairs_are_visited_by_the_weight_of_their_source_both_completions_side_b
         assert (index.prompt_hashes[read.rows[has]] != index.prompt_hashes[read.partners[has]]).all()
 
 
-def test_a_row_that_no_first_epoch_visits_must_fit_too():
+def test_a_row_that_the_first_epoch_does_not_visit_must_fit_too():
     index = random_index(20)
-    longest = int(np.argmax(index.completion_lengths))
-    index.places[longest, 0] = 1
+    room = int(index.completion_lengths.max()) - 1
     for seed in range(4):
         with pytest.raises(ConfigError, match="the longest completion has"):
-            make_plan(
-                index,
-                weights=np.array([0.2, 1.0]),
-                seed=seed,
-                completion_length=int(index.completion_lengths.max()) - 1,
-            )
+            make_plan(index, weights=np.array([0.2]), seed=seed, completion_length=room)
 
 
 def test_the_shape_of_a_step_is_that_of_the_rows_that_are_visited_often():
-    index = random_index(60)
-    short = index.completion_lengths + index.prompt_lengths < 14
-    index.places[~short, 0] = 1
-    plain, long = (
-        make_plan(index, batch_size=32, microbatch_rows=1),
-        make_plan(index, batch_size=32, microbatch_rows=1, weights=np.array([0.1, 30.0])),
-    )
-    assert long._base >= plain._base and long.num_steps > plain.num_steps
+    index = fake_index([(3, 3)] * 50 + [(14, 24)] * 10)
+    index.places[50:, 0] = 1
+    settings = {"batch_size": 32, "microbatch_rows": 1, "epochs": 1}
+    plain, long = make_plan(index, **settings), make_plan(index, weights=np.array([0.1, 30.0]), **settings)
+    shapes = {long.batch(step).matched.tokens.shape[0] for step in range(long.num_steps - 1)}
+    assert shapes == {32} and plain.batch(0).matched.tokens.shape[0] == 16
 
 
 # How sources are read.
