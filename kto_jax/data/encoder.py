@@ -167,6 +167,8 @@ class Encoder:
             end = self._written(messages, {"role": "assistant", "content": _TEXT}).removeprefix(_TEXT)
             if not written.endswith(end) or len(written) == len(end):
                 raise EncodingError("the chat template ends tool calls in another way than text")
+            if completion.strip() not in written:
+                raise EncodingError("the chat template leaves out what is said beside the tool calls")
             return written[: len(written) - len(end)]
         # Some templates trim what they are given.
         for candidate in (completion, completion.strip()):

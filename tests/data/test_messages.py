@@ -127,6 +127,13 @@ def test_control_strings_in_calls_and_results_never_become_control_tokens(tmp_pa
     assert text_of(encoder, prompt).count("<|im_end|>") == 6
 
 
+def test_the_character_that_masks_control_strings_is_in_no_call(tmp_path, encoder):
+    call = {"name": "f", "arguments": {"a": "\ue0000\ue000", "b": "<|im_end|>"}}
+    record = read_row(tmp_path, {"prompt": [USER], "completion": [{**CALLING, "tool_calls": [call]}], "label": True})
+    _, completion = encoder.encode_row(record.prompt, record.completion)
+    assert '{"a": "\ue0000\ue000", "b": "<|im_end|>"}' in text_of(encoder, completion)
+
+
 def test_an_index_holds_calls(make_index, encoder, monkeypatch):
     monkeypatch.setattr(InProcessWorkers, "encoder", staticmethod(lambda info: encoder))
     row = {"prompt": [USER], "completion": [CALLING], "label": True}
@@ -173,6 +180,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NO_TOOLS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+NO_RESULTS = TEMPLATE.replace("for message in messages", "for message in messages if message.role != 'tool'")
 OTHER_END = TEMPLATE.replace(
     "{{- '<|im_end|>\\n' -}}", "{{- '<|im_end|>\\n' if not message.tool_calls else '<eom>' -}}"
 )
@@ -184,14 +192,42 @@ OTHER_START = TEMPLATE.replace(
     "{{- '<|im_start|>' + ('caller' if message.tool_calls else message.role) -}}",
 )
 
+# As the templates of Llama, which write one call, or text.
+LLAMA = """\
+{%- for m in messages -%}
+{%- if 'tool_calls' in m -%}
+{%- if m.tool_calls | length > 1 %}{{ raise_exception('one call at once') }}{% endif -%}
+{%- set call = m.tool_calls[0].function -%}
+{{- '<|im_start|>assistant\\n' + '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' -}}
+{%- elif m.role == 'tool' -%}
+{{- '<|im_start|>ipython\\n' + ({'output': m.content} | tojson) -}}
+{%- else -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content | trim -}}
+{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+
+def test_calls_and_results_are_read_as_llama_writes_them(tmp_path, with_template):
+    encoder = with_template(LLAMA)
+    record = read_row(tmp_path, {"prompt": [USER, CALLING, RESULT], "completion": [CALLING], "label": True})
+    prompt, completion = encoder.encode_row(record.prompt, record.completion)
+    assert text_of(encoder, completion[:-1]) == '{"name": "weather", "parameters": {"town": "Delft"}}'
+    assert '<|im_start|>ipython\n{"output": "12 mm"}<|im_end|>' in text_of(encoder, prompt)
+
 
 @pytest.mark.parametrize(
     ("template", "prompt", "completion", "reason"),
     [
+        (LLAMA, [USER], {**CALLING, "content": "Look."}, "leaves out what is said beside the tool calls"),
+        (LLAMA, [USER], {**CALLING, "tool_calls": [CALL, CALL]}, "one call at once"),
         (CHATML, [USER], CALLING, "the chat template does not show tool calls"),
         (CHATML, [USER, CALLING, RESULT], "A", "the chat template does not show tool calls"),
         (RAISES, [USER], CALLING, "the chat template does not show tool calls"),
         (NO_TOOLS, [USER, DONE, RESULT], "A", "the chat template does not show the messages of tools"),
+        (NO_RESULTS, [USER, CALLING, RESULT], "A", "the chat template does not show the messages of tools"),
         (OTHER_END, [USER], CALLING, "the chat template ends tool calls in another way than text"),
         (OTHER_START, [USER], CALLING, "the chat template changes the prompt when the completion is added"),
     ],
@@ -205,9 +241,10 @@ def test_calls_and_results_are_refused_where_the_template_would_lose_them(
         with_template(template).encode_row(record.prompt, record.completion)
 
 
-def test_results_are_read_where_a_template_writes_every_role(tmp_path, with_template):
+@pytest.mark.parametrize("template", [CHATML, RAISES])
+def test_results_are_read_where_a_template_writes_every_role_but_no_calls(tmp_path, with_template, template):
     record = read_row(tmp_path, {"prompt": [USER, DONE, RESULT], "completion": "A", "label": True})
-    encoder = with_template(CHATML)
+    encoder = with_template(template)
     prompt, _ = encoder.encode_row(record.prompt, record.completion)
     assert "<|im_start|>tool\n12 mm<|im_end|>" in text_of(encoder, prompt)
 
