@@ -108,9 +108,10 @@ class Visits:
         self._sizes = self._counts = np.array([len(rows)], np.int64)
         self.is_weighted = weights is not None and bool(np.any(weights != 1))
         if weights is not None and self.is_weighted:
-            # Rows are ordered by source already where they are those of a split.
             of_rows = np.asarray(sources[rows])
-            self._rows = rows[np.argsort(of_rows, kind="stable")]
+            # The rows of a split are ordered by source already.
+            if np.any(of_rows[1:] < of_rows[:-1]):
+                self._rows = rows[np.argsort(of_rows, kind="stable")]
             self._sizes = np.bincount(of_rows, minlength=len(weights))
             whole = np.floor(self._sizes * weights + 0.5).astype(np.int64)
             self._counts = np.where(self._sizes > 0, np.maximum(whole, 1), 0)
