@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kto_sets import SETS, FeedbackSet, as_lists, pad_batch, padding
+from benchmarks.kto_sets import SETS, FeedbackSet, as_lists, pad_batch, padding_shares
 from benchmarks.peers.jax_turn import save_batch
 from kto_jax.config import to_dict
 from kto_jax.data.tokenize import prepare_tokenizer
@@ -133,8 +133,8 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[d
     """All rounds on one set.
 
     Yields:
-      After each round: the settings, the peaks in FLOP/s, tokens and FLOPs of each step, every turn's figures by
-      contender, why contenders failed, and a summary of each.
+      After each round: the settings, the peaks in FLOP/s, tokens and FLOPs of each step, shares of padding, every
+      turn's figures by contender, why contenders failed, and a summary of each.
     """
     feedback = SETS[name](options.model)
     model_dir = export_model(feedback, scratch)
@@ -157,6 +157,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[d
             "settings": settings(job),
             "peak_flops": peaks,
             "steps": batches,
+            "padding": padding_shares(feedback.plan),
             "turns": {contender: taken for contender, taken in turns.items() if taken},
             "failed": failed,
         }
@@ -166,7 +167,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[d
 def make_job(
     feedback: FeedbackSet, model_dir: Path, options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What every contender is told, and what is known of each timed step: real tokens, FLOPs and padding."""
+    """What every contender is told, and what is known of each timed step: real tokens and FLOPs."""
     of_model = dataclasses.replace(feedback.config.model, dtype=options.dtype)
     config = dataclasses.replace(feedback.config, model=of_model)
     job: dict[str, Any] = {
@@ -192,7 +193,7 @@ def make_job(
             save_batch(path, batch)
             job[kind].append(str(path))
         figures = {key: float(value) for key, value in work(model, objective, jax.device_put(packed)).items()}
-        steps.append(figures | {"padding_packed": padding(packed), "padding_padded": padding(padded)})
+        steps.append({key: figures[key] for key in ("tokens", "flops")})
     return job, steps[1:]
 
 
@@ -302,7 +303,7 @@ def summarise(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 def make_table(name: str, result: dict[str, Any]) -> Table:
     """The summary, for people."""
     steps = result["steps"]
-    packed, padded = (statistics.mean(step[f"padding_{kind}"] for step in steps) for kind in ("packed", "padded"))
+    packed, padded = result["padding"]["packed"], result["padding"]["padded"]
     tokens = statistics.mean(step["tokens"] for step in steps)
     peak = statistics.median(result["peak_flops"])
     title = (

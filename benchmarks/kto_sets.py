@@ -139,7 +139,7 @@ def as_lists(batch: FeedbackBatch) -> dict[str, list]:
 def pad_batch(batch: FeedbackBatch) -> FeedbackBatch:
     """The same examples with a row for each, padded to the longest, in one microbatch: packing switched off.
 
-    Lengths are rounded up to a multiple of 32, so that there are few programs to compile.
+    Lengths are rounded up to a multiple of 8, so that there are few programs to compile.
     """
 
     def by_row(values: np.ndarray) -> np.ndarray:
@@ -163,7 +163,7 @@ def _pad(rows: PackedRows) -> PackedRows:
     zeros = np.zeros(count, np.int64)
 
     def longest(lengths: list[int]) -> int:
-        return -(-max(lengths) // 32) * 32
+        return -(-max(lengths) // 8) * 8
 
     return fill(
         Packing(np.arange(count), zeros, zeros, zeros, count),
@@ -179,7 +179,14 @@ def _pad(rows: PackedRows) -> PackedRows:
     )
 
 
-def padding(batch: FeedbackBatch) -> float:
+def padding(batches: list[FeedbackBatch]) -> float:
     """Share of padding in what passes through the model, matched and unmatched."""
-    used = [batch.matched.segment_ids[: batch.num_matched], batch.unmatched.segment_ids[: batch.num_unmatched]]
+    used = [batch.matched.segment_ids[: batch.num_matched] for batch in batches]
+    used += [batch.unmatched.segment_ids[: batch.num_unmatched] for batch in batches]
     return 1 - sum(int((ids > 0).sum()) for ids in used) / sum(ids.size for ids in used)
+
+
+def padding_shares(plan: Plan, num_steps: int = 50) -> dict[str, float]:
+    """Share of padding in a plan's first batches, packed, and padded to the longest of the batch."""
+    batches = [plan.batch(step) for step in range(min(num_steps, plan.num_steps))]
+    return {"packed": padding(batches), "padded": padding([pad_batch(batch) for batch in batches])}

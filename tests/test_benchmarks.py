@@ -40,8 +40,8 @@ def test_padded_rows_hold_the_examples_of_packed_ones(batch):
     np.testing.assert_array_equal(padded.desirable[padded.matched.filled], batch.desirable[batch.matched.filled])
     assert padded.matched.filled.shape == (1, 16, 1) and padded.matched.filled.all()
     real = sum(int((rows.segment_ids > 0).sum()) for rows in (batch.matched, batch.unmatched))
-    assert padding(padded) == 1 - real / (padded.matched.tokens.size + padded.unmatched.tokens.size)
-    assert padding(batch) < padding(padded)
+    assert padding([padded]) == 1 - real / (padded.matched.tokens.size + padded.unmatched.tokens.size)
+    assert padding([batch]) < padding([padded])
 
 
 def test_sequences_are_the_tokens_of_their_segments(batch):

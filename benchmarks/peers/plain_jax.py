@@ -16,9 +16,9 @@ from kto_jax.models.model import Model, Params
 
 
 def pad(sequences: list[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
-    """Prompts and completions as rows [B, L], L the longest one's length, rounded up to a multiple of 32."""
+    """Prompts and completions as rows [B, L], L the longest one's length, rounded up to a multiple of 8."""
     longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    shape = (len(sequences), -(-longest // 32) * 32)
+    shape = (len(sequences), -(-longest // 8) * 8)
     rows = {"tokens": np.zeros(shape, np.int32), "real": np.zeros(shape, np.int32), "completion": np.zeros(shape, bool)}
     for i, (prompt, completion) in enumerate(sequences):
         end = len(prompt) + len(completion)
