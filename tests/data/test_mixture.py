@@ -146,9 +146,11 @@ def test_the_shape_of_a_step_is_that_of_the_rows_that_are_visited_often():
     index = fake_index([(3, 3)] * 50 + [(14, 24)] * 10)
     index.places[50:, 0] = 1
     settings = {"batch_size": 32, "microbatch_rows": 1, "epochs": 1}
-    plain, long = make_plan(index, **settings), make_plan(index, weights=np.array([0.1, 30.0]), **settings)
+    mixes = (None, np.array([0.1, 30.0]), np.array([30.0, 0.1]))
+    plain, long, short = (make_plan(index, weights=weights, **settings) for weights in mixes)
     shapes = {long.batch(step).matched.tokens.shape[0] for step in range(long.num_steps - 1)}
     assert shapes == {32} and plain.batch(0).matched.tokens.shape[0] == 16
+    assert {short.batch(step).matched.tokens.shape[0] for step in range(8)} == {4}
 
 
 # How sources are read.
