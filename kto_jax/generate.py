@@ -25,6 +25,7 @@ import rich.text
 from absl import flags
 
 from kto_jax import checkpoint, rollout, sources
+from kto_jax.compilation import keep_compiled
 from kto_jax.config import ConfigError
 from kto_jax.data import tokenize
 from kto_jax.models import huggingface
@@ -267,6 +268,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
         if rest:
             raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --prompt= before a prompt.")
+        keep_compiled()
         _run(flags.FLAGS)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

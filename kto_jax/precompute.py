@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from rich.progress import track
 
+from kto_jax.assembly import load_reference
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan, prefetch
 from kto_jax.data.index import Index
@@ -27,7 +27,7 @@ from kto_jax.data.reference_logps import ReferenceLogps, open_store
 from kto_jax.forward import packed_logps
 from kto_jax.inputs import Inputs
 from kto_jax.logs import console
-from kto_jax.models.huggingface import load_params, weights_digest
+from kto_jax.models.huggingface import weights_digest
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.sharding import place_batch, shardings
@@ -79,25 +79,6 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inpu
                 store.write(step, rows, matched, unmatched)
     plans = [plan.with_reference_logps(store) for store, (_, plan, _) in zip(stores, tasks, strict=True)]
     return dataclasses.replace(inputs, plan=plans[0], held_out=plans[1] if inputs.held_out else None)
-
-
-def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
-    """The reference's parameters from its files, or as drawn where the policy's first weights are.
-
-    Args:
-      config: the run.
-      inputs: what it reads.
-      model: the architecture, without a scorer.
-      layout: sharding of every parameter.
-    """
-    if config.model.init == "random" and not config.reference.path:
-
-        def draw(key: Array) -> Params:
-            drawn = model.init_params(key, "float32")
-            return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), drawn)
-
-        return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
-    return load_params(model, inputs.reference_path, param_dtype=config.reference.param_dtype, shardings=layout)
 
 
 def _find_store(config: Config, inputs: Inputs, plan: Plan) -> ReferenceLogps:

@@ -28,6 +28,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int
 
 from kto_jax import sources
+from kto_jax.compilation import keep_compiled
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data import files, records, tokenize
 from kto_jax.data.mixture import sources_of
@@ -373,6 +374,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
         if rest:
             raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --data= before a file.")
+        keep_compiled()
         return _run(flags.FLAGS, feedback)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

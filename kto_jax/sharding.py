@@ -142,6 +142,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["rows"]))
 
 
+def abstract_batch(mesh: Mesh, batch: Any) -> Any:
+    """Shapes, dtypes and shardings of a whole batch (NumPy arrays) as `place_batch` lays it."""
+    rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def describe(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=scalar if x.ndim == 0 else rows)
+
+    return jax.tree.map(describe, batch)
+
+
 def place_batch(mesh: Mesh, batch: Any) -> Any:
     """Puts this process's rows of a batch (NumPy arrays) on its devices as part of the global batch."""
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())

@@ -7,7 +7,6 @@ data or the model cannot be used, 75 preempted (run again), 130 interrupted from
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import resource
 import shlex
@@ -18,27 +17,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import optax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from kto_jax.assembly import make_abstract_state, make_model, make_state
 from kto_jax.checkpoint import Checkpoints
+from kto_jax.compilation import Program, keep_compiled
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
 from kto_jax.data.batches import prefetch
 from kto_jax.evaluation import make_evaluation
 from kto_jax.hardware import peak_flops
 from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.logs import MetricsLog, console
-from kto_jax.models.huggingface import load_params
-from kto_jax.models.model import Model, Params
 from kto_jax.objectives import defaults
-from kto_jax.precompute import load_reference, precompute
+from kto_jax.precompute import precompute
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
-from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
-from kto_jax.state import TrainState, abstract_state, create_state, make_optimizer, make_schedule
+from kto_jax.sharding import abstract_batch, place_batch
+from kto_jax.state import TrainState, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
 
 FAILED, UNUSABLE = 1, 2
@@ -73,6 +71,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
       ConfigError: the configuration, the data or the model cannot be used.
     """
     started = time.monotonic()
+    keep_compiled()
     # ------------------------------------------------- what is read; no device is touched yet
     with tempfile.TemporaryDirectory() as scratch:
         inputs = read_inputs(config, Path(scratch))
@@ -90,14 +89,21 @@ def train(config: Config, workdir: Path, command: str) -> int:
         if config.reference.precompute:
             inputs = precompute(config, inputs, model, mesh)
 
-        # ------------------------------------------------- state: from the newest checkpoint, or from weights
+        # ------------------------------------------------- the step's program, compiled while weights are read
         schedule = make_schedule(config.optimizer, inputs.num_steps)
         optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
-        state = make_state(config, inputs, model, mesh, optimizer, checkpoints)
+        abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
+        take_step = Program(jit_train_step(model, inputs.objective, optimizer, schedule, config.reference))
+        first_step = min(checkpoints.latest_step or 0, inputs.num_steps - 1)
+        take_step.begin(abstract, abstract_batch(mesh, inputs.plan.batch(first_step)))
+
+        # ------------------------------------------------- state: from the newest checkpoint, or from weights
+        clock = time.monotonic()
+        state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
+        console.print(f"weights read in {time.monotonic() - clock:.1f} s", highlight=False)
 
         # ------------------------------------------------- the steps
         write_samples("before", model, state, inputs, run, config)
-        take_step = jit_train_step(model, inputs.objective, optimizer, schedule, config.reference)
         evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
         peak, source = peak_flops(jax.devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
@@ -119,74 +125,13 @@ def train(config: Config, workdir: Path, command: str) -> int:
     return exit_code
 
 
-def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
-    """The device mesh and the model upon it.
-
-    Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model; or there are several processes.
-    """
-    architecture = inputs.architecture
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} processes were started. One trains, on all devices of its machine. Start one."
-        )
-    sizes = mesh_shape(config.mesh, jax.device_count())
-    check_rows(config.microbatch_rows, sizes)
-    check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
-    mesh = make_mesh(config.mesh)
-    constrain = constrainer(mesh)
-    return mesh, Model.create(
-        architecture,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        constrain=constrain,
-        scorer=inputs.objective.scorer,
-    )
-
-
-def make_state(
-    config: Config,
-    inputs: Inputs,
-    model: Model,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
-) -> TrainState:
-    """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
-    plain = dataclasses.replace(model, scorer="none")
-    layout, reference_layout = (shardings(mesh, m.logical_axes(), m.abstract_params("float32")) for m in (model, plain))
-    reference_dtype = config.reference.param_dtype
-    uses_reference = inputs.objective.uses_reference and not config.reference.precompute
-    if checkpoints.latest_step is not None:
-        policy = _placed_like(model.abstract_params("float32"), layout)
-        reference = _placed_like(plain.abstract_params(reference_dtype), reference_layout) if uses_reference else {}
-        console.print(f"continuing after step {checkpoints.latest_step}")
-        return checkpoints.restore(abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state))
-    key = jax.random.key(config.seed)
-    if config.model.init == "random":
-        draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
-        policy = draw(key, "float32")
-    else:
-        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout, key=key)
-    if not uses_reference:
-        reference = {}
-    elif config.reference.path:
-        reference = load_reference(config, inputs, plain, reference_layout)
-    else:
-        trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
-        reference = jax.tree.map(lambda leaf: leaf.astype(reference_dtype), trunk)
-    state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
-    checkpoints.save_reference(state.reference)
-    return state
-
-
 def take_steps(
     config: Config,
     inputs: Inputs,
     run: RunFolder,
     mesh: Mesh,
     peak: float,
-    take_step: Callable,
+    take_step: Program,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
     checkpoints: Checkpoints,
     state: TrainState,
@@ -207,12 +152,17 @@ def take_steps(
     exit_code = 0
     waiting_since = time.perf_counter()
     for step, batch in enumerate(batches, start=first + 1):
-        clock = time.perf_counter()
+        clock, compiling = time.perf_counter(), take_step.compile_seconds
         with jax.transfer_guard("disallow"):
             state, device_figures = take_step(state, batch)
         figures = {name: float(value) for name, value in jax.device_get(device_figures).items()}
-        seconds = time.perf_counter() - clock
+        compiling = take_step.compile_seconds - compiling
+        seconds = time.perf_counter() - clock - compiling
         figures["seconds"] = seconds
+        if compiling:
+            rows = " × ".join(map(str, batch.matched.tokens.shape))
+            console.print(f"compiled for rows of {rows} tokens; the step waited {compiling:.1f} s", highlight=False)
+            figures["compile_seconds"] = compiling
         figures["wait_seconds"] = clock - waiting_since
         figures["tokens_per_second"] = figures["tokens"] / seconds
         figures["mfu"] = figures["flops"] / seconds / peak
@@ -263,12 +213,6 @@ def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
         raise ConfigError(f"--workdir={values.workdir} is no local folder. Allowed: local folders. Set --workdir.")
     file = config_flags.get_config_filename(values["config"])
     return resolve(config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
-
-
-def _placed_like(abstract: Params, layout: Params) -> Params:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
-    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,17 +9,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shapes", "config", "sources"},
-    {"losses", "values", "models", "data", "metrics", "judges", "charts", "preemption", "hardware", "logs"},
+    {
+        "losses",
+        "values",
+        "models",
+        "data",
+        "metrics",
+        "judges",
+        "charts",
+        "preemption",
+        "hardware",
+        "logs",
+        "compilation",
+    },
     {"objectives", "sharding"},
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
-    {"results", "precompute"},
+    {"assembly", "results", "precompute"},
     {"train", "generate", "score", "curves", "inspect"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
-    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
+    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("precompute", "assembly"), ("score", "train"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

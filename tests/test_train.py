@@ -28,10 +28,10 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(workdir, cache, *arguments):
+def start(workdir, cache, *arguments, **options):
     environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "kto_jax.train", *TINY, f"--workdir={workdir}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
 def finish(process):
@@ -55,7 +55,7 @@ def wait_for_step(workdir, step, process):
 
 def numbers(workdir):
     """The figures of every step that do not depend on the clock."""
-    timed = ("seconds", "wait_seconds", "tokens_per_second", "mfu")
+    timed = ("seconds", "wait_seconds", "compile_seconds", "tokens_per_second", "mfu")
     return [{name: value for name, value in row.items() if name not in timed} for row in rows(workdir)]
 
 
@@ -102,6 +102,39 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
     assert "continuing after step" in message
     assert numbers(workdir) == numbers(unbroken)
     assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_whose_batches_are_made_by_processes_ends_and_continues_like_any_other(
+    number, code, unbroken, cache, tmp_path
+):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache, "--config.data.num_loaders=2", start_new_session=True)
+    wait_for_step(workdir, 5, process)
+    loaders = _children(process.pid)
+    assert len(loaders) == 2
+    # As Slurm and a terminal do, to all processes of the run; but the kill only to the run itself.
+    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+    assert finish(process)[0] == code
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in loaders) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
+    code, message = finish(start(workdir, cache, "--config.data.num_loaders=1"))
+    assert code == 0, message
+    assert numbers(workdir) == numbers(unbroken)
+    assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+def _children(pid):
+    """The processes that a process has started, but the resource tracker of `multiprocessing`."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
 
 
 @pytest.mark.slow

@@ -1,0 +1,121 @@
+"""What a run is made of: the mesh, the model upon it, and the training state, abstract or with its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from kto_jax.checkpoint import Checkpoints
+from kto_jax.config import Config, ConfigError
+from kto_jax.inputs import Inputs
+from kto_jax.logs import console
+from kto_jax.models.huggingface import load_params
+from kto_jax.models.model import Model, Params
+from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
+from kto_jax.state import TrainState, abstract_state, create_state
+
+
+def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
+    """The device mesh and the model upon it.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the batch or the model; or there are several processes.
+    """
+    architecture = inputs.architecture
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes were started. One trains, on all devices of its machine. Start one."
+        )
+    sizes = mesh_shape(config.mesh, jax.device_count())
+    check_rows(config.microbatch_rows, sizes)
+    check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
+    mesh = make_mesh(config.mesh)
+    constrain = constrainer(mesh)
+    return mesh, Model.create(
+        architecture,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        constrain=constrain,
+        scorer=inputs.objective.scorer,
+    )
+
+
+def make_abstract_state(
+    config: Config, inputs: Inputs, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state.
+
+    Raises:
+      ConfigError: a dimension of the model does not divide over the mesh.
+    """
+    plain = dataclasses.replace(model, scorer="none")
+    uses_reference = inputs.objective.uses_reference and not config.reference.precompute
+    policy = _placed(mesh, model, "float32")
+    reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
+    return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
+
+
+def make_state(
+    config: Config,
+    inputs: Inputs,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    abstract: TrainState,
+) -> TrainState:
+    """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
+    if checkpoints.latest_step is not None:
+        console.print(f"continuing after step {checkpoints.latest_step}")
+        return checkpoints.restore(abstract)
+    key = jax.random.key(config.seed)
+    layout, reference_layout = (
+        jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
+    )
+    mesh = abstract.step.sharding.mesh
+    if config.model.init == "random":
+        draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
+        policy = draw(key, "float32")
+    else:
+        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout, key=key)
+    if not abstract.reference:
+        reference = {}
+    elif config.reference.path:
+        reference = load_reference(config, inputs, dataclasses.replace(model, scorer="none"), reference_layout)
+    else:
+        trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
+        reference = jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), trunk)
+    state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
+    checkpoints.save_reference(state.reference)
+    return state
+
+
+def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
+    """The reference's parameters from its files, or as drawn where the policy's first weights are.
+
+    Args:
+      config: the run.
+      inputs: what it reads.
+      model: the architecture, without a scorer.
+      layout: sharding of every parameter.
+    """
+    if config.model.init == "random" and not config.reference.path:
+
+        def draw(key: Array) -> Params:
+            drawn = model.init_params(key, "float32")
+            return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), drawn)
+
+        return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
+    return load_params(model, inputs.reference_path, param_dtype=config.reference.param_dtype, shardings=layout)
+
+
+def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:
+    abstract = model.abstract_params(dtype)
+    layout = shardings(mesh, model.logical_axes(), abstract)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )
