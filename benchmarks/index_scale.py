@@ -117,6 +117,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, float]:
     tokenizer = prepare_tokenizer(TINY_MODEL, directory / "tokenizer", chat_template=options.chat_template)
     source = directory / "rows.jsonl"
     write_rows(source, options.rows)
+    time.sleep(3)  # a file that was written just now has its digest remembered only when it is next asked for
     data = DataConfig(train=str(source), max_length=64, holdout=0.01, num_workers=options.workers)
     settings = {"vocab_size": 512, "directory": directory / "indices"}
     memory, figures = Memory(), {"rows": float(options.rows), "source_bytes": float(source.stat().st_size)}
