@@ -264,7 +264,9 @@ def test_ratings_of_a_configuration_are_not_written_over(exported, tmp_path):
     rated = write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A", "score": 2}])
     with pytest.raises(ConfigError, match=r"a.jsonl:1 has a field 'score' already"):
         list(score.completions_to_score(DataConfig(train=str(rated), format="scores"), "score"))
-    ((row, _),) = score.completions_to_score(DataConfig(train=str(rated), format="scores"), "reward")
+    # What is held out is not read.
+    data = DataConfig(train=str(rated), eval=str(rated), format="scores")
+    ((row, _),) = score.completions_to_score(data, "reward")
     assert row["score"] == 2.0
 
 
