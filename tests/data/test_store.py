@@ -242,6 +242,7 @@ def test_waiting_ends_when_the_process_that_builds_is_gone(make, memory, monkeyp
 
 def test_a_host_that_waits_takes_what_another_process_brought_to_its_disk(memory, monkeypatch):
     monkeypatch.setattr(store_module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(store_module, "_PATIENCE_SECONDS", 1.0)
     calls = []
     IndexStore(memory).wait("7" * 64, lambda: len(calls) > 2 or calls.append(1))
     assert len(calls) == 3
