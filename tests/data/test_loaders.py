@@ -241,7 +241,7 @@ def test_loaders_end_with_their_run_however_it_ends(how, code):
         process.kill()
     elif how == "interrupt":
         process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == code
     deadline = time.monotonic() + 5
     while any(map(is_running, pids)) and time.monotonic() < deadline:
