@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kto_jax.checkpoint import Checkpoints
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import Config
 from kto_jax.inputs import Inputs
 from kto_jax.logs import console
 from kto_jax.models.huggingface import load_params
@@ -24,13 +24,9 @@ def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
     """The device mesh and the model upon it.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model; or there are several processes.
+      ConfigError: the mesh does not fit the devices, the batch or the model.
     """
     architecture = inputs.architecture
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} processes were started. One trains, on all devices of its machine. Start one."
-        )
     sizes = mesh_shape(config.mesh, jax.device_count())
     check_rows(config.microbatch_rows, sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)

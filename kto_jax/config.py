@@ -114,7 +114,7 @@ class DataConfig:
     num_workers: int | Literal["auto"] = "auto"
     """Tokenizing processes."""
     num_loaders: int = 0
-    """Processes that make batches ahead of the step; 0 makes them in a thread, which keeps up unless steps are short."""
+    """Processes that make batches ahead of the step; 0 makes them in a thread, which keeps up but for short steps."""
     index_store: str = ""
     """A folder or bucket (`gs://bucket/indices`, `s3://bucket/indices`) where finished indices are kept for all hosts
     and runs: one host builds, the others copy. Empty: every host builds its own, in its cache."""
@@ -224,6 +224,16 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes that train together, each with devices of its own: one for each host of a pod."""
+
+    count: int = 0
+    """How many there must be; 0 takes all that were started."""
+    timeout_seconds: int = 100
+    """How long processes wait for each other at the start, and for a sign of life of one that is gone."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """When the policy is measured on feedback that it does not train on."""
 
@@ -281,6 +291,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
@@ -475,6 +486,13 @@ def _check(config: Config) -> None:
             "above 0",
         ),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps, config.optimizer.warmup_steps >= 0, "0 or more"),
+        ("processes.count", config.processes.count, config.processes.count >= 0, "0 (as many as started) or more"),
+        (
+            "processes.timeout_seconds",
+            config.processes.timeout_seconds,
+            config.processes.timeout_seconds >= 1,
+            "1 or more",
+        ),
         ("evaluation.every", config.evaluation.every, config.evaluation.every >= 0, "0 (only at the end) or more"),
         ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 1, "1 or more"),
         ("checkpoint.keep", config.checkpoint.keep, config.checkpoint.keep >= 1, "1 or more"),

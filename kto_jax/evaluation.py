@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from kto_jax import hosts
 from kto_jax.data.batches import Plan, prefetch
 from kto_jax.metrics import auc
 from kto_jax.models.model import Model
 from kto_jax.objectives import Objective
-from kto_jax.sharding import place_batch
+from kto_jax.sharding import local_rows, place_batch
 from kto_jax.state import TrainState
 from kto_jax.step import jit_evaluation_step
 
@@ -30,9 +32,12 @@ def make_evaluation(
 
     def evaluate(state: TrainState) -> dict[str, float]:
         loss, num_examples, z0, rewards, desirable = 0.0, 0, [], [], []
-        for batch in prefetch(lambda step: place_batch(mesh, plan.batch(step)), range(plan.num_steps)):
-            figures, batch_rewards = jax.device_get(step(state, batch))
-            filled, labels = jax.device_get((batch.matched.filled, batch.desirable))
+        rows = local_rows(mesh, plan.microbatch_rows)
+        place = functools.partial(place_batch, mesh)
+        for batch in prefetch(functools.partial(plan.batch, rows=rows), range(plan.num_steps), finish=place):
+            figures, batch_rewards = step(state, batch)
+            figures = jax.device_get(figures)
+            batch_rewards, filled, labels = hosts.gather((batch_rewards, batch.matched.filled, batch.desirable))
             loss += float(figures["loss_sum"])
             num_examples += int(np.sum(objective.counts(filled, labels)))
             z0 += [float(figures["z0"])] if "z0" in figures else []

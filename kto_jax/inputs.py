@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from kto_jax import judges
+from kto_jax import hosts, judges
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index, build_index
@@ -90,7 +89,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
         vocab_size=architecture.vocab_size,
         directory=cache_directory() / "indices",
         # Asking which process this is touches the devices, which only a run of several processes has to.
-        builds=not jax.distributed.is_initialized() or jax.process_index() == 0,
+        builds=hosts.is_first(),
     )
     _check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)

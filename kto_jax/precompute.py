@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from rich.progress import track
 
+from kto_jax import hosts
 from kto_jax.assembly import load_reference
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches import Plan, prefetch
@@ -30,7 +31,7 @@ from kto_jax.logs import console
 from kto_jax.models.huggingface import weights_digest
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import FeedbackBatch, PackedRows
-from kto_jax.sharding import place_batch, shardings
+from kto_jax.sharding import local_rows, place_batch, shardings
 from kto_jax.sources import cache_directory
 
 _FORMAT = 1
@@ -59,21 +60,28 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inpu
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
     stores = [_find_store(config, inputs, plan) for _, plan, _ in tasks]
-    missing = [len(store.missing_steps(num_steps)) for store, (*_, num_steps) in zip(stores, tasks, strict=True)]
+    missing = {
+        name: hosts.where_any(store.is_missing(num_steps))
+        for store, (name, _, num_steps) in zip(stores, tasks, strict=True)
+    }
     places = " and ".join(str(store.directory) for store in stores)
-    console.print(f"reference log-probabilities: {sum(missing)} steps to compute, kept in {places}", highlight=False)
-    if any(missing):
+    num_missing = sum(int(np.sum(steps)) for steps in missing.values())
+    console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}", highlight=False)
+    if num_missing:
         layout = shardings(mesh, plain.logical_axes(), plain.abstract_params("float32"))
         reference = load_reference(config, inputs, plain, layout)
         read = functools.partial(_jit_read(plain), reference)
         place = functools.partial(place_batch, mesh)
-        for store, (name, plan, num_steps) in zip(stores, tasks, strict=True):
-            steps = store.missing_steps(num_steps).tolist()
-            batches = prefetch(plan.batch, steps, finish=place, num_loaders=config.data.num_loaders)
+        for store, (name, plan, _) in zip(stores, tasks, strict=True):
+            steps = np.flatnonzero(missing[name]).tolist()
+            unknown = hosts.where_any(np.isnan(store.matched))
+            make = functools.partial(plan.batch, rows=local_rows(mesh, plan.microbatch_rows))
+            batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
             shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
             for step, batch in zip(steps, shown, strict=True):
                 rows = plan.step(step).rows
-                matched, unmatched = _compute(store, plan, step, batch, read)
+                matched, unmatched = _compute(plan, step, batch, read, reads_matched=unknown[rows].any())
+                unknown[rows] = False
                 for logps in (matched, unmatched):
                     _check_finite(logps, rows, inputs.index)
                 store.write(step, rows, matched, unmatched)
@@ -107,15 +115,14 @@ def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
 
 
 def _compute(
-    store: ReferenceLogps, plan: Plan, step: int, batch: FeedbackBatch, read: Callable[[PackedRows, Array], Array]
+    plan: Plan, step: int, batch: FeedbackBatch, read: Callable[[PackedRows, Array], Array], *, reads_matched: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where all are known already."""
+    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where they are not read."""
     nothing = np.zeros(batch.matched.filled.shape, np.float32)
-    is_known = not np.isnan(store.matched[plan.step(step).rows]).any()
-    matched = nothing if is_known else jax.device_get(read(batch.matched, batch.num_matched))
-    unmatched = jax.device_get(read(batch.unmatched, batch.num_unmatched)) if plan.reads_unmatched else nothing
+    matched = hosts.gather(read(batch.matched, batch.num_matched)) if reads_matched else nothing
+    unmatched = hosts.gather(read(batch.unmatched, batch.num_unmatched)) if plan.reads_unmatched else nothing
     matched, unmatched = plan.by_sequence(step, matched, unmatched)
-    return matched[:0] if is_known else matched, unmatched
+    return matched if reads_matched else matched[:0], unmatched
 
 
 def _check_finite(logps: np.ndarray, rows: np.ndarray, index: Index) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_jax import samples
+from kto_jax import hosts, samples
 from kto_jax.config import Config, to_dict
 from kto_jax.data.mixture import sources_of
 from kto_jax.inputs import Inputs
@@ -25,7 +25,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     """
     path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
-    if not prompts or path.exists():
+    if not prompts or hosts.as_first_says(path.exists()):
         return
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
@@ -33,7 +33,8 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     # A reference that moves is no measure of what changed.
     reference = {} if config.reference.sync_every else state.reference
     written = samples.write_samples(model, state.policy, reference, run.tokenizer, prompts, config.samples, config.seed)
-    samples.save_samples(path, written)
+    if hosts.is_first():
+        samples.save_samples(path, written)
 
 
 def write_results(
@@ -44,6 +45,8 @@ def write_results(
     card = model_card(folder.name, config, inputs)
     save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=run.tokenizer.directory, model_card=card)
     write_samples("after", model, state, inputs, run, config)
+    if not hosts.is_first():
+        return
     verdicts, notes, rows = _compare(inputs, run, config)
     write_report(
         folder / "report.html",

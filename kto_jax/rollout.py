@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def sample(
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
         # Placed by hand: the call also works where implicit transfers are forbidden.
-        inputs = jax.device_put((*_pad(ids, rows, batch_size), key, eos_ids, sampling), mesh_wide)
+        inputs = _place((*_pad(ids, rows, batch_size), key, eos_ids, sampling), mesh_wide)
         written_BT, num_tokens_B = jax.device_get(
             _complete(model, params, *inputs, max_new_tokens=max_new_tokens, mesh_wide=mesh_wide)
         )
@@ -233,6 +234,19 @@ def _replicated(params: Params) -> NamedSharding | None:
     """The sharding that keeps a whole copy on every device of the parameters' mesh; None where there is no mesh."""
     sharding = jax.tree.leaves(params)[0].sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+
+
+def _place(tree: Any, mesh_wide: NamedSharding | None) -> Any:
+    """Puts what all processes hold alike on every device."""
+    if mesh_wide is None or mesh_wide.is_fully_addressable:
+        return jax.device_put(tree, mesh_wide)
+
+    def place(x: Any) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(mesh_wide, np.asarray(x))
+
+    return jax.tree.map(place, tree)
 
 
 def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from kto_jax import hosts
 from kto_jax.config import Config, ConfigError, to_dict
 from kto_jax.data.index import Index
 from kto_jax.data.tokenize import TokenizerInfo
@@ -34,6 +35,7 @@ _FREE = (
     "data.index_store",
     "data.max_rejected",
     "mesh",
+    "processes",
     "evaluation",
     "checkpoint",
     "samples.judges",
@@ -60,7 +62,7 @@ class RunFolder:
     Attributes:
       path: the folder.
       tokenizer: the run's own copy of the tokenizer.
-      lock: held while the process lives; the operating system lets go of it when the process is killed.
+      lock: held by the first process while it lives; the operating system lets go of it when the process is killed.
     """
 
     path: Path
@@ -71,12 +73,19 @@ class RunFolder:
 def open_run(
     path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
 ) -> RunFolder:
-    """Creates the folder of a run, or finds it again to continue.
+    """Creates the folder of a run, or finds it again to continue; the first process does, the others look for it.
 
     Raises:
       ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
         with another configuration or other data, or no run. Nothing in it has been changed then.
     """
+    own = hosts.together(lambda: _open(path, config, index, tokenizer, architecture) if hosts.is_first() else None)
+    return hosts.together(lambda: own or _find(path, tokenizer))
+
+
+def _open(
+    path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
+) -> RunFolder:
     check_folder(path, config, index, architecture)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -90,6 +99,20 @@ def open_run(
     except ConfigError:
         lock.close()
         raise
+
+
+def _find(path: Path, tokenizer: TokenizerInfo) -> RunFolder:
+    """The folder that the first process has opened, for the others.
+
+    Raises:
+      ConfigError: it is not to be seen from here.
+    """
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"--workdir={path} was made by the first process, and this one does not see it. A run of several processes "
+            "needs a folder that all of them share. Choose another --workdir."
+        )
+    return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
 
 
 def _claim(

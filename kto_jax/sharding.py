@@ -142,6 +142,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["rows"]))
 
 
+def local_rows(mesh: Mesh, num_rows: int) -> slice:
+    """Which of the rows of every microbatch this process places.
+
+    Raises:
+      ConfigError: they are not one range: the mesh interleaves the processes' devices.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((1, num_rows)).values()
+    ranges = sorted({index[1].indices(num_rows)[:2] for index in indices if index is not None})
+    first, last = ranges[0][0], ranges[-1][1]
+    if sum(stop - start for start, stop in ranges) != last - first:
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {ranges}. Each process must have "
+            "neighbouring rows. Give the axes other sizes: config.mesh.data times fsdp a multiple of the processes."
+        )
+    return slice(first, last)
+
+
 def abstract_batch(mesh: Mesh, batch: Any) -> Any:
     """Shapes, dtypes and shardings of a whole batch (NumPy arrays) as `place_batch` lays it."""
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())

@@ -21,6 +21,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from kto_jax import hosts
 from kto_jax.assembly import make_abstract_state, make_model, make_state
 from kto_jax.checkpoint import Checkpoints
 from kto_jax.compilation import Program, keep_compiled
@@ -35,7 +36,7 @@ from kto_jax.precompute import precompute
 from kto_jax.preemption import Preemption
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
-from kto_jax.sharding import abstract_batch, place_batch
+from kto_jax.sharding import abstract_batch, local_rows, place_batch
 from kto_jax.state import TrainState, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, workdir = read_command(argv)
         return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
     except ConfigError as error:
+        console.quiet = False
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return UNUSABLE
 
@@ -72,13 +74,13 @@ def train(config: Config, workdir: Path, command: str) -> int:
     """
     started = time.monotonic()
     keep_compiled()
-    # ------------------------------------------------- what is read; no device is touched yet
+    hosts.join(config.processes)
+    console.quiet = not hosts.is_first()
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = read_inputs(config, Path(scratch))
-        check_folder(workdir, config, inputs.index, inputs.architecture)
+        # ------------------------------------------------- what is read, and the devices
+        inputs, mesh, model = hosts.together(lambda: prepare(config, workdir, Path(scratch)))
 
-        # ------------------------------------------------- devices, and the run's folder
-        mesh, model = make_model(config, inputs)
+        # ------------------------------------------------- the run's folder
         run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)
 
     moves = config.reference.sync_every > 0
@@ -105,7 +107,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
         # ------------------------------------------------- the steps
         write_samples("before", model, state, inputs, run, config)
         evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
-        peak, source = peak_flops(jax.devices()[0], config.model.dtype)
+        peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
         state, exit_code = take_steps(
             config, inputs, run, mesh, peak * mesh.size, take_step, evaluate, checkpoints, state
@@ -125,6 +127,17 @@ def train(config: Config, workdir: Path, command: str) -> int:
     return exit_code
 
 
+def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh, Model]:
+    """What the run reads, the devices and the model upon them; nothing of the run's folder is written.
+
+    Raises:
+      ConfigError: the configuration, the data, the model or the folder cannot be used.
+    """
+    inputs = read_inputs(config, scratch)
+    check_folder(workdir, config, inputs.index, inputs.architecture)
+    return inputs, *make_model(config, inputs)
+
+
 def take_steps(
     config: Config,
     inputs: Inputs,
@@ -142,9 +155,9 @@ def take_steps(
     """
     first, num_steps = int(state.step), inputs.num_steps
     preemption = Preemption()
-    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=jax.process_index() == 0)
+    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=hosts.is_first())
     batches = prefetch(
-        inputs.plan.batch,
+        functools.partial(inputs.plan.batch, rows=local_rows(mesh, config.microbatch_rows)),
         range(first, num_steps),
         finish=functools.partial(place_batch, mesh),
         num_loaders=config.data.num_loaders,

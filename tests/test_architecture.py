@@ -21,6 +21,7 @@ LAYERS = [
         "hardware",
         "logs",
         "compilation",
+        "hosts",
     },
     {"objectives", "sharding"},
     {"state", "forward", "step", "rollout", "run"},
@@ -31,7 +32,8 @@ LAYERS = [
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
-    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("precompute", "assembly"), ("score", "train"),
+    ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
+    ("precompute", "assembly"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

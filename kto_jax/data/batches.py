@@ -144,6 +144,11 @@ class Plan:
         return self._batch_size * self._unit
 
     @property
+    def microbatch_rows(self) -> int:
+        """Packed rows of a microbatch, over all hosts (R)."""
+        return self._microbatch_rows
+
+    @property
     def reads_unmatched(self) -> bool:
         """Whether prompts with unrelated completions are packed too."""
         return self._unmatched

@@ -39,9 +39,9 @@ class ReferenceLogps:
         # To another process travels the place, not the numbers.
         return open_store, (self.directory, *self.matched.shape, *self.unmatched.shape)
 
-    def missing_steps(self, num_steps: int) -> np.ndarray:
-        """Steps below `num_steps` that are not written yet, int64."""
-        return np.flatnonzero(np.isnan(self.unmatched[:num_steps]).any(axis=1))
+    def is_missing(self, num_steps: int) -> np.ndarray:
+        """Which steps below `num_steps` are not written yet [num_steps], bool."""
+        return np.isnan(self.unmatched[:num_steps]).any(axis=1)
 
     def write(self, step: int, rows: np.ndarray, matched: np.ndarray, unmatched: np.ndarray) -> None:
         """Writes what a step reads.

@@ -79,12 +79,12 @@ def test_hosts_get_the_numbers_of_their_own_rows(tmp_path):
 
 def test_steps_are_missing_until_they_are_written(tmp_path):
     store = open_store(tmp_path / "store", 8, 4, 3)
-    assert store.missing_steps(4).tolist() == [0, 1, 2, 3]
+    assert store.is_missing(4).tolist() == [True] * 4
     store.write(1, np.array([5, 2]), np.float32([-1, -2]), np.float32([-3, 0]))
-    assert store.missing_steps(4).tolist() == [0, 2, 3]
-    assert store.missing_steps(2).tolist() == [0]
+    assert store.is_missing(4).tolist() == [True, False, True, True]
+    assert store.is_missing(2).tolist() == [True, False]
     again = open_store(tmp_path / "store", 8, 4, 3)
-    assert again.missing_steps(4).tolist() == [0, 2, 3]
+    assert again.is_missing(4).tolist() == [True, False, True, True]
     assert again.matched[[5, 2]].tolist() == [-1, -2]
     assert again.unmatched[1].tolist() == [-3, 0, 0]
 
