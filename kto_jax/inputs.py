@@ -126,13 +126,13 @@ def make_plans(
     rows = _rows_to_train(index, objective)
     weights = weights_of(index.manifest)
     visits = Visits(rows, index.places[:, 0], weights, seed=config.seed)
-    row_length = _row_length(config, index, visits.at(np.arange(len(visits)), 0), paired)
+    row_lengths = _row_lengths(config, index, visits.at(np.arange(len(visits)), 0), paired)
     shape: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "row_length": row_length,
+        "row_length": row_lengths,
         "microbatch_rows": config.microbatch_rows,
-        "completion_length": max(1, round(row_length * config.completion_share)),
+        "completion_length": max(1, round(row_lengths[0] * config.completion_share)),
         "max_length": config.data.max_length,
         "paired": paired,
         "unmatched": objective.first_pass == "unmatched",
@@ -149,11 +149,13 @@ def make_plans(
     return plan, Plan(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
 
 
-def _row_length(config: Config, index: Index, rows: np.ndarray, paired: bool) -> int:
-    """Tokens of a packed row: as configured, what the longest example needs, or what leaves the least padding."""
+def _row_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -> tuple[int, ...]:
+    """Tokens of a packed row: as configured, what the longest example needs, or the one or two that leave the least
+    padding.
+    """
     shortest = config.data.max_length * (2 if paired else 1)
     if config.row_length != "auto":
-        return config.row_length or shortest
+        return (config.row_length or shortest,)
     sequences = np.stack([rows, np.asarray(index.rejected)[rows]], axis=1).reshape(-1) if paired else rows
     lengths = fit_lengths(
         index.prompt_lengths[sequences],
@@ -168,8 +170,9 @@ def _row_length(config: Config, index: Index, rows: np.ndarray, paired: bool) ->
         shortest=shortest,
         completion_share=config.completion_share,
         microbatch_rows=config.microbatch_rows,
+        num_lengths=2,
         unit=unit,
-    )[0]
+    )
 
 
 def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
@@ -11,6 +14,16 @@ from jax.experimental import multihost_utils
 # Exit codes: a launch script restarts a run that ends with PREEMPTED, and no other.
 PREEMPTED = 75
 INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """SIGTERM ends the process with PREEMPTED: for all around the steps, which is begun again or gone on with."""
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(PREEMPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class Preemption:

@@ -33,7 +33,7 @@ from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.logs import MetricsLog, console
 from kto_jax.objectives import defaults
 from kto_jax.precompute import precompute
-from kto_jax.preemption import Preemption
+from kto_jax.preemption import Preemption, ending_at_once
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
 from kto_jax.sharding import abstract_batch, local_rows, place_batch
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         config, workdir = read_command(argv)
-        return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
+        with ending_at_once():
+            return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
     except ConfigError as error:
         console.quiet = False
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -41,7 +41,7 @@ def train(workdir, *arguments):
 
 
 def stores(cache):
-    return sorted((cache / "reference_logps").iterdir())
+    return sorted((cache / "reference_logps").glob("*"))
 
 
 @pytest.mark.parametrize("options", [
@@ -101,20 +101,23 @@ def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, cache):
     assert written == [4, 5]
 
 
-def test_a_run_that_is_killed_while_it_computes_goes_on(tmp_path, cache, capsys):
-    arguments = ["--config.seed=8", "--config.epochs=40", "--config.max_steps=500", STORED]
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_run_that_is_ended_while_it_computes_goes_on(tmp_path, cache, capsys, number, code):
+    seed = f"--config.seed={80 + number}"
+    arguments = [seed, "--config.epochs=40", "--config.max_steps=500", STORED]
     command = [sys.executable, "-m", "kto_jax.train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
-    before = set(stores(cache)) if (cache / "reference_logps").exists() else set()
+    before = set(stores(cache))
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline, done = time.monotonic() + 200, 0
     while done < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
         new = [path / "unmatched.npy" for path in set(stores(cache)) - before if (path / "unmatched.npy").exists()]
         done = max([int(np.sum(~np.isnan(np.load(path)[:, 0]))) for path in new], default=0)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     message = process.communicate()[1]
     assert 3 <= done < 500, message
-    options = ["--config.seed=8", "--config.epochs=40", "--config.max_steps=6"]
+    assert process.returncode == code, message
+    options = [seed, "--config.epochs=40", "--config.max_steps=6"]
     held, gone_on = train(tmp_path / "held", *options), train(tmp_path / "stored", *options, STORED)
     assert [row["loss"] for row in gone_on] == pytest.approx([row["loss"] for row in held], abs=1e-6)
     said = re.search(r"reference log-probabilities: (\d+) steps to compute", capsys.readouterr().err)

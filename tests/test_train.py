@@ -271,7 +271,7 @@ def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, m
         raise AssertionError("a device was touched")
 
     monkeypatch.setattr("kto_jax.train.jax.device_count", touched)
-    monkeypatch.setattr("kto_jax.train.jax.process_count", touched)
+    monkeypatch.setattr("kto_jax.hosts.jax.process_count", touched)
     assert "was 0, is 1" in refused(capsys, *TINY, f"--workdir={unbroken}", "--config.seed=1")
 
 
