@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import optax
@@ -14,23 +15,43 @@ from kto_jax.checkpoint import Checkpoints
 from kto_jax.config import Config
 from kto_jax.inputs import Inputs
 from kto_jax.logs import console
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params
 from kto_jax.models.model import Model, Params
+from kto_jax.objectives import Objective
 from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
 from kto_jax.state import TrainState, abstract_state, create_state
 
 
-def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
+class Subject(Protocol):
+    """What the model and the abstract state need to know of a run's inputs."""
+
+    @property
+    def architecture(self) -> TransformerConfig:
+        """Of policy and reference."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+
+
+def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
     """The device mesh and the model upon it.
+
+    Args:
+      config: the run.
+      inputs: what it trains.
+      devices: the devices; none for all that are here.
 
     Raises:
       ConfigError: the mesh does not fit the devices, the batch or the model.
     """
     architecture = inputs.architecture
-    sizes = mesh_shape(config.mesh, jax.device_count())
+    devices = list(devices) or jax.devices()
+    sizes = mesh_shape(config.mesh, len(devices))
     check_rows(config.microbatch_rows, sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     constrain = constrainer(mesh)
     return mesh, Model.create(
         architecture,
@@ -42,7 +63,7 @@ def make_model(config: Config, inputs: Inputs) -> tuple[Mesh, Model]:
 
 
 def make_abstract_state(
-    config: Config, inputs: Inputs, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config, inputs: Subject, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes, dtypes and shardings of the run's state.
 

@@ -67,7 +67,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
       ConfigError: the configuration, the data or the model cannot be used.
     """
     objective = check_objective(config.objective)
-    _check_together(config, objective)
+    check_together(config, objective)
     judges.check_names(config.samples.judges)
     model_path = local_path(config.model.path)
     reference_path = local_path(config.reference.path) if config.reference.path else model_path
@@ -223,7 +223,7 @@ def _encode_controls(
     return bad, good
 
 
-def _check_together(config: Config, objective: Objective) -> None:
+def check_together(config: Config, objective: Objective) -> None:
     """Refuses settings elsewhere that the objective has no use for.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
@@ -53,15 +54,35 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of all processes, with axes data, fsdp and tensor."""
+    """The mesh over all devices of all processes, with axes data, fsdp and tensor.
+
+    Of several TPU slices, the data axis is split over the slices: what lies along fsdp and tensor never leaves one.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices, or the data axis is no multiple of the slices.
+    """
     devices = devices or jax.devices()
     sizes = mesh_shape(config, len(devices))
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if num_slices > 1:
+        return _mesh_of_slices(sizes, num_slices, devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
         devices=devices,
     )
+
+
+def _mesh_of_slices(sizes: dict[str, int], num_slices: int, devices: list[jax.Device]) -> Mesh:
+    if sizes["data"] % num_slices:
+        raise ConfigError(
+            f"config.mesh.data={sizes['data']} cannot be split over {num_slices} slices. Allowed: multiples of "
+            f"{num_slices}, because only the data axis may cross the network between slices. Set config.mesh.data."
+        )
+    within = (sizes["data"] // num_slices, sizes["fsdp"], sizes["tensor"])
+    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices)
+    return Mesh(array, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:

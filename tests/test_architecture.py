@@ -22,17 +22,21 @@ LAYERS = [
         "logs",
         "compilation",
         "hosts",
+        "hlo",
+        "topology",
     },
     {"objectives", "sharding"},
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"assembly", "results", "precompute"},
-    {"train", "generate", "score", "curves", "inspect"},
+    {"train", "generate", "score", "curves", "inspect", "planning", "ladder", "plan_report", "plan"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
     ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
+    ("ladder", "planning"), ("plan_report", "planning"), ("plan_report", "ladder"), ("plan", "planning"),
+    ("plan", "ladder"), ("plan", "plan_report"), ("plan", "train"),
     ("precompute", "assembly"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}

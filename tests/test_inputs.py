@@ -15,7 +15,7 @@ from kto_jax.config import (
     SamplesConfig,
 )
 from kto_jax.data.tokenize import prepare_tokenizer
-from kto_jax.inputs import _check_judges, _check_model, _check_together, _encode_controls, count_visits, make_plans
+from kto_jax.inputs import _check_judges, _check_model, _encode_controls, check_together, count_visits, make_plans
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
 from tests.synthetic import make_index
@@ -201,13 +201,13 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and the format of 'x' is 'thumbs'"),
 ])  # fmt: skip
 def test_settings_that_an_objective_has_no_use_for_are_refused(options, elsewhere, message):
-    _check_together(config(), KTO)
+    check_together(config(), KTO)
     with pytest.raises(ConfigError, match=message):
-        _check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
+        check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
 
 
 def test_a_batch_of_one_is_enough_where_no_unrelated_completion_is_read():
-    _check_together(config(batch_size=1), objective("sft"))
+    check_together(config(batch_size=1), objective("sft"))
 
 
 @pytest.mark.parametrize("text, message", [("", r"becomes the tokens \[\]"), ("~", r"'~' becomes the tokens \[\d+\]")])

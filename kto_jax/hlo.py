@@ -1,0 +1,251 @@
+"""What a compiled program says of itself: collectives and their bytes, and the memory of one that was refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64, "c128": 128}
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{\s*$")
+_INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
+)
+_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=(?:%?([\w.\-]+)|\{([^}]*)\})")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_REFUSALS = (
+    re.compile(r"Used (?P<needed>[\d.]+)(?P<unit>[KMGT]?) of (?P<free>[\d.]+)(?P<free_unit>[KMGT]?) hbm"),
+    re.compile(
+        r"required for HLO temporaries \((?P<needed>[\d.]+)(?P<unit>[KMGT]?)\) exceeds available HBM "
+        r"\((?P<free>[\d.]+)(?P<free_unit>[KMGT]?)\)"
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation of a compiled program.
+
+    Attributes:
+      kind: one of KINDS.
+      loops: how often each loop around it runs, outermost first; None where the program is told when it runs.
+      num_devices: devices of a group; of one between slices, the slices.
+      payload: bytes that it makes whole, or of which each device keeps its part.
+      crosses_slices: whether it goes over the network between slices.
+    """
+
+    kind: str
+    loops: tuple[int | None, ...]
+    num_devices: int
+    payload: int
+    crosses_slices: bool
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that each device must send at least, however the collective is done."""
+        share = (self.num_devices - 1) / self.num_devices
+        return self.payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+
+    def times(self, unknown: int) -> int:
+        """How often it runs, if loops of unknown length run `unknown` times."""
+        return math.prod(unknown if trips is None else trips for trips in self.loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    opcode: str
+    result: str
+    rest: str
+    calls: tuple[str, ...]
+
+
+def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> list[Collective]:
+    """The collectives of a program's text, each with the loops that it runs in.
+
+    The TPU compiler spreads a collective over several fusions (of one `chain_id`): it counts once. An all-reduce of
+    which each device keeps a part, in a computation named all-reduce-scatter, is a reduce-scatter.
+
+    Args:
+      text: `compiled.as_text()`.
+      num_devices: devices that the program is for.
+      num_slices: slices that they lie in, all of one size; the program is that of one of them.
+    """
+    entry, computations = _read(text)
+    found: list[Collective] = []
+    seen: set[tuple[str, str]] = set()
+    pending: list[tuple[str, tuple[int | None, ...]]] = [(entry, ())]
+    while pending:
+        name, loops = pending.pop()
+        for instruction in computations.get(name, {}).values():
+            chain = _first(r'chain_id="(\d+)"', instruction.rest), _first(r"channel_id=(\d+)", instruction.rest)
+            if not chain[0] or chain not in seen:
+                seen.add(chain)
+                found += _collective(instruction, name, loops, num_devices // num_slices, num_slices)
+            inside = loops
+            if instruction.opcode == "while":
+                inside = (*loops, _trip_count(instruction, computations))
+            if not instruction.opcode.endswith(("-done", "-update")):
+                pending += [(called, inside) for called in instruction.calls]
+    return found
+
+
+def _collective(
+    instruction: _Instruction, computation: str, loops: tuple[int | None, ...], num_devices: int, num_slices: int
+) -> list[Collective]:
+    """The collective that an instruction is, if it is one, of devices of one slice or of all slices."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "send" and (transfer := _first(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)):
+        # Between slices, each device exchanges its own part through the host.
+        kind = transfer.lower().replace("_", "-")
+        whole = num_slices if kind == "all-gather" else 1
+        return [Collective(kind, loops, num_slices, _bytes(_parts(instruction.result)[0]) * whole, True)]
+    if kind not in KINDS:
+        return []
+    size = len(_first_group(instruction.rest, num_devices))
+    payload = _payload(kind, instruction, size)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    return [Collective(kind, loops, size, payload, False)] if size > 1 else []
+
+
+def summarize(collectives: list[Collective], *, unknown: int) -> list[dict]:
+    """Collectives added up by kind, loops and reach, the most bytes first.
+
+    Args:
+      collectives: from `find_collectives`.
+      unknown: how often loops of unknown length are taken to run.
+
+    Returns:
+      Rows of kind, loops (text), crosses_slices, places (in the program), times (a step) and bytes (sent a step by each
+      device).
+    """
+    totals: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
+    for one in collectives:
+        loops = " × ".join("microbatches" if trips is None else str(trips) for trips in one.loops)
+        total = totals[one.kind, loops, one.crosses_slices]
+        times = one.times(unknown)
+        total[0] += 1
+        total[1] += times
+        total[2] += times * one.bytes_sent
+    rows = [
+        {"kind": kind, "loops": loops, "crosses_slices": crosses, "places": places, "times": times, "bytes": sent}
+        for (kind, loops, crosses), (places, times, sent) in totals.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def refused_bytes(message: str) -> tuple[int, int] | None:
+    """Bytes that a refused program needs of each device, and those that there are; None for any other message."""
+    for pattern in _REFUSALS:
+        if match := pattern.search(message):
+            needed = float(match["needed"]) * _SIZES[match["unit"]]
+            return round(needed), round(float(match["free"]) * _SIZES[match["free_unit"]])
+    return None
+
+
+def _read(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
+    """The name of the entry computation, and the instructions of each computation by name."""
+    entry = ""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    current: dict[str, _Instruction] = {}
+    for line in text.splitlines():
+        if not line.startswith((" ", "}")) and (head := _COMPUTATION.match(line)):
+            current = computations.setdefault(head["name"], {})
+            entry = head["name"] if head["entry"] else entry
+        elif found := _INSTRUCTION.match(line):
+            calls = tuple(name for pair in _CALLED.findall(found["rest"]) for name in _names(*pair))
+            current[found["name"]] = _Instruction(found["opcode"], found["type"], found["rest"], calls)
+    return entry, computations
+
+
+def _names(single: str, several: str) -> Iterator[str]:
+    yield from (name.strip().lstrip("%") for name in (single or several).split(",") if name.strip())
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
+
+
+def _trip_count(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int | None:
+    """How often a loop runs: as the compiler noted, or the constant that its counter, which starts at 0, is held to."""
+    if noted := _first(r'known_trip_count":\s*\{"n":"(\d+)"', loop.rest):
+        return int(noted)
+    condition = computations.get(_first(r"condition=%?([\w.\-]+)", loop.rest), {})
+    for instruction in condition.values():
+        if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
+            limit = condition.get(_first(r"^[^,]*, (?:[^%]* )?%?([\w.\-]+)\)", instruction.rest))
+            if limit and limit.opcode == "constant":
+                return int(_first(r"^(\d+)", limit.rest))
+    return None
+
+
+def _payload(kind: str, instruction: _Instruction, num_devices: int) -> int:
+    """Bytes of the whole that a collective makes (all-gather) or takes apart; see `Collective.payload`."""
+    result = instruction.result
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute", "reduce-scatter"):
+        # An asynchronous one is a tuple of what goes in and what comes out.
+        sizes = sorted(_bytes(part) for part in _parts(result)[:2])
+        return sizes[0] * num_devices if kind == "reduce-scatter" else sizes[-1]
+    return _bytes(result) * (num_devices if kind == "reduce-scatter" else 1)
+
+
+def _parts(result: str) -> list[str]:
+    """The elements of a tuple type, one level deep."""
+    parts, depth, start = [], 0, 1
+    for place, character in enumerate(result):
+        depth += (character in "([{") - (character in ")]}")
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            parts.append(result[start:place])
+            start = place + 1
+    return parts
+
+
+def _bytes(result: str) -> int:
+    """Bytes of all arrays that a type names."""
+    bits = 0
+    for dtype, shape in _ARRAY.findall(result):
+        width = _BITS.get(dtype) or int(_first(r"(\d+)$", dtype) or 0)
+        bits += width * math.prod(int(size) for size in shape.split(",") if size)
+    return bits // 8
+
+
+def _first_group(rest: str, num_devices: int) -> list[int]:
+    """The devices of the first of the groups that a collective works in, by their place in the mesh."""
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return [int(match[1]), int(match[2])]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        return _mesh_group(match[1], match[2])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        groups, dims = (list(map(int, match[i].split(","))) for i in (1, 2))
+        order = list(map(int, match[3].split(","))) if match[3] else list(range(len(dims)))
+        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(groups)
+        return devices.reshape(-1, groups[-1])[0].tolist()
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return list(map(int, match[1].split(",")))
+    return list(range(num_devices))
+
+
+def _mesh_group(mesh: str, axes: str) -> list[int]:
+    """Of a mesh such as 'a'=4,'b'=2 and the axes of a group, 'a' or a part of one, 'a':(2)2: the first group."""
+    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    dims: list[int] = []
+    varies: list[bool] = []
+    for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
+        parts = [(int(before or 1), int(part or size)) for axis, before, part in chosen if axis == name]
+        covered = 1
+        for before, part in sorted(parts):
+            dims += [before // covered, part]
+            varies += [False, True]
+            covered = before * part
+        dims.append(int(size) // covered)
+        varies.append(False)
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices[tuple(slice(None) if free else 0 for free in varies)].reshape(-1).tolist()

@@ -1,0 +1,127 @@
+"""Settings that need less memory, tried one upon the other until the step fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.inputs import check_together
+from kto_jax.planning import Lengths, Program, Subject, compile_step
+from kto_jax.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A setting, and what became of it.
+
+    Attributes:
+      setting: as on the command line; it stands beside those of the rungs before.
+      cost: what it takes instead of memory.
+      program: with it; None where the run refuses the setting.
+      why_not: the refusal; empty where there is a program.
+    """
+
+    setting: str
+    cost: str
+    program: Program | None
+    why_not: str = ""
+
+
+def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
+    """Compiles the step with one setting more at a time, those that cost least first, and ends where it fits.
+
+    Args:
+      program: one that does not fit.
+      subject: what is trained.
+      topology: the devices.
+      lengths: of the assumed feedback.
+
+    Yields:
+      A rung for each setting that changes something.
+    """
+    config = program.config
+    num_devices = len(topology.devices)
+    for change, setting, cost in _settings(subject):
+        changed = change(config, num_devices)
+        if changed == config:
+            continue
+        text = setting(changed)
+        try:
+            check_together(changed, subject.objective)
+            tried = compile_step(changed, subject, topology, lengths)
+        except ConfigError as error:
+            yield Rung(text, cost, None, str(error))
+            continue
+        config = changed
+        yield Rung(text, cost, tried)
+        if tried.fits:
+            return
+
+
+_Change = Callable[[Config, int], Config]
+
+
+def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], str]]:
+    """(what it changes, how it is written, what it costs), in the order in which they are tried."""
+    settings: list[tuple[_Change, Callable[[Config], str], str]] = [
+        (
+            lambda config, _: dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")),
+            lambda _: "model.remat=full",
+            "computes each layer again for its gradient",
+        ),
+        (
+            _fewest_rows,
+            lambda config: f"microbatch_rows={config.microbatch_rows}",
+            "more microbatches, and weights gathered for each",
+        ),
+        (
+            _widest_fsdp,
+            lambda config: f"mesh.data=1 mesh.fsdp={config.mesh.fsdp}",
+            "weights gathered from more devices",
+        ),
+        (
+            lambda config, _: dataclasses.replace(
+                config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
+            ),
+            lambda _: "optimizer.moments_dtype=bfloat16",
+            "the first moment rounded",
+        ),
+    ]
+    if subject.objective.uses_reference:
+        settings += [
+            (
+                lambda config, _: dataclasses.replace(
+                    config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16")
+                ),
+                lambda _: "reference.param_dtype=bfloat16",
+                "the reference's weights rounded, as most are published",
+            ),
+            (
+                lambda config, _: dataclasses.replace(
+                    config, reference=dataclasses.replace(config.reference, precompute=True)
+                ),
+                lambda _: "reference.precompute=True",
+                "one pass over all feedback before training",
+            ),
+        ]
+    return settings
+
+
+def _fewest_rows(config: Config, num_devices: int) -> Config:
+    """One row to each device of the axes that rows are split over."""
+    return dataclasses.replace(config, microbatch_rows=num_devices // _tensor(config, num_devices))
+
+
+def _widest_fsdp(config: Config, num_devices: int) -> Config:
+    tensor = _tensor(config, num_devices)
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=num_devices // tensor, tensor=tensor)
+    given = config.mesh
+    already = given.data == 1 and given.fsdp in (-1, mesh.fsdp)
+    return config if already else dataclasses.replace(config, mesh=mesh)
+
+
+def _tensor(config: Config, num_devices: int) -> int:
+    if config.mesh.tensor != -1:
+        return config.mesh.tensor
+    return num_devices // (config.mesh.data * config.mesh.fsdp)
