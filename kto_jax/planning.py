@@ -90,7 +90,8 @@ class Program:
       shape: of the batch.
       parts: bytes on each device of policy, reference, moments and batch, by their shapes.
       arguments: bytes of all that, as the compiler lays it out; None where it refused the program.
-      temporaries: bytes of gradients, activations, gathered weights and code; where it refused, what it said it needs.
+      temporaries: bytes of gradients, activations, gathered weights and code when most is in use; where it refused, as
+        far as it says.
       refusal: the compiler's message; empty where it compiled.
       limit: bytes of memory that a device has.
       collectives: between the devices.
@@ -247,7 +248,7 @@ def compile_step(config: Config, subject: Subject, topology: Topology, lengths: 
     }
     step = jit_train_step(model, objective, optimizer, schedule, config.reference)
     started = time.perf_counter()
-    arguments, temporaries, refusal, collectives = _compile(step, state, batch, topology)
+    arguments, temporaries, refusal, collectives = _compile(step, state, batch, parts, topology)
     seconds = time.perf_counter() - started
     tokens, flops = count_work(model, objective, lengths, precomputed=precomputed)
     models = 2 if objective.uses_reference and not precomputed else 1
@@ -272,7 +273,9 @@ def compile_step(config: Config, subject: Subject, topology: Topology, lengths: 
     )
 
 
-def _compile(step: Any, state: Any, batch: Any, topology: Topology) -> tuple[int | None, int, str, list[Collective]]:
+def _compile(
+    step: Any, state: Any, batch: Any, parts: dict[str, int], topology: Topology
+) -> tuple[int | None, int, str, list[Collective]]:
     """Bytes of arguments and temporaries, the compiler's refusal if it refused, and the collectives."""
     lowered = step.lower(state, batch)
     try:
@@ -282,10 +285,11 @@ def _compile(step: Any, state: Any, batch: Any, topology: Topology) -> tuple[int
         sizes = refused_bytes(str(error))
         if sizes is None and "RESOURCE_EXHAUSTED" not in message:
             raise
-        return None, sizes[0] if sizes else 0, message, []
+        return None, sizes[0] - sum(parts.values()) if sizes else 0, message, []
     memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + fresh
+    # Not the sum of its parts, which are never all in use at the same time.
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    temporaries = peak - memory.argument_size_in_bytes
     collectives = find_collectives(
         compiled.as_text(), num_devices=len(topology.devices), num_slices=topology.num_slices
     )

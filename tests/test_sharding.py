@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -49,3 +51,11 @@ def test_a_batch_is_spread_over_data_and_fsdp():
     placed = place_batch(mesh, {"rows": np.arange(2 * 8 * 3).reshape(2, 8, 3), "count": np.int32(2)})
     assert {shard.data.shape for shard in placed["rows"].addressable_shards} == {(2, 2, 3)}
     assert placed["count"].sharding.is_fully_replicated
+
+
+def test_only_the_data_axis_may_cross_from_one_slice_to_another():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 2) for i in range(4)]
+    with pytest.raises(
+        ConfigError, match=r"config\.mesh\.data=1 cannot be split over 2 slices.*Set config"
+    ):
+        make_mesh(MeshConfig(data=1, fsdp=-1), devices)
