@@ -15,7 +15,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64, "c128": 128}
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{\s*$")
 _INSTRUCTION = re.compile(
-    r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
+    r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9\-]*)\((?P<rest>.*)$"
 )
 _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=(?:%?([\w.\-]+)|\{([^}]*)\})")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
@@ -64,6 +64,7 @@ class _Instruction:
     result: str
     rest: str
     calls: tuple[str, ...]
+    is_root: bool
 
 
 def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> list[Collective]:
@@ -161,7 +162,9 @@ def _read(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
             entry = head["name"] if head["entry"] else entry
         elif found := _INSTRUCTION.match(line):
             calls = tuple(name for pair in _CALLED.findall(found["rest"]) for name in _names(*pair))
-            current[found["name"]] = _Instruction(found["opcode"], found["type"], found["rest"], calls)
+            current[found["name"]] = _Instruction(
+                found["opcode"], found["type"], found["rest"], calls, bool(found["root"])
+            )
     return entry, computations
 
 
@@ -175,16 +178,36 @@ def _first(pattern: str, text: str) -> str:
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int | None:
-    """How often a loop runs: as the compiler noted, or the constant that its counter, which starts at 0, is held to."""
+    """How often a loop runs: as the compiler noted, or as its counter says, which goes from 0 to a constant."""
     if noted := _first(r'known_trip_count":\s*\{"n":"(\d+)"', loop.rest):
         return int(noted)
     condition = computations.get(_first(r"condition=%?([\w.\-]+)", loop.rest), {})
+    body = computations.get(_first(r"body=%?([\w.\-]+)", loop.rest), {})
     for instruction in condition.values():
         if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
-            limit = condition.get(_first(r"^[^,]*, (?:[^%]* )?%?([\w.\-]+)\)", instruction.rest))
-            if limit and limit.opcode == "constant":
-                return int(_first(r"^(\d+)", limit.rest))
+            counter, limit = (condition.get(name) for name in _operands(instruction))
+            if counter and limit and limit.opcode == "constant":
+                place = int(_first(r"index=(\d+)", counter.rest) or 0)
+                return math.ceil(_constant(limit) / _step(body, place))
     return None
+
+
+def _step(body: dict[str, _Instruction], place: int) -> int:
+    """By how much a loop's counter grows in a round; the compiler unrolls some loops, and counts by two."""
+    root = next((instruction for instruction in body.values() if instruction.is_root), None)
+    if root is None or root.opcode != "tuple":
+        return 1
+    grown = body.get(_operands(root)[place])
+    parts = [body.get(name) for name in _operands(grown)] if grown and grown.opcode == "add" else []
+    return next((_constant(part) for part in parts if part and part.opcode == "constant"), 1)
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
+
+
+def _constant(instruction: _Instruction) -> int:
+    return int(_first(r"^(\d+)", instruction.rest) or 1)
 
 
 def _payload(kind: str, instruction: _Instruction, num_devices: int) -> int:

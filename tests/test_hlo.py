@@ -157,6 +157,31 @@ ENTRY %main (p: s32[]) -> s32[] {
     assert [one.loops for one in find_collectives(text, num_devices=8)] == [(5,)]
 
 
+UNROLLED = """
+%cond (p: (f32[4], u32[])) -> pred[] {
+  %constant.6980 = u32[]{:T(128)} constant(8)
+  %get-tuple-element.1 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %compare.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.6980), direction=LT
+}
+
+%body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %constant.7 = u32[]{:T(128)} constant(2)
+  %get-tuple-element.2 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %add.3349 = u32[]{:T(128)} add(%get-tuple-element.2, %constant.7), metadata={op_name="jit(step)/while"}
+  %permute.1 = f32[4]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  ROOT %tuple.9 = (f32[4]{0}, u32[]{:T(128)}) tuple(%permute.1, %add.3349)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.1 = (f32[4]{0}, u32[]{:T(128)}) while(%tuple.1), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    assert [one.loops for one in find_collectives(UNROLLED, num_devices=2)] == [(4,)]
+
+
 def test_collectives_are_added_up_by_kind_and_loops_with_the_most_bytes_first():
     few, many = Collective("all-reduce", (), 2, 100, False), Collective("all-gather", (None, 3), 2, 100, False)
     rows = summarize([few, many, many], unknown=2)
