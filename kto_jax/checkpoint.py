@@ -19,6 +19,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from kto_jax import hosts
 from kto_jax.config import CheckpointConfig, ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model, Params
@@ -61,8 +62,19 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint; None where there is none."""
-        return self._checkpointer.latest.step if self._checkpointer.latest else None
+        """Step of the newest whole checkpoint; None where there is none.
+
+        Raises:
+          ConfigError: the processes see different ones.
+        """
+        step = self._checkpointer.latest.step if self._checkpointer.latest else None
+        seen = hosts.tell(str(step))
+        if len(set(seen)) > 1:
+            raise ConfigError(
+                f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "
+                "must see the same. Put --workdir on a file system that they share, and start again in a while."
+            )
+        return step
 
     def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
         """Starts to write a checkpoint; returns once the state's memory may be reused.

@@ -47,7 +47,7 @@ class ReferenceConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     precompute: bool = False
     """Compute its log-probabilities of all that the run will read once, before training, and then hold no reference.
-    They are kept in the cache, for other runs on the same feedback."""
+    They are kept in the cache, for other runs on the same feedback. The report then has no perplexity under it."""
     sync_every: int = 0
     """Steps after which the reference moves towards the policy, as in TR-DPO (arXiv 2404.09656: 512); 0 never."""
     sync_mix: float = 0.6

@@ -8,8 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
-
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64, "c128": 128}
@@ -109,7 +107,7 @@ def _collective(
         return [Collective(kind, loops, num_slices, _bytes(_parts(instruction.result)[0]) * whole, True)]
     if kind not in KINDS:
         return []
-    size = len(_first_group(instruction.rest, num_devices))
+    size = _group_size(instruction.rest, num_devices)
     payload = _payload(kind, instruction, size)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
@@ -240,35 +238,17 @@ def _bytes(result: str) -> int:
     return bits // 8
 
 
-def _first_group(rest: str, num_devices: int) -> list[int]:
-    """The devices of the first of the groups that a collective works in, by their place in the mesh."""
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return [int(match[1]), int(match[2])]
+def _group_size(rest: str, num_devices: int) -> int:
+    """How many devices each of the groups has that a collective works in."""
+    if "source_target_pairs={{" in rest:
+        return 2
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        return _mesh_group(match[1], match[2])
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        groups, dims = (list(map(int, match[i].split(","))) for i in (1, 2))
-        order = list(map(int, match[3].split(","))) if match[3] else list(range(len(dims)))
-        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(groups)
-        return devices.reshape(-1, groups[-1])[0].tolist()
+        # A mesh such as 'a'=4,'b'=8 and the axes of a group: 'a', or of b the part 'b':(2)2, which has 2 devices.
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        chosen = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or axes[axis]) for axis, part in chosen)
+    if match := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", rest):
+        return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return list(map(int, match[1].split(",")))
-    return list(range(num_devices))
-
-
-def _mesh_group(mesh: str, axes: str) -> list[int]:
-    """Of a mesh such as 'a'=4,'b'=2 and the axes of a group, 'a' or a part of one, 'a':(2)2: the first group."""
-    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    dims: list[int] = []
-    varies: list[bool] = []
-    for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
-        parts = [(int(before or 1), int(part or size)) for axis, before, part in chosen if axis == name]
-        covered = 1
-        for before, part in sorted(parts):
-            dims += [before // covered, part]
-            varies += [False, True]
-            covered = before * part
-        dims.append(int(size) // covered)
-        varies.append(False)
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    return devices[tuple(slice(None) if free else 0 for free in varies)].reshape(-1).tolist()
+        return len(match[1].split(","))
+    return num_devices

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # its service alone lets processes talk without devices
 from jax.experimental import multihost_utils
 
 from kto_jax.config import ConfigError, ProcessesConfig
 
 T = TypeVar("T")
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FAILED = "failed"
+_TURNS = itertools.count()
+"""All processes talk in one order; the number of the turn tells their words apart."""
 
 
 def join(config: ProcessesConfig) -> None:
@@ -33,28 +38,34 @@ def join(config: ProcessesConfig) -> None:
         many processes as `config.count` says.
     """
     given = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
-    if not jax.distributed.is_initialized() and (given or _in_cluster()):
-        address, count, number = _arguments(given) if given else (None, None, None)
-        try:
-            jax.distributed.initialize(
-                address,
-                count,
-                number,
-                initialization_timeout=config.timeout_seconds,
-                heartbeat_timeout_seconds=config.timeout_seconds,
-                shutdown_timeout_seconds=config.timeout_seconds,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"the processes of the run do not find each other: {str(error).splitlines()[0]}. Each needs the same "
-                f"JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Set them, or raise "
-                "config.processes.timeout_seconds."
-            ) from None
+    alone = config.count == 1 and not given
+    if not jax.distributed.is_initialized() and not alone and (given or _in_cluster()):
+        _initialize(*(_arguments(given) if given else (None, None, None)), timeout=config.timeout_seconds)
     if config.count and num_processes() != config.count:
         raise ConfigError(
             f"{num_processes()} processes were started, and config.processes.count={config.count}. They must be "
             "equal. Start as many, or set config.processes.count."
         )
+
+
+def _initialize(address: str | None, count: int | None, number: int | None, *, timeout: int) -> None:
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        if address is None and "coordinator_address should be defined" in str(error):
+            return  # a TPU of its own, outside of any cluster
+        raise ConfigError(
+            f"the processes of the run do not find each other: {str(error).splitlines()[0].rstrip('.')}. Each needs "
+            "the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Set them; where "
+            "they are right, raise config.processes.timeout_seconds; for one process, config.processes.count=1."
+        ) from None
 
 
 def _arguments(given: dict[str, str]) -> tuple[str, int, int]:
@@ -72,7 +83,8 @@ def _arguments(given: dict[str, str]) -> tuple[str, int, int]:
 
 def _in_cluster() -> bool:
     """Whether JAX finds the processes by itself."""
-    in_slurm_step = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    # A batch script that calls Python without srun has a rank, and no step.
+    in_slurm_step = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     has_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
     return in_slurm_step or bool(has_tpu)
 
@@ -88,33 +100,64 @@ def num_processes() -> int:
 
 
 def together(function: Callable[[], T]) -> T:
-    """Calls the function, and waits until all processes have; where it refuses on one, all end.
+    """Calls the function, and waits until all processes have; where it fails on one, all end.
+
+    The one that fails raises at once; the others when they come here.
 
     Raises:
-      ConfigError: the function's own, or that another process had one.
+      ConfigError: the function's own, or that another process has failed.
     """
-    if num_processes() == 1:
-        return function()
-    result, error = None, None
     try:
         result = function()
-    except ConfigError as raised:
-        error = raised
-    refused = np.flatnonzero(multihost_utils.process_allgather(np.int32(error is not None)))
-    if error:
-        raise error
-    if len(refused):
+    except BaseException:
+        if num_processes() > 1:
+            _put(_FAILED)
+        raise
+    failed = [number for number, word in enumerate(tell("done")) if word == _FAILED]
+    if failed:
         raise ConfigError(
-            f"process {refused[0]} of {jax.process_count()} cannot go on. All must. Its own message says what to do."
+            f"process {failed[0]} of {num_processes()} cannot go on. All must. Its own message says what to do."
         )
-    return result  # type: ignore[return-value]
+    return result
+
+
+def tell(word: str) -> list[str]:
+    """Tells all processes a word, and waits, however long, for theirs.
+
+    It takes no device: those time out where one process has more to do than the others.
+
+    Returns:
+      The words, by process.
+    """
+    if num_processes() == 1:
+        return [word]
+    turn = _put(word)
+    return [_get(f"kto_jax/{turn}/{number}") for number in range(num_processes())]
+
+
+def _put(word: str) -> int:
+    turn = next(_TURNS)
+    _service().key_value_set(f"kto_jax/{turn}/{jax.process_index()}", word)
+    return turn
+
+
+def _get(key: str) -> str:
+    while True:
+        try:
+            # In pieces, so that a signal is heard.
+            return _service().blocking_key_value_get(key, 2000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _service() -> Any:
+    return distributed.global_state.client
 
 
 def as_first_says(value: bool) -> bool:
     """The first process's value, on all."""
-    if num_processes() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return tell(str(value))[0] == "True"
 
 
 def where_any(mask: np.ndarray) -> np.ndarray:

@@ -10,11 +10,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from rich.progress import track
@@ -30,6 +33,8 @@ from kto_jax.inputs import Inputs
 from kto_jax.logs import console
 from kto_jax.models.huggingface import weights_digest
 from kto_jax.models.model import Model, Params
+from kto_jax.preemption import PREEMPTED
+from kto_jax.run import write_json
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.sharding import local_rows, place_batch, shardings
 from kto_jax.sources import cache_directory
@@ -38,7 +43,7 @@ _FORMAT = 1
 """Version of the stores."""
 
 
-def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inputs:
+def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir: Path) -> Inputs:
     """Finds or computes what the reference says of every step and evaluation of the run.
 
     The reference is loaded only where something is missing, and is let go of at the end.
@@ -48,18 +53,21 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inpu
       inputs: what it reads.
       model: the policy's; the reference has its architecture.
       mesh: the devices.
+      workdir: the run's folder, which remembers which reference it began with.
 
     Returns:
       The inputs, with plans whose batches hold the reference's log-probabilities.
 
     Raises:
-      ConfigError: the reference finds a completion impossible (its log-probability is not finite).
+      ConfigError: the reference is not the one that the run began with, a store cannot be used, or the reference finds
+        a completion impossible (its log-probability is not finite).
     """
     plain = dataclasses.replace(model, scorer="none")
     tasks = [("train", inputs.plan, inputs.num_steps)]
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
-    stores = [_find_store(config, inputs, plan) for _, plan, _ in tasks]
+    weights = hosts.together(lambda: _same_reference(config, inputs, workdir))
+    stores = hosts.together(lambda: [_find_store(config, inputs, plan, weights) for _, plan, _ in tasks])
     missing = {
         name: hosts.where_any(store.is_missing(num_steps))
         for store, (name, _, num_steps) in zip(stores, tasks, strict=True)
@@ -85,15 +93,28 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh) -> Inpu
                 for logps in (matched, unmatched):
                     _check_finite(logps, rows, inputs.index)
                 store.write(step, rows, matched, unmatched)
+                if hosts.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
+                    sys.exit(PREEMPTED)
     plans = [plan.with_reference_logps(store) for store, (_, plan, _) in zip(stores, tasks, strict=True)]
     return dataclasses.replace(inputs, plan=plans[0], held_out=plans[1] if inputs.held_out else None)
 
 
-def _find_store(config: Config, inputs: Inputs, plan: Plan) -> ReferenceLogps:
+def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
+    """The digest of the reference's weights, which must be that of the run's beginning."""
     if config.model.init == "random" and not config.reference.path:
-        weights = f"random {config.seed} {inputs.architecture}"
-    else:
-        weights = weights_digest(inputs.reference_path)
+        return f"random {config.seed} {inputs.architecture}"
+    weights, path = weights_digest(inputs.reference_path), workdir / "reference.json"
+    if path.exists() and (before := json.loads(path.read_text())["weights"]) != weights:
+        raise ConfigError(
+            f"the weights in {inputs.reference_path} have changed since the run in {workdir} began (digest "
+            f"{weights[:16]}, was {before[:16]}). Its reference must stay. Restore them, or choose another --workdir."
+        )
+    if hosts.is_first():
+        write_json(path, {"weights": weights})
+    return weights
+
+
+def _find_store(config: Config, inputs: Inputs, plan: Plan, weights: str) -> ReferenceLogps:
     parts = [_FORMAT, weights, plan.key, config.model.dtype, config.reference.param_dtype]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     directory = cache_directory() / "reference_logps" / key[:16]

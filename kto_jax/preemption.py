@@ -31,8 +31,9 @@ class Preemption:
 
     def __init__(self) -> None:
         self._signal: int | None = None
-        # With several processes JAX's own service receives the SIGTERM and agrees on a step among them.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        # With several processes JAX's own service receives the SIGTERM and agrees on a step among them; nothing agrees
+        # on a Ctrl-C, which ends them as they are.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._former = {number: signal.signal(number, self._remember) for number in numbers}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

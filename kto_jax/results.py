@@ -45,8 +45,14 @@ def write_results(
     card = model_card(folder.name, config, inputs)
     save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=run.tokenizer.directory, model_card=card)
     write_samples("after", model, state, inputs, run, config)
-    if not hosts.is_first():
-        return
+    if hosts.is_first():
+        _write_report(inputs, run, config, command)
+    # However long the judges take, nobody leaves before the report is written.
+    hosts.tell("written")
+
+
+def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
+    folder = run.path
     verdicts, notes, rows = _compare(inputs, run, config)
     write_report(
         folder / "report.html",

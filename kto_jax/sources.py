@@ -101,8 +101,7 @@ def file_digest(path: Path) -> str:
             return digest
     started = time.time()
     digest = _sha256(resolved)
-    _, modified, _ = before
-    if _identity(resolved) == before and started - modified / 1e9 > _SETTLED_SECONDS:
+    if _identity(resolved) == before and started - max(before[1:3]) / 1e9 > _SETTLED_SECONDS:
         with contextlib.suppress(OSError):
             remembered.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as partial:
@@ -111,10 +110,13 @@ def file_digest(path: Path) -> str:
     return digest
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, time of change in nanoseconds, and inode."""
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    """Size in bytes, when the content and when anything of the file was changed, in nanoseconds, and inode.
+
+    Copying programs set the first of the two times back; the second nobody can.
+    """
     status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _from_wheel(source: str) -> Path:

@@ -33,7 +33,7 @@ from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.logs import MetricsLog, console
 from kto_jax.objectives import defaults
 from kto_jax.precompute import precompute
-from kto_jax.preemption import Preemption, ending_at_once
+from kto_jax.preemption import INTERRUPTED, Preemption, ending_at_once
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run
 from kto_jax.sharding import abstract_batch, local_rows, place_batch
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, workdir = read_command(argv)
         with ending_at_once():
             return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ConfigError as error:
         console.quiet = False
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -90,15 +92,16 @@ def train(config: Config, workdir: Path, command: str) -> int:
         contextlib.closing(Checkpoints(run.path, config.checkpoint, reference_moves=moves)) as checkpoints,
     ):
         if config.reference.precompute:
-            inputs = precompute(config, inputs, model, mesh)
+            inputs = precompute(config, inputs, model, mesh, run.path)
 
         # ------------------------------------------------- the step's program, compiled while weights are read
         schedule = make_schedule(config.optimizer, inputs.num_steps)
         optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
         take_step = Program(jit_train_step(model, inputs.objective, optimizer, schedule, config.reference))
-        first_step = min(checkpoints.latest_step or 0, inputs.num_steps - 1)
-        take_step.begin(abstract, abstract_batch(mesh, inputs.plan.batch(first_step)))
+        first_step = checkpoints.latest_step or 0
+        if first_step < inputs.num_steps:
+            take_step.begin(abstract, abstract_batch(mesh, inputs.plan.batch(first_step)))
 
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
         clock = time.monotonic()

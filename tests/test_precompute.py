@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import kto_jax.precompute
 from kto_jax.data.reference_logps import ReferenceLogps
@@ -83,6 +85,20 @@ def test_a_second_run_loads_no_reference(tmp_path, monkeypatch):
     np.testing.assert_allclose([row["loss"] for row in second], [row["loss"] for row in first], atol=1e-6)
     with pytest.raises(AssertionError, match="was loaded"):
         train(tmp_path / "third", STORED, "--config.seed=1")
+
+
+def test_a_run_whose_reference_has_changed_under_it_is_refused(tmp_path, capsys):
+    model = tmp_path / "model"
+    train(tmp_path / "maker", "--config.max_steps=1")
+    shutil.copytree(tmp_path / "maker" / "policy", model)
+    own = [f"--config.model.path={model}", "--config.model.init=pretrained"]
+    train(tmp_path / "run", STORED, *own)
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    safetensors.numpy.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, *own]
+    assert main(command) == 2
+    assert "have changed since the run in" in message(capsys)
 
 
 def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, cache):

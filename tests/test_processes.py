@@ -26,7 +26,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache, workdir, count, *arguments, variables=None):
+def start(cache, workdir, count, *arguments, variables=None, of_second=None):
     """Starts `count` processes that share DEVICES fake devices."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -36,6 +36,7 @@ def start(cache, workdir, count, *arguments, variables=None):
     processes = []
     for number in range(count):
         own = dict(zip(NAMES, (address, str(count), str(number)), strict=True)) if count > 1 else variables or {}
+        own |= of_second if of_second and number == 1 else {}
         processes.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=environment | own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -155,6 +156,45 @@ def test_what_one_process_refuses_ends_all(cache, tmp_path):
     assert codes == [2, 2], "\n".join(messages)
     assert all("holds files, and no run" in message for message in messages)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_what_one_process_alone_cannot_do_ends_the_others_too(cache, tmp_path):
+    broken = tmp_path / "no folder"
+    broken.write_text("a file")
+    processes = start(cache, tmp_path / "run", 2, of_second={"KTO_JAX_CACHE": str(broken)})
+    codes, messages = finish(processes)
+    assert codes[0] == 2, messages[0]
+    assert "process 1 of 2 cannot go on" in " ".join(messages[0].split())
+    assert codes[1] in (1, 2)
+    assert "no folder" in messages[1]
+
+
+TALK = """
+import sys, time
+from kto_jax import hosts
+from kto_jax.config import ProcessesConfig
+hosts.join(ProcessesConfig(timeout_seconds=5))
+time.sleep(0 if hosts.is_first() else 15)
+print(hosts.tell(f"word {sys.argv[1]}"), hosts.as_first_says(hosts.is_first()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_each_other_for_longer_than_for_a_sign_of_life():
+    outputs = [process.communicate(timeout=100) for process in start_script(TALK)]
+    assert [said for said, _ in outputs] == ["['word 0', 'word 1'] True\n"] * 2, outputs
+
+
+def start_script(script):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(number)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | dict(zip(NAMES, (address, "2", str(number)), strict=True)),
+        )
+        for number in range(2)
+    ]  # fmt: skip
 
 
 def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -128,7 +129,8 @@ def fetch_hub(source: str, path: Path) -> None:
         raise ConfigError(f"data source {source!r} is not a Hub set. It is written hub:org/name/split. Name the split.")
     import datasets
 
-    partial = path.with_name(path.name + ".partial")
+    # Several processes may fetch it at once; what the last one renames stays.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             for row in datasets.load_dataset(name, split=split, streaming=True):

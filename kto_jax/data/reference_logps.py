@@ -11,9 +11,9 @@ killed is gone on with, and processes that fill the same store at once write the
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +72,18 @@ def open_store(directory: Path, num_rows: int, num_steps: int, num_sequences: in
     Raises:
       ConfigError: what lies there is no store of these sizes.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, shape in (("matched", (num_rows,)), ("unmatched", (num_steps, num_sequences))):
         path = directory / f"{name}.npy"
-        if not path.exists():
-            _begin(path, shape)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                _begin(path, shape)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error}. The reference's log-probabilities need "
+                f"{4 * math.prod(shape):,} bytes in the cache. Make room, or set KTO_JAX_CACHE to another folder."
+            ) from None
         try:
             arrays[name] = np.load(path, mmap_mode="r+", allow_pickle=False)
             whole = arrays[name].shape == shape
@@ -99,8 +105,9 @@ def _begin(path: Path, shape: tuple[int, ...]) -> None:
     try:
         os.link(partial, path)
     except OSError:
-        # It is there already, or this file system has no hard links.
+        # It is there already, or this file system has no hard links: then the last of several stays, and the others
+        # go on with files that nobody will find again.
         if not path.exists():
-            shutil.copyfile(partial, path)
+            os.replace(partial, path)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
