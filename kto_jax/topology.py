@@ -28,7 +28,6 @@ class Chip:
       ici_bandwidth: bytes a second that it can send to its neighbours in the slice over all links; as many arrive.
       dcn_bandwidth: bytes a second to other slices; None where nothing is published.
       num_dims: dimensions of its topologies.
-      ring: length from which a dimension is closed to a ring; every multiple of it is, too.
       devices: devices of JAX that one chip is.
       options: what `get_topology_desc` is told beside the name.
     """
@@ -39,7 +38,6 @@ class Chip:
     ici_bandwidth: float
     dcn_bandwidth: float | None
     num_dims: int
-    ring: int
     devices: int = 1
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -48,11 +46,11 @@ class Chip:
 # both directions together, of which half is taken; that of v4 is 6 links of 50 GB/s (arXiv 2304.01433). Bandwidth of
 # the data center network is per chip, of v5e the pod's 6.4 Tb/s over 256 chips.
 CHIPS = {
-    "v4": Chip(275e12, 32 * _GIB, 1.2e12, 300e9, None, 3, 4, options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8, 2, 16),
-    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 50e9 / 8, 3, 4),
-    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 100e9 / 8, 2, 16),
-    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, 100e9 / 8, 3, 4, devices=2),
+    "v4": Chip(275e12, 32 * _GIB, 1.2e12, 300e9, None, 3, options=(("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8, 2),
+    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 50e9 / 8, 3),
+    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 100e9 / 8, 2),
+    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, 100e9 / 8, 3, devices=2),
 }
 _NAME = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>[a-z0-9]+):(?P<size>\d+(?:x\d+)+)")
 
@@ -121,8 +119,9 @@ def open_topology(name: str) -> Topology:
     three = (*size, 1, 1)[:3]
     if three == (1, 1, 1):
         options["chips_per_host_bounds"] = three
-    elif any(is_ring := tuple(length % chip.ring == 0 for length in three)):
-        options["wrap"] = is_ring
+    elif chip.num_dims == 3 and all(length % 4 == 0 for length in size):
+        # Whole cubes of 4x4x4 are closed to a torus by optical switches; libtpu closes 16x16 by itself.
+        options["wrap"] = (True, True, True)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name.split("*")[-1], **options)
     except Exception as error:  # The runtime's own error types are no part of its interface.
