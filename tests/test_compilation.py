@@ -93,8 +93,10 @@ def test_each_shape_is_compiled_once():
     assert traced == [(2,), (3,)]
 
 
-def test_what_was_begun_is_what_the_call_uses():
+def test_what_was_begun_is_what_the_call_uses(monkeypatch):
     function, traced = count_traces()
+    compiled, compile_one = [], Program._compile
+    monkeypatch.setattr(Program, "_compile", lambda *these: (compiled.append(these), compile_one(*these)))
     program = Program(function)
     program.begin(jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32))
     assert program(jnp.ones(()), jnp.ones(4)) == 5
@@ -103,6 +105,12 @@ def test_what_was_begun_is_what_the_call_uses():
     assert waited > 0
     program(jnp.ones(()), jnp.ones(4))
     assert program.compile_seconds == waited
+    assert len(compiled) == 1
+    program(jnp.ones(()), jnp.ones(5))
+    assert len(compiled) == 2
+    program.compile_seconds = 1000.0
+    program(jnp.ones(()), jnp.ones(6))
+    assert program.compile_seconds > 1000
 
 
 def test_compiling_happens_in_the_background():

@@ -83,6 +83,7 @@ def test_steps_are_missing_until_they_are_written(tmp_path):
     store.write(1, np.array([5, 2]), np.float32([-1, -2]), np.float32([-3, 0]))
     assert store.is_missing(4).tolist() == [True, False, True, True]
     assert store.is_missing(2).tolist() == [True, False]
+    store.unmatched[2, 1] = -1  # a step that was cut off
     again = open_store(tmp_path / "store", 8, 4, 3)
     assert again.is_missing(4).tolist() == [True, False, True, True]
     assert again.matched[[5, 2]].tolist() == [-1, -2]
