@@ -59,6 +59,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         remat=config.model.remat,
         constrain=constrain,
         scorer=inputs.objective.scorer,
+        num_devices=mesh.size,
     )
 
 

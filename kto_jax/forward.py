@@ -22,7 +22,7 @@ def completion_states(model: Model, params: Params, rows: PackedRows, *, offset:
 def _token_logps(model: Model, params: Params, hidden_RCD: Float[Array, "R C D"], rows: PackedRows) -> Array:
     # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
     head_DV = model.constrain(model.head(params), ("embed", "vocab"))
-    return token_logps(hidden_RCD, head_DV, rows.targets)
+    return token_logps(hidden_RCD, head_DV, rows.targets, num_devices=model.num_devices)
 
 
 def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array, "R S"]:

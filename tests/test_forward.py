@@ -7,7 +7,7 @@ import pytest
 
 from kto_jax.config import ObjectiveConfig
 from kto_jax.data.batches import Plan
-from kto_jax.forward import completion_states, packed_rewards, read_completions
+from kto_jax.forward import completion_states, packed_logps, packed_rewards, read_completions
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
@@ -28,6 +28,29 @@ def microbatch(row_length=80):
     )  # fmt: skip
     batch = plan.batch(0)
     return index, *jax.tree.map(lambda x: x[0], (batch.matched, batch.desirable, batch.scores))
+
+
+@pytest.mark.parametrize("num_devices, num_chunks", [(1, 16), (4, 4), (16, 1)])
+def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num_devices, num_chunks):
+    # One device has room for the logits of 5 tokens of each row; there are 16 rows of 80.
+    monkeypatch.setattr("kto_jax.losses.logprobs._MAX_LOGITS", 98 * 16 * 5)
+    model = Model.create(CONFIG, num_devices=num_devices)
+    rows = microbatch()[1]
+    jaxpr = jax.make_jaxpr(lambda params: packed_logps(model, params, rows))(model.abstract_params("float32"))
+    loops = [loop.params["length"] for loop in equations(jaxpr.jaxpr) if loop.primitive.name == "scan"]
+    # The layers are the other loop.
+    assert num_chunks == 1 or num_chunks in loops
+    assert all(length in (num_chunks, CONFIG.num_layers, 1) for length in loops)
+
+
+def equations(jaxpr):
+    """All equations, those of inner functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize("row_length", [38, 80])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Logits that exist at one time: 2**25 float32 values are 128 MiB.
+# Logits that exist at one time on a device: 2**25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
 
 
@@ -21,6 +21,7 @@ def token_logps(
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
     chunk_size: int | None = None,
+    num_devices: int = 1,
 ) -> Float[Array, "*R T"]:
     """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
 
@@ -34,18 +35,22 @@ def token_logps(
       targets: token ids.
       softcap: logits become `softcap · tanh(logits / softcap)`.
       bias: added to the logits.
-      chunk_size: tokens (of all rows together) whose logits exist at one time; None chooses by the vocabulary.
+      chunk_size: tokens (of all rows together) whose logits exist at one time; None chooses by the vocabulary
+        and the devices.
+      num_devices: devices that share the logits of a chunk, by rows, by vocabulary or both. Each reads the whole of its
+        head for every chunk, so chunks must not become small with their number.
 
     Returns:
       Log-probabilities in nats, in at least float32.
     """
     if hidden.ndim == 2:
         return token_logps(
-            hidden[None], head, targets[None], softcap=softcap, bias=bias, chunk_size=chunk_size
-        ).squeeze(0)
+            hidden[None], head, targets[None],
+            softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
+        ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
     vocabulary = head.shape[1]
-    chunk_size = chunk_size or max(_MAX_LOGITS // vocabulary, 1)
+    chunk_size = chunk_size or max(_MAX_LOGITS * num_devices // vocabulary, 1)
     chunk = min(max(chunk_size // num_rows, 1), length)
     num_chunks = -(-length // chunk)
     chunk = -(-length // num_chunks)  # chunks of equal size leave the least padding

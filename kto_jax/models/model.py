@@ -44,6 +44,7 @@ class Model:
       remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full".
       constrain: called on activations with their logical axes; identity unless a mesh is in play.
       scorer: which head reads a number off a hidden state: "none", "reward" or "value".
+      num_devices: devices that share every activation.
       graphdef: the structure of the NNX module, output head and scorer apart.
     """
 
@@ -52,6 +53,7 @@ class Model:
     remat: str
     constrain: Constrain
     scorer: str
+    num_devices: int
     graphdef: Any = dataclasses.field(compare=False, repr=False)
 
     @classmethod
@@ -63,6 +65,7 @@ class Model:
         remat: Literal["none", "dots", "full"] = "full",
         constrain: Constrain | None = None,
         scorer: Literal["none", "reward", "value"] = "none",
+        num_devices: int = 1,
     ) -> Model:
         """Builds a model.
 
@@ -73,6 +76,7 @@ class Model:
           constrain: `constrain(array, logical_axes) -> array`. Axes are "rows", "length", "embed", "heads",
             "kv_heads", "head_dim", "layers".
           scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
+          num_devices: devices of the mesh that `constrain` lays activations over.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scorer.
@@ -84,7 +88,7 @@ class Model:
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        model = cls(config, dtype, remat, constrain, scorer, None)
+        model = cls(config, dtype, remat, constrain, scorer, num_devices, None)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
