@@ -44,8 +44,8 @@ class Model:
       remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full".
       constrain: called on activations with their logical axes; identity unless a mesh is in play.
       scorer: which head reads a number off a hidden state: "none", "reward" or "value".
-      num_devices: devices that share every activation.
       graphdef: the structure of the NNX module, output head and scorer apart.
+      num_devices: devices that share every activation.
     """
 
     config: TransformerConfig
@@ -53,8 +53,8 @@ class Model:
     remat: str
     constrain: Constrain
     scorer: str
-    num_devices: int
     graphdef: Any = dataclasses.field(compare=False, repr=False)
+    num_devices: int = 1
 
     @classmethod
     def create(
@@ -88,7 +88,7 @@ class Model:
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        model = cls(config, dtype, remat, constrain, scorer, num_devices, None)
+        model = cls(config, dtype, remat, constrain, scorer, None, num_devices)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
