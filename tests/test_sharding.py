@@ -55,7 +55,5 @@ def test_a_batch_is_spread_over_data_and_fsdp():
 
 def test_only_the_data_axis_may_cross_from_one_slice_to_another():
     devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 2) for i in range(4)]
-    with pytest.raises(
-        ConfigError, match=r"config\.mesh\.data=1 cannot be split over 2 slices.*Set config"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.mesh\.data=1 cannot be split over 2 slices.*Set config"):
         make_mesh(MeshConfig(data=1, fsdp=-1), devices)
