@@ -104,7 +104,6 @@ def test_two_processes_train_as_one_does(alone, cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count, mesh", [
-    (2, ["--config.mesh.fsdp=4"]), (2, ["--config.mesh.tensor=2"]),
     (2, ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
     (4, ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
 ], ids=lambda value: str(value).replace("--config.mesh.", ""))  # fmt: skip
