@@ -141,7 +141,8 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_alone(alo
     processes[1].kill()
     killed = time.monotonic()
     codes, _ = finish(processes)
-    assert time.monotonic() - killed < 60
+    # Its heartbeat and its leave-taking each wait 20 s at most; the rest is for a busy machine.
+    assert time.monotonic() - killed < 100
     assert codes[1] == -9
     assert codes[0] not in (0, 75)
     assert_same(train(cache, workdir, 1), rows(alone))
