@@ -12,6 +12,7 @@ from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
+from tests.losses.test_logprobs import equations
 from tests.synthetic import make_index
 
 CONFIG = TransformerConfig(
@@ -41,16 +42,6 @@ def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num
     # The layers are the other loop.
     assert num_chunks == 1 or num_chunks in loops
     assert all(length in (num_chunks, CONFIG.num_layers, 1) for length in loops)
-
-
-def equations(jaxpr):
-    """All equations, those of inner functions too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 @pytest.mark.parametrize("row_length", [38, 80])
