@@ -1,9 +1,9 @@
 """Attention over packed rows and over a cache: causal, grouped heads, memory linear in the length.
 
 There is one function. A mask says that a query attends to a key when both lie in the same segment and the key's
-place is not after the query's. In a packed row the place is the position inside the segment; in a cache it is the
-slot. No [L, L] array is made once L exceeds the chunk of queries: chunks are taken one after another and computed
-again for the gradient.
+place is not after the query's, nor `window` or more before it. In a packed row the place is the position inside the
+segment; in a cache it is the slot. No [L, L] array is made once L exceeds the chunk of queries: chunks are taken one
+after another and computed again for the gradient.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def attention(
     key_places_RS: Int[Array, "R S"],
     query_segments_RL: Int[Array, "R L"],
     key_segments_RS: Int[Array, "R S"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
     precision: jax.lax.Precision | None = None,
     chunk: int = QUERY_CHUNK,
 ) -> Float[Array, "R L N H"]:
@@ -45,6 +48,9 @@ def attention(
       key_places_RS: place of every key in its segment.
       query_segments_RL: segment of every query.
       key_segments_RS: segment of every key.
+      window: keys whose place is `window` or more before the query's are not seen; None sees them all.
+      softcap: scores are bent to softcap * tanh(score / softcap), before the mask; None leaves them.
+      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
       precision: of the two products.
       chunk: queries taken at once; the largest temporary is [R, N, chunk, S].
 
@@ -53,13 +59,16 @@ def attention(
     """
     rows, length, num_heads, head_dim = query_RLNH.shape
     groups = num_heads // key_RSKH.shape[2]
-    query_RLKGH = (query_RLNH * head_dim**-0.5).reshape(rows, length, -1, groups, head_dim)
+    scaled_RLNH = query_RLNH * (head_dim**-0.5 if scale is None else scale)
+    query_RLKGH = scaled_RLNH.reshape(rows, length, -1, groups, head_dim)
     block = partial(
         _attend,
         key=key_RSKH,
         value=value_RSKH,
         key_places=key_places_RS,
         key_segments=key_segments_RS,
+        window=window,
+        softcap=softcap,
         precision=precision,
     )
     if length <= chunk:
@@ -77,13 +86,16 @@ def attention(
     return jnp.moveaxis(mixed, 0, 1).reshape(rows, num_chunks * chunk, num_heads, head_dim)[:, :length]
 
 
-def _attend(query, query_places, query_segments, *, key, value, key_places, key_segments, precision):
+def _attend(query, query_places, query_segments, *, key, value, key_places, key_segments, window, softcap, precision):
     """One dense block: query [R, Q, K, G, H] over all keys [R, S, K, H]."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("rqkgh,rskh->rkgqs", query, key, precision=precision, preferred_element_type=wide)
-    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (
-        query_places[:, :, None] >= key_places[:, None, :]
-    )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    distances = query_places[:, :, None] - key_places[:, None, :]
+    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (distances >= 0)
+    if window is not None:
+        visible &= distances < window
     # A finite floor, not -inf: a query that sees nothing must give a number, for itself and for its gradient.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

@@ -21,17 +21,19 @@ def draw(rows=2, length=13, heads=4, kv_heads=2, head_dim=8):
     return query, key, value, tile(positions), tile(segments)
 
 
-@partial(jax.jit, static_argnames="chunk")
-def attend(query, key, value, positions, segments, chunk=512):
+@partial(jax.jit, static_argnames=("chunk", "window", "softcap", "scale"))
+def attend(query, key, value, positions, segments, chunk=512, **options):
     return attention(
         query, key, value, query_places_RL=positions, key_places_RS=positions, query_segments_RL=segments,
-        key_segments_RS=segments, chunk=chunk,
+        key_segments_RS=segments, chunk=chunk, **options,
     )  # fmt: skip
 
 
-def test_attention_equals_a_loop_over_rows_heads_and_tokens():
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 1.5, "scale": 0.7}], ids=["plain", "gemma"])
+def test_attention_equals_a_loop_over_rows_heads_and_tokens(options):
     query, key, value, positions, segments = (np.asarray(x, np.float64) for x in draw())
-    mixed = np.asarray(attend(*draw()))
+    mixed = np.asarray(attend(*draw(), **options))
+    window, softcap = options.get("window", 13), options.get("softcap", 1e6)
     rows, length, heads, head_dim = query.shape
     for row in range(rows):
         for head in range(heads):
@@ -39,10 +41,12 @@ def test_attention_equals_a_loop_over_rows_heads_and_tokens():
                 seen = [
                     other
                     for other in range(place + 1)
-                    if segments[row, other] == segments[row, place] and positions[row, other] <= positions[row, place]
+                    if segments[row, other] == segments[row, place]
+                    and 0 <= positions[row, place] - positions[row, other] < window
                 ]
                 scores = np.array([query[row, place, head] @ key[row, other, head // 2] for other in seen])
-                shares = np.exp(scores / np.sqrt(head_dim))
+                scores *= options.get("scale", 1 / np.sqrt(head_dim))
+                shares = np.exp(softcap * np.tanh(scores / softcap))
                 expected = (shares / shares.sum()) @ value[row, seen, head // 2]
                 np.testing.assert_allclose(mixed[row, place, head], expected, rtol=1e-5, atol=1e-6)
 
