@@ -45,6 +45,7 @@ from benchmarks.peers.jax_turn import save_batch
 from kto_jax.config import to_dict
 from kto_jax.data.tokenize import prepare_tokenizer
 from kto_jax.hardware import peak_flops
+from kto_jax.models.attention import dense_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params, read_config, save_hugging_face, weights_digest
 from kto_jax.models.model import Model
@@ -328,9 +329,9 @@ def make_table(name: str, result: dict[str, Any]) -> Table:
 def flops_check() -> dict[str, float]:
     """The formula of `work` beside XLA's count, for the forward and the backward pass over all tokens' logits.
 
-    XLA counts the body of a loop once, however often it runs. So the model here has one layer, and the rows are one
-    chunk of queries: each loop runs once, and the counts can be compared. Attention there multiplies each query with
-    all keys, which the formula is told.
+    XLA counts the body of a loop once, however often it runs. So the model here has one layer, and its attention is
+    dense, over rows that are one chunk of queries: each loop runs once, and the counts can be compared. Attention there
+    multiplies each query with all keys, which the formula is told.
 
     Returns:
       FLOPs by formula and by XLA, and XLA's by the formula's: what norms, rotations and softmax add.
@@ -338,7 +339,7 @@ def flops_check() -> dict[str, float]:
     architecture = TransformerConfig(
         vocab_size=4096, embed_dim=512, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1536
     )
-    model = Model.create(architecture, remat="none")
+    model = Model.create(architecture, remat="none", packed_attention=dense_attention)
     rows, length = 4, 256
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from kto_jax.checkpoint import Checkpoints
 from kto_jax.config import Config
 from kto_jax.inputs import Inputs
+from kto_jax.kernels import choose_attention
 from kto_jax.logs import console
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params
@@ -44,7 +45,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
       devices: the devices; none for all that are here.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model.
+      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices do not have the attention.
     """
     architecture = inputs.architecture
     devices = list(devices) or jax.devices()
@@ -60,6 +61,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         constrain=constrain,
         scorer=inputs.objective.scorer,
         num_devices=mesh.size,
+        packed_attention=choose_attention(config.model.attention, mesh),
     )
 
 

@@ -36,6 +36,9 @@ class ModelConfig:
     """What the forward pass computes in. The policy's weights are float32, and so are log-probabilities."""
     remat: Literal["none", "dots", "full"] = "full"
     """What a layer keeps for its gradient: everything, matrix products, or only its input."""
+    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
+    """How packed rows attend. "auto": "splash" on TPU and "triton" on GPU, kernels that come with JAX, and "chunked"
+    elsewhere, which multiplies only blocks of tokens that may see each other. "dense" multiplies all."""
 
 
 @dataclasses.dataclass(frozen=True)

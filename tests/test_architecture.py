@@ -25,7 +25,7 @@ LAYERS = [
         "hlo",
         "topology",
     },
-    {"objectives", "sharding"},
+    {"objectives", "sharding", "kernels"},
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"assembly", "results", "precompute"},
@@ -34,6 +34,7 @@ LAYERS = [
 # Within a layer, these alone.
 SIDEWAYS = {
     ("sources", "config"), ("values", "losses"),
+    ("kernels", "sharding"),
     ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
     ("ladder", "planning"), ("plan_report", "planning"), ("plan_report", "ladder"), ("plan", "planning"),
     ("plan", "ladder"), ("plan", "plan_report"), ("plan", "train"),

@@ -9,6 +9,7 @@ after another and computed again for the gradient.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,22 @@ def attention(
     chunks = (split(query_RLKGH), split(query_places_RL), split(query_segments_RL))
     mixed = jax.lax.map(lambda parts: jax.checkpoint(block, prevent_cse=False)(*parts), chunks)
     return jnp.moveaxis(mixed, 0, 1).reshape(rows, num_chunks * chunk, num_heads, head_dim)[:, :length]
+
+
+def dense_attention(
+    query_RLNH: Float[Array, "R L N H"],
+    key_RLKH: Float[Array, "R L K H"],
+    value_RLKH: Float[Array, "R L K H"],
+    *,
+    segment_ids_RL: Int[Array, "R L"],
+    positions_RL: Int[Array, "R L"],
+    **options: Any,
+) -> Float[Array, "R L N H"]:
+    """`attention` of packed rows, whose tokens are the queries and the keys; `options` are its own."""
+    return attention(
+        query_RLNH, key_RLKH, value_RLKH, query_places_RL=positions_RL, key_places_RS=positions_RL,
+        query_segments_RL=segment_ids_RL, key_segments_RS=segment_ids_RL, **options,
+    )  # fmt: skip
 
 
 def _attend(query, query_places, query_segments, *, key, value, key_places, key_segments, window, softcap, precision):

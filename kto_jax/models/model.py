@@ -11,9 +11,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kto_jax.config import ConfigError
+from kto_jax.models.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
-from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, Transformer, matmul_precision
+from kto_jax.models.transformer import (
+    REMAT_POLICIES,
+    Cache,
+    Constrain,
+    PackedAttention,
+    Transformer,
+    matmul_precision,
+)
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
@@ -46,6 +54,7 @@ class Model:
       scorer: which head reads a number off a hidden state: "none", "reward" or "value".
       graphdef: the structure of the NNX module, output head and scorer apart.
       num_devices: devices that share every activation.
+      packed_attention: attention over packed rows; what reads a cache has its own.
     """
 
     config: TransformerConfig
@@ -55,6 +64,7 @@ class Model:
     scorer: str
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     num_devices: int = 1
+    packed_attention: PackedAttention = blockwise_attention
 
     @classmethod
     def create(
@@ -66,6 +76,7 @@ class Model:
         constrain: Constrain | None = None,
         scorer: Literal["none", "reward", "value"] = "none",
         num_devices: int = 1,
+        packed_attention: PackedAttention = blockwise_attention,
     ) -> Model:
         """Builds a model.
 
@@ -77,6 +88,7 @@ class Model:
             "kv_heads", "head_dim", "layers".
           scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
           num_devices: devices of the mesh that `constrain` lays activations over.
+          packed_attention: attention over packed rows; hashable, called as `dense_attention` is.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scorer.
@@ -88,7 +100,7 @@ class Model:
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        model = cls(config, dtype, remat, constrain, scorer, None, num_devices)
+        model = cls(config, dtype, remat, constrain, scorer, None, num_devices, packed_attention)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
@@ -193,6 +205,6 @@ class Model:
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
         return Transformer(
-            self.config, dtype=jnp.dtype(self.dtype), remat=self.remat, constrain=self.constrain, has_head=has_head,
-            rngs=nnx.Rngs(params=key),
+            self.config, dtype=jnp.dtype(self.dtype), remat=self.remat, constrain=self.constrain,
+            packed_attention=self.packed_attention, has_head=has_head, rngs=nnx.Rngs(params=key),
         )  # fmt: skip

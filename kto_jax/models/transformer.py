@@ -20,6 +20,8 @@ from kto_jax.models.attention import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
+# As `dense_attention`: rotated queries and keys, and values, of packed rows, with their segments and positions.
+PackedAttention = Callable[..., Array]
 Cache = dict[str, Array]
 # Takes rotated queries and keys, and values, [R, L, heads, H]; gives the mixed values and whatever must be kept.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -134,9 +136,18 @@ class Transformer(nnx.Module):
     """The whole decoder; outside of models/ it is seen through `Model`."""
 
     def __init__(
-        self, config: TransformerConfig, *, dtype, remat: str, constrain: Constrain, has_head: bool, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        *,
+        dtype,
+        remat: str,
+        constrain: Constrain,
+        packed_attention: PackedAttention,
+        has_head: bool,
+        rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.remat, self.constrain = config, dtype, remat, constrain
+        self.packed_attention = packed_attention
         self.embed = Embedding(config, rngs=rngs)
         self.layers = Block(config, dtype=dtype, constrain=constrain, rngs=rngs)
         self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps)
@@ -151,11 +162,8 @@ class Transformer(nnx.Module):
         tables, precision = self._tables(positions_RL), matmul_precision(self.dtype)
 
         def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            places, segments = positions_RL, segment_ids_RL
-            return attention(
-                query, key, value, query_places_RL=places, key_places_RS=places, query_segments_RL=segments,
-                key_segments_RS=segments, precision=precision,
-            ), None  # fmt: skip
+            tokens = {"segment_ids_RL": segment_ids_RL, "positions_RL": positions_RL}
+            return self.packed_attention(query, key, value, **tokens, precision=precision), None
 
         graphdef, state = nnx.split(self.layers)
 
