@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from kto_jax.config import ConfigError
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsWeights:
@@ -64,6 +68,34 @@ class SafetensorsWeights:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads the part `index` of a tensor, and only its bytes."""
         return self._slices[name][index]
+
+
+def write_safetensors(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
+) -> None:
+    """Writes a file tensor by tensor, so that no more than one of them must be in memory.
+
+    The safetensors library writes a file only from all of its tensors at once.
+
+    Args:
+      file: where to.
+      shapes: shape of every tensor by name, in the order of `tensors`.
+      dtype: what all tensors are.
+      tensors: the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (shape, jnp.dtype(dtype))
+            # As bytes: NumPy does not hand out a buffer of bfloat16.
+            out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
 
 def listed(names: Any) -> str:

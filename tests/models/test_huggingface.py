@@ -124,7 +124,7 @@ def test_a_failed_export_leaves_the_earlier_one_whole(config, directory, tmp_pat
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    monkeypatch.setattr(huggingface, "write_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save(params)
     assert_equal(load(tmp_path / "out"), params)
