@@ -3,7 +3,7 @@
     python -m benchmarks.step_memory
 
 Compiles KTO's step for this machine from shapes alone, and prints what the compiler says that it needs beside its
-arguments: gradients of the policy and activations. Gradients grow with the table of embeddings, so they stand apart; one
+arguments: gradients of the policy and activations. Gradients grow with the table of embeddings, so they stand apart; an
 array of all logits of the completions, which the step never holds, stands beside for comparison.
 """
 

@@ -92,7 +92,7 @@ def test_the_summary_is_of_medians_without_the_warm_up():
     assert summary["plain_jax"]["loss_difference"] == 0.125
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_at_small_size(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     out, profile = tmp_path / "kto.json", tmp_path / "profile"

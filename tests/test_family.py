@@ -118,7 +118,7 @@ def test_every_objective_moves_its_margin_the_right_way_and_flipped_labels_the_o
     check_both_ways(ObjectiveConfig(name=name), EIGHT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name, options", VARIANTS, ids=lambda value: "-".join(map(str, dict(value=value).values())))
 def test_every_variant_does_too(name, options):
     check_both_ways(ObjectiveConfig(name=name, **options), ONE)

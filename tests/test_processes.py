@@ -103,12 +103,9 @@ def test_two_processes_train_as_one_does(alone, cache, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, mesh", [
-    (2, ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
-    (4, ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
-], ids=lambda value: str(value).replace("--config.mesh.", ""))  # fmt: skip
-def test_every_mesh_of_several_processes_trains_alike(alone, cache, tmp_path, count, mesh):
-    assert_same(train(cache, tmp_path / "run", count, *mesh), rows(alone))
+def test_four_processes_over_a_mixed_mesh_train_alike(alone, cache, tmp_path):
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]  # every mesh: test_mesh_steps.py
+    assert_same(train(cache, tmp_path / "run", 4, *mesh), rows(alone))
     assert_same_policy(tmp_path / "run", alone)
 
 

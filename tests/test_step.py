@@ -118,7 +118,7 @@ UNPACKED = [(38, 64, 1), (38, 32, 2), (38, 16, 4)]
 PACKED = [(80, 32, 1), (80, 16, 2), (80, 8, 4)]
 QUICK = [("1", UNPACKED[0]), ("1", PACKED[2]), ("8x1", PACKED[1]), ("4x2", UNPACKED[2]), ("2x2x2", PACKED[2])]
 ALL = [(mesh, layout) for mesh in MESHES for layout in UNPACKED + PACKED]
-CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL]
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.exhaustive) for case in ALL]
 
 
 @pytest.mark.parametrize("mesh, layout", CASES)
