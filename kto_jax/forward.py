@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kto_jax.losses import humanline_clamp, segment_sums, token_logps
+from kto_jax.losses import humanline_clamp, segment_sums
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, PackedRows, TokenScores
@@ -19,12 +19,6 @@ def completion_states(model: Model, params: Params, rows: PackedRows, *, offset:
     return model.constrain(hidden_RCD, ("rows", "length", "embed"))
 
 
-def _token_logps(model: Model, params: Params, hidden_RCD: Float[Array, "R C D"], rows: PackedRows) -> Array:
-    # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
-    head_DV = model.constrain(model.head(params), ("embed", "vocab"))
-    return token_logps(hidden_RCD, head_DV, rows.targets, num_devices=model.num_devices)
-
-
 def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array, "R S"]:
     num_slots = rows.filled.shape[-1]
     return jax.vmap(lambda values, ids: segment_sums(values, ids - 1, num_slots, where=ids > 0))(
@@ -34,7 +28,7 @@ def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array,
 
 def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
     """Log-probability of the completion in each slot of one microbatch, in nats; 0 in empty slots."""
-    return _slot_sums(_token_logps(model, params, completion_states(model, params, rows), rows), rows)
+    return _slot_sums(model.token_logps(params, completion_states(model, params, rows), rows.targets), rows)
 
 
 def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
@@ -65,11 +59,11 @@ def read_completions(
         rewards = packed_rewards(model, policy, rows)
         return Completions(rewards, jnp.zeros_like(rewards), rewards, lengths, desirable, scores, rows.filled)
     hidden_RCD = completion_states(model, policy, rows)
-    policy_RC = _token_logps(model, policy, hidden_RCD, rows)
+    policy_RC = model.token_logps(policy, hidden_RCD, rows.targets)
     likelihood = _slot_sums(policy_RC, rows)
     reference_RC = jnp.zeros_like(policy_RC)
     if objective.uses_reference and reference_logps is None:
-        reference_RC = _token_logps(model, reference, completion_states(model, reference, rows), rows)
+        reference_RC = model.token_logps(reference, completion_states(model, reference, rows), rows.targets)
     if objective.humanline:
         low, high = objective.humanline
         policy_RC = reference_RC + humanline_clamp(policy_RC - reference_RC, low=low, high=high)

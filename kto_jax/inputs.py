@@ -314,7 +314,7 @@ def _check_model(config: Config, policy: TransformerConfig, reference: Transform
             f"tokens. Allowed: up to {context}. Set config.data.max_length."
         )
     # These fields say nothing of the weights or of the logits.
-    unrelated = ("bos_id", "eos_ids", "max_length", "initializer_range")
+    unrelated = ("family", "bos_id", "eos_ids", "max_length", "initializer_range")
     differing = [
         f"{field.name} {getattr(reference, field.name)!r} against {getattr(policy, field.name)!r}"
         for field in dataclasses.fields(policy)

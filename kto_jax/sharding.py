@@ -22,6 +22,7 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "head_dim": None,
     "mlp": "tensor",
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {

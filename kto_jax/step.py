@@ -178,12 +178,17 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
     def forward(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
         real = rows.segment_ids > 0
         tokens = jnp.sum(real).astype(jnp.float32)
-        attended = jnp.sum(jnp.where(real, rows.positions + 1, 0).astype(jnp.float32))
+        seen = jnp.where(real, rows.positions + 1, 0)
+        attended = jnp.sum(seen.astype(jnp.float32))
         completions = jnp.sum(rows.target_segments > 0).astype(jnp.float32)
         body = model.config.flops_per_token(attended=0, head=False)
         head = model.config.flops_per_token(attended=0, head=True) - body
-        attention = model.config.flops_per_token(attended=1, head=False) - body
-        return tokens, body * tokens + attention * attended + has_logits * head * completions
+        attention = model.config.flops_per_token(attended=1, attended_locally=0, head=False) - body
+        total = body * tokens + attention * attended + has_logits * head * completions
+        if model.config.window is not None:
+            local = model.config.flops_per_token(attended=0, attended_locally=1, head=False) - body
+            total += local * jnp.sum(jnp.minimum(seen, model.config.window).astype(jnp.float32))
+        return tokens, total
 
     tokens, matched = forward(batch.matched)
     models = 2 if objective.uses_reference and batch.matched_reference is None else 1

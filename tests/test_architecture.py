@@ -33,7 +33,7 @@ LAYERS = [
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
-    ("sources", "config"), ("values", "losses"),
+    ("sources", "config"), ("values", "losses"), ("models", "losses"),
     ("kernels", "sharding"),
     ("step", "state"), ("step", "forward"), ("report", "charts"), ("inspect", "train"), ("score", "train"),
     ("ladder", "planning"), ("plan_report", "planning"), ("plan_report", "ladder"), ("plan", "planning"),

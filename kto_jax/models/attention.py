@@ -119,11 +119,13 @@ def _attend(query, query_places, query_segments, *, key, value, key_places, key_
     return jnp.einsum("rkgqs,rskh->rqkgh", shares, value, precision=precision)
 
 
-def rotary_tables(positions_RL: Int[Array, "R L"], config: TransformerConfig, dtype) -> tuple[Array, Array]:
+def rotary_tables(
+    positions_RL: Int[Array, "R L"], config: TransformerConfig, dtype, *, local: bool = False
+) -> tuple[Array, Array]:
     """Cosine and sine of every position's angles, [R, L, 1, H/2] each, in `dtype` (float32 or wider)."""
     angles = (
         positions_RL.astype(dtype)[..., None, None]
-        * jnp.asarray(rotary_frequencies(config), dtype)[None, None, None, :]
+        * jnp.asarray(rotary_frequencies(config, local=local), dtype)[None, None, None, :]
     )
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -135,14 +137,10 @@ def rotate(x_RLNH: Float[Array, "R L N H"], tables: tuple[Array, Array]) -> Floa
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
 
 
-def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
-    """Radians per position of every pair of a head, [H/2], float64."""
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Llama 3.1: slow waves are stretched by `factor`, fast ones kept, those between interpolated.
-    turns = scaling.original_max_length * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+def rotary_frequencies(config: TransformerConfig, *, local: bool = False) -> np.ndarray:
+    """Radians per position of every pair of a head, [H/2], float64; `local` where local layers have their own."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    return frequencies if scaling is None else scaling.stretch(frequencies)

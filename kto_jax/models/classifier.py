@@ -1,4 +1,4 @@
-"""What makes a directory a reward model for transformers: a LlamaForSequenceClassification of one label.
+"""What makes a directory a reward model for transformers: a sequence classification of one label, of its family.
 
 Its forward pass scores a sequence at the last token that is not `pad_token_id`. Ours is the score at the EOS that ends
 every completion, so the padding must be any token but an EOS: where both are one, as many tokenizers have it,
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families import FAMILIES
 from kto_jax.models.safetensors_files import read_json
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
@@ -20,7 +21,7 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 def classifier_values(config: TransformerConfig, pad_id: int) -> dict[str, Any]:
     """The contents of a reward model's config.json."""
     return config.to_hugging_face() | {
-        "architectures": ["LlamaForSequenceClassification"],
+        "architectures": [FAMILIES[config.family].classifier],
         "num_labels": 1,
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},

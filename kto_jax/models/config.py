@@ -7,32 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kto_jax.config import ConfigError
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-# Reward models: the same decoder under a linear map to one number.
-CLASSIFIERS = ("LlamaForSequenceClassification", "MistralForSequenceClassification")
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """How Llama 3.1 stretches the slow frequencies of its rotary embedding.
-
-    Attributes:
-      factor: by how much wavelengths longer than `original_max_length / low_freq_factor` are stretched.
-      low_freq_factor: where stretching is full.
-      high_freq_factor: where stretching ends; wavelengths in between are interpolated.
-      original_max_length: context of the model before it was stretched, in tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_length: int
+from kto_jax.models.families import FAMILIES, find_family
+from kto_jax.models.rope import Scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder of the Llama family.
+    """A decoder: what its weights are, and what is done with them.
+
+    The defaults from `activation` on are those of a Llama. Families differ by these alone: see families/.
 
     Attributes:
       vocab_size: V, rows of the embedding.
@@ -45,11 +28,24 @@ class TransformerConfig:
       max_length: longest sequence that the model was trained on, in tokens.
       norm_eps: epsilon of RMSNorm.
       rope_theta: base of the rotary wavelengths.
-      rope_scaling: llama3 scaling, or None.
+      rope_scaling: how its waves are stretched, or None.
       tied_head: whether the output head is the embedding, transposed.
       initializer_range: standard deviation of random weights.
       bos_id: id that starts a sequence, where the model has one.
       eos_ids: ids that end a sequence; the first is `eos_id`.
+      family: the `model_type` that its config.json gets; says nothing of what is computed.
+      activation: of the gate of the feed-forward layer: "silu" or "gelu_tanh".
+      qkv_bias: whether queries, keys and values have biases.
+      qk_norm: whether every head's query and key is scaled to unit mean square before it is rotated.
+      norm_offset: added to the factor of every norm; Gemma's are stored less one.
+      post_norms: whether attention and feed-forward layer have norms behind them too.
+      embed_scale: what the embedding is multiplied by on its way in, rounded to the compute dtype.
+      window: how many keys, its own included, a query of a local layer sees; None where no layer is local.
+      local_layers: for each layer, whether it is local; empty where all are alike: local if there is a window.
+      local_rope_theta: base of the rotary wavelengths of local layers, which are not stretched; None for those of all.
+      query_pre_attn_scalar: scores are divided by its square root; None for `head_dim`.
+      attention_softcap: scores become softcap · tanh(score / softcap), before the mask; None leaves them.
+      final_softcap: logits likewise.
     """
 
     vocab_size: int
@@ -62,15 +58,29 @@ class TransformerConfig:
     max_length: int = 2048
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     tied_head: bool = False
     initializer_range: float = 0.02
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    family: str = "llama"
+    activation: str = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope_theta: float | None = None
+    query_pre_attn_scalar: int | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        for name in (*sizes, "max_length"):
+        optional = tuple(name for name in ("window", "query_pre_attn_scalar") if getattr(self, name) is not None)
+        for name in (*sizes, "max_length", *optional):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(
@@ -85,32 +95,44 @@ class TransformerConfig:
             raise ConfigError(
                 f"The model has head_dim={self.head_dim}; rotary embedding needs it even. Mend its config.json."
             )
+        for name in ("attention_softcap", "final_softcap"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+                raise ConfigError(f"The model has {name}={value!r}; it must be above 0, or null. Mend its config.json.")
+        assert len(self.local_layers) in (0, self.num_layers), "a kind for each layer, or none"
+        assert not self.local_layers or self.window is not None, "local layers have a window"
 
     @property
     def eos_id(self) -> int | None:
         """The first of the ids that end a sequence; None where the model names none."""
         return self.eos_ids[0] if self.eos_ids else None
 
+    @property
+    def layers_are_local(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees only its window."""
+        return self.local_layers or (self.window is not None,) * self.num_layers
+
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> TransformerConfig:
         """Reads the contents of a config.json.
 
         Args:
-          values: the parsed file. Rotary settings may be spelled `rope_theta` and `rope_scaling`, or `rope_parameters`.
+          values: the parsed file. What it leaves out is what transformers takes for it. Rotary settings may be spelled
+            `rope_theta` and `rope_scaling`, or `rope_parameters`.
 
         Raises:
           ConfigError: the architecture or one of its options is not one that is built here, or a field is missing.
         """
-        _refuse_other_architectures(values)
+        family = find_family(values)
+        values = {**family.defaults, **values}
         missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                      "intermediate_size") if values.get(name) is None]  # fmt: skip
         if missing:
             raise ConfigError(
-                f"The model's config.json lacks {', '.join(missing)}. A Llama config.json has them all. "
+                f"The model's config.json lacks {', '.join(missing)}. A config.json of a {family.name} has them all. "
                 "Download the file again."
             )
         num_heads = values["num_attention_heads"]
-        theta, scaling = _rope(values)
         eos = values.get("eos_token_id")
         return cls(
             vocab_size=values["vocab_size"],
@@ -122,12 +144,12 @@ class TransformerConfig:
             mlp_dim=values["intermediate_size"],
             max_length=_first(values.get("max_position_embeddings"), 2048),
             norm_eps=float(_first(values.get("rms_norm_eps"), 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
             tied_head=bool(values.get("tie_word_embeddings", False)),
             initializer_range=float(_first(values.get("initializer_range"), 0.02)),
             bos_id=values.get("bos_token_id"),
             eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+            family=family.name,
+            **family.read(values),
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
@@ -135,10 +157,10 @@ class TransformerConfig:
 
         The rotary settings take the older spelling, which both older and newer readers know.
         """
-        scaling = self.rope_scaling
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        family = FAMILIES[self.family]
+        values = {
+            "architectures": [family.causal_lm],
+            "model_type": family.name,
             "vocab_size": self.vocab_size,
             "hidden_size": self.embed_dim,
             "num_hidden_layers": self.num_layers,
@@ -148,44 +170,41 @@ class TransformerConfig:
             "intermediate_size": self.mlp_dim,
             "max_position_embeddings": self.max_length,
             "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None
-            if scaling is None
-            else {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_length,
-            },
             "tie_word_embeddings": self.tied_head,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_id,
             "eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-        }
+        } | family.write(self)
+        # A field that the family's files have no word for would be lost in silence.
+        assert self.from_hugging_face(values) == self, f"no config.json of a {self.family} describes {self}"
+        return values
 
     def num_params(self) -> int:
-        """Number of parameters, norms included; a tied head counts once."""
-        norms = (2 * self.num_layers + 1) * self.embed_dim
+        """Number of parameters, norms and biases included; a tied head counts once."""
+        norms = (4 if self.post_norms else 2) * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
         tables = (1 if self.tied_head else 2) * self.vocab_size * self.embed_dim
-        return norms + tables + self.num_layers * self._layer_matmul_weights()
+        return self.embed_dim + tables + self.num_layers * (norms + biases + self._layer_matmul_weights())
 
-    def flops_per_token(self, attended: float, *, head: bool = True) -> float:
+    def flops_per_token(self, attended: float, *, attended_locally: float | None = None, head: bool = True) -> float:
         """Floating-point operations of one token's forward pass; a backward pass costs twice as much.
 
         Args:
           attended: how many tokens it attends to, itself included: (L + 1) / 2 on average over a causal sequence.
+          attended_locally: how many of them local layers see; None for as many as `attended` and the window allow.
+            On average over sequences longer than the window that is too many: give the average of what each sees.
           head: whether the token is also multiplied by the output head.
 
         Returns:
           Operations, a multiply-add counted as two. Norms, rotations and softmax are left out, as is the custom.
         """
-        attention = 4.0 * attended * self.num_heads * self.head_dim
-        per_layer = 2.0 * self._layer_matmul_weights() + attention
-        return self.num_layers * per_layer + (2.0 * self.embed_dim * self.vocab_size if head else 0.0)
+        if attended_locally is None:
+            attended_locally = attended if self.window is None else min(attended, self.window)
+        num_local = sum(self.layers_are_local)
+        attention = 4.0 * self.num_heads * self.head_dim
+        attention *= (self.num_layers - num_local) * attended + num_local * attended_locally
+        matmuls = 2.0 * self.num_layers * self._layer_matmul_weights()
+        return matmuls + attention + (2.0 * self.embed_dim * self.vocab_size if head else 0.0)
 
     def _layer_matmul_weights(self) -> int:
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
@@ -194,50 +213,3 @@ class TransformerConfig:
 
 def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
-    named = values.get("architectures") or [{"llama": ARCHITECTURES[0], "mistral": ARCHITECTURES[1]}.get(
-        values.get("model_type", ""), values.get("model_type"))]  # fmt: skip
-    if named[0] not in ARCHITECTURES + CLASSIFIERS:
-        raise ConfigError(
-            f"The model's architecture is {named[0]!r}; {', '.join(ARCHITECTURES + CLASSIFIERS)} are built here. "
-            "Choose a model of one of these."
-        )
-    allowed = {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu",),
-               "partial_rotary_factor": (1, 1.0)}  # fmt: skip
-    for name, options in allowed.items():
-        value = _first(values.get(name), options[0])
-        if value not in options:
-            raise ConfigError(
-                f"The model's config.json has {name}={value!r}; only {options[0]!r} is built here. "
-                "Choose a model without this option."
-            )
-    if values.get("quantization_config"):
-        raise ConfigError(
-            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are read. "
-            "Choose the unquantised model."
-        )
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Theta and scaling, from either spelling."""
-    parameters = dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
-    theta = float(_first(parameters.get("rope_theta"), _first(values.get("rope_theta"), 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(
-            f"The model's rotary embedding is scaled by {kind!r}; 'default' and 'llama3' are built here. "
-            "Choose a model with one of these."
-        )
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if parameters.get(name) is None]
-    if missing:
-        raise ConfigError(
-            f"The model's llama3 rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. "
-            "Mend its config.json."
-        )
-    factor, low, high, original = (parameters[name] for name in names)
-    return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))

@@ -18,7 +18,8 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.models.attention import rotary_frequencies
-from kto_jax.models.config import Llama3Scaling, TransformerConfig
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.rope import Llama3Scaling
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",

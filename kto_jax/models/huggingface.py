@@ -6,46 +6,32 @@ only those bytes are read. Writing goes shard file by shard file. Nothing is eve
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.models.classifier import choose_padding, classifier_values, write_padding
-from kto_jax.models.config import CLASSIFIERS, TransformerConfig
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families import CLASSIFIERS
 from kto_jax.models.gguf import open_gguf
 from kto_jax.models.model import Model, Params
-from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json
+from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json, write_safetensors
 from kto_jax.models.scorers import init_scorer
+from kto_jax.models.tensor_names import tensor_names
 from kto_jax.sources import file_digest
 
-# Our name -> (Hugging Face name, whether it is stored transposed). "{}" stands for the layer.
-NAMES = {
-    "embed.table": ("model.embed_tokens.weight", False),
-    "final_norm.scale": ("model.norm.weight", False),
-    "head.weight": ("lm_head.weight", True),
-    "layers.attention_norm.scale": ("model.layers.{}.input_layernorm.weight", False),
-    "layers.attention.query.weight": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "layers.attention.key.weight": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "layers.attention.value.weight": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "layers.attention.output.weight": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "layers.mlp_norm.scale": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "layers.mlp.gate.weight": ("model.layers.{}.mlp.gate_proj.weight", True),
-    "layers.mlp.up.weight": ("model.layers.{}.mlp.up_proj.weight", True),
-    "layers.mlp.down.weight": ("model.layers.{}.mlp.down_proj.weight", True),
-    "scorer.weight": ("score.weight", False),  # [1, D] there, [D] here
-}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -107,7 +93,7 @@ def load_params(
       ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there;
         or they are a reward model's, and `model` is none.
     """
-    weights = open_weights(Path(path))
+    weights, names = open_weights(Path(path)), tensor_names(model.config)
     _check_names(weights, model, path)
     abstract = model.abstract_params(param_dtype)
     if shardings is None:
@@ -116,7 +102,7 @@ def load_params(
 
     def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         name = ".".join(part.key for part in key_path)
-        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, name, leaf))
+        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, *names[name], leaf))
 
     drawn: Params = {}
     if "scorer" in abstract and "score.weight" not in weights.shapes:
@@ -160,12 +146,12 @@ def save_hugging_face(
 ) -> None:
     """Writes a directory that transformers loads, and whatever else reads its format.
 
-    Every process of a run must call this; the first one writes. Arrays are gathered one tensor at a time, and the
-    host holds one file's worth of them. All is written beside `directory` and renamed when complete.
+    Every process of a run must call this; the first one writes. Arrays are gathered, and written, one tensor at a
+    time. All is written beside `directory` and renamed when complete.
 
-    A reward model becomes a `LlamaForSequenceClassification` of one label. What pads its batches there is a token that
-    is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value scorer is left out:
-    what is written is then a plain language model.
+    A reward model becomes its family's `...ForSequenceClassification` of one label. What pads its batches there is a
+    token that is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value scorer is
+    left out: what is written is then a plain language model.
 
     Args:
       directory: where to; an earlier export there is replaced, anything else refused.
@@ -191,11 +177,14 @@ def save_hugging_face(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     shapes = expected_shapes(model.config, reward=model.scorer == "reward")
+    ours = {theirs: (own, transposed) for own, (theirs, transposed) in tensor_names(model.config).items()}
     files = _plan_files(shapes, jnp.dtype(dtype).itemsize, max_shard_bytes)
     for file_name, names in files.items():
-        tensors = {name: tensor for name, tensor in _gathered(params, names, dtype, writes)}
+        tensors = (_gathered(params, ours, name, dtype) for name in names)
         if writes:
-            safetensors.numpy.save_file(tensors, partial / file_name, metadata={"format": "pt"})
+            write_safetensors(partial / file_name, {name: shapes[name] for name in names}, dtype, tensors)
+        else:
+            collections.deque(tensors, maxlen=0)
     if writes:
         if len(files) > 1:
             _write_json(partial / "model.safetensors.index.json", _index(shapes, files, dtype))
@@ -213,7 +202,8 @@ def expected_shapes(config: TransformerConfig, *, reward: bool = False) -> dict[
       reward: whether it is a reward model, which has no output head.
     """
     shapes = _stacked_shapes(config, reward)
-    layers = [name for name in NAMES if name.startswith("layers.")]
+    theirs = tensor_names(config)
+    layers = [name for name in theirs if name.startswith("layers.") and name in shapes]
     names = [
         "embed.table",
         *layers * config.num_layers,
@@ -222,7 +212,7 @@ def expected_shapes(config: TransformerConfig, *, reward: bool = False) -> dict[
     ]
     expected: dict[str, tuple[int, ...]] = {}
     for place, name in enumerate(names):
-        template, transposed = NAMES[name]
+        template, transposed = theirs[name]
         shape = shapes[name][1:] if name in layers else shapes[name]
         shape = (1, *shape) if name == "scorer.weight" else shape
         expected[template.format((place - 1) // len(layers))] = shape[::-1] if transposed else shape
@@ -281,9 +271,10 @@ def _check_tied(weights: Weights, path: str | Path) -> None:
         )
 
 
-def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
+def _reader(
+    weights: Weights, template: str, transposed: bool, leaf: jax.ShapeDtypeStruct
+) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` calls with the part of an array that a device holds."""
-    template, transposed = NAMES[name]
     stacked = "{}" in template
     # Devices that hold the same part share one reading.
     cache: dict[tuple, np.ndarray] = {}
@@ -293,7 +284,7 @@ def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable
         if bounds not in cache:
             part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
             inner = tuple(slice(*bound) for bound in (bounds[1:] if stacked else bounds))
-            wanted = (slice(0, 1), *inner) if name == "scorer.weight" else inner[::-1] if transposed else inner
+            wanted = (slice(0, 1), *inner) if template == "score.weight" else inner[::-1] if transposed else inner
             for place, layer in enumerate(range(*bounds[0]) if stacked else (0,)):
                 values = weights.read(template.format(layer), wanted)
                 part[place if stacked else ...] = values.T if transposed else values
@@ -303,21 +294,18 @@ def _reader(weights: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> Callable
     return read_part
 
 
-def _gathered(params: Params, names: list[str], dtype: str, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors `names` in Hugging Face's orientation, gathered from all devices one at a time."""
-    ours = {template: (own, transposed) for own, (template, transposed) in NAMES.items()}
-    for name in names:
-        layer = next((part for part in name.split(".") if part.isdigit()), None)
-        own, transposed = ours[name if layer is None else name.replace(f".{layer}.", ".{}.", 1)]
-        leaf: Any = params
-        for key in own.split("."):
-            leaf = leaf[key]
-        tensor = _cast(leaf, dtype) if layer is None else _layer(leaf, np.int32(layer), dtype)
-        local = tensor.is_fully_addressable
-        whole = np.asarray(tensor) if local else np.asarray(multihost_utils.process_allgather(tensor, tiled=True))
-        if keep:
-            whole = whole[None] if own == "scorer.weight" else whole
-            yield name, np.ascontiguousarray(whole.T if transposed else whole)
+def _gathered(params: Params, ours: dict[str, tuple[str, bool]], name: str, dtype: str) -> np.ndarray:
+    """A tensor in Hugging Face's orientation, gathered from all devices; `ours` are our names by theirs."""
+    layer = next((part for part in name.split(".") if part.isdigit()), None)
+    own, transposed = ours[name if layer is None else name.replace(f".{layer}.", ".{}.", 1)]
+    leaf: Any = params
+    for key in own.split("."):
+        leaf = leaf[key]
+    tensor = _cast(leaf, dtype) if layer is None else _layer(leaf, np.int32(layer), dtype)
+    local = tensor.is_fully_addressable
+    whole = np.asarray(tensor) if local else np.asarray(multihost_utils.process_allgather(tensor, tiled=True))
+    whole = whole[None] if own == "scorer.weight" else whole
+    return whole.T if transposed else whole
 
 
 def _cast(leaf: jax.Array, dtype: str) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kto_jax.config import ConfigError
+from kto_jax.losses import token_logps
 from kto_jax.models.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
@@ -41,6 +42,9 @@ class Model:
         embed.table [V, D]            layers.attention_norm.scale, layers.mlp_norm.scale [layers, D]
         final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
         head.weight [D, V] if untied  layers.mlp.gate, up, down .weight [layers, in, out]
+        where the architecture has    layers.attention.query, key, value .bias [layers, out]
+        them:                         layers.attention.query_norm, key_norm .scale [layers, H]
+                                      layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         scorer, see scorers.py        (a reward model has no head: its output head is never used)
 
     Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
@@ -125,14 +129,27 @@ class Model:
         return self._merge(params).hidden_states(tokens_RL, segment_ids_RL, positions_RL)
 
     def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output head in the compute dtype: the embedding, transposed, where they are tied."""
+        """The output head in the compute dtype: the embedding, transposed, where they are tied.
+
+        Its products are logits only where there is no soft-cap: `logits` and `token_logps` know of it.
+        """
         head_DV = params["embed"]["table"].T if self.config.tied_head else params["head"]["weight"]
         return head_DV.astype(self.dtype)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits of a few hidden states, float32 or wider; training never holds them, see losses/logprobs.py."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jnp.dot(hidden, self.head(params), precision=matmul_precision(self.dtype), preferred_element_type=wide)
+        """Logits of a few hidden states, float32 or wider, soft-cap applied; training never holds them."""
+        wide, precision = jnp.promote_types(self.dtype, jnp.float32), matmul_precision(self.dtype)
+        logits = jnp.dot(hidden, self.head(params), precision=precision, preferred_element_type=wide)
+        softcap = self.config.final_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    def token_logps(
+        self, params: Params, hidden: Float[Array, "*R T D"], targets: Int[Array, "*R T"]
+    ) -> Float[Array, "*R T"]:
+        """Log-probability of each target in nats, without an array of all logits: see losses/logprobs.py."""
+        # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
+        head_DV = self.constrain(self.head(params), ("embed", "vocab"))
+        return token_logps(hidden, head_DV, targets, softcap=self.config.final_softcap, num_devices=self.num_devices)
 
     def scores(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The reward or the value of each hidden state, in float32 or wider.

@@ -1,14 +1,18 @@
-"""The decoder: parameters and forward pass of a Llama, in Flax NNX.
+"""The decoder: parameters and forward pass, in Flax NNX, of a Llama and of what differs from it by a few options.
 
 All layers are one `Block` whose parameters carry a leading axis "layers"; the forward pass scans over it. The
 residual stream is kept flat, [T, D] with T = R L, because the weight gradients of a flat stream are plain matrix
 products: on CPU this is 1.4 times as fast as a three-dimensional stream. Arrays are given a row axis only around
 attention. Every parameter has the names of its axes in its metadata.
+
+Layers that see a window and layers that see all keys are told apart by a flag that is scanned over with the parameters.
+A model whose layers are all alike has no flag, and no branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +27,7 @@ Constrain = Callable[[Array, tuple[str, ...]], Array]
 # As `dense_attention`: rotated queries and keys, and values, of packed rows, with their segments and positions.
 PackedAttention = Callable[..., Array]
 Cache = dict[str, Array]
+Tables = tuple[Array, Array]  # cosine and sine
 # Takes rotated queries and keys, and values, [R, L, heads, H]; gives the mixed values and whatever must be kept.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -30,6 +35,10 @@ REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -39,43 +48,66 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """A projection, x @ weight. Every matrix product with a weight of a layer goes through here."""
+    """A projection, x @ weight, and + bias. Every matrix product with a weight of a layer goes through here."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        scale: float,
+        dtype,
+        rngs: nnx.Rngs,
+        has_bias: bool = False,
+    ):
         self.dtype = dtype
         self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1])), axes=(*axes[:-2], axes[-1])) if has_bias else None
 
     def __call__(self, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """Projects every row of x."""
-        return jnp.dot(x_TI, self.weight[...].astype(self.dtype), precision=matmul_precision(self.dtype))
+        x_TO = jnp.dot(x_TI, self.weight[...].astype(self.dtype), precision=matmul_precision(self.dtype))
+        return x_TO if self.bias is None else x_TO + self.bias[...].astype(self.dtype)[None, :]
 
 
 class RMSNorm(nnx.Module):
-    """Scales every token to unit mean square, then by a learnt factor; in float32 or wider."""
+    """Scales every vector to unit mean square, then by a learnt factor; in float32 or wider."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(shape), axes=axes)
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, eps: float, offset: float):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset), axes=axes)
 
-    def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Normalises every row of x."""
-        wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-        x = x_TD.astype(wide)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...].astype(wide)[None, :]).astype(x_TD.dtype)
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises along the last axis of x."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scale = self.scale[...].astype(wide)[(None,) * (x.ndim - 1)]
+        scale = scale if self.offset == 0 else scale + self.offset
+        scaled = x.astype(wide)
+        scaled = scaled * jax.lax.rsqrt(jnp.mean(jnp.square(scaled), axis=-1, keepdims=True) + self.eps)
+        return (scaled * scale).astype(x.dtype)
+
+
+def _norm(config: TransformerConfig, width: int, axis: str) -> RMSNorm:
+    """A norm of every layer."""
+    shape, axes = (config.num_layers, width), ("layers", axis)
+    return RMSNorm(shape, axes, eps=config.norm_eps, offset=config.norm_offset)
 
 
 class Attention(nnx.Module):
-    """Projections to queries, keys and values, rotation, and the projection back."""
+    """Projections to queries, keys and values, their norms where there are any, rotation, and the projection back."""
 
     def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
         self.head_dim, self.constrain = config.head_dim, constrain
         layers, embed = config.num_layers, config.embed_dim
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         options: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "rngs": rngs}
-        self.query = Linear((layers, embed, heads), ("layers", "embed", "heads"), **options)
-        self.key = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **options)
-        self.value = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **options)
+        biased = options | {"has_bias": config.qkv_bias}
+        self.query = Linear((layers, embed, heads), ("layers", "embed", "heads"), **biased)
+        self.key = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **biased)
+        self.value = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **biased)
+        norm = partial(_norm, config, config.head_dim, "head_dim")
+        self.query_norm: RMSNorm | None = norm() if config.qk_norm else None
+        self.key_norm: RMSNorm | None = norm() if config.qk_norm else None
         self.output = Linear((layers, heads, embed), ("layers", "heads", "embed"), **options)
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
@@ -85,42 +117,47 @@ class Attention(nnx.Module):
         def heads(x: Array, name: str) -> Array:
             return self.constrain(x.reshape(rows, length, -1, self.head_dim), ("rows", "length", name, "head_dim"))
 
-        query = rotate(heads(self.query(x_TD), "heads"), tables)
-        key = rotate(heads(self.key(x_TD), "kv_heads"), tables)
-        mixed, kept = attend(query, key, heads(self.value(x_TD), "kv_heads"))
+        query, key = heads(self.query(x_TD), "heads"), heads(self.key(x_TD), "kv_heads")
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        mixed, kept = attend(rotate(query, tables), rotate(key, tables), heads(self.value(x_TD), "kv_heads"))
         return self.output(mixed.reshape(rows * length, -1)), kept
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU where the activation is silu."""
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
         layers, embed, mlp = config.num_layers, config.embed_dim, config.mlp_dim
         options: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "rngs": rngs}
+        self.activation = config.activation
         self.gate = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
         self.up = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
         self.down = Linear((layers, mlp, embed), ("layers", "mlp", "embed"), **options)
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Passes every token through the feed-forward layer."""
-        return self.down(jax.nn.silu(self.gate(x_TD)) * self.up(x_TD))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x_TD)) * self.up(x_TD))
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm, each added to the residual stream."""
+    """One layer: attention and feed-forward, each behind a norm (or between two), each added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
-        norm_shape, norm_axes = (config.num_layers, config.embed_dim), ("layers", "embed")
-        self.attention_norm = RMSNorm(norm_shape, norm_axes, eps=config.norm_eps)
+        norm = partial(_norm, config, config.embed_dim, "embed")
+        self.attention_norm = norm()
         self.attention = Attention(config, dtype=dtype, constrain=constrain, rngs=rngs)
-        self.mlp_norm = RMSNorm(norm_shape, norm_axes, eps=config.norm_eps)
+        self.mlp_norm = norm()
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.attention_post_norm: RMSNorm | None = norm() if config.post_norms else None
+        self.mlp_post_norm: RMSNorm | None = norm() if config.post_norms else None
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
         """The stream after this layer, and what `attend` keeps."""
         mixed_TD, kept = self.attention(self.attention_norm(x_TD), tables, attend)
-        x_TD = x_TD + mixed_TD
-        return x_TD + self.mlp(self.mlp_norm(x_TD)), kept
+        x_TD = x_TD + (mixed_TD if self.attention_post_norm is None else self.attention_post_norm(mixed_TD))
+        fed_TD = self.mlp(self.mlp_norm(x_TD))
+        return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept
 
 
 class Embedding(nnx.Module):
@@ -130,6 +167,14 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.embed_dim)
         values = config.initializer_range * jax.random.normal(rngs.params(), shape)
         self.table = nnx.Param(values, axes=("vocab", "embed"))
+
+
+def _of_layer(tables: tuple[Tables, Tables], is_local: Array | None) -> Tables:
+    """Which of the rotary tables of global and of local layers turns a layer's heads."""
+    shared, local = tables
+    if is_local is None or local is shared:
+        return shared
+    return jnp.where(is_local, local[0], shared[0]), jnp.where(is_local, local[1], shared[1])
 
 
 class Transformer(nnx.Module):
@@ -150,7 +195,7 @@ class Transformer(nnx.Module):
         self.packed_attention = packed_attention
         self.embed = Embedding(config, rngs=rngs)
         self.layers = Block(config, dtype=dtype, constrain=constrain, rngs=rngs)
-        self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps)
+        self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps, offset=config.norm_offset)
         if has_head:
             shape = (config.embed_dim, config.vocab_size)
             self.head = Linear(shape, ("embed", "vocab"), scale=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -159,21 +204,23 @@ class Transformer(nnx.Module):
         self, tokens_RL: Int[Array, "R L"], segment_ids_RL: Int[Array, "R L"], positions_RL: Int[Array, "R L"]
     ) -> Float[Array, "R L D"]:
         """Hidden states after the final norm, in the compute dtype; those of padding mean nothing."""
-        tables, precision = self._tables(positions_RL), matmul_precision(self.dtype)
-
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            tokens = {"segment_ids_RL": segment_ids_RL, "positions_RL": positions_RL}
-            return self.packed_attention(query, key, value, **tokens, precision=precision), None
-
+        tables = self._tables(positions_RL)
+        packed = partial(self.packed_attention, segment_ids_RL=segment_ids_RL, positions_RL=positions_RL)
         graphdef, state = nnx.split(self.layers)
 
-        def layer(x_TD: Array, state) -> tuple[Array, None]:
-            x_TD, _ = nnx.merge(graphdef, state)(self._pin(x_TD, tokens_RL.shape), tables, attend)
+        def layer(x_TD: Array, scanned) -> tuple[Array, None]:
+            is_local, state = scanned
+
+            def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+                return self._attend(packed, is_local, query, key, value), None
+
+            block = nnx.merge(graphdef, state)
+            x_TD, _ = block(self._pin(x_TD, tokens_RL.shape), _of_layer(tables, is_local), attend)
             return x_TD, None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_TD, _ = jax.lax.scan(layer, self._embedded(tokens_RL), state)
+        x_TD, _ = jax.lax.scan(layer, self._embedded(tokens_RL), (self._flags(), state))
         return self._finish(x_TD, tokens_RL.shape)
 
     def decode(
@@ -181,42 +228,66 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """One step of generation, or the reading of a prompt: see `Model.decode`."""
         batch, slots = cache["key"].shape[1:3]
-        tables, precision = self._tables(positions_BL), matmul_precision(self.dtype)
+        tables = self._tables(positions_BL)
         row_B1 = jnp.arange(batch)[:, None]
         # Padding is written past the end of the cache, where a scatter drops it.
         slot_BL = jnp.where(positions_BL < 0, slots, positions_BL)
         slots_BS = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
+        cached = partial(
+            attention, query_places_RL=positions_BL, key_places_RS=slots_BS,
+            query_segments_RL=jnp.zeros_like(positions_BL), key_segments_RS=jnp.zeros_like(slots_BS),
+        )  # fmt: skip
         graphdef, state = nnx.split(self.layers)
 
         # The cache is carried, not scanned over: the loop then writes it in place, a few tokens at a time.
         def layer(carry, scanned):
             x_TD, keys, values = carry
-            index, state = scanned
+            index, is_local, state = scanned
 
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
                 written = (index, row_B1, slot_BL)
                 new_keys = keys.at[written].set(key, mode="drop")
                 new_values = values.at[written].set(value, mode="drop")
-                mixed = attention(
-                    query, new_keys[index], new_values[index], query_places_RL=positions_BL, key_places_RS=slots_BS,
-                    query_segments_RL=jnp.zeros_like(positions_BL), key_segments_RS=jnp.zeros_like(slots_BS),
-                    precision=precision,
-                )  # fmt: skip
+                mixed = self._attend(cached, is_local, query, new_keys[index], new_values[index])
                 return mixed, (new_keys, new_values)
 
-            x_TD, (new_keys, new_values) = nnx.merge(graphdef, state)(self._pin(x_TD, tokens_BL.shape), tables, attend)
+            block = nnx.merge(graphdef, state)
+            x_TD, (new_keys, new_values) = block(self._pin(x_TD, tokens_BL.shape), _of_layer(tables, is_local), attend)
             return (x_TD, new_keys, new_values), None
 
         start = (self._embedded(tokens_BL), cache["key"], cache["value"])
-        (x_TD, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(self.config.num_layers), state))
+        (x_TD, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(self.config.num_layers), self._flags(), state))
         return self._finish(x_TD, tokens_BL.shape), {"key": keys, "value": values}
 
-    def _tables(self, positions_RL: Array) -> tuple[Array, Array]:
-        return rotary_tables(positions_RL, self.config, jnp.promote_types(self.dtype, jnp.float32))
+    def _flags(self) -> Array | None:
+        """For each layer, whether it is local; None where all are alike."""
+        local = self.config.layers_are_local
+        return None if len(set(local)) == 1 else jnp.array(local)
+
+    def _tables(self, positions_RL: Array) -> tuple[Tables, Tables]:
+        """Rotary tables of global and of local layers, which most models have in common."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        shared = rotary_tables(positions_RL, self.config, wide, local=all(self.config.layers_are_local))
+        if self._flags() is None or self.config.local_rope_theta is None:
+            return shared, shared
+        return shared, rotary_tables(positions_RL, self.config, wide, local=True)
+
+    def _attend(self, attention: Callable[..., Array], is_local: Array | None, *heads: Array) -> Array:
+        """Calls `attention` with what this layer sees; `is_local` is None where all layers see alike."""
+        config = self.config
+        scalar = config.query_pre_attn_scalar
+        attend = partial(
+            attention, softcap=config.attention_softcap, scale=None if scalar is None else scalar**-0.5,
+            precision=matmul_precision(self.dtype),
+        )  # fmt: skip
+        within = partial(attend, window=config.window)
+        return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
     def _embedded(self, tokens_RL: Array) -> Array:
         # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
-        return jnp.take(self.embed.table[...], tokens_RL.reshape(-1), axis=0).astype(self.dtype)
+        x_TD = jnp.take(self.embed.table[...], tokens_RL.reshape(-1), axis=0).astype(self.dtype)
+        scale = self.config.embed_scale
+        return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
 
     def _pin(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
         return self.constrain(x_TD.reshape(*shape, -1), ("rows", "length", "embed")).reshape(x_TD.shape)

@@ -7,10 +7,10 @@ from gguf import quants
 
 from kto_jax.config import ConfigError
 from kto_jax.models.attention import rotary_frequencies
-from kto_jax.models.config import Llama3Scaling
 from kto_jax.models.gguf import GgufWeights
 from kto_jax.models.huggingface import expected_shapes, load_params, read_config
 from kto_jax.models.model import Model
+from kto_jax.models.rope import Llama3Scaling
 
 SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 GGUF_NAMES = {

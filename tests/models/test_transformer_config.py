@@ -2,8 +2,9 @@ import jax
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.models.config import Llama3Scaling, TransformerConfig
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
+from kto_jax.models.rope import Llama3Scaling
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,7 +70,7 @@ def test_flops_of_a_token_are_twice_its_matmul_weights_and_the_attention():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"attention_bias": True}, "attention_bias=True"),

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from kto_jax.models.config import Llama3Scaling, TransformerConfig
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
 from kto_jax.models.model import Model
+from kto_jax.models.rope import Llama3Scaling
 from kto_jax.sources import local_path
 
 pytestmark = [

@@ -1,0 +1,55 @@
+"""The families of models that are built here: one file each, one line in FAMILIES."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kto_jax.config import ConfigError
+from kto_jax.models.families.family import Family
+from kto_jax.models.families.gemma import GEMMA1, GEMMA2, GEMMA3
+from kto_jax.models.families.llama import LLAMA, MISTRAL
+from kto_jax.models.families.qwen import QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA1, GEMMA2, GEMMA3)}
+ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES.values())
+CLASSIFIERS = tuple(family.classifier for family in FAMILIES.values())
+
+
+def find_family(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by its `architectures`, or by its `model_type` where it names none.
+
+    Raises:
+      ConfigError: another architecture, or one of its options is not built here.
+    """
+    named = (values.get("architectures") or [None])[0]
+    kind = values.get("model_type")
+    by_class = {name: family for family in FAMILIES.values() for name in (family.causal_lm, family.classifier)}
+    family = FAMILIES.get(str(kind)) if named is None else by_class.get(named)
+    if family is None and (named == "Gemma3ForConditionalGeneration" or (named is None and kind == "gemma3")):
+        raise ConfigError(
+            "The model reads images as well (Gemma3ForConditionalGeneration); only text is read here. Choose a text "
+            "model (Gemma3ForCausalLM, such as the 1B size), or save the language model of this one by itself."
+        )
+    if family is None:
+        raise ConfigError(
+            f"The model's architecture is {named or kind!r}; {', '.join(ARCHITECTURES + CLASSIFIERS)} are built here. "
+            "Choose a model of one of these."
+        )
+    _refuse_options(family, values)
+    return family
+
+
+def _refuse_options(family: Family, values: Mapping[str, Any]) -> None:
+    for name, options in {**family.options, "partial_rotary_factor": (1,)}.items():
+        value = values.get(name)
+        if value is not None and value not in options:
+            raise ConfigError(
+                f"The model's config.json has {name}={value!r}; only {options[0]!r} is built here. "
+                "Choose a model without this option."
+            )
+    if values.get("quantization_config"):
+        raise ConfigError(
+            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are read. "
+            "Choose the unquantised model."
+        )

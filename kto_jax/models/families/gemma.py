@@ -1,0 +1,150 @@
+"""Gemma 1, 2 and 3 (text): norms of 1 + w, embeddings times sqrt(D), and from 2 on norms behind each half of a layer.
+
+Gemma 2 bends scores and logits by a soft-cap, and every other layer is local. Of Gemma 3 five layers of six are, with a
+rotary embedding of their own; every query and key head has a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kto_jax.config import ConfigError
+from kto_jax.models.families.family import (
+    Family,
+    Values,
+    read_layers,
+    read_one_rope,
+    write_layers,
+    write_one_rope,
+)
+from kto_jax.models.rope import either_spelling, read_rope
+
+if TYPE_CHECKING:
+    from kto_jax.models.config import TransformerConfig
+
+_ACTIVATION = "gelu_pytorch_tanh"
+_LOCAL_THETA, _GLOBAL_THETA, _PATTERN = 10000.0, 1000000.0, 6
+
+
+def _read_gemma(values: Values) -> dict[str, Any]:
+    return {"activation": "gelu_tanh", "norm_offset": 1.0, "embed_scale": float(values["hidden_size"]) ** 0.5}
+
+
+def _read_gemma1(values: Values) -> dict[str, Any]:
+    return _read_gemma(values) | read_one_rope(values)
+
+
+def _write_gemma1(config: TransformerConfig) -> dict[str, Any]:
+    # Older readers ask for `hidden_activation`, newer ones for `hidden_act`.
+    return write_one_rope(config) | {"hidden_act": _ACTIVATION, "hidden_activation": _ACTIVATION}
+
+
+def _read_later(values: Values) -> dict[str, Any]:
+    """What Gemma 2 and 3 share."""
+    return _read_gemma(values) | {
+        "post_norms": True,
+        "query_pre_attn_scalar": values["query_pre_attn_scalar"],
+        "final_softcap": values.get("final_logit_softcapping"),
+    }
+
+
+def _write_later(config: TransformerConfig) -> dict[str, Any]:
+    return write_layers(config) | {
+        "hidden_activation": _ACTIVATION,
+        "attention_bias": False,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "final_logit_softcapping": config.final_softcap,
+        "attn_logit_softcapping": config.attention_softcap,
+    }
+
+
+def _read_gemma2(values: Values) -> dict[str, Any]:
+    layers = read_layers(values, values.get("sliding_window"), lambda layer: layer % 2 == 0)
+    softcap = {"attention_softcap": values.get("attn_logit_softcapping")}
+    return _read_later(values) | read_one_rope(values) | layers | softcap
+
+
+def _write_gemma2(config: TransformerConfig) -> dict[str, Any]:
+    return _write_later(config) | write_one_rope(config)
+
+
+def _read_gemma3(values: Values) -> dict[str, Any]:
+    pattern = values.get("sliding_window_pattern") or _PATTERN
+    layers = read_layers(values, values.get("sliding_window"), lambda layer: (layer + 1) % pattern != 0)
+    fields = _read_later(values) | _read_ropes(values) | layers | {"qk_norm": True}
+    return fields if layers.get("window") is not None else fields | {"local_rope_theta": None}
+
+
+def _read_ropes(values: Values) -> dict[str, Any]:
+    """Rotary settings of the two kinds of layers, from either spelling."""
+    newer = values.get("rope_parameters") or {}
+    if newer and not any(isinstance(newer.get(kind), Mapping) for kind in ("full_attention", "sliding_attention")):
+        raise ConfigError(
+            "The model's rope_parameters name no kind of layer; those of Gemma 3 are given for full_attention and "
+            "sliding_attention. Mend its config.json."
+        )
+    global_theta, local_theta = values.get("rope_theta"), values.get("rope_local_base_freq")
+    theta, scaling = read_rope(
+        either_spelling({"rope_scaling": values.get("rope_scaling"), "rope_parameters": newer.get("full_attention")}),
+        _GLOBAL_THETA if global_theta is None else global_theta,
+    )
+    local_theta, local_scaling = read_rope(
+        newer.get("sliding_attention") or {}, _LOCAL_THETA if local_theta is None else local_theta
+    )
+    if local_scaling is not None:
+        raise ConfigError(
+            f"The model's rotary embedding of local layers is scaled by {local_scaling.to_hugging_face()}; that of "
+            "global layers alone may be. Choose another model."
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
+
+
+def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
+    local = config.layers_are_local
+    pattern = local.index(False) + 1 if not all(local) else config.num_layers + 1
+    regular = all(is_local is bool((layer + 1) % pattern) for layer, is_local in enumerate(local))
+    # Readers that do not know `layer_types` ask for the pattern.
+    values = _write_later(config) | write_one_rope(config) | {"rope_local_base_freq": config.local_rope_theta}
+    return values | ({"sliding_window_pattern": pattern} if regular else {})
+
+
+_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_OPTIONS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "use_bidirectional_attention": (False,)}
+GEMMA1 = Family(
+    name="gemma",
+    causal_lm="GemmaForCausalLM",
+    classifier="GemmaForSequenceClassification",
+    read=_read_gemma1,
+    write=_write_gemma1,
+    defaults=_DEFAULTS,
+    # "gelu" stands in the first release's files, whose models were trained with the approximation.
+    options={**_OPTIONS, "hidden_act": (_ACTIVATION, "gelu"), "hidden_activation": (_ACTIVATION,)},
+)
+GEMMA2 = Family(
+    name="gemma2",
+    causal_lm="Gemma2ForCausalLM",
+    classifier="Gemma2ForSequenceClassification",
+    read=_read_gemma2,
+    write=_write_gemma2,
+    defaults={
+        **_DEFAULTS,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    options={**_OPTIONS, "hidden_activation": (_ACTIVATION,)},
+)
+GEMMA3 = Family(
+    name="gemma3_text",
+    causal_lm="Gemma3ForCausalLM",
+    classifier="Gemma3TextForSequenceClassification",
+    read=_read_gemma3,
+    write=_write_gemma3,
+    defaults={**_DEFAULTS, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+    # transformers' Gemma 3 does not bend its scores, whatever the file says.
+    options={**_OPTIONS, "hidden_activation": (_ACTIVATION,), "attn_logit_softcapping": (None,)},
+)

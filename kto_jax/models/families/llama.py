@@ -1,0 +1,41 @@
+"""Llama (1 to 3.3, SmolLM2 and others), and Mistral, which adds a window that all layers have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kto_jax.models.families.family import Family, Values, read_one_rope, write_one_rope
+
+if TYPE_CHECKING:
+    from kto_jax.models.config import TransformerConfig
+
+
+def _write_llama(config: TransformerConfig) -> dict[str, Any]:
+    return write_one_rope(config) | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def _read_mistral(values: Values) -> dict[str, Any]:
+    return read_one_rope(values) | {"window": values.get("sliding_window")}
+
+
+def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
+    return write_one_rope(config) | {"hidden_act": "silu", "sliding_window": config.window}
+
+
+LLAMA = Family(
+    name="llama",
+    causal_lm="LlamaForCausalLM",
+    classifier="LlamaForSequenceClassification",
+    read=read_one_rope,
+    write=_write_llama,
+    options={"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu",)},
+)
+MISTRAL = Family(
+    name="mistral",
+    causal_lm="MistralForCausalLM",
+    classifier="MistralForSequenceClassification",
+    read=_read_mistral,
+    write=_write_mistral,
+    defaults={"sliding_window": 4096},
+    options={"hidden_act": ("silu",), "layer_types": (None,)},
+)

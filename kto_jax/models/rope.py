@@ -1,0 +1,118 @@
+"""How rotary embeddings are spelled in a config.json, and how their waves are stretched for longer contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kto_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches the slow frequencies of its rotary embedding.
+
+    Attributes:
+      factor: by how much wavelengths longer than `original_max_length / low_freq_factor` are stretched.
+      low_freq_factor: where stretching is full.
+      high_freq_factor: where stretching ends; wavelengths in between are interpolated.
+      original_max_length: context of the model before it was stretched, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int
+
+    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
+        """Slow waves are stretched by `factor`, fast ones kept, those between interpolated."""
+        turns = self.original_max_length * frequencies / (2 * np.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_length,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All waves are stretched alike, as in the global layers of Gemma 3.
+
+    Attributes:
+      factor: by how much.
+    """
+
+    factor: float
+
+    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
+        """All frequencies, divided by `factor`."""
+        return frequencies / self.factor
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {"rope_type": "linear", "factor": self.factor}
+
+
+Scaling = Llama3Scaling | LinearScaling
+
+
+def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float, Scaling | None]:
+    """Theta and scaling of one kind of layer.
+
+    Args:
+      parameters: `rope_parameters`, or `rope_scaling` in the older spelling.
+      default_theta: the base where `parameters` names none.
+
+    Raises:
+      ConfigError: a kind of scaling that is not built here, or one that lacks a value.
+    """
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ConfigError(
+            f"The model's rope_parameters differ by kind of layer ({', '.join(nested)}); of this architecture one set "
+            "of them is built here. Choose another model."
+        )
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(
+            f"The model's config.json has partial_rotary_factor={parameters['partial_rotary_factor']!r}; only 1 is "
+            "built here. Choose a model without this option."
+        )
+    theta = parameters.get("rope_theta")
+    theta = float(default_theta if theta is None else theta)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(
+            f"The model's rotary embedding is scaled by {kind!r}; 'default', 'linear' and 'llama3' are built here. "
+            "Choose a model with one of these."
+        )
+    names = ["factor"]
+    if kind == "llama3":
+        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [name for name in names if parameters.get(name) is None]
+    if missing:
+        raise ConfigError(
+            f"The model's {kind} rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. "
+            "Mend its config.json."
+        )
+    if kind == "linear":
+        return theta, LinearScaling(float(parameters["factor"]))
+    factor, low, high, original = (parameters[name] for name in names)
+    return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))
+
+
+def either_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` and `rope_parameters` of a config.json as one; the newer wins."""
+    return dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
