@@ -75,7 +75,7 @@ def make_abstract_state(
     """
     plain = dataclasses.replace(model, scorer="none")
     uses_reference = inputs.objective.uses_reference and not config.reference.precompute
-    policy = _placed(mesh, model, "float32")
+    policy = _placed(mesh, model, config.model.param_dtype)
     reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
     return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
@@ -99,9 +99,9 @@ def make_state(
     mesh = abstract.step.sharding.mesh
     if config.model.init == "random":
         draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
-        policy = draw(key, "float32")
+        policy = draw(key, config.model.param_dtype)
     else:
-        policy = load_params(model, inputs.model_path, param_dtype="float32", shardings=layout, key=key)
+        policy = load_params(model, inputs.model_path, param_dtype=config.model.param_dtype, shardings=layout, key=key)
     if not abstract.reference:
         reference = {}
     elif config.reference.path:
@@ -123,14 +123,18 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
       model: the architecture, without a scorer.
       layout: sharding of every parameter.
     """
+    # Without a path it is what the policy begins with, rounded as the policy is.
+    rounded = not config.reference.path and config.model.param_dtype == "bfloat16"
+    own = config.model.param_dtype if rounded else config.reference.param_dtype
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
-            drawn = model.init_params(key, "float32")
+            drawn = model.init_params(key, own)
             return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), drawn)
 
         return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
-    return load_params(model, inputs.reference_path, param_dtype=config.reference.param_dtype, shardings=layout)
+    loaded = load_params(model, inputs.reference_path, param_dtype=own, shardings=layout)
+    return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), loaded)
 
 
 def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:

@@ -33,7 +33,10 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """"random" reads only config.json and the tokenizer from `path`, and draws the weights from `seed`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the forward pass computes in. The policy's weights are float32, and so are log-probabilities."""
+    """What the forward pass computes in. Log-probabilities are float32."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the policy's weights are kept in. float32 ones are the master weights, whatever `dtype` is. To bfloat16 ones
+    each update is added in float32, and the sum rounded by chance, so that small updates count in the mean."""
     remat: Literal["none", "dots", "full"] = "full"
     """What a layer keeps for its gradient: everything, matrix products, or only its input."""
     attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
@@ -214,7 +217,7 @@ class OptimizerConfig:
     value_clip_norm: float = 0.1
     """What the gradient of a value head is clipped to, apart from that of the policy."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW's first moment is kept in."""
+    """What the moments are kept in. They are computed in float32, and rounded to bfloat16 by chance."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], 
                 config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
             ),
             lambda _: "optimizer.moments_dtype=bfloat16",
-            "the first moment rounded",
+            "both moments rounded, right in the mean",
         ),
     ]
     if subject.objective.uses_reference:
@@ -105,6 +105,15 @@ def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], 
                 "one pass over all feedback before training",
             ),
         ]
+    settings.append(
+        (
+            lambda config, _: dataclasses.replace(
+                config, model=dataclasses.replace(config.model, param_dtype="bfloat16")
+            ),
+            lambda _: "model.param_dtype=bfloat16",
+            "the policy rounded with every update, right in the mean",
+        )
+    )
     return settings
 
 

@@ -236,7 +236,13 @@ def compile_step(config: Config, subject: Subject, topology: Topology, lengths: 
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
     schedule = make_schedule(config.optimizer, _NUM_STEPS)
-    optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
+    optimizer = make_optimizer(
+        config.optimizer,
+        schedule,
+        value_head=model.scorer == "value",
+        param_dtype=config.model.param_dtype,
+        seed=config.seed,
+    )
     state = make_abstract_state(config, subject, model, mesh, optimizer)
     shape = assumed_shape(config, objective, lengths)
     batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))

@@ -116,6 +116,8 @@ def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
 
 def _find_store(config: Config, inputs: Inputs, plan: Plan, weights: str) -> ReferenceLogps:
     parts = [_FORMAT, weights, plan.key, config.model.dtype, config.reference.param_dtype]
+    if not config.reference.path and config.model.param_dtype != "float32":
+        parts.append(config.model.param_dtype)  # It is the policy's first weights, as they are kept.
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     directory = cache_directory() / "reference_logps" / key[:16]
     return open_store(directory, len(inputs.index.splits), plan.num_steps, plan.max_sequences)

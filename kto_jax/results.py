@@ -43,7 +43,14 @@ def write_results(
     """Writes policy/ and report.html, and says what the judges found."""
     folder = run.path
     card = model_card(folder.name, config, inputs)
-    save_hugging_face(folder / "policy", model, state.policy, tokenizer_dir=run.tokenizer.directory, model_card=card)
+    save_hugging_face(
+        folder / "policy",
+        model,
+        state.policy,
+        tokenizer_dir=run.tokenizer.directory,
+        model_card=card,
+        dtype=config.model.param_dtype,
+    )
     write_samples("after", model, state, inputs, run, config)
     if hosts.is_first():
         _write_report(inputs, run, config, command)

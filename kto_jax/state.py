@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from kto_jax.config import OptimizerConfig
 from kto_jax.models.model import Params
+from kto_jax.rounding import keep_in_bfloat16, reach_bfloat16
 
 
 @jax.tree_util.register_dataclass
@@ -56,21 +57,29 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, *, value_head: bool = False
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    *,
+    value_head: bool = False,
+    param_dtype: str = "float32",
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp."""
+    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp.
+
+    Args:
+      config: which, and what its moments are kept in.
+      schedule: learning rate by step.
+      value_head: whether the policy has one.
+      param_dtype: what the policy is kept in.
+      seed: decides how bfloat16 moments and parameters are rounded; see rounding.py.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm)
     if value_head:
         groups = {"policy": clip, "scorer": optax.clip_by_global_norm(config.value_clip_norm)}
         clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
     if config.name == "adamw":
         update = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mu_dtype=config.moments_dtype,
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mu_dtype="float32"
         )
     else:
         update = optax.chain(
@@ -78,7 +87,10 @@ def make_optimizer(
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         )
-    return optax.chain(clip, update)
+    if config.moments_dtype == "bfloat16":
+        update = keep_in_bfloat16(update, seed)
+    optimizer = optax.chain(clip, update)
+    return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
 
 
 def create_state(

@@ -256,8 +256,12 @@ def _synced(reference: Params, policy: Params, step: Int[Array, ""], sync: Refer
         return reference
 
     def mix(old: Params) -> Params:
+        def one(r: Array, p: Array) -> Array:
+            wide = jnp.promote_types(p.dtype, jnp.float32)
+            return (sync.sync_mix * p.astype(wide) + (1 - sync.sync_mix) * r.astype(wide)).astype(r.dtype)
+
         return jax.tree.map(
-            lambda r, p: (sync.sync_mix * p + (1 - sync.sync_mix) * r.astype(p.dtype)).astype(r.dtype),
+            one,
             old,
             {name: policy[name] for name in old},  # without a value head
         )

@@ -96,7 +96,13 @@ def train(config: Config, workdir: Path, command: str) -> int:
 
         # ------------------------------------------------- the step's program, compiled while weights are read
         schedule = make_schedule(config.optimizer, inputs.num_steps)
-        optimizer = make_optimizer(config.optimizer, schedule, value_head=model.scorer == "value")
+        optimizer = make_optimizer(
+            config.optimizer,
+            schedule,
+            value_head=model.scorer == "value",
+            param_dtype=config.model.param_dtype,
+            seed=config.seed,
+        )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
         take_step = Program(jit_train_step(model, inputs.objective, optimizer, schedule, config.reference))
         first_step = checkpoints.latest_step or 0

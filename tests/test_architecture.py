@@ -24,6 +24,7 @@ LAYERS = [
         "hosts",
         "hlo",
         "topology",
+        "rounding",
     },
     {"objectives", "sharding", "kernels"},
     {"state", "forward", "step", "rollout", "run"},

@@ -119,21 +119,23 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
     assert [rung.program.fits for rung in rungs] == [False, False, True]
 
 
-def test_the_ladder_ends_with_the_reference_store_and_leaves_out_what_is_so_already(monkeypatch):
+def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(mesh=MeshConfig(data=1, fsdp=-1), model=ModelConfig(path=str(MODEL), remat="full"))
     rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == [
         "optimizer.moments_dtype=bfloat16", "reference.param_dtype=bfloat16", "reference.precompute=True",
+        "model.param_dtype=bfloat16",
     ]  # fmt: skip
 
 
 def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    *_, last = ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16))
-    assert (last.setting, last.program) == ("reference.precompute=True", None)
-    assert "sync_every=5 moves the reference" in last.why_not
+    *_, store, last = ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16))
+    assert (store.setting, store.program) == ("reference.precompute=True", None)
+    assert "sync_every=5 moves the reference" in store.why_not
+    assert not last.program.config.reference.precompute
 
 
 # ------------------------------------------------------------------------------------------------ bounds

@@ -70,12 +70,6 @@ def test_a_value_head_is_clipped_apart_from_the_policy():
     np.testing.assert_allclose(adam[0].mu["scorer"]["w"], [0.03, 0.04], rtol=1e-5)
 
 
-def test_moments_take_the_configured_type():
-    _, (_, adam) = update("adamw", [0.5, -2.0], moments_dtype="bfloat16")
-    assert adam[0].mu["w"].dtype == jnp.bfloat16
-    assert adam[0].nu["w"].dtype == jnp.float32
-
-
 def test_the_optimizer_state_lies_like_the_parameters():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     layout = NamedSharding(mesh, PartitionSpec("fsdp"))

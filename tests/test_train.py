@@ -138,8 +138,12 @@ def _children(pid):
 
 
 @pytest.mark.slow
-def test_a_synced_reference_and_the_state_of_an_objective_live_through_a_kill(cache, tmp_path):
-    options = ("--config.objective.name=bco", "--config.reference.sync_every=4")
+def test_a_synced_reference_the_state_of_an_objective_and_rounding_live_through_a_kill(cache, tmp_path):
+    options = (
+        *("--config.objective.name=bco", "--config.reference.sync_every=4"),
+        # Rounding by chance must go on as it would have, too.
+        *("--config.model.param_dtype=bfloat16", "--config.optimizer.moments_dtype=bfloat16"),
+    )
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert finish(start(unbroken, cache, *options))[0] == 0
     process = start(broken, cache, *options)
@@ -151,6 +155,7 @@ def test_a_synced_reference_and_the_state_of_an_objective_live_through_a_kill(ca
     assert "continuing after step" in message
     assert numbers(broken) == numbers(unbroken)
     assert rows(broken)[-1]["running_count"] == 12 * 16
+    assert json.loads((broken / "policy/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert not (broken / "checkpoints" / "reference").exists()  # it moves, and lies in every checkpoint
     assert (broken / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 

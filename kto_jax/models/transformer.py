@@ -160,6 +160,27 @@ class Block(nnx.Module):
         return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept
 
 
+@jax.custom_vjp
+def _lookup(table_VD: Float[Array, "V D"], tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+    """Rows of a table. The gradient of a token that is read often is summed in float32, whatever the table is."""
+    # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
+    return jnp.take(table_VD, tokens_T, axis=0)
+
+
+def _lookup_forward(table_VD: Array, tokens_T: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup(table_VD, tokens_T), (table_VD, tokens_T)
+
+
+def _lookup_backward(residuals: tuple[Array, Array], gradient_TD: Array) -> tuple[Array, None]:
+    table_VD, tokens_T = residuals
+    wide = jnp.promote_types(table_VD.dtype, jnp.float32)
+    summed_VD = jnp.zeros(table_VD.shape, wide).at[tokens_T].add(gradient_TD.astype(wide))
+    return summed_VD.astype(table_VD.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 class Embedding(nnx.Module):
     """The table of token vectors."""
 
@@ -284,10 +305,14 @@ class Transformer(nnx.Module):
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
     def _embedded(self, tokens_RL: Array) -> Array:
+<<<<<<< Updated upstream
         # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
         x_TD = jnp.take(self.embed.table[...], tokens_RL.reshape(-1), axis=0).astype(self.dtype)
         scale = self.config.embed_scale
         return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
+=======
+        return _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
+>>>>>>> Stashed changes
 
     def _pin(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
         return self.constrain(x_TD.reshape(*shape, -1), ("rows", "length", "embed")).reshape(x_TD.shape)
