@@ -305,14 +305,9 @@ class Transformer(nnx.Module):
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
     def _embedded(self, tokens_RL: Array) -> Array:
-<<<<<<< Updated upstream
-        # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
-        x_TD = jnp.take(self.embed.table[...], tokens_RL.reshape(-1), axis=0).astype(self.dtype)
+        x_TD = _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
         scale = self.config.embed_scale
         return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
-=======
-        return _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
->>>>>>> Stashed changes
 
     def _pin(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
         return self.constrain(x_TD.reshape(*shape, -1), ("rows", "length", "embed")).reshape(x_TD.shape)
