@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from kto_jax.config import ConfigError
 from kto_jax.models.attention import dense_attention
-from kto_jax.models.blockwise import blockwise_attention
+from kto_jax.models.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.splash import splash_attention
 from kto_jax.models.triton import triton_attention
 from kto_jax.sharding import ACTIVATION_RULES
@@ -24,6 +24,8 @@ from kto_jax.sharding import ACTIVATION_RULES
 # What "auto" takes on each platform, and where each kernel runs; the rest runs everywhere.
 BEST = {"tpu": "splash", "gpu": "triton"}
 PLATFORMS = {"splash": "tpu", "triton": "gpu"}
+# Tokens of a block of "chunked" where there are more units to fill than on a CPU.
+LARGE_BLOCK = 512
 _ROWS, _HEADS = ACTIVATION_RULES["rows"], ACTIVATION_RULES["heads"]
 
 
@@ -60,7 +62,10 @@ class MeshAttention:
         options |= {"window": window, "softcap": softcap, "precision": precision}
         if self.name == "splash":
             return splash_attention(*heads, **options)
-        return (dense_attention if self.name == "dense" else blockwise_attention)(*heads, **options)
+        if self.name == "dense":
+            return dense_attention(*heads, **options)
+        block = BLOCK if self.mesh.devices.flat[0].platform == "cpu" else LARGE_BLOCK
+        return blockwise_attention(*heads, block=block, **options)
 
 
 def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton"], mesh: Mesh) -> MeshAttention:

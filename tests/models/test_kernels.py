@@ -13,7 +13,7 @@ from kto_jax.models.splash import block_and_length, splash_attention
 from kto_jax.models.triton import triton_attention
 
 HIGHEST = jax.lax.Precision.HIGHEST
-BLOCKS = partial(blockwise_attention, block=16, dense=0, precision=HIGHEST)
+BLOCKS = partial(blockwise_attention, block=16, precision=HIGHEST)
 
 
 def packed(*rows, length):
