@@ -18,6 +18,7 @@ from kto_jax.kernels import choose_attention
 from kto_jax.logs import console
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params
+from kto_jax.models.int8 import INT8, kept_as
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
@@ -108,7 +109,7 @@ def make_state(
         reference = load_reference(config, inputs, dataclasses.replace(model, scorer="none"), reference_layout)
     else:
         trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
-        reference = jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), trunk)
+        reference = _kept_as_reference(config, trunk, reference_layout)
     state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
     checkpoints.save_reference(state.reference)
     return state
@@ -123,23 +124,32 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
       model: the architecture, without a scorer.
       layout: sharding of every parameter.
     """
-    # Without a path it is what the policy begins with, rounded as the policy is.
-    rounded = not config.reference.path and config.model.param_dtype == "bfloat16"
-    own = config.model.param_dtype if rounded else config.reference.param_dtype
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
-            drawn = model.init_params(key, own)
-            return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), drawn)
+            return kept_as(model.init_params(key, config.model.param_dtype), config.reference.param_dtype)
 
         return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
-    loaded = load_params(model, inputs.reference_path, param_dtype=own, shardings=layout)
-    return jax.tree.map(lambda leaf: leaf.astype(config.reference.param_dtype), loaded)
+    # Without a path it is what the policy begins with, rounded as the policy is.
+    if config.reference.path or config.model.param_dtype == "float32":
+        kept = config.reference.param_dtype
+        return load_params(model, inputs.reference_path, param_dtype=kept, shardings=layout)
+    mesh = jax.tree.leaves(layout)[0].mesh
+    rounded = jax.tree.map(lambda leaf: leaf.sharding, _placed(mesh, model, config.model.param_dtype))
+    first = load_params(model, inputs.reference_path, param_dtype=config.model.param_dtype, shardings=rounded)
+    return _kept_as_reference(config, first, layout)
+
+
+def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
+    """Placed parameters in the dtype of the reference."""
+    if config.reference.param_dtype != INT8:
+        return kept_as(params, config.reference.param_dtype)
+    return jax.jit(kept_as, static_argnums=1, out_shardings=layout)(params, INT8)
 
 
 def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:
     abstract = model.abstract_params(dtype)
-    layout = shardings(mesh, model.logical_axes(), abstract)
+    layout = shardings(mesh, model.logical_axes(dtype), abstract)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
     )

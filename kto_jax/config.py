@@ -50,7 +50,9 @@ class ReferenceConfig:
 
     path: str = ""
     """As `model.path`; empty for the policy's own initial weights."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What its weights are kept in. int8 is of its matrices alone, with a scale for each output channel; what that does
+    to rewards is measured on the first batch and said, where it is known what they would have been."""
     precompute: bool = False
     """Compute its log-probabilities of all that the run will read once, before training, and then hold no reference.
     They are kept in the cache, for other runs on the same feedback. The report then has no perplexity under it."""

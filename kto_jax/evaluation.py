@@ -16,7 +16,16 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import Objective
 from kto_jax.sharding import local_rows, place_batch
 from kto_jax.state import TrainState
-from kto_jax.step import jit_evaluation_step
+from kto_jax.step import jit_evaluation_step, reference_error
+
+
+def measure_reference(
+    model: Model, objective: Objective, plan: Plan, mesh: Mesh, state: TrainState
+) -> dict[str, float]:
+    """What rounding did to the reference, on the first batch: see `step.reference_error`."""
+    batch = place_batch(mesh, plan.batch(0, rows=local_rows(mesh, plan.microbatch_rows)))
+    figures = jax.jit(functools.partial(reference_error, model, objective))(state, batch)
+    return {name: float(value) for name, value in jax.device_get(figures).items()}
 
 
 def make_evaluation(

@@ -253,6 +253,12 @@ def check_together(config: Config, objective: Objective) -> None:
                 f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
                 "out, or change what it goes with."
             )
+    if config.reference.param_dtype == "int8" and config.reference.sync_every:
+        raise ConfigError(
+            f'config.reference.param_dtype="int8" cannot be used with config.reference.sync_every='
+            f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
+            "Set config.reference.param_dtype to bfloat16, or take config.reference.sync_every out."
+        )
     moving = f"config.reference.sync_every={config.reference.sync_every} moves the reference"
     by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
     conflicts = [

@@ -76,7 +76,8 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     num_missing = sum(int(np.sum(steps)) for steps in missing.values())
     console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}", highlight=False)
     if num_missing:
-        layout = shardings(mesh, plain.logical_axes(), plain.abstract_params("float32"))
+        kept = config.reference.param_dtype
+        layout = shardings(mesh, plain.logical_axes(kept), plain.abstract_params(kept))
         reference = load_reference(config, inputs, plain, layout)
         read = functools.partial(_jit_read(plain), reference)
         place = functools.partial(place_batch, mesh)

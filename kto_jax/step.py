@@ -285,6 +285,22 @@ def evaluation_step(
     return figures | {"loss_sum": loss_sum}, rewards
 
 
+def reference_error(model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch) -> Figures:
+    """What rounding did to a reference that began as the policy, of a state whose policy is still what it began as.
+
+    Returns:
+      logps_mean, logps_max: absolute error of the log-probabilities of the batch's completions, in nats. rewards_mean,
+      rewards_max: of the rewards, which would all be 0. completions: how many there are.
+    """
+    completions, filled = read_all(model, objective, state, batch, batch.matched), batch.matched.filled
+    errors = {"logps": completions.policy - completions.reference, "rewards": objective.rewards(completions)}
+    figures = {"completions": jnp.sum(filled).astype(completions.policy.dtype)}
+    for name, error in errors.items():
+        size = jnp.where(filled, jnp.abs(error), 0)
+        figures |= {f"{name}_mean": metrics.mean(size, filled), f"{name}_max": jnp.max(size)}
+    return figures
+
+
 def jit_train_step(
     model: Model,
     objective: Objective,

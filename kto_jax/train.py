@@ -27,7 +27,7 @@ from kto_jax.checkpoint import Checkpoints
 from kto_jax.compilation import Program, keep_compiled
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
 from kto_jax.data.batches import prefetch
-from kto_jax.evaluation import make_evaluation
+from kto_jax.evaluation import make_evaluation, measure_reference
 from kto_jax.hardware import peak_flops
 from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.logs import MetricsLog, console
@@ -35,7 +35,7 @@ from kto_jax.objectives import defaults
 from kto_jax.precompute import precompute
 from kto_jax.preemption import INTERRUPTED, Preemption, ending_at_once
 from kto_jax.results import write_results, write_samples
-from kto_jax.run import RunFolder, check_folder, open_run
+from kto_jax.run import RunFolder, check_folder, open_run, write_json
 from kto_jax.sharding import abstract_batch, local_rows, place_batch
 from kto_jax.state import TrainState, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
@@ -113,6 +113,9 @@ def train(config: Config, workdir: Path, command: str) -> int:
         clock = time.monotonic()
         state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
         console.print(f"weights read in {time.monotonic() - clock:.1f} s", highlight=False)
+
+        if int(state.step) == 0 and _reference_is_rounded(config, inputs):
+            _report_reference(config, run, measure_reference(model, inputs.objective, inputs.plan, mesh, state))
 
         # ------------------------------------------------- the steps
         write_samples("before", model, state, inputs, run, config)
@@ -259,6 +262,24 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
             f"{config.optimizer.warmup_steps}): the learning rate never reaches {config.optimizer.learning_rate}",
             style="yellow",
         )
+
+
+def _reference_is_rounded(config: Config, inputs: Inputs) -> bool:
+    """Whether the reference is the policy's first weights, in fewer bits than the policy computes in."""
+    kept = config.reference.param_dtype
+    rounded = kept == "int8" or (kept == "bfloat16" and config.model.dtype == config.model.param_dtype == "float32")
+    return inputs.objective.uses_reference and not config.reference.path and rounded
+
+
+def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) -> None:
+    console.print(
+        f"the reference in {config.reference.param_dtype}: on the {errors['completions']:.0f} completions of the first "
+        f"batch log-probabilities are off by {errors['logps_mean']:.3g} nats in the mean and {errors['logps_max']:.3g} "
+        f"at most; rewards by {errors['rewards_mean']:.3g} and {errors['rewards_max']:.3g}",
+        highlight=False,
+    )
+    if hosts.is_first():
+        write_json(run.path / "reference_error.json", errors)
 
 
 def _short(value: object) -> str:

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kto_jax.checkpoint import Checkpoints, load_policy
 from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.int8 import kept_as
 from kto_jax.models.model import Model
 from kto_jax.run import write_json
 from kto_jax.sharding import make_mesh, shardings
@@ -87,6 +88,32 @@ def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkp
     assert equal(restored.reference, moved.reference)
     assert restored.objective_state == {"running_mean": 0.25}
     assert not (tmp_path / "checkpoints" / "reference").exists()
+
+
+def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
+    states = []
+    for sizes in (MeshConfig(fsdp=4, data=2), MeshConfig(data=2, fsdp=2, tensor=2)):
+        mesh = make_mesh(sizes)
+        layout = shardings(mesh, MODEL.logical_axes("int8"), MODEL.abstract_params("int8"))
+        kept = jax.jit(kept_as, static_argnums=1, out_shardings=layout)(
+            MODEL.init_params(jax.random.key(0), "float32"), "int8"
+        )
+        states.append(dataclasses.replace(make_state(mesh), reference=kept))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save_reference(states[0].reference)
+    checkpoints.save(1, states[0], None)
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
+    restored = checkpoints.restore(abstract)
+    assert equal(restored.reference, states[0].reference)
+    assert jax.tree.map(lambda x: x.sharding, restored.reference) == jax.tree.map(
+        lambda x: x.sharding, abstract.reference
+    )
+    assert restored.reference["embed"]["table"]["int8"].dtype == "int8"
+    with pytest.raises(ConfigError, match="embed/table/int8: missing"):
+        plain = make_abstract(make_mesh(MeshConfig()))
+        checkpoints.save_reference(states[0].policy)
+        checkpoints.restore(dataclasses.replace(plain, reference=abstract.reference))
 
 
 def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):

@@ -219,3 +219,9 @@ def test_a_control_without_tokens_or_beyond_the_vocabulary_is_refused(text, mess
     assert len(good) > 1
     with pytest.raises(ConfigError, match=message):
         _encode_controls(dataclasses.replace(csft, controls=(text, "<|good|>")), tokenizer, 30)
+
+
+def test_a_reference_in_int8_does_not_move():
+    moving = config(reference=ReferenceConfig(param_dtype="int8", sync_every=4))
+    with pytest.raises(ConfigError, match=r"int8.*sync_every=4: each move.*Set config.reference.param_dtype"):
+        check_together(moving, objective("kto"))

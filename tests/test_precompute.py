@@ -48,9 +48,12 @@ def stores(cache):
 
 @pytest.mark.parametrize("options", [
     ["--config.batch_size=100", "--config.max_steps=5"],  # into the third epoch
-    ["--config.objective.name=dpo", "--config.data.train=configs/tiny_pairs.jsonl", "--config.data.format=pairs"],
+    [
+        *("--config.objective.name=dpo", "--config.data.train=configs/tiny_pairs.jsonl", "--config.data.format=pairs"),
+        "--config.reference.param_dtype=bfloat16",
+    ],
     ["--config.objective.name=apo_zero_unpaired", "--config.model.param_dtype=bfloat16"],
-    ["--config.reference.param_dtype=bfloat16"],
+    ["--config.reference.param_dtype=int8"],
 ], ids=lambda options: options[0].split(".")[-1])  # fmt: skip
 def test_losses_are_those_of_a_run_that_holds_the_reference(tmp_path, options, pairs_file):
     options = [option.replace("configs/tiny_pairs.jsonl", str(pairs_file)) for option in options]
@@ -61,6 +64,13 @@ def test_losses_are_those_of_a_run_that_holds_the_reference(tmp_path, options, p
             assert after[name] == pytest.approx(before[name], abs=1e-6, rel=1e-6), name
         assert after["flops"] < before["flops"]
     assert held[-1]["margin"] != 0
+    rounded = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/reference_error.json"))]
+    assert len(rounded) == 2 * any("reference.param_dtype" in option for option in options)
+    for errors in rounded:  # The policy is still what the reference was before it was rounded.
+        assert errors == pytest.approx(rounded[0], rel=1e-3)
+        assert 0 < errors["logps_mean"] <= errors["logps_max"] < 1
+        assert errors["rewards_max"] == pytest.approx(0.1 * errors["logps_max"])
+        assert held[0]["margin"] != 0
     assert (tmp_path / "held" / "checkpoints" / "reference").exists()
     assert not (tmp_path / "stored" / "checkpoints" / "reference").exists()
 

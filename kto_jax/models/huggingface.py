@@ -26,6 +26,7 @@ from kto_jax.models.classifier import choose_padding, classifier_values, write_p
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS
 from kto_jax.models.gguf import open_gguf
+from kto_jax.models.int8 import INT8, quantise
 from kto_jax.models.model import Model, Params
 from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json, write_safetensors
 from kto_jax.models.scorers import init_scorer
@@ -85,7 +86,7 @@ def load_params(
     Args:
       model: the model; its config must be that of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file.
-      param_dtype: what the parameters are kept in; values are converted as they are read.
+      param_dtype: what the parameters are kept in; values are converted as they are read, to int8 matrix by matrix.
       shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device.
       key: decides a scorer that is drawn; None is `jax.random.key(0)`.
 
@@ -95,12 +96,14 @@ def load_params(
     """
     weights, names = open_weights(Path(path)), tensor_names(model.config)
     _check_names(weights, model, path)
-    abstract = model.abstract_params(param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract)
+        shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
+    abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
 
-    def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        if isinstance(sharding, dict):  # of a matrix that becomes int8
+            return quantise(key_path[-1].key, load(key_path, leaf, sharding["int8"]), sharding)
         name = ".".join(part.key for part in key_path)
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, *names[name], leaf))
 

@@ -14,6 +14,7 @@ from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
 from kto_jax.models.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.int8 import INT8, as_matrices, kept_as, quantised_axes
 from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
 from kto_jax.models.transformer import (
     REMAT_POLICIES,
@@ -46,6 +47,8 @@ class Model:
         them:                         layers.attention.query_norm, key_norm .scale [layers, H]
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         scorer, see scorers.py        (a reward model has no head: its output head is never used)
+
+    A frozen reference may hold int8 matrices in place of weights and table: see int8.py.
 
     Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
     frozen reference has no scorer.
@@ -133,8 +136,10 @@ class Model:
 
         Its products are logits only where there is no soft-cap: `logits` and `token_logps` know of it.
         """
-        head_DV = params["embed"]["table"].T if self.config.tied_head else params["head"]["weight"]
-        return head_DV.astype(self.dtype)
+        params = as_matrices({name: params[name] for name in ("embed", "head") if name in params})
+        if self.config.tied_head:
+            return params["embed"]["table"].astype(self.dtype).T
+        return params["head"]["weight"].astype(self.dtype)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of a few hidden states, float32 or wider, soft-cap applied; training never holds them."""
@@ -194,13 +199,13 @@ class Model:
         if self.scorer != "none":
             # From a key of its own, so that a scorer does not change the trunk's values.
             params["scorer"] = init_scorer(self.scorer, self.config, jax.random.fold_in(key, 1))
-        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+        return kept_as(params, param_dtype)
 
     def abstract_params(self, param_dtype: str) -> Params:
         """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""
         return jax.eval_shape(lambda key: self.init_params(key, param_dtype), jax.random.key(0))
 
-    def logical_axes(self) -> dict[str, Any]:
+    def logical_axes(self, param_dtype: str = "float32") -> dict[str, Any]:
         """The parameters' logical axes: a tuple of names for each leaf, one per axis.
 
         "heads" and "kv_heads" name axes of heads times head_dim; a mesh axis must divide the number of heads.
@@ -210,7 +215,8 @@ class Model:
         is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
         axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), variables, is_leaf=is_variable)
         scorer = {} if self.scorer == "none" else {"scorer": scorer_axes(self.scorer)}
-        return nnx.to_pure_dict(axes) | scorer
+        axes = nnx.to_pure_dict(axes) | scorer
+        return quantised_axes(axes) if param_dtype == INT8 else axes
 
     @property
     def _has_head(self) -> bool:
@@ -218,7 +224,7 @@ class Model:
 
     def _merge(self, params: Params) -> Transformer:
         trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
-        return nnx.merge(self.graphdef, nnx.State(trunk))
+        return nnx.merge(self.graphdef, nnx.State(as_matrices(trunk)))
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
         return Transformer(

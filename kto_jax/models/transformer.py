@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.int8 import Int8Matrix
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 # As `dense_attention`: rotated queries and keys, and values, of packed rows, with their segments and positions.
@@ -160,25 +161,29 @@ class Block(nnx.Module):
         return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept
 
 
+def _lookup(table: Array | Int8Matrix, tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+    return table.rows(tokens_T) if isinstance(table, Int8Matrix) else _rows(table, tokens_T)
+
+
 @jax.custom_vjp
-def _lookup(table_VD: Float[Array, "V D"], tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+def _rows(table_VD: Float[Array, "V D"], tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Rows of a table. The gradient of a token that is read often is summed in float32, whatever the table is."""
     # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
     return jnp.take(table_VD, tokens_T, axis=0)
 
 
-def _lookup_forward(table_VD: Array, tokens_T: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _lookup(table_VD, tokens_T), (table_VD, tokens_T)
+def _rows_forward(table_VD: Array, tokens_T: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rows(table_VD, tokens_T), (table_VD, tokens_T)
 
 
-def _lookup_backward(residuals: tuple[Array, Array], gradient_TD: Array) -> tuple[Array, None]:
+def _rows_backward(residuals: tuple[Array, Array], gradient_TD: Array) -> tuple[Array, None]:
     table_VD, tokens_T = residuals
     wide = jnp.promote_types(table_VD.dtype, jnp.float32)
     summed_VD = jnp.zeros(table_VD.shape, wide).at[tokens_T].add(gradient_TD.astype(wide))
     return summed_VD.astype(table_VD.dtype), None
 
 
-_lookup.defvjp(_lookup_forward, _lookup_backward)
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Embedding(nnx.Module):
@@ -301,6 +306,8 @@ class Transformer(nnx.Module):
             attention, softcap=config.attention_softcap, scale=None if scalar is None else scalar**-0.5,
             precision=matmul_precision(self.dtype),
         )  # fmt: skip
+        if config.window is None or heads[1].shape[1] <= config.window:  # as many keys as that cut nothing off
+            return attend(*heads)
         within = partial(attend, window=config.window)
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 

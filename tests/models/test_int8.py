@@ -1,0 +1,76 @@
+"""A reference in int8: what is kept, how far off it is, and that it lies and is read like any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kto_jax.config import MeshConfig
+from kto_jax.models.huggingface import load_params, save_hugging_face
+from kto_jax.models.int8 import Int8Matrix, as_matrices, quantised
+from kto_jax.models.model import Model
+from kto_jax.sharding import constrainer, make_mesh, shardings
+from tests.models.conftest import draw_tokens, hidden_states, whole_rows
+
+TOKENS = draw_tokens(0, 4, 16)
+
+
+def test_a_weight_is_off_by_half_a_scale_of_its_channel_at_most():
+    weight = jax.random.normal(jax.random.key(0), (3, 20, 8)) * jnp.logspace(-3, 3, 8)[None, None]
+    weight = weight.at[:, :, 3].set(0)
+    kept = quantised({"weight": weight})["weight"]
+    assert (kept["int8"].dtype, kept["scales"].shape) == (jnp.int8, (3, 8))
+    error = jnp.abs(Int8Matrix(kept["int8"], kept["scales"], -2).astype("float32") - weight)
+    assert np.all(error <= 0.501 * kept["scales"][:, None])
+    np.testing.assert_allclose(kept["scales"], np.max(np.abs(weight), axis=1) / 127, rtol=1e-6)
+    largest = np.abs(kept["int8"].astype("int32")).max(axis=1)  # symmetric: -128 is not used
+    np.testing.assert_array_equal(largest, np.broadcast_to(np.where(np.arange(8) == 3, 0, 127)[None], (3, 8)))
+
+
+def dequantised(kept, like):
+    """The same weights as arrays, leaf by leaf."""
+    nodes = jax.tree.map(lambda _, node: node, like, as_matrices(kept))
+    return jax.tree.map(lambda leaf, node: node.astype(leaf.dtype), like, nodes)
+
+
+def test_the_forward_pass_is_that_of_the_dequantised_weights(model, params):
+    kept = quantised(params)
+    whole, segments_positions = dequantised(kept, params), whole_rows(TOKENS)
+    expected = hidden_states(model, whole, TOKENS, *segments_positions)
+    got = hidden_states(model, kept, TOKENS, *segments_positions)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_array_equal(model.head(kept), model.head(whole))
+    assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *segments_positions))) > 1e-3
+    prompt = TOKENS[:, :4], np.broadcast_to(np.arange(4)[None], (4, 4))
+    decoded, _ = model.decode(kept, model.init_cache(4, 8), *prompt)
+    np.testing.assert_allclose(decoded, got[:, :4], atol=1e-4)
+
+
+def test_a_token_outside_of_the_vocabulary_is_nan_in_int8_too(model, params):
+    tokens = TOKENS.copy()
+    tokens[1, 0] = 64
+    hidden = hidden_states(model, quantised(params), tokens, *whole_rows(tokens))
+    assert np.isnan(hidden[1]).all()
+    assert np.isfinite(hidden[0]).all()
+
+
+def test_no_matrix_of_all_layers_is_turned_back_at_once(model, params):
+    tokens = draw_tokens(0, 3, 7)
+    jaxpr = jax.make_jaxpr(model.hidden_states)(quantised(params), tokens, *whole_rows(tokens))
+    wide = {params["layers"]["mlp"]["gate"]["weight"].shape, params["embed"]["table"].shape}
+    for equation in jaxpr.eqns:
+        for out in equation.outvars:
+            assert out.aval.shape not in wide or out.aval.dtype == jnp.int8, equation
+
+
+@pytest.mark.parametrize("sizes", [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)], ids=["4x2", "8"])
+def test_it_is_read_from_files_matrix_by_matrix_onto_any_mesh(sizes, model, params, tmp_path):
+    save_hugging_face(tmp_path / "m", model, params, tokenizer_dir=None, model_card="")
+    mesh = make_mesh(sizes)
+    spread = Model.create(model.config, remat="none", constrain=constrainer(mesh))
+    layout = shardings(mesh, spread.logical_axes("int8"), spread.abstract_params("int8"))
+    kept = load_params(model, tmp_path / "m", param_dtype="int8", shardings=layout)
+    jax.tree.map(np.testing.assert_array_equal, kept, quantised(params))
+    assert jax.tree.map(lambda leaf: leaf.sharding, kept) == layout
+    expected = hidden_states(model, quantised(params), TOKENS, *whole_rows(TOKENS))
+    np.testing.assert_allclose(hidden_states(spread, kept, TOKENS, *whole_rows(TOKENS)), expected, atol=1e-4)
