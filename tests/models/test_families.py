@@ -1,5 +1,6 @@
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from kto_jax.config import ConfigError
-from kto_jax.models.attention import rotary_frequencies
+from kto_jax.models.attention import dense_attention, rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.huggingface import expected_shapes, load_params, read_config, save_hugging_face
@@ -20,6 +21,7 @@ from kto_jax.sharding import PARAMETER_RULES
 from .conftest import draw_tokens, hidden_states, whole_rows
 from .family_files import FILES, WINDOW
 
+ARCHITECTURES = Path(__file__).parents[2] / "configs" / "architectures"
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 read = TransformerConfig.from_hugging_face
 
@@ -54,6 +56,24 @@ def test_a_file_of_each_family_survives_being_read_and_written(name):
     )
     # By its model_type alone, as files of base models have it.
     assert read(written | {"architectures": None}) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "total", "without_tables"),
+    # Published: Qwen by model cards, Gemma 2 and 3 by their reports, tables 2 and 1 (the latter in millions).
+    [
+        ("qwen2_5_7b", "qwen2", 7.61e9, 6.53e9),
+        ("qwen3_8b", "qwen3", 8.19e9, 6.95e9),
+        ("gemma_2_9b", "gemma2", 9.24e9, 8_324_201_984),
+        ("gemma_3_4b", "gemma3_text", 3.88e9, 3.209e9),
+    ],
+)
+def test_the_architectures_have_the_published_number_of_parameters(name, family, total, without_tables):
+    config = read_config(ARCHITECTURES / name)
+    tables = config.vocab_size * config.embed_dim * (1 if config.tied_head else 2)
+    assert config.family == family
+    assert config.num_params() == pytest.approx(total, rel=1e-3)
+    assert config.num_params() - tables == pytest.approx(without_tables, rel=1e-3 if without_tables < 8e9 else 0)
 
 
 def test_every_family_has_a_file_here():
@@ -267,11 +287,12 @@ def test_the_soft_cap_of_logits_is_applied_wherever_logits_are_made(drawn):
     close(model.token_logps(params, hidden, targets), expected[..., 0], rtol=1e-4)
 
 
-def test_a_model_whose_layers_are_alike_has_no_branches(drawn):
-    tokens = draw_tokens(1, 1, 8)
-
-    def branches(name):
-        model, params = drawn(name)
-        return "cond[" in str(jax.make_jaxpr(model.hidden_states)(params, tokens, *whole_rows(tokens)))
-
-    assert [branches(name) for name in ("mistral", "qwen2", "gemma2")] == [False, False, True]
+@pytest.mark.parametrize(
+    ("name", "length", "branches"),
+    [("mistral", 8, 0), ("qwen2", 8, 0), ("gemma2", 8, 1), ("gemma2", WINDOW, 0), ("gemma3", WINDOW, 0)],
+)
+def test_layers_that_see_alike_have_no_branches(name, length, branches):
+    model = Model.create(read(FILES[name]), remat="none", packed_attention=dense_attention)
+    tokens = draw_tokens(1, 1, length)
+    forward = lambda params: model.hidden_states(params, tokens, *whole_rows(tokens))  # noqa: E731
+    assert str(jax.make_jaxpr(forward)(model.abstract_params("float32"))).count("cond[") == branches

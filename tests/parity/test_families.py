@@ -144,7 +144,9 @@ def test_a_reward_model_of_each_family_is_a_class_of_transformers(torch, transfo
     scoring, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert type(scoring).__name__ == FAMILIES[model.config.family].classifier
+    classifier = FAMILIES[model.config.family].classifier
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [classifier]
+    assert type(scoring).__name__ == classifier
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     tokens = torch.tensor(both.sequences[0][None])
     with torch.no_grad():

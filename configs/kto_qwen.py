@@ -1,0 +1,33 @@
+"""KTO of Qwen3-8B on thumbs of your own, on a v5p:2x2x2 slice: 8 chips of 95 GiB.
+
+    python -m kto_jax.train --config=configs/kto_qwen.py --config.data.train=feedback.jsonl --workdir=runs/qwen
+
+Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 147
+GB and activations, spread by fsdp over the chips; docs/scale.md has the plan. Qwen2.5-7B-Instruct takes the same
+settings (`--config.model.path=Qwen/Qwen2.5-7B-Instruct`). Rows are as in configs/kto_llama.py.
+
+Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
+is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.
+"""
+
+from kto_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.path = "Qwen/Qwen3-8B"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.reference.param_dtype = "bfloat16"
+    config.data.train = "feedback.jsonl"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.batch_size = 128
+    config.microbatch_rows = 8
+    config.objective.beta = 0.1
+    config.objective.desirable_weight = "auto"
+    config.optimizer.learning_rate = 5e-6
+    config.optimizer.warmup_steps = 150
+    return config
