@@ -9,6 +9,7 @@ from kto_jax.config import ObjectiveConfig
 from kto_jax.data.batches import Plan
 from kto_jax.forward import completion_states, packed_logps, packed_rewards, read_completions
 from kto_jax.losses import token_logps
+from kto_jax.models.attention import dense_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
@@ -35,7 +36,7 @@ def microbatch(row_length=80):
 def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num_devices, num_chunks):
     # One device has room for the logits of 5 tokens of each row; there are 16 rows of 80.
     monkeypatch.setattr("kto_jax.losses.logprobs._MAX_LOGITS", 98 * 16 * 5)
-    model = Model.create(CONFIG, num_devices=num_devices)
+    model = Model.create(CONFIG, num_devices=num_devices, packed_attention=dense_attention)
     rows = microbatch()[1]
     jaxpr = jax.make_jaxpr(lambda params: packed_logps(model, params, rows))(model.abstract_params("float32"))
     loops = [loop.params["length"] for loop in equations(jaxpr.jaxpr) if loop.primitive.name == "scan"]

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Logits that exist at one time on a device: 2**25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
+# More than so many are taken in at least two chunks: XLA dissolves a loop of one, and then keeps the logits of several
+# passes at a time (four times the memory, on CPU).
+_FEW_LOGITS = 2**22
 
 
 def token_logps(
@@ -50,9 +53,12 @@ def token_logps(
         ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
     vocabulary = head.shape[1]
-    chunk_size = chunk_size or max(_MAX_LOGITS * num_devices // vocabulary, 1)
+    least_chunks = 1
+    if chunk_size is None:
+        chunk_size = max(_MAX_LOGITS * num_devices // vocabulary, 1)
+        least_chunks += num_rows * length * vocabulary > _FEW_LOGITS * num_devices
     chunk = min(max(chunk_size // num_rows, 1), length)
-    num_chunks = -(-length // chunk)
+    num_chunks = min(max(-(-length // chunk), least_chunks), length)
     chunk = -(-length // num_chunks)  # chunks of equal size leave the least padding
     padding = num_chunks * chunk - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +126,13 @@ def test_segment_sums_of_nothing_are_zero_with_zero_gradient():
     value, gradient = jax.value_and_grad(total)(jnp.ones(4))
     assert value == 0
     assert not jnp.any(gradient)
+
+
+@pytest.mark.parametrize("length, num_devices, num_chunks", [(1024, 1, 2), (3072, 1, 3), (128, 1, 1), (1024, 8, 1)])
+def test_one_loop_over_all_logits_is_left_to_small_ones(length, num_devices, num_chunks):
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((length, 8), jnp.float32), ((8, 32768), jnp.float32), ((length,), jnp.int32)
+    )]  # fmt: skip
+    jaxpr = jax.make_jaxpr(functools.partial(token_logps, num_devices=num_devices))(*shapes)
+    loops = [loop.params["length"] for loop in equations(jaxpr.jaxpr) if loop.primitive.name == "scan"]
+    assert loops == [num_chunks]
