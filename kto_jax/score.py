@@ -29,12 +29,14 @@ from jaxtyping import Array, Float, Int
 
 from kto_jax import sources
 from kto_jax.compilation import keep_compiled
-from kto_jax.config import ConfigError, DataConfig
+from kto_jax.config import ConfigError, DataConfig, MeshConfig
 from kto_jax.data import files, records, tokenize
 from kto_jax.data.mixture import sources_of
 from kto_jax.data.truncation import cut_prompt, fit_lengths
+from kto_jax.kernels import choose_attention
 from kto_jax.models import huggingface
 from kto_jax.models.model import Model, Params
+from kto_jax.sharding import make_mesh
 from kto_jax.train import read_command
 
 _SHORTEST = 64
@@ -69,7 +71,9 @@ def open_reward_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
             f"{source} is no reward model. Allowed: a run of the reward objective, or a directory whose config.json "
             "names a LlamaForSequenceClassification. Choose another --model."
         )
-    model = Model.create(huggingface.read_config(source), dtype=dtype, remat="none", scorer="reward")
+    attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
+    config = huggingface.read_config(source)
+    model = Model.create(config, dtype=dtype, remat="none", scorer="reward", packed_attention=attention)
     return model, huggingface.load_params(model, source, param_dtype=dtype), source
 
 

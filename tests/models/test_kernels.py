@@ -107,6 +107,14 @@ def test_splash_gives_the_values_and_gradients_of_dense_attention(options):
     compare(partial(splash_attention, interpret=True, precision=HIGHEST), tokens, **options)
 
 
+def test_every_product_of_splash_has_the_precision_that_was_asked_for():
+    query, key, value, _ = draw(ROWS)
+    attend = partial(splash_attention, precision=HIGHEST, **ROWS)
+    text = str(jax.make_jaxpr(jax.grad(lambda *heads: attend(*heads).sum(), (0, 1, 2)))(query, key, value))
+    # Two of the forward pass, four for the gradient of keys and values, three for that of queries, and the means.
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 10
+
+
 def test_rows_are_padded_to_the_blocks_that_pad_them_least():
     assert [block_and_length(length) for length in (100, 500, 600, 2304, 8192)] == [
         (128, 128), (512, 512), (128, 640), (384, 2304), (512, 8192),
