@@ -49,7 +49,8 @@ def open_reward_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
     """Loads what is to score.
 
     Args:
-      path: the folder of a run that trained a reward model, or a directory of a LlamaForSequenceClassification.
+      path: the folder of a run that trained a reward model, or a directory of a sequence classification of one label,
+        such as a LlamaForSequenceClassification.
       dtype: what to compute in.
 
     Returns:
@@ -64,12 +65,12 @@ def open_reward_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
     elif (source / "checkpoints").is_dir():
         raise ConfigError(
             f"{source} is a run without a policy/ yet. A run is scored with once it has ended. Let it end, or give a "
-            "directory of a LlamaForSequenceClassification."
+            "directory of a sequence classification, such as a LlamaForSequenceClassification."
         )
     if not huggingface.is_reward_model(source):
         raise ConfigError(
             f"{source} is no reward model. Allowed: a run of the reward objective, or a directory whose config.json "
-            "names a LlamaForSequenceClassification. Choose another --model."
+            "names a sequence classification, such as LlamaForSequenceClassification. Choose another --model."
         )
     attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
     config = huggingface.read_config(source)
@@ -270,7 +271,7 @@ def _fitted(encoded: tokenize.EncodedRows, data: DataConfig, bos_id: int | None)
 
 def _define_flags() -> None:
     # Not at import: each command of the package has flags of its own, and absl keeps one list a process.
-    flags.DEFINE_string("model", "", "The folder of a reward model's run, or a LlamaForSequenceClassification.")
+    flags.DEFINE_string("model", "", "The folder of a reward model's run, or a sequence classification.")
     flags.DEFINE_string("data", "", "What to score: a .jsonl, .json, .csv or .parquet file, also .gz or .bz2.")
     flags.DEFINE_string("out", "", "The JSONL file to write; a file that is there is replaced.")
     flags.DEFINE_string("prompt_field", "prompt", "Holds text or chat messages.")
