@@ -78,12 +78,11 @@ def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton
       ConfigError: the mesh's devices cannot run it.
     """
     platform = mesh.devices.flat[0].platform
-    if name == "auto":
-        name = BEST.get(platform, "chunked")
-    if PLATFORMS.get(name, platform) != platform:
+    chosen: str = BEST.get(platform, "chunked") if name == "auto" else name
+    if PLATFORMS.get(chosen, platform) != platform:
         raise ConfigError(
-            f"config.model.attention={name!r} is a kernel for {PLATFORMS[name]} devices, and these are {platform}. "
+            f"config.model.attention={chosen!r} is a kernel for {PLATFORMS[chosen]} devices, and these are {platform}. "
             f"Allowed here: auto, dense, chunked{f', {BEST[platform]}' if platform in BEST else ''}. "
             "Set config.model.attention."
         )
-    return MeshAttention(mesh, name)
+    return MeshAttention(mesh, chosen)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.attention import measure, memory
 from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.kernels import MeshAttention, choose_attention
 from kto_jax.models.blockwise import blockwise_attention
@@ -56,6 +57,12 @@ def test_a_kernel_is_refused_where_its_devices_are_not():
     message = r"attention='splash' is a kernel for tpu .* these are cpu.*Allowed here: auto, dense, chunked\. Set"
     with pytest.raises(ConfigError, match=message):
         choose_attention("splash", mesh)
+
+
+def test_what_is_measured_of_attention_agrees_with_dense_and_grows_with_the_length_alone():
+    row = measure(96, repeats=1)
+    assert row["difference"] < 1e-4 and row["both_ratio"] > 0
+    assert memory(2048, "chunked") < 4.2 * memory(512, "chunked")
 
 
 @pytest.mark.slow
