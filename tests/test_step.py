@@ -212,18 +212,28 @@ def test_evaluation_gives_the_loss_that_training_saw():
     assert np.mean(np.asarray(rewards)[good]) == pytest.approx(float(figures["rewards_desirable"]), rel=1e-5)
 
 
+def flops_of_a_forward_pass(config, rows):
+    total = 0.0
+    for segments, positions in zip(rows.segment_ids.reshape(-1, 96), rows.positions.reshape(-1, 96), strict=True):
+        for position in positions[segments > 0]:
+            total += config.flops_per_token(attended=position + 1, head=False)
+    head = config.flops_per_token(0, head=True) - config.flops_per_token(0, head=False)
+    return total + head * np.sum(rows.target_segments > 0)
+
+
 def test_flops_of_a_step_are_four_forward_passes_over_matched_rows_and_two_over_unmatched_ones():
     _, _, figures, model, batch = plain_step()
+    matched, unmatched = (flops_of_a_forward_pass(model.config, rows) for rows in (batch.matched, batch.unmatched))
+    assert figures["flops"] == pytest.approx(4 * matched + 2 * unmatched, rel=1e-5)
 
-    def forward(rows):
-        total = 0.0
-        for segments, positions in zip(rows.segment_ids.reshape(-1, 96), rows.positions.reshape(-1, 96), strict=True):
-            for position in positions[segments > 0]:
-                total += model.config.flops_per_token(attended=position + 1, head=False)
-        head = model.config.flops_per_token(0, head=True) - model.config.flops_per_token(0, head=False)
-        return total + head * np.sum(rows.target_segments > 0)
 
-    assert figures["flops"] == pytest.approx(4 * forward(batch.matched) + 2 * forward(batch.unmatched), rel=1e-5)
+def test_flops_of_local_layers_are_those_of_what_each_token_sees():
+    config = dataclasses.replace(CONFIG, window=7, local_layers=(True, False))
+    batch = make_plan(96, 8)[1].batch(0)
+    sft = make_objective(ObjectiveConfig(name="sft"), num_desirable=1, num_undesirable=1)
+    expected = 3 * flops_of_a_forward_pass(config, batch.matched)
+    assert float(work(Model.create(config), sft, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
+    assert expected < 3 * flops_of_a_forward_pass(CONFIG, batch.matched)
 
 
 @pytest.mark.parametrize("name, options, passes", [
