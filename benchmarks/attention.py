@@ -105,8 +105,8 @@ def main() -> None:
         {"length": length} | {f"{name}_mib": memory(length, name) for name in ATTENTIONS}
         for length in options.memory_lengths
     ]
-    for rows in (times, bytes_needed):
-        table = Table(*(rows[0] if rows else ()))
+    for rows in filter(None, (times, bytes_needed)):
+        table = Table(*rows[0])
         for row in rows:
             table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
         Console(width=160).print(table)
