@@ -51,6 +51,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
     architecture = inputs.architecture
     devices = list(devices) or jax.devices()
     sizes = mesh_shape(config.mesh, len(devices))
+    _check_remat(config.model.remat, devices[0].platform)
     check_rows(config.microbatch_rows, sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
     mesh = make_mesh(config.mesh, devices)
@@ -64,6 +65,19 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         num_devices=mesh.size,
         packed_attention=choose_attention(config.model.attention, mesh),
     )
+
+
+def _check_remat(remat: str, platform: str) -> None:
+    """Refuses to offload where there is nowhere to.
+
+    Raises:
+      ConfigError: naming the platform.
+    """
+    if remat == "offload" and platform not in ("tpu", "gpu"):
+        raise ConfigError(
+            f'config.model.remat="offload" cannot be used on {platform}: its memory is the host\'s own. Allowed on TPU '
+            'and GPU, whose devices copy to the host while they compute. Set config.model.remat to "full".'
+        )
 
 
 def make_abstract_state(

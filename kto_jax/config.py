@@ -37,8 +37,9 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the policy's weights are kept in. float32 ones are the master weights, whatever `dtype` is. To bfloat16 ones
     each update is added in float32, and the sum rounded by chance, so that small updates count in the mean."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What a layer keeps for its gradient: everything, matrix products, or only its input."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What a layer keeps for its gradient: everything, matrix products, or only its input, which with "offload" waits
+    in the host's memory (TPU and GPU)."""
     attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
     """How packed rows attend. "auto": "splash" on TPU and "triton" on GPU, kernels that come with JAX, and "chunked"
     elsewhere, which multiplies only blocks of tokens that may see each other. "dense" multiplies all."""

@@ -42,7 +42,7 @@ def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengt
     """
     config = program.config
     num_devices = len(topology.devices)
-    for change, setting, cost in _settings(subject):
+    for change, setting, cost in _settings(subject, topology):
         changed = change(config, num_devices)
         if changed == config:
             continue
@@ -62,11 +62,11 @@ def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengt
 _Change = Callable[[Config, int], Config]
 
 
-def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], str]]:
+def _settings(subject: Subject, topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
     """(what it changes, how it is written, what it costs), in the order in which they are tried."""
     settings: list[tuple[_Change, Callable[[Config], str], str]] = [
         (
-            lambda config, _: dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")),
+            _full_remat,
             lambda _: "model.remat=full",
             "computes each layer again for its gradient",
         ),
@@ -80,6 +80,7 @@ def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], 
             lambda config: f"mesh.data=1 mesh.fsdp={config.mesh.fsdp}",
             "weights gathered from more devices",
         ),
+        *_offloading(topology),
         (
             lambda config, _: dataclasses.replace(
                 config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
@@ -91,9 +92,7 @@ def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], 
     if subject.objective.uses_reference:
         settings += [
             (
-                lambda config, _: dataclasses.replace(
-                    config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16")
-                ),
+                _bfloat16_reference,
                 lambda _: "reference.param_dtype=bfloat16",
                 "the reference's weights rounded, as most are published",
             ),
@@ -115,6 +114,31 @@ def _settings(subject: Subject) -> list[tuple[_Change, Callable[[Config], str], 
         )
     )
     return settings
+
+
+def _offloading(topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
+    """The host's memory for what layers keep, on devices that have memory of their own."""
+    if topology.devices[0].platform not in ("tpu", "gpu"):
+        return []
+    return [
+        (
+            lambda config, _: dataclasses.replace(config, model=dataclasses.replace(config.model, remat="offload")),
+            lambda _: "model.remat=offload",
+            "inputs of layers go to the host and back",
+        )
+    ]
+
+
+def _bfloat16_reference(config: Config, _: int) -> Config:
+    if config.reference.param_dtype == "int8":  # needs less
+        return config
+    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16"))
+
+
+def _full_remat(config: Config, _: int) -> Config:
+    if config.model.remat == "offload":  # needs less
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
 
 
 def _fewest_rows(config: Config, num_devices: int) -> Config:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from kto_jax import ladder, planning
+from kto_jax.assembly import make_abstract_state, make_model
 from kto_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, ReferenceConfig
 from kto_jax.hlo import Collective
 from kto_jax.objectives import check_objective
@@ -127,6 +129,20 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
         "optimizer.moments_dtype=bfloat16", "reference.param_dtype=bfloat16", "reference.precompute=True",
         "model.param_dtype=bfloat16",
     ]  # fmt: skip
+
+
+def test_the_ladder_does_not_undo_a_setting_that_needs_less(monkeypatch):
+    monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
+    run = config(reference=ReferenceConfig(param_dtype="int8"), model=ModelConfig(path=str(MODEL), remat="offload"))
+    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    assert not {"model.remat=full", "reference.param_dtype=bfloat16"} & {rung.setting for rung in rungs}
+
+
+def test_a_reference_in_int8_is_planned_with_a_quarter_of_the_memory():
+    run = config(reference=ReferenceConfig(param_dtype="int8"))
+    mesh, model = make_model(run, read_subject(run))
+    state = make_abstract_state(run, read_subject(run), model, mesh, optax.sgd(1.0))
+    assert 0.25 < planning.device_bytes(state.reference) / planning.device_bytes(state.policy) < 0.28
 
 
 def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):

@@ -200,6 +200,7 @@ def in_place(monkeypatch, cache):
     ("--config.data.max_length=4096", "beyond the model's context of 2048"),
     ("--config.completion_share=0.2", "completion_share"),
     ("--config.microbatch_rows=3", "Set config.microbatch_rows to 8"),
+    ("--config.model.remat=offload", "cannot be used on cpu"),
     ("--config.mesh.data=3", "does not multiply to the 8 devices"),
     ("--config.mesh.tensor=4", "num_kv_heads=2"),
     ("--workdirr=x", "--workdir=FOLDER"),

@@ -56,7 +56,8 @@ class Model:
     Attributes:
       config: the architecture.
       dtype: what the forward pass computes in.
-      remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full".
+      remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full"; with
+        "offload" too, and the layer's input waits in the host's memory.
       constrain: called on activations with their logical axes; identity unless a mesh is in play.
       scorer: which head reads a number off a hidden state: "none", "reward" or "value".
       graphdef: the structure of the NNX module, output head and scorer apart.
@@ -79,7 +80,7 @@ class Model:
         config: TransformerConfig,
         *,
         dtype: str = "float32",
-        remat: Literal["none", "dots", "full"] = "full",
+        remat: Literal["none", "dots", "full", "offload"] = "full",
         constrain: Constrain | None = None,
         scorer: Literal["none", "reward", "value"] = "none",
         num_devices: int = 1,

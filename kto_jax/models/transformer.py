@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention import attention, rotary_tables, rotate
@@ -32,10 +33,18 @@ Tables = tuple[Array, Array]  # cosine and sine
 # Takes rotated queries and keys, and values, [R, L, heads, H]; gives the mixed values and whatever must be kept.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # As "full", and what it keeps lies in the host's memory until the gradient comes to the layer.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -241,7 +250,8 @@ class Transformer(nnx.Module):
                 return self._attend(packed, is_local, query, key, value), None
 
             block = nnx.merge(graphdef, state)
-            x_TD, _ = block(self._pin(x_TD, tokens_RL.shape), _of_layer(tables, is_local), attend)
+            x_TD = checkpoint_name(self._pin(x_TD, tokens_RL.shape), _LAYER_INPUT)
+            x_TD, _ = block(x_TD, _of_layer(tables, is_local), attend)
             return x_TD, None
 
         if self.remat != "none":

@@ -244,3 +244,15 @@ def test_a_scorer_is_part_of_what_a_model_is_and_an_unknown_one_is_refused(confi
     assert len({*kinds, Model.create(config)}) == 3
     with pytest.raises(ConfigError, match="scorer='critic' is unknown; it may be none, reward, value"):
         Model.create(config, scorer="critic")
+
+
+@pytest.mark.parametrize("remat, kept", [("full", 0), ("offload", 1)])
+def test_what_a_layer_keeps_waits_on_the_host_where_offloading_is_asked_for(remat, kept, config, params):
+    tokens = draw_tokens(0, 2, 8)
+    rematerialised = Model.create(config, remat=remat)
+
+    def loss(params):
+        return jnp.sum(rematerialised.hidden_states(params, tokens, *whole_rows(tokens)))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert ("f32<host>[2,16,32]" in text) == kept  # inputs of all layers
