@@ -11,6 +11,7 @@ import pytest
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.data.batches import Plan
+from kto_jax.kernels import choose_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
@@ -92,7 +93,9 @@ def naive_float64():
 
 def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8):
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
-    model = Model.create(CONFIG, dtype=dtype, constrain=constrainer(mesh))
+    model = Model.create(
+        CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
+    )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     policy, reference = (jax.device_put(params, layout) for params in parameters(dtype))
     batch = make_plan(row_length, microbatch_rows)[1].batch(0)
@@ -154,7 +157,9 @@ def plain_step():
 def one_step(num_prompts=None, dtype="float32", **changes):
     """One step on one device: (state before, state after, figures)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(CONFIG, dtype=dtype, constrain=constrainer(mesh))
+    model = Model.create(
+        CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
+    )
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
