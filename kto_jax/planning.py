@@ -293,9 +293,13 @@ def _compile(
             raise
         return None, sizes[0] - sum(parts.values()) if sizes else 0, message, []
     memory = compiled.memory_analysis()
-    # Not the sum of its parts, which are never all in use at the same time.
-    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    temporaries = peak - memory.argument_size_in_bytes
+    if topology.devices[0].platform == "cpu":
+        # Its peak leaves temporaries out; they are one piece of memory.
+        temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    else:
+        # Not the sum of its parts, which are never all in use at the same time.
+        temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    temporaries += memory.generated_code_size_in_bytes
     collectives = find_collectives(
         compiled.as_text(), num_devices=len(topology.devices), num_slices=topology.num_slices
     )
