@@ -1,9 +1,9 @@
-"""Attention over packed rows and over a cache: causal, grouped heads, memory linear in the length.
+"""Dense attention over packed rows and over a cache: causal, grouped heads, memory linear in the length.
 
-There is one function. A mask says that a query attends to a key when both lie in the same segment and the key's
-place is not after the query's, nor `window` or more before it. In a packed row the place is the position inside the
-segment; in a cache it is the slot. No [L, L] array is made once L exceeds the chunk of queries: chunks are taken one
-after another and computed again for the gradient.
+It is what every other attention is tested against, and what reads a cache. A query attends to a key when both lie in
+the same segment and the key's place is not after the query's, nor `window` or more before it. In a packed row the place
+is the position inside the segment; in a cache it is the slot. No [L, L] array is made once L exceeds the chunk of
+queries: chunks are taken one after another and computed again for the gradient.
 """
 
 from __future__ import annotations
