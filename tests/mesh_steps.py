@@ -11,6 +11,7 @@ import optax
 from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig, ReferenceConfig
 from kto_jax.data.batches import Plan
 from kto_jax.hosts import gather, is_first, join
+from kto_jax.kernels import choose_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
@@ -44,7 +45,13 @@ def ten_steps(name, mesh_config, devices):
     """Loss, z0 and gradient norm of every step, the rows that it read, and the policy before and after."""
     dtype, optimizer = OPTIMIZERS[name]
     mesh = make_mesh(mesh_config, devices)
-    model = Model.create(CONFIG, dtype=dtype, constrain=constrainer(mesh), num_devices=mesh.size)
+    model = Model.create(
+        CONFIG,
+        dtype=dtype,
+        constrain=constrainer(mesh),
+        num_devices=mesh.size,
+        packed_attention=choose_attention("auto", mesh),
+    )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
     plan = Plan(
