@@ -42,7 +42,8 @@ class ModelConfig:
     in the host's memory (TPU and GPU)."""
     attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
     """How packed rows attend. "auto": "splash" on TPU and "triton" on GPU, kernels that come with JAX, and "chunked"
-    elsewhere, which multiplies only blocks of tokens that may see each other. "dense" multiplies all."""
+    elsewhere, which multiplies only blocks of tokens that may see each other. "dense" multiplies all. What the
+    kernel of "triton" does not know (windows, soft-caps, dtypes but bfloat16) is left to "chunked"."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kto_jax.models.attention import dense_attention
 from kto_jax.models.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.splash import splash_attention
 from kto_jax.models.triton import triton_attention
-from kto_jax.sharding import ACTIVATION_RULES
+from kto_jax.sharding import ACTIVATION_RULES, num_parts
 
 # What "auto" takes on each platform, and where each kernel runs; the rest runs everywhere.
 BEST = {"tpu": "splash", "gpu": "triton"}
@@ -49,12 +49,17 @@ class MeshAttention:
         def attend(query: Array, key: Array, value: Array, segment_ids: Array, positions: Array) -> Array:
             return self._attend(query, key, value, segment_ids_RL=segment_ids, positions_RL=positions, **options)
 
+        arrays = (query, key, value, segment_ids_RL, positions_RL)
+        rows = query.shape[0]
         if self.mesh.size > 1 and self.name != "dense":
+            # Rows that the devices cannot share equally get some of padding beside them.
+            spare = -rows % num_parts(self.mesh, _ROWS)
+            arrays = tuple(jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
             heads, tokens = PartitionSpec(_ROWS, None, _HEADS, None), PartitionSpec(_ROWS, None)
             attend = jax.shard_map(
                 attend, mesh=self.mesh, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False
             )
-        return attend(query, key, value, segment_ids_RL, positions_RL)
+        return attend(*arrays)[:rows]
 
     def _attend(self, *heads: Array, window=None, softcap=None, precision=None, **options: Any) -> Array:
         if self.name == "triton" and window is None and softcap is None and heads[0].dtype == jnp.bfloat16:

@@ -30,6 +30,7 @@ from kto_jax.data.batches import prefetch
 from kto_jax.evaluation import make_evaluation, measure_reference
 from kto_jax.hardware import peak_flops
 from kto_jax.inputs import Inputs, read_inputs
+from kto_jax.kernels import choose_attention
 from kto_jax.logs import MetricsLog, console
 from kto_jax.objectives import defaults
 from kto_jax.precompute import precompute
@@ -253,7 +254,8 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
         f"{inputs.objective.examples} from {inputs.plan.num_examples} ({inputs.num_desirable} desirable and "
         f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
-        f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; {peak}",
+        f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
+        f"{choose_attention(config.model.attention, mesh).name} attention; {peak}",
         highlight=False,
     )
     if config.optimizer.warmup_steps >= inputs.num_steps:

@@ -52,6 +52,14 @@ def test_rows_and_heads_on_several_devices_attend_as_on_one_and_ask_no_other_dev
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), compiled(*placed), expected)
 
 
+def test_rows_that_the_devices_cannot_share_equally_attend_as_on_one():
+    arrays, tokens = draw(rows=4, length=96)
+    attend = choose_attention("auto", make_mesh(MeshConfig(data=3), jax.devices()[:3]))
+    found = jax.jit(partial(values_and_gradients, attend))(tokens, *arrays)
+    expected = jax.jit(partial(values_and_gradients, blockwise_attention))(tokens, *arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 def test_a_kernel_is_refused_where_its_devices_are_not():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     message = r"attention='splash' is a kernel for tpu .* these are cpu.*Allowed here: auto, dense, chunked\. Set"
@@ -61,7 +69,7 @@ def test_a_kernel_is_refused_where_its_devices_are_not():
 
 def test_what_is_measured_of_attention_agrees_with_dense_and_grows_with_the_length_alone():
     row = measure(96, repeats=1)
-    assert row["difference"] < 1e-4 and row["both_ratio"] > 0
+    assert row["difference"] < 1e-5
     assert memory(2048, "chunked") < 4.2 * memory(512, "chunked")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.peers.turn import report
 from kto_jax.config import MeshConfig
+from kto_jax.kernels import choose_attention
 from kto_jax.models.huggingface import load_params, read_config
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import FeedbackBatch, PackedRows
@@ -21,7 +22,13 @@ from kto_jax.sharding import constrainer, make_mesh, shardings
 def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Model, Params]:
     """The first device, the model and its weights in float32, as a run of kto_jax has them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(read_config(job["model"]), dtype=job["dtype"], remat=remat, constrain=constrainer(mesh))
+    model = Model.create(
+        read_config(job["model"]),
+        dtype=job["dtype"],
+        remat=remat,
+        constrain=constrainer(mesh),
+        packed_attention=choose_attention("auto", mesh),
+    )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     return mesh, model, load_params(model, job["model"], param_dtype="float32", shardings=layout)
 

@@ -60,8 +60,7 @@ def attention(
     """
     rows, length, num_heads, head_dim = query_RLNH.shape
     groups = num_heads // key_RSKH.shape[2]
-    scaled_RLNH = query_RLNH * (head_dim**-0.5 if scale is None else scale)
-    query_RLKGH = scaled_RLNH.reshape(rows, length, -1, groups, head_dim)
+    query_RLKGH = scaled(query_RLNH, scale).reshape(rows, length, -1, groups, head_dim)
     block = partial(
         _attend,
         key=key_RSKH,
@@ -85,6 +84,12 @@ def attention(
     chunks = (split(query_RLKGH), split(query_places_RL), split(query_segments_RL))
     mixed = jax.lax.map(lambda parts: jax.checkpoint(block, prevent_cse=False)(*parts), chunks)
     return jnp.moveaxis(mixed, 0, 1).reshape(rows, num_chunks * chunk, num_heads, head_dim)[:, :length]
+
+
+def scaled(query: Float[Array, "*B H"], scale: float | None) -> Float[Array, "*B H"]:
+    """Queries times the scale of their scores, None for head_dim ** -0.5; it is not rounded to their dtype first."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return (query.astype(wide) * (query.shape[-1] ** -0.5 if scale is None else scale)).astype(query.dtype)
 
 
 def dense_attention(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kto_jax.models.attention import dense_attention
+from kto_jax.models.attention import dense_attention, scaled
 
 # Measured on CPU: 32 and 64 take up to a fifth longer on long rows, 128 half as long again in the gradient.
 BLOCK = 48
@@ -64,7 +64,8 @@ def blockwise_attention(
       query_RLNH: queries, rotated.
       key_RLKH: keys, rotated.
       value_RLKH: values.
-      segment_ids_RL: attention stays inside a segment; 0 is padding, which sees nothing and gets zeros.
+      segment_ids_RL: attention stays inside a segment; 0 is padding, which sees nothing and gets zeros, but in
+        rows of one block, where its values mean nothing.
       positions_RL: position of every token in its segment.
       window: keys `window` or more positions before the query's are not seen; None sees them all.
       softcap: scores are bent to softcap * tanh(score / softcap); None leaves them.
@@ -98,9 +99,9 @@ def blockwise_attention(
     starts, stops = _bounds(segments, places, window)
     flat = lambda x: x.reshape(rows * num_blocks, *x.shape[2:])  # noqa: E731
     tokens = _Tokens(flat(segments), flat(places), flat(starts), flat(stops))
-    scaled_RLNH = query_RLNH * (head_dim**-0.5 if scale is None else scale)
     options = _Options(window, softcap, precision)
-    mixed = _mix(options, split_heads(scaled_RLNH), split_heads(key_RLKH), split_heads(value_RLKH), tokens)
+    heads = (split_heads(x) for x in (scaled(query_RLNH, scale), key_RLKH, value_RLKH))
+    mixed = _mix(options, *heads, tokens)
     mixed = mixed.reshape(rows, num_blocks, kv_heads, num_heads // kv_heads, block, head_dim)
     return mixed.transpose(0, 1, 4, 2, 3, 5).reshape(rows, num_blocks * block, num_heads, head_dim)[:, :length]
 

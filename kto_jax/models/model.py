@@ -123,7 +123,7 @@ class Model:
 
         Args:
           params: parameters of this model.
-          tokens_RL: token ids; one outside of the vocabulary makes its whole row NaN.
+          tokens_RL: token ids; one outside of the vocabulary makes what reads it NaN.
           segment_ids_RL: attention stays inside a segment; 0 is padding.
           positions_RL: position of every token inside its segment, from 0.
 

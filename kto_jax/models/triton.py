@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jaxtyping import Array, Float, Int
@@ -41,7 +43,8 @@ def triton_attention(
     padding = -length % BLOCK
 
     def padded(x: Array) -> Array:
-        repeated = jnp.repeat(x, num_heads // x.shape[2], axis=2)
+        # In float32, so that the gradients of heads that share keys are summed so.
+        repeated = jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[2], axis=2).astype(x.dtype)
         return jnp.pad(repeated, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
     mixed = mha(
@@ -51,7 +54,13 @@ def triton_attention(
         jnp.pad(segment_ids_RL, ((0, 0), (0, padding))),
         sm_scale=head_dim**-0.5 if scale is None else scale,
         causal=True,
-        block_sizes=BlockSizes.get_default(),
+        block_sizes=_block_sizes(head_dim),
         interpret=interpret,
     )
     return mixed[:, :length]
+
+
+def _block_sizes(head_dim: int) -> BlockSizes:
+    """JAX's own, but of wide heads smaller ones: a block of keys and one of values must fit a core's own memory."""
+    sizes = BlockSizes.get_default()
+    return sizes if head_dim <= 128 else dataclasses.replace(sizes, block_q=BLOCK // 2, block_k=BLOCK // 2)

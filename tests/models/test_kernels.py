@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kto_jax.models.attention import dense_attention
+from kto_jax.models.attention import dense_attention, scaled
 from kto_jax.models.blockwise import _bounds, blockwise_attention
 from kto_jax.models.splash import block_and_length, splash_attention
 from kto_jax.models.triton import triton_attention
+from tests.losses.test_logprobs import equations
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCKS = partial(blockwise_attention, block=16, precision=HIGHEST)
@@ -99,6 +100,16 @@ def test_blocks_work_in_float64_and_bfloat16():
     for found, right in zip(values_and_gradients(partial(BLOCKS, **ROWS), *arrays), expected, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(found, np.float32), right, atol=0.05)
+    jaxpr = jax.make_jaxpr(partial(values_and_gradients, partial(BLOCKS, **ROWS)))(*arrays).jaxpr
+    carried = [v.aval.dtype for loop in equations(jaxpr) if loop.primitive.name == "while" for v in loop.outvars]
+    assert {dtype for dtype in carried if jnp.issubdtype(dtype, jnp.floating)} == {jnp.dtype("float32")}
+
+
+def test_the_scale_of_scores_is_not_rounded_to_the_dtype_of_queries():
+    query = jnp.asarray(np.random.default_rng(0).standard_normal((1000, 144)), jnp.bfloat16)
+    wanted = np.asarray(query, np.float64) / 12
+    # Each product is rounded once, up or down: in the mean of many nothing is left.
+    assert abs(np.mean(np.asarray(scaled(query, None), np.float64) / wanted) - 1) < 2e-5
 
 
 @pytest.mark.parametrize("options", [{}, GEMMA], ids=["plain", "gemma"])
@@ -115,12 +126,25 @@ def test_every_product_of_splash_has_the_precision_that_was_asked_for():
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 10
 
 
-def test_rows_are_padded_to_the_blocks_that_pad_them_least():
-    assert [block_and_length(length) for length in (100, 500, 600, 2304, 8192)] == [
-        (128, 128), (512, 512), (128, 640), (384, 2304), (512, 8192),
+def test_rows_are_padded_to_large_blocks_unless_that_takes_much():
+    assert [block_and_length(length) for length in (100, 500, 600, 2304, 2944, 8192, 8320)] == [
+        (128, 128), (512, 512), (128, 640), (384, 2304), (512, 3072), (512, 8192), (512, 8704),
     ]  # fmt: skip
 
 
 def test_triton_gives_the_values_and_gradients_of_dense_attention():
     tokens = packed([5, 1, 40, 102], [190], length=200)
     compare(partial(triton_attention, interpret=True), tokens, scale=0.7)
+
+
+def test_in_bfloat16_triton_is_about_as_exact_as_blocks():
+    with jax.enable_x64(True):
+        exact = jax.device_get(values_and_gradients(partial(dense_attention, **ROWS), *draw(ROWS, dtype=np.float64)))
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in draw(ROWS)]
+
+    def errors(attend):
+        found = values_and_gradients(partial(attend, **ROWS), *arrays)
+        pairs = zip(found, exact, strict=True)
+        return [np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other) for one, other in pairs]
+
+    assert np.all(np.array(errors(partial(triton_attention, interpret=True))) < 2 * np.array(errors(BLOCKS)))
