@@ -5,6 +5,7 @@
 Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 147
 GB and activations, spread by fsdp over the chips; docs/scale.md has the plan. Qwen2.5-7B-Instruct takes the same
 settings (`--config.model.path=Qwen/Qwen2.5-7B-Instruct`). Rows are as in configs/kto_llama.py.
+Qwen3 is trained not to think: its prompts end in an empty thought, as its template writes them where thinking is off.
 
 Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
 is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kto_jax.checkpoint import Checkpoints
-from kto_jax.config import Config
+from kto_jax.config import Config, ConfigError
 from kto_jax.inputs import Inputs
 from kto_jax.kernels import choose_attention
 from kto_jax.logs import console

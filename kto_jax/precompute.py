@@ -39,7 +39,7 @@ from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.sharding import local_rows, place_batch, shardings
 from kto_jax.sources import cache_directory
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the stores."""
 
 

@@ -32,6 +32,7 @@ _FREE = (
     "microbatch_rows",
     "completion_share",
     "model.remat",
+    "model.attention",
     "data.num_workers",
     "data.num_loaders",
     "data.index_store",

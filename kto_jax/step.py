@@ -293,7 +293,8 @@ def reference_error(model: Model, objective: Objective, state: TrainState, batch
       rewards_max: of the rewards, which would all be 0. completions: how many there are.
     """
     completions, filled = read_all(model, objective, state, batch, batch.matched), batch.matched.filled
-    errors = {"logps": completions.policy - completions.reference, "rewards": objective.rewards(completions)}
+    # Not the policy's log-probabilities, which humanline clamps.
+    errors = {"logps": completions.likelihood - completions.reference, "rewards": objective.rewards(completions)}
     figures = {"completions": jnp.sum(filled).astype(completions.policy.dtype)}
     for name, error in errors.items():
         size = jnp.where(filled, jnp.abs(error), 0)

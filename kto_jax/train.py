@@ -32,6 +32,7 @@ from kto_jax.hardware import peak_flops
 from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.kernels import choose_attention
 from kto_jax.logs import MetricsLog, console
+from kto_jax.models.model import Model
 from kto_jax.objectives import defaults
 from kto_jax.precompute import precompute
 from kto_jax.preemption import INTERRUPTED, Preemption, ending_at_once
@@ -267,9 +268,9 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
 
 
 def _reference_is_rounded(config: Config, inputs: Inputs) -> bool:
-    """Whether the reference is the policy's first weights, in fewer bits than the policy computes in."""
+    """Whether the reference is the policy's first weights, in fewer bits than the policy is kept in."""
     kept = config.reference.param_dtype
-    rounded = kept == "int8" or (kept == "bfloat16" and config.model.dtype == config.model.param_dtype == "float32")
+    rounded = kept == "int8" or (kept == "bfloat16" and config.model.param_dtype == "float32")
     return inputs.objective.uses_reference and not config.reference.path and rounded
 
 

@@ -98,14 +98,17 @@ STOPPED=0
 # run_and_forward ARGS...: runs a command in a process group of its own, hands it every SIGTERM and Ctrl-C that reaches
 # this script, and returns its exit code. STOPPED is 1 afterwards if there was a signal.
 run_and_forward() {
-  local child code
+  local child='' code early=''
+  # Before the child is there, so that no signal ends this script and leaves the child alone.
+  trap 'STOPPED=1; if [[ $child ]]; then kill -TERM -- "-$child" 2>/dev/null || true; else early=TERM; fi' TERM
+  trap 'STOPPED=1; if [[ $child ]]; then kill -INT -- "-$child" 2>/dev/null || true; else early=INT; fi' INT
   # Job control: a group of its own, and Ctrl-C not ignored in it, as it is in a plain background command.
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  trap 'STOPPED=1; kill -TERM -- "-$child" 2>/dev/null || true' TERM
-  trap 'STOPPED=1; kill -INT -- "-$child" 2>/dev/null || true' INT
+  # What came before it had a number.
+  [[ -z $early ]] || kill -s "$early" -- "-$child" 2>/dev/null || true
   while true; do
     code=0
     wait "$child" || code=$?

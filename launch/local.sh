@@ -6,7 +6,8 @@
 #
 # Each process finds JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment. SIGTERM and
 # Ctrl-C go to all of them. When one fails the others are ended: with SIGTERM, and SIGKILL after KTO_GRACE_SECONDS (30);
-# after a 75 (preempted) they have that long to end by themselves first. The exit code is that of the first that failed.
+# after a 75 (preempted) or a signal they have that long to end by themselves first. The exit code is that of the first
+# that failed.
 #
 # KTO_PORT: the coordinator's port (a free one is looked for).
 
@@ -34,6 +35,7 @@ address=127.0.0.1:$KTO_PORT
 
 declare -A rank_of=()
 watchdog=
+SIGNALLED=0
 
 signal_all() {
   local child
@@ -43,7 +45,7 @@ signal_all() {
 # end_others CODE: ends what still runs after a process ended with CODE, without waiting for it here.
 end_others() {
   (
-    if (($1 == PREEMPTED)); then sleep "$KTO_GRACE_SECONDS"; fi
+    if (($1 == PREEMPTED || SIGNALLED)); then sleep "$KTO_GRACE_SECONDS"; fi
     signal_all TERM
     sleep "$KTO_GRACE_SECONDS"
     signal_all KILL
@@ -61,8 +63,8 @@ leave() {
 # Job control gives every process a group, so that its own children are signalled with it.
 set -m
 trap leave EXIT
-trap 'signal_all TERM' TERM
-trap 'signal_all INT' INT
+trap 'SIGNALLED=1; signal_all TERM' TERM
+trap 'SIGNALLED=1; signal_all INT' INT
 for ((rank = 0; rank < NUM_PROCESSES; rank++)); do
   place=("JAX_COORDINATOR_ADDRESS=$address" "JAX_COORDINATOR_BIND_ADDRESS=$address"
     "JAX_NUM_PROCESSES=$NUM_PROCESSES" "JAX_PROCESS_ID=$rank")

@@ -78,8 +78,6 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # a shell can not trap a signal that it was born to ignore, as children of background jobs are
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **settings: str) -> tuple[int, str, str]:

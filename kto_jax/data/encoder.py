@@ -170,8 +170,8 @@ class Encoder:
             if completion.strip() not in written:
                 raise EncodingError("the chat template leaves out what is said beside the tool calls")
             return written[: len(written) - len(end)]
-        # Some templates trim what they are given.
-        for candidate in (completion, completion.strip()):
+        # Some templates trim what they are given, and some write a space before it, which is then the completion's.
+        for candidate in (completion, completion.strip(), f" {completion.strip()}"):
             if written.startswith(candidate):
                 return candidate
         raise EncodingError("the chat template changes the completion")
@@ -253,7 +253,12 @@ class Encoder:
         try:
             with _limits():
                 text = tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    # Qwen3 writes an empty thought before a last answer; so prompts end in it too.
+                    enable_thinking=False,
                 )
         except Exception as error:
             # A template is a stranger's program: whatever it raises is the row's or the template's fault.

@@ -1,4 +1,4 @@
-"""A frozen model's matrices in int8: a quarter of the memory of float32 ones, and never whole in another type.
+"""A frozen model's matrices in int8: a quarter of the memory of float32 ones.
 
 Each output channel of a matrix (each token of the embedding) has a scale of its own, the largest of its weights divided
 by 127; a weight is the nearest whole number of scales, symmetric about 0. Among the parameters such a matrix is
@@ -6,7 +6,8 @@ by 127; a weight is the nearest whole number of scales, symmetric about 0. Among
     {"int8": [..., in, out], "scales": float32 [..., out]}
 
 in place of an array. Norms and biases stay float32. A layer is turned back where it is used, inside the scan over
-layers, so that one layer exists in the compute dtype at a time.
+layers, so that one layer exists in the compute dtype at a time. The output head is turned back whole, and a file's
+matrices of all layers are in float32, over all devices, one name at a time while they are read.
 """
 
 from __future__ import annotations

@@ -114,5 +114,16 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
 
 
 def either_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and `rope_parameters` of a config.json as one; the newer wins."""
-    return dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
+    """`rope_scaling` and `rope_parameters` of a config.json as one; the newer wins.
+
+    Raises:
+      ConfigError: they name different kinds of scaling.
+    """
+    older, newer = dict(values.get("rope_scaling") or {}), dict(values.get("rope_parameters") or {})
+    kinds = [spelling.get("rope_type", spelling.get("type")) for spelling in (older, newer)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"The model's config.json has a rope_scaling of {kinds[0]!r} and rope_parameters of {kinds[1]!r}. They "
+            "must agree. Take out the one that is wrong."
+        )
+    return older | newer

@@ -147,6 +147,30 @@ def test_a_template_that_trims_trims_the_completion(tokenizer, with_template):
     assert decode(tokenizer, completion) == "Hi <|im_end|>" and (completion == EOS).sum() == 1
 
 
+def test_a_space_that_the_template_writes_before_a_completion_is_part_of_it(tokenizer, with_template):
+    encoder = with_template(CHATML.replace("message['content']", "' ' + message['content'] | trim"))
+    assert decode(tokenizer, encoder.encode_row("Hello?", "Hi")[1]) == " Hi"
+
+
+def test_an_empty_thought_that_the_template_writes_ends_the_prompt(tokenizer, with_template):
+    # As Qwen3's: before the last answer always, and in the generation prompt where thinking is switched off.
+    template = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+    prompt, completion = with_template(template).encode_row("Hello?", "Hi")
+    assert raw(tokenizer, prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert decode(tokenizer, completion) == "Hi"
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
