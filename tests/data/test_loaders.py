@@ -95,6 +95,9 @@ def test_a_loader_is_two_steps_ahead_and_no_more(tmp_path):
     made = tmp_path / "made"
     with contextlib.closing(Loaders(functools.partial(note, str(made)), range(100), 2)) as loaders:
         assert next(iter(loaders)) == 0
+        deadline = time.monotonic() + 30
+        while len(made.read_text().split()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
         time.sleep(0.3)
         assert sorted(made.read_text().split()) == ["0", "1", "2", "3"]
 
