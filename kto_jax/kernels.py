@@ -49,7 +49,7 @@ class MeshAttention:
         def attend(query: Array, key: Array, value: Array, segment_ids: Array, positions: Array) -> Array:
             return self._attend(query, key, value, segment_ids_RL=segment_ids, positions_RL=positions, **options)
 
-        arrays = (query, key, value, segment_ids_RL, positions_RL)
+        arrays: tuple[Array, ...] = (query, key, value, segment_ids_RL, positions_RL)
         rows = query.shape[0]
         if self.mesh.size > 1 and self.name != "dense":
             # Rows that the devices cannot share equally get some of padding beside them.

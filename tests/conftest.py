@@ -11,11 +11,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kto_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# Who starts the tests in the background makes them deaf to Ctrl-C, and all processes that they start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Who starts the tests in the background makes them deaf to Ctrl-C, and all processes that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
