@@ -63,6 +63,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         constrain=constrain,
         scorer=inputs.objective.scorer,
         num_devices=mesh.size,
+        row_parts=mesh.shape["sequence"],
         packed_attention=choose_attention(config.model.attention, mesh),
     )
 

@@ -229,8 +229,13 @@ class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes all that are left."""
 
     data: int = -1
+    """Rows are split over it, weights are whole: the axis between slices."""
     fsdp: int = 1
+    """Rows are split over it, and weights, which are gathered layer by layer where they are used."""
+    sequence: int = 1
+    """The tokens of a row are split over it, for rows too long for one device; weights as over fsdp."""
     tensor: int = 1
+    """Heads, feed-forward layers and the vocabulary are split over it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,11 @@
 """Which attention a run takes, and how it lies on the mesh.
 
 A kernel is opaque to the compiler's partitioner, and so are loops whose length the data decides. Both are run on every
-device by itself, on the rows and heads that lie there: no pass of attention talks to another device.
+device by itself, on the rows and heads that lie there: no kernel talks to another device.
+
+Devices that share a row (the mesh axis "sequence") hold a part of its tokens, for all heads. Around attention they
+trade that for all of its tokens, for a part of the heads, and back: exchanges of equal parts, whatever the kernel and
+the segments. docs/design.md says why.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ from kto_jax.models.attention import dense_attention
 from kto_jax.models.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.splash import splash_attention
 from kto_jax.models.triton import triton_attention
-from kto_jax.sharding import ACTIVATION_RULES, num_parts
+from kto_jax.sharding import ACTIVATION_RULES, copies_of_kv_heads, num_parts
 
 # What "auto" takes on each platform, and where each kernel runs; the rest runs everywhere.
 BEST = {"tpu": "splash", "gpu": "triton"}
 PLATFORMS = {"splash": "tpu", "triton": "gpu"}
 # Tokens of a block of "chunked" where there are more units to fill than on a CPU.
 LARGE_BLOCK = 512
-_ROWS, _HEADS = ACTIVATION_RULES["rows"], ACTIVATION_RULES["heads"]
+_ROWS, _LENGTH, _HEADS = (ACTIVATION_RULES[axis] for axis in ("rows", "length", "heads"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class MeshAttention:
     """Attention over packed rows that lie on a mesh: see `models.attention.dense_attention` for its arguments.
 
     Attributes:
-      mesh: the devices; rows lie over data and fsdp, heads over tensor.
+      mesh: the devices; rows lie over data and fsdp, their tokens over sequence, heads over tensor.
       name: "dense", "chunked", "splash" or "triton".
     """
 
@@ -44,18 +48,30 @@ class MeshAttention:
     def __call__(
         self, query: Array, key: Array, value: Array, *, segment_ids_RL: Array, positions_RL: Array, **options: Any
     ) -> Array:
-        """Mixes values [R, L, K, H] by queries [R, L, N, H] and keys [R, L, K, H]."""
+        """Mixes values [R, L, K, H] by queries [R, L, N, H] and keys [R, L, K, H].
+
+        Raises:
+          ConfigError: the sequence axis cannot split L.
+        """
 
         def attend(query: Array, key: Array, value: Array, segment_ids: Array, positions: Array) -> Array:
-            return self._attend(query, key, value, segment_ids_RL=segment_ids, positions_RL=positions, **options)
+            heads = (_whole_rows(x, sequence) for x in (query, key, value))
+            mixed = self._attend(*heads, segment_ids_RL=segment_ids, positions_RL=positions, **options)
+            return _part_of_rows(mixed, sequence)
 
         arrays: tuple[Array, ...] = (query, key, value, segment_ids_RL, positions_RL)
-        rows = query.shape[0]
-        if self.mesh.size > 1 and self.name != "dense":
+        rows, length = query.shape[:2]
+        sequence = num_parts(self.mesh, _LENGTH)
+        if length % sequence:
+            raise ConfigError(
+                f"rows of {length} tokens cannot be split over config.mesh.sequence={sequence} ({length} % {sequence} "
+                f"= {length % sequence}). Allowed: multiples of {sequence}. Set config.row_length to one."
+            )
+        if self.mesh.size > 1 and (self.name != "dense" or sequence > 1):
             # Rows that the devices cannot share equally get some of padding beside them.
             spare = -rows % num_parts(self.mesh, _ROWS)
             arrays = tuple(jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
-            heads, tokens = PartitionSpec(_ROWS, None, _HEADS, None), PartitionSpec(_ROWS, None)
+            heads, tokens = PartitionSpec(_ROWS, _LENGTH, _HEADS, None), PartitionSpec(_ROWS, None)
             attend = jax.shard_map(
                 attend, mesh=self.mesh, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False
             )
@@ -71,6 +87,22 @@ class MeshAttention:
             return dense_attention(*heads, **options)
         block = BLOCK if self.mesh.devices.flat[0].platform == "cpu" else LARGE_BLOCK
         return blockwise_attention(*heads, block=block, **options)
+
+
+def _whole_rows(x: Array, sequence: int) -> Array:
+    """[R, L / sequence, K, H] -> [R, L, K' / sequence, H]: all tokens, for this device's part of the heads.
+
+    K' is K, or the least multiple of it that can be shared out: keys and values are then written several times.
+    """
+    if sequence == 1:
+        return x
+    x = jnp.repeat(x, copies_of_kv_heads(x.shape[2], sequence), axis=2)
+    return jax.lax.all_to_all(x, _LENGTH, split_axis=2, concat_axis=1, tiled=True)
+
+
+def _part_of_rows(x: Array, sequence: int) -> Array:
+    """[R, L, N / sequence, H] -> [R, L / sequence, N, H]."""
+    return x if sequence == 1 else jax.lax.all_to_all(x, _LENGTH, split_axis=1, concat_axis=2, tiled=True)
 
 
 def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton"], mesh: Mesh) -> MeshAttention:

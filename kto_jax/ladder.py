@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 from kto_jax.config import Config, ConfigError
 from kto_jax.inputs import check_together
 from kto_jax.planning import Lengths, Program, Subject, compile_step
+from kto_jax.sharding import mesh_shape
 from kto_jax.topology import Topology
+
+# Devices that share a row, where one is too long for one device.
+_ROW_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,13 @@ def _settings(subject: Subject, topology: Topology) -> list[tuple[_Change, Calla
         ),
         *_offloading(topology),
         (
+            _split_rows,
+            lambda config: (
+                f"mesh.fsdp={config.mesh.fsdp} mesh.sequence={_ROW_PARTS} microbatch_rows={config.microbatch_rows}"
+            ),
+            "rows shared by devices, which exchange heads in each layer, and more microbatches",
+        ),
+        (
             lambda config, _: dataclasses.replace(
                 config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
             ),
@@ -143,18 +154,24 @@ def _full_remat(config: Config, _: int) -> Config:
 
 def _fewest_rows(config: Config, num_devices: int) -> Config:
     """One row to each device of the axes that rows are split over."""
-    return dataclasses.replace(config, microbatch_rows=num_devices // _tensor(config, num_devices))
+    sizes = mesh_shape(config.mesh, num_devices)
+    return dataclasses.replace(config, microbatch_rows=sizes["data"] * sizes["fsdp"])
 
 
 def _widest_fsdp(config: Config, num_devices: int) -> Config:
-    tensor = _tensor(config, num_devices)
-    mesh = dataclasses.replace(config.mesh, data=1, fsdp=num_devices // tensor, tensor=tensor)
-    given = config.mesh
-    already = given.data == 1 and given.fsdp in (-1, mesh.fsdp)
-    return config if already else dataclasses.replace(config, mesh=mesh)
+    sizes = mesh_shape(config.mesh, num_devices)
+    if sizes["data"] == 1:
+        return config
+    return dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=sizes["data"] * sizes["fsdp"])
+    )
 
 
-def _tensor(config: Config, num_devices: int) -> int:
-    if config.mesh.tensor != -1:
-        return config.mesh.tensor
-    return num_devices // (config.mesh.data * config.mesh.fsdp)
+def _split_rows(config: Config, num_devices: int) -> Config:
+    """Rows shared by so many devices at a time, as far as devices go."""
+    sizes = mesh_shape(config.mesh, num_devices)
+    if sizes["sequence"] > 1 or sizes["fsdp"] % _ROW_PARTS:
+        return config
+    fsdp = sizes["fsdp"] // _ROW_PARTS
+    mesh = dataclasses.replace(config.mesh, fsdp=fsdp, sequence=_ROW_PARTS)
+    return dataclasses.replace(config, mesh=mesh, microbatch_rows=sizes["data"] * fsdp)

@@ -13,13 +13,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from kto_jax.config import ConfigError, MeshConfig
 
 MeshAxes = str | tuple[str, ...] | None
+# From the widest network to the nearest neighbours.
+AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axis. A parameter's "embed" axis is spread over fsdp and gathered where it is used; an
-# activation's rows are spread over data and fsdp, so its "embed" axis stays whole.
+# Logical axis -> mesh axis. A parameter's "embed" axis is spread over fsdp and sequence and gathered where it is used;
+# an activation's rows are spread over data and fsdp and its length over sequence, so its "embed" axis stays whole.
 PARAMETER_RULES: dict[str, MeshAxes] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -27,7 +29,7 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {
     "rows": ("data", "fsdp"),
-    "length": None,
+    "length": "sequence",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -42,22 +44,22 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values() and num_devices % fixed == 0:
         sizes = {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != num_devices:
         raise ConfigError(
             f"config.mesh={sizes} does not multiply to the {num_devices} devices here. Allowed: axes whose product is "
-            f"{num_devices}, or -1 on one axis. Set config.mesh.data, fsdp and tensor."
+            f"{num_devices}, or -1 on one axis. Set config.mesh.data, fsdp, sequence and tensor."
         )
     return sizes
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of all processes, with axes data, fsdp and tensor.
+    """The mesh over all devices of all processes, with axes data, fsdp, sequence and tensor.
 
-    Of several TPU slices, the data axis is split over the slices: what lies along fsdp and tensor never leaves one.
+    Of several TPU slices, the data axis is split over the slices: what lies along the others never leaves one.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or the data axis is no multiple of the slices.
@@ -81,8 +83,8 @@ def _mesh_of_slices(sizes: dict[str, int], num_slices: int, devices: list[jax.De
             f"config.mesh.data={sizes['data']} cannot be split over {num_slices} slices. Allowed: multiples of "
             f"{num_slices}, because only the data axis may cross the network between slices. Set config.mesh.data."
         )
-    within = (sizes["data"] // num_slices, sizes["fsdp"], sizes["tensor"])
-    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices)
+    within = (sizes["data"] // num_slices, *(sizes[axis] for axis in AXES[1:]))
+    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1, 1), devices)
     return Mesh(array, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
@@ -103,10 +105,10 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
             parts = num_parts(mesh, PARAMETER_RULES[axis])
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
+                along = " × ".join(each for each in _names(PARAMETER_RULES[axis]) if mesh.shape[each] > 1)
                 raise ConfigError(
                     f"{name} has {axis}={size}, which cannot be split over {parts} devices ({size} % {parts} = "
-                    f"{size % parts}). Allowed: sizes of mesh axis {PARAMETER_RULES[axis]} that divide {size}. "
-                    f"Set config.mesh.{PARAMETER_RULES[axis]}."
+                    f"{size % parts}). Allowed: sizes of mesh axis {along} that divide {size}. Set config.mesh.{along}."
                 )
         return NamedSharding(mesh, PartitionSpec(*(PARAMETER_RULES[axis] for axis in axes)))
 
@@ -115,8 +117,11 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
 
 def num_parts(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
     """Over how many devices a dimension laid along these mesh axes is split."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(axes))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
@@ -126,6 +131,12 @@ def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
       ConfigError: naming the nearest number of rows that works.
     """
     parts = sizes["data"] * sizes["fsdp"]
+    if sizes["sequence"] > 1 and microbatch_rows != parts:
+        raise ConfigError(
+            f"config.microbatch_rows={microbatch_rows} does not go with config.mesh.sequence={sizes['sequence']}, "
+            f"whose devices share one row at a time. Allowed: mesh data × fsdp = {parts}. "
+            f"Set config.microbatch_rows to {parts}."
+        )
     if microbatch_rows % parts:
         raise ConfigError(
             f"config.microbatch_rows={microbatch_rows} cannot be split over {parts} devices ({microbatch_rows} % "
@@ -135,7 +146,7 @@ def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
 
 
 def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:
-    """Refuses a tensor axis that would cut through a head.
+    """Refuses a tensor axis that would cut through a head, and a sequence axis that has too few to exchange.
 
     Raises:
       ConfigError: naming what does not divide.
@@ -147,14 +158,33 @@ def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> Non
                 f"{sizes['tensor']} = {value % sizes['tensor']}). Allowed: common divisors of num_heads={num_heads} "
                 f"and num_kv_heads={num_kv_heads}. Set config.mesh.tensor."
             )
+    group, local = num_heads // num_kv_heads, num_kv_heads // sizes["tensor"]
+    if group % copies_of_kv_heads(local, sizes["sequence"]):
+        raise ConfigError(
+            f"config.mesh.sequence={sizes['sequence']} cannot share out the {group * local} query and {local} key "
+            f"heads of a device: attention gives each device of the axis whole heads. Allowed: divisors of {local}, "
+            f"and of {group * local} that are multiples of it. "
+            "Set config.mesh.sequence, or a smaller config.mesh.tensor."
+        )
+
+
+def copies_of_kv_heads(num_kv_heads: int, sequence: int) -> int:
+    """How often each key and value head is written so that the devices of the sequence axis get equally many."""
+    return sequence // math.gcd(num_kv_heads, sequence)
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
-    """The function that a model calls to lay an activation along the mesh by logical axis names."""
+    """The function that a model calls to lay an activation along the mesh by logical axis names.
+
+    A length that does not divide, such as that of the one token of a decoding step, is not split.
+    """
 
     def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        layout = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in axes))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout))
+        rules = (
+            None if axis == "length" and size % num_parts(mesh, ACTIVATION_RULES[axis]) else ACTIVATION_RULES[axis]
+            for size, axis in zip(x.shape, axes, strict=True)
+        )
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*rules)))
 
     return constrain
 

@@ -1,4 +1,7 @@
-"""Ten steps over any mesh, in this process or over several: `python -m tests.mesh_steps OUT sgd data,fsdp,tensor`."""
+"""Ten steps over any mesh, in this process or over several.
+
+`python -m tests.mesh_steps OUT sgd data,fsdp,sequence,tensor`
+"""
 
 import os
 import sys
@@ -50,20 +53,23 @@ def ten_steps(name, mesh_config, devices):
         dtype=dtype,
         constrain=constrainer(mesh),
         num_devices=mesh.size,
+        row_parts=mesh.shape["sequence"],
         packed_attention=choose_attention("auto", mesh),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
+    # Devices that share a row read one at a time. How many rows there are does not change the numbers.
+    rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] if mesh.shape["sequence"] > 1 else ROWS
     plan = Plan(
         make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH), np.arange(5 * BATCH),
-        batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=ROWS, completion_length=80,
-        max_length=MAX_LENGTH,
+        batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once,
+        completion_length=80, max_length=MAX_LENGTH,
     )  # fmt: skip
     assert plan.num_steps == NUM_STEPS
     step = jit_train_step(model, OBJECTIVE, optimizer, optax.constant_schedule(0.0), ReferenceConfig())
     before, log = gather(state.policy), []
     for number in range(NUM_STEPS):
-        state, figures = step(state, place_batch(mesh, plan.batch(number, local_rows(mesh, ROWS))))
+        state, figures = step(state, place_batch(mesh, plan.batch(number, local_rows(mesh, rows_at_once))))
         log.append([float(figures[key]) for key in ("loss", "z0", "grad_norm")])
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
     rows = [[plan.step(number).rows, plan.step(number).partners] for number in range(NUM_STEPS)]
@@ -74,8 +80,7 @@ def main():
     out, name, sizes = sys.argv[1:]
     join(ProcessesConfig(timeout_seconds=60))
     jax.config.update("jax_enable_x64", OPTIMIZERS[name][0] == "float64")
-    data, fsdp, tensor = map(int, sizes.split(","))
-    results = ten_steps(name, MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
+    results = ten_steps(name, MeshConfig(*map(int, sizes.split(","))), jax.devices())
     if is_first():
         # Whole or not at all: who reads it waits for it.
         np.savez(Path(out).with_suffix(".part.npz"), **results)

@@ -60,6 +60,38 @@ def test_rows_that_the_devices_cannot_share_equally_attend_as_on_one():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "kv_heads"),
+    [("chunked", (2, 1, 4, 1), 4), ("chunked", (1, 2, 4, 1), 2), ("dense", (1, 1, 4, 2), 2)],
+    ids=["a head each", "two devices to a key", "two devices to a key, beside tensor"],
+)
+def test_devices_that_share_a_row_attend_as_one_and_exchange_heads_alone(name, sizes, kv_heads):
+    rows = sizes[0] * sizes[1]
+    arrays, tokens = draw(rows=rows, length=96, heads=8, kv_heads=kv_heads)
+    mesh = make_mesh(MeshConfig(*sizes))
+    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", "tensor"))
+    by_row = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    attend = partial(choose_attention(name, mesh), window=30, softcap=2.0)
+    program = jax.jit(partial(values_and_gradients, attend), in_shardings=((by_row,) * 2, *(layout,) * 4))
+    compiled = program.lower(tokens, *arrays).compile()
+    text = compiled.as_text()
+    assert "all-to-all" in text and not re.search(r"all-gather|all-reduce|collective-permute", text)
+    found = compiled(*jax.device_put((tokens, *arrays), ((by_row,) * 2, *(layout,) * 4)))
+    expected = jax.jit(partial(values_and_gradients, partial(blockwise_attention, window=30, softcap=2.0)))(
+        tokens, *arrays
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_a_row_that_the_sequence_axis_cannot_split_is_refused():
+    (query, key, value, _), (segments, positions) = draw(rows=1, length=30)
+    attend = choose_attention("chunked", make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4]))
+    with pytest.raises(
+        ConfigError, match=r"rows of 30 tokens .* config.mesh.sequence=4 \(30 % 4 = 2\).*multiples of 4"
+    ):
+        attend(query, key, value, segment_ids_RL=segments, positions_RL=positions)
+
+
 def test_a_kernel_is_refused_where_its_devices_are_not():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     message = r"attention='splash' is a kernel for tpu .* these are cpu.*Allowed here: auto, dense, chunked\. Set"

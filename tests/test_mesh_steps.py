@@ -1,6 +1,8 @@
 """Ten steps over every mesh, on fake devices and on real processes: the numbers of one device."""
 
 import functools
+import itertools
+import math
 import os
 import socket
 import subprocess
@@ -12,18 +14,17 @@ import numpy as np
 import pytest
 
 from kto_jax.config import MeshConfig
+from kto_jax.sharding import AXES
 from tests.mesh_steps import NUM_STEPS, OPTIMIZERS, ten_steps
 
 ROOT = Path(__file__).parent.parent
 TOLERANCES = {"sgd": 1e-5, "adamw": 1e-9}
-MESHES = [
-    (data, fsdp, count // data // fsdp)
-    for count in (2, 4, 8)
-    for data in (1, 2, 4, 8)
-    for fsdp in (1, 2, 4, 8)
-    if count % (data * fsdp) == 0
-]
-PROCESSES = [(2, (2, 1, 1)), (2, (1, 2, 2)), (4, (2, 2, 1)), (4, (1, 4, 1)), (4, (1, 2, 2)), (4, (1, 1, 4))]
+# data, fsdp, sequence, tensor
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(sizes) in (2, 4, 8)]
+PROCESSES = [
+    (2, (2, 1, 1, 1)), (2, (1, 2, 1, 2)), (2, (1, 1, 2, 1)), (2, (2, 1, 2, 1)), (4, (2, 2, 1, 1)), (4, (1, 4, 1, 1)),
+    (4, (1, 2, 1, 2)), (4, (1, 1, 1, 4)), (4, (1, 1, 4, 1)), (4, (1, 2, 2, 1)),
+]  # fmt: skip
 
 
 @functools.cache
@@ -48,9 +49,8 @@ def assert_same(name, got):
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_ten_steps_over_a_mesh_are_those_of_one_device(mesh, name):
-    data, fsdp, tensor = mesh
     with jax.enable_x64(OPTIMIZERS[name][0] == "float64"):
-        got = ten_steps(name, MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+        got = ten_steps(name, MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     assert_same(name, got)
 
 
@@ -60,7 +60,7 @@ def test_ten_steps_over_a_mesh_are_those_of_one_device(mesh, name):
 def test_ten_steps_of_several_processes_are_those_of_one_device(count, mesh, name, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    per_process = mesh[0] * mesh[1] * mesh[2] // count
+    per_process = math.prod(mesh) // count
     environment = os.environ | {
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),

@@ -117,7 +117,7 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
     rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == ["model.remat=full", "microbatch_rows=8", "mesh.data=1 mesh.fsdp=8"]
     # Each setting stands upon those before.
-    assert (tried[2].model.remat, tried[2].microbatch_rows, tried[2].mesh) == ("full", 8, MeshConfig(1, 8, 1))
+    assert (tried[2].model.remat, tried[2].microbatch_rows, tried[2].mesh) == ("full", 8, MeshConfig(1, 8))
     assert [rung.program.fits for rung in rungs] == [False, False, True]
 
 
@@ -126,8 +126,8 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
     run = config(mesh=MeshConfig(data=1, fsdp=-1), model=ModelConfig(path=str(MODEL), remat="full"))
     rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == [
-        "optimizer.moments_dtype=bfloat16", "reference.param_dtype=bfloat16", "reference.precompute=True",
-        "model.param_dtype=bfloat16",
+        "mesh.fsdp=1 mesh.sequence=8 microbatch_rows=1", "optimizer.moments_dtype=bfloat16",
+        "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
     ]  # fmt: skip
 
 

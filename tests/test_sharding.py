@@ -10,8 +10,8 @@ from kto_jax.sharding import check_heads, check_rows, make_mesh, mesh_shape, pla
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert mesh_shape(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_shape(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert mesh_shape(MeshConfig(1, -1, 2, 2), 8) == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(data=4, fsdp=4)])
@@ -21,22 +21,42 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused(config):
 
 
 def test_rows_that_the_mesh_cannot_divide_are_refused_with_the_nearest_number():
-    check_rows(8, {"data": 4, "fsdp": 2, "tensor": 1})
+    sizes = {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    check_rows(8, sizes)
     with pytest.raises(ConfigError, match=r"12 % 8 = 4.*Set config.microbatch_rows to 16"):
-        check_rows(12, {"data": 4, "fsdp": 2, "tensor": 1})
+        check_rows(12, sizes)
+
+
+def test_devices_that_share_a_row_are_given_one_at_a_time():
+    sizes = {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
+    check_rows(4, sizes)
+    with pytest.raises(ConfigError, match=r"rows=8 does not go with config.mesh.sequence=2.*microbatch_rows to 4"):
+        check_rows(8, sizes)
 
 
 def test_a_tensor_axis_that_would_cut_a_head_is_refused():
-    check_heads(8, 4, {"tensor": 4})
+    check_heads(8, 4, {"tensor": 4, "sequence": 1})
     with pytest.raises(ConfigError, match=r"num_kv_heads=3 \(3 % 2 = 1\)"):
-        check_heads(6, 3, {"tensor": 2})
+        check_heads(6, 3, {"tensor": 2, "sequence": 1})
+
+
+def test_a_sequence_axis_with_more_devices_than_heads_is_refused():
+    # Llama-3.1-8B: 4 query heads to each of 8 keys.
+    for sequence in (2, 4, 8, 16, 32):
+        check_heads(32, 8, {"tensor": 1, "sequence": sequence})
+    check_heads(32, 8, {"tensor": 2, "sequence": 16})
+    message = r"sequence=32 cannot share out the 16 query and 4 key heads of a device.*divisors of 4, and of 16"
+    with pytest.raises(ConfigError, match=message):
+        check_heads(32, 8, {"tensor": 2, "sequence": 32})
+    with pytest.raises(ConfigError, match=r"sequence=6 cannot"):
+        check_heads(32, 8, {"tensor": 1, "sequence": 6})
 
 
 def test_parameters_lie_by_their_logical_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = {"w": jax.ShapeDtypeStruct((3, 8, 4), np.float32)}
     layout = shardings(mesh, {"w": ("layers", "embed", "mlp")}, abstract)
-    assert layout["w"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert layout["w"].spec == PartitionSpec(None, ("fsdp", "sequence"), "tensor")
 
 
 def test_a_dimension_that_does_not_divide_is_named_with_its_parameter():

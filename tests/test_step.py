@@ -94,7 +94,11 @@ def naive_float64():
 def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8):
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     model = Model.create(
-        CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
+        CONFIG,
+        dtype=dtype,
+        constrain=constrainer(mesh),
+        row_parts=mesh.shape["sequence"],
+        packed_attention=choose_attention("auto", mesh),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     policy, reference = (jax.device_put(params, layout) for params in parameters(dtype))
@@ -115,11 +119,14 @@ MESHES = {
     "8x1": (MeshConfig(data=8), 8),
     "4x2": (MeshConfig(data=4, fsdp=2), 8),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    # Several rows at once are slower here, and right.
+    "2x1x4": (MeshConfig(data=2, sequence=4), 8),
 }
 # (tokens of a row, rows of a microbatch, microbatches): unpacked rows hold one example each, packed ones several.
 UNPACKED = [(38, 64, 1), (38, 32, 2), (38, 16, 4)]
 PACKED = [(80, 32, 1), (80, 16, 2), (80, 8, 4)]
 QUICK = [("1", UNPACKED[0]), ("1", PACKED[2]), ("8x1", PACKED[1]), ("4x2", UNPACKED[2]), ("2x2x2", PACKED[2])]
+QUICK += [("2x1x4", PACKED[2])]
 ALL = [(mesh, layout) for mesh in MESHES for layout in UNPACKED + PACKED]
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.exhaustive) for case in ALL]
 

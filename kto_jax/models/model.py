@@ -29,6 +29,12 @@ Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
 
 
+def _parts(x: Array, parts: int) -> Array:
+    """[R, C, ...] -> [R · parts, C / parts, ...], padded where C does not divide."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
+
+
 def _unconstrained(array: Array, axes: tuple[str, ...]) -> Array:
     del axes
     return array
@@ -62,6 +68,7 @@ class Model:
       scorer: which head reads a number off a hidden state: "none", "reward" or "value".
       graphdef: the structure of the NNX module, output head and scorer apart.
       num_devices: devices that share every activation.
+      row_parts: into how many parts `constrain` splits the length of a row.
       packed_attention: attention over packed rows; what reads a cache has its own.
     """
 
@@ -72,6 +79,7 @@ class Model:
     scorer: str
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     num_devices: int = 1
+    row_parts: int = 1
     packed_attention: PackedAttention = blockwise_attention
 
     @classmethod
@@ -84,6 +92,7 @@ class Model:
         constrain: Constrain | None = None,
         scorer: Literal["none", "reward", "value"] = "none",
         num_devices: int = 1,
+        row_parts: int = 1,
         packed_attention: PackedAttention = blockwise_attention,
     ) -> Model:
         """Builds a model.
@@ -96,6 +105,7 @@ class Model:
             "kv_heads", "head_dim", "layers".
           scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
           num_devices: devices of the mesh that `constrain` lays activations over.
+          row_parts: into how many parts it splits the length of a row.
           packed_attention: attention over packed rows; hashable, called as `dense_attention` is.
 
         Raises:
@@ -108,7 +118,7 @@ class Model:
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        model = cls(config, dtype, remat, constrain, scorer, None, num_devices, packed_attention)
+        model = cls(config, dtype, remat, constrain, scorer, None, num_devices, row_parts, packed_attention)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
@@ -155,7 +165,12 @@ class Model:
         """Log-probability of each target in nats, without an array of all logits: see losses/logprobs.py."""
         # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
         head_DV = self.constrain(self.head(params), ("embed", "vocab"))
-        return token_logps(hidden, head_DV, targets, softcap=self.config.final_softcap, num_devices=self.num_devices)
+        shape = targets.shape
+        if self.row_parts > 1:
+            # Parts of rows are taken for rows, so that the devices that hold them all work on every chunk.
+            hidden, targets = _parts(hidden, self.row_parts), _parts(targets, self.row_parts)
+        logps = token_logps(hidden, head_DV, targets, softcap=self.config.final_softcap, num_devices=self.num_devices)
+        return logps if self.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 
     def scores(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The reward or the value of each hidden state, in float32 or wider.

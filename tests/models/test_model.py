@@ -256,3 +256,13 @@ def test_what_a_layer_keeps_waits_on_the_host_where_offloading_is_asked_for(rema
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert ("f32<host>[2,16,32]" in text) == kept  # inputs of all layers
+
+
+def test_parts_of_rows_have_the_log_probabilities_of_whole_rows(config):
+    whole, parts = (Model.create(config, row_parts=count) for count in (1, 4))
+    params = whole.init_params(jax.random.key(0), "float32")
+    # Ten positions, which four devices cannot share equally.
+    hidden = jax.random.normal(jax.random.key(1), (2, 10, config.embed_dim))
+    targets = jax.random.randint(jax.random.key(2), (2, 10), 0, config.vocab_size)
+    expected = whole.token_logps(params, hidden, targets)
+    np.testing.assert_allclose(parts.token_logps(params, hidden, targets), expected, rtol=1e-6)
