@@ -5,8 +5,7 @@
 Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 166
 GB and activations, spread by fsdp over the chips; docs/scale.md has the plan. Gemma 3 takes the same settings where it
 is a text model (`--config.model.path=google/gemma-3-1b-it`). Rows are as in configs/kto_llama.py; Gemma 2's template
-knows no system role. Completions end in the tokenizer's eos_token, which of Gemma's is <eos>, while its own turns end
-in <end_of_turn>: set eos_token to that in the model's tokenizer_config.json first.
+knows no system role. Completions end as its turns do, in <end_of_turn>, and generation stops at <eos> too.
 
 Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
 is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.

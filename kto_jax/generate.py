@@ -140,7 +140,7 @@ def complete(
     prefix = tokenize.encode_text(tokenizer, completion_prefix)
     encoded = [np.concatenate([ids, prefix]) for ids in tokenize.encode_prompts(tokenizer, list(prompts))]
     repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
-    eos_ids = {tokenizer.eos_id, *model.config.eos_ids}
+    eos_ids = {*tokenizer.stop_ids, *model.config.eos_ids}
     sampling["batch_size"] = max(1, min(sampling["batch_size"], len(repeated)))
     completions = rollout.sample(
         model, params, [ids for _, ids in repeated], eos_id=sorted(eos_ids), key=jax.random.key(seed), **sampling

@@ -78,7 +78,12 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
             f"config.model.path={config.model.path!r} is a reward model, which has no output head. Allowed: a language "
             "model, or config.objective.name=reward. Set config.model.path."
         )
-    tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
+    tokenizer = prepare_tokenizer(
+        model_path,
+        scratch / "tokenizer",
+        chat_template=config.data.chat_template,
+        eos_token=config.data.eos_token,
+    )
     controls = _encode_controls(objective, tokenizer, architecture.vocab_size)
     longest_control = max(map(len, controls)) if controls else 0
     # Prompt and completion leave room for the control between them.

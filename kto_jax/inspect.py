@@ -78,7 +78,12 @@ def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
       ConfigError: the model or the feedback cannot be used.
     """
     model_path = local_path(config.model.path)
-    tokenizer = prepare_tokenizer(model_path, scratch / "tokenizer", chat_template=config.data.chat_template)
+    tokenizer = prepare_tokenizer(
+        model_path,
+        scratch / "tokenizer",
+        chat_template=config.data.chat_template,
+        eos_token=config.data.eos_token,
+    )
     vocab_size = read_config(model_path).vocab_size
     return build_index(
         config.data, tokenizer, vocab_size=vocab_size, directory=cache_directory() / "indices"

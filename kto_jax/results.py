@@ -48,6 +48,7 @@ def write_results(
         model,
         state.policy,
         tokenizer_dir=run.tokenizer.directory,
+        stop_ids=run.tokenizer.stop_ids,
         model_card=card,
         dtype=config.model.param_dtype,
     )

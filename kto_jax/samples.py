@@ -65,7 +65,7 @@ def write_samples(
         model,
         policy,
         list(prompts),
-        eos_id=sorted({tokenizer.eos_id, *model.config.eos_ids}),
+        eos_id=sorted({*tokenizer.stop_ids, *model.config.eos_ids}),
         key=jax.random.key(seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

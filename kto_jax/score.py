@@ -282,6 +282,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("batch_size", 16, "Rows scored at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What to compute in.")
     flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
+    flags.DEFINE_string("eos_token", "", "What completions end in, as data.eos_token; empty: as the run trained.")
 
 
 def _check_files(options: flags.FlagValues, feedback: DataConfig | None) -> list[files.SourceFile]:
@@ -300,20 +301,21 @@ def _check_files(options: flags.FlagValues, feedback: DataConfig | None) -> list
     return found
 
 
-def _limits_of_run(model: str) -> dict[str, int]:
-    """The lengths that a run trained with; the defaults where the model is no run's folder."""
+def _data_of_run(model: str) -> dict[str, Any]:
+    """The lengths and the EOS that a run trained with; the defaults where the model is no run's folder."""
     config = Path(model) / "config.json"
     data = json.loads(config.read_text())["data"] if (Path(model) / "policy").is_dir() and config.is_file() else {}
-    return {name: data.get(name, getattr(DataConfig, name)) for name in ("max_length", "max_prompt_length")}
+    names = ("max_length", "max_prompt_length", "eos_token")
+    return {name: data.get(name, getattr(DataConfig, name)) for name in names}
 
 
 def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
     found, out = _check_files(options, feedback), Path(options.out)
-    limits = _limits_of_run(options.model)
+    trained_with = _data_of_run(options.model)
     data = DataConfig(
         prompt_field=options.prompt_field, completion_field=options.completion_field,
-        max_length=options.max_length or limits["max_length"],
-        max_prompt_length=options.max_prompt_length or limits["max_prompt_length"],
+        max_length=options.max_length or trained_with["max_length"],
+        max_prompt_length=options.max_prompt_length or trained_with["max_prompt_length"],
     )  # fmt: skip
     model, params, tokenizer_path = open_reward_model(options.model, dtype=options.dtype)
     if data.max_length > model.config.max_length:
@@ -325,7 +327,10 @@ def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
     counts = {"scored": 0, "rejected": 0}
     with tempfile.TemporaryDirectory(prefix="kto_jax-") as directory:
         tokenizer = tokenize.prepare_tokenizer(
-            tokenizer_path, Path(directory) / "tokenizer", chat_template=options.chat_template
+            tokenizer_path,
+            Path(directory) / "tokenizer",
+            chat_template=options.chat_template,
+            eos_token=options.eos_token or trained_with["eos_token"],
         )
         how: dict[str, Any] = {"batch_size": options.batch_size, "score_field": options.score_field}
         if feedback is None:

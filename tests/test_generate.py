@@ -120,6 +120,7 @@ def test_no_samples_are_refused_before_anything_is_encoded():
 def test_a_completion_that_ends_says_so_and_every_eos_of_the_model_ends_it(exported, monkeypatch):
     _, model, params, tokenizer = exported
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=(7, 9)))
+    tokenizer = dataclasses.replace(tokenizer, stop_ids=(tokenizer.eos_id, 11))
     asked = {}
 
     def sample(model, params, prompts, **arguments):
@@ -129,7 +130,7 @@ def test_a_completion_that_ends_says_so_and_every_eos_of_the_model_ends_it(expor
     monkeypatch.setattr(generate.rollout, "sample", sample)
     found = generate.complete(model, params, tokenizer, ["Say it."], num_samples=3, seed=0, batch_size=16)
     assert [completion.ended for completion in found] == [True, True, False]
-    assert asked["eos_id"] == sorted({7, 9, tokenizer.eos_id})
+    assert asked["eos_id"] == sorted({7, 9, 11, tokenizer.eos_id})
     assert asked["batch_size"] == 3
 
 

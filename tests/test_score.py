@@ -270,8 +270,10 @@ def test_ratings_of_a_configuration_are_not_written_over(exported, tmp_path):
     assert row["score"] == 2.0
 
 
-def test_a_run_is_scored_with_the_lengths_that_it_trained_with(tmp_path):
-    assert score._limits_of_run(str(tmp_path)) == {"max_length": 1024, "max_prompt_length": 512}
+def test_a_run_is_scored_with_the_lengths_and_the_eos_that_it_trained_with(tmp_path):
+    defaults = {"max_length": 1024, "max_prompt_length": 512, "eos_token": "auto"}
+    assert score._data_of_run(str(tmp_path)) == defaults
     (tmp_path / "policy").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps({"data": {"max_length": 99, "max_prompt_length": 11}}))
-    assert score._limits_of_run(str(tmp_path)) == {"max_length": 99, "max_prompt_length": 11}
+    data = {"max_length": 99, "max_prompt_length": 11, "eos_token": "<s>"}
+    (tmp_path / "config.json").write_text(json.dumps({"data": data}))
+    assert score._data_of_run(str(tmp_path)) == data

@@ -115,6 +115,28 @@ class Encoder:
         """
         return np.asarray(self._cached_prompt(json.dumps(prompt)), np.int32)
 
+    def find_turn_end(self, prompt: str, completion: str) -> int | None:
+        """The control token that the chat template writes behind a completion, white space aside.
+
+            Fine.<|im_end|>\\n          <|im_end|>
+            Fine. </s>                 </s>
+            Fine.\\n### End\\n          None
+
+        Args:
+          prompt: text without control strings.
+          completion: likewise.
+
+        Returns:
+          Its id, the first where there are several; None where text comes first, or nothing.
+
+        Raises:
+          EncodingError: the template refuses the conversation or changes it.
+        """
+        messages, reply = self._messages(prompt, ""), {"role": "assistant", "content": completion}
+        written = self._written(messages, reply)
+        found = self._pattern.match(written.removeprefix(self._check_prefix(messages, reply)).lstrip())
+        return self._controls[found[0]] if found else None
+
     def token(self, token_id: int) -> str:
         """The text of a token, for messages."""
         return str(self._full.id_to_token(token_id))

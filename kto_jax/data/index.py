@@ -213,8 +213,10 @@ def _hub_file(source: str, directory: Path) -> SourceFile:
 def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[Source], digests: list[str]) -> str:
     fields = settings(data)
     # Where the bytes lie, how many processes read them and how many may be broken do not change the content.
-    for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store", "chat_template"):
+    for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store"):
         del fields[name]
+    # What these two amount to is in the tokenizer's digest.
+    del fields["chat_template"], fields["eos_token"]
     # The scale: which files are one source matters only to scores that are judged by themselves.
     read = [(digest, s.split, dict(s.own), s.scale) for digest, s in zip(digests, sources, strict=True)]
     key = [FORMAT, fields, tokenizer.sha256, vocab_size, read]

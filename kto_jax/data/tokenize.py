@@ -30,7 +30,9 @@ class TokenizerInfo:
       directory: holds tokenizer.json, tokenizer_config.json and, with a chat template, chat_template.jinja.
       vocab_size: one more than the largest id.
       bos_id: id of the token that begins a sequence, or None.
-      eos_id: id of the token that every completion ends in.
+      eos_id: id of the token that every completion ends in: what the chat template ends the assistant's turn in, or
+        else the tokenizer's EOS.
+      stop_ids: ids that end a completion as it is written: `eos_id` and the tokenizer's EOS.
       sha256: of everything that decides how text becomes ids.
       has_chat_template: whether prompts are rendered by a chat template.
     """
@@ -39,6 +41,7 @@ class TokenizerInfo:
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    stop_ids: tuple[int, ...]
     sha256: str
     has_chat_template: bool
 
@@ -74,22 +77,27 @@ class EncodedRows:
     pair_hashes: np.ndarray
 
 
-def prepare_tokenizer(model_path: Path, directory: Path, *, chat_template: str) -> TokenizerInfo:
+def prepare_tokenizer(
+    model_path: Path, directory: Path, *, chat_template: str, eos_token: str = "auto"
+) -> TokenizerInfo:
     """Writes the tokenizer of a model as a Hugging Face directory, in a worker process.
 
     Args:
       model_path: Hugging Face directory with a fast tokenizer, or a .gguf file.
       directory: where to write; replaced when it exists.
       chat_template: "auto" for the tokenizer's own where it has one, "none", or the path of a Jinja file.
+      eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
+        assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
 
     Returns:
       What was written.
 
     Raises:
-      ConfigError: no fast tokenizer is there, it has no EOS, or the chat template cannot be used.
+      ConfigError: no fast tokenizer is there, it has no EOS or not the one asked for, or the chat template cannot be
+        used.
     """
     with Workers(1) as workers:
-        return workers.submit(_prepare, Path(model_path), Path(directory), chat_template).result()
+        return workers.submit(_prepare, Path(model_path), Path(directory), chat_template, eos_token).result()
 
 
 def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Message]]) -> list[np.ndarray]:
@@ -256,8 +264,10 @@ def _encode_prompts(prompts: list[str | list[Message]]) -> list[np.ndarray]:
     return encoded
 
 
-def _prepare(model_path: Path, directory: Path, chat_template: str) -> TokenizerInfo:
+def _prepare(model_path: Path, directory: Path, chat_template: str, eos_token: str = "auto") -> TokenizerInfo:
     tokenizer = _load(model_path)
+    if eos_token != "auto":
+        _set_eos(tokenizer, eos_token)
     if chat_template == "none":
         tokenizer.chat_template = None
     elif chat_template != "auto":
@@ -267,13 +277,15 @@ def _prepare(model_path: Path, directory: Path, chat_template: str) -> Tokenizer
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {model_path} has no EOS token. Every completion ends in one. "
-            "Set eos_token in its tokenizer_config.json."
+            "Set config.data.eos_token to one of its tokens."
         )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
     info = _describe(tokenizer, partial)
-    _try_template(info, chat_template)
+    turn_end = _try_template(info, chat_template)
+    if eos_token == "auto" and turn_end is not None:
+        info = _ending_in(info, turn_end)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return dataclasses.replace(info, directory=directory)
@@ -317,6 +329,15 @@ def _read_template(path: str) -> str:
         ) from error
 
 
+def _set_eos(tokenizer: Any, eos_token: str) -> None:
+    if eos_token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
+            f"{tokenizer.eos_token!r}. Set config.data.eos_token."
+        )
+    tokenizer.eos_token = eos_token
+
+
 def _describe(tokenizer: Any, directory: Path) -> TokenizerInfo:
     definition = (directory / "tokenizer.json").read_bytes()
     template = tokenizer.chat_template or ""
@@ -327,17 +348,28 @@ def _describe(tokenizer: Any, directory: Path) -> TokenizerInfo:
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
+        stop_ids=(tokenizer.eos_token_id,),
         sha256=digest.hexdigest(),
         has_chat_template=bool(template),
     )
 
 
-def _try_template(info: TokenizerInfo, chat_template: str) -> None:
-    """Refuses a template that cannot render two plain turns, before any row is read."""
+def _ending_in(info: TokenizerInfo, turn_end: int) -> TokenizerInfo:
+    """The same tokenizer, whose completions end in `turn_end`."""
+    if turn_end == info.eos_id:
+        return info
+    digest = hashlib.sha256(f"{info.sha256}\0{turn_end}".encode()).hexdigest()
+    return dataclasses.replace(info, eos_id=turn_end, stop_ids=(turn_end, info.eos_id), sha256=digest)
+
+
+def _try_template(info: TokenizerInfo, chat_template: str) -> int | None:
+    """Refuses a template that cannot render two plain turns, before any row is read; returns what ends the second."""
     from kto_jax.data.encoder import EncodingError
 
+    encoder = make_encoder(info)
     try:
-        make_encoder(info).encode_row("How are you?", "Fine.")
+        encoder.encode_row("How are you?", "Fine.")
+        return encoder.find_turn_end("How are you?", "Fine.") if info.has_chat_template else None
     except EncodingError as error:
         raise ConfigError(
             f"the chat template (data.chat_template={chat_template!r}) cannot be used: {error}. It must write a user "

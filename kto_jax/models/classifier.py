@@ -8,6 +8,7 @@ transformers would read the token before.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ def classifier_values(config: TransformerConfig, pad_id: int) -> dict[str, Any]:
     }
 
 
-def choose_padding(config: TransformerConfig, tokenizer_dir: str | Path | None) -> tuple[int, str | None]:
+def choose_padding(
+    config: TransformerConfig, tokenizer_dir: str | Path | None, stop_ids: Sequence[int] = ()
+) -> tuple[int, str | None]:
     """The token that pads batches of a reward model.
 
     Args:
       config: the architecture.
       tokenizer_dir: the tokenizer that goes along, or None.
+      stop_ids: ids that end a completion, besides the EOS of both.
 
     Returns:
       The id and the text of the first that is no EOS: the tokenizer's padding, unknown or BOS token, or another of its
@@ -42,7 +46,7 @@ def choose_padding(config: TransformerConfig, tokenizer_dir: str | Path | None) 
       sequence, but a word must not become a special token.
     """
     directory = Path(tokenizer_dir or "")
-    taken = set(config.eos_ids)
+    taken = {*config.eos_ids, *stop_ids}
     if tokenizer_dir is not None and (directory / "tokenizer.json").is_file():
         settings = _settings(directory)
         added = read_json(directory / "tokenizer.json").get("added_tokens") or []

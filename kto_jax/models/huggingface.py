@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,6 +144,7 @@ def save_hugging_face(
     *,
     tokenizer_dir: str | Path | None,
     model_card: str,
+    stop_ids: Sequence[int] = (),
     dtype: str = "float32",
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
@@ -162,6 +163,7 @@ def save_hugging_face(
       params: its parameters, sharded or not.
       tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
       model_card: text of README.md.
+      stop_ids: ids that end a completion, besides those that the model's config names: generation_config.json has both.
       dtype: what the weights are written in.
       max_shard_bytes: size of the largest file, unless one tensor is larger.
 
@@ -191,7 +193,7 @@ def save_hugging_face(
     if writes:
         if len(files) > 1:
             _write_json(partial / "model.safetensors.index.json", _index(shapes, files, dtype))
-        _write_small_files(partial, model, tokenizer_dir, model_card, dtype)
+        _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
         _replace(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("export")
@@ -345,7 +347,12 @@ def _index(shapes: dict[str, tuple[int, ...]], files: dict[str, list[str]], dtyp
 
 
 def _write_small_files(
-    directory: Path, model: Model, tokenizer_dir: str | Path | None, model_card: str, dtype: str
+    directory: Path,
+    model: Model,
+    tokenizer_dir: str | Path | None,
+    model_card: str,
+    stop_ids: Sequence[int],
+    dtype: str,
 ) -> None:
     (directory / "README.md").write_text(model_card, encoding="utf-8")
     for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
@@ -353,12 +360,14 @@ def _write_small_files(
         if source.is_file():
             shutil.copyfile(source, directory / name)
     if model.scorer == "reward":
-        pad_id, pad_token = choose_padding(model.config, tokenizer_dir)
+        pad_id, pad_token = choose_padding(model.config, tokenizer_dir, stop_ids)
         write_padding(directory, pad_token)
         values = classifier_values(model.config, pad_id)
     else:
         values = model.config.to_hugging_face()
-        generation = {name: values[name] for name in ("bos_token_id", "eos_token_id") if values[name] is not None}
+        ends = list(dict.fromkeys((*model.config.eos_ids, *stop_ids)))
+        generation: dict[str, Any] = {} if model.config.bos_id is None else {"bos_token_id": model.config.bos_id}
+        generation |= {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
         _write_json(directory / "generation_config.json", generation)
     _write_json(directory / "config.json", values | {"torch_dtype": dtype})
 

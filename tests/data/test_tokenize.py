@@ -262,6 +262,86 @@ def test_the_prepared_directory_opens_in_transformers_and_the_digest_covers_the_
     assert len({tokenizer.sha256, other.sha256, none.sha256}) == 3 and not none.has_chat_template
 
 
+GEMMA = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PROSE = (
+    "{% for m in messages %}\n### {{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}\n### assistant\n{% endif %}"
+)
+
+
+def chat_model(directory, template, eos, *added):
+    """The tiny model's tokenizer with other control tokens, EOS and template."""
+    shutil.copytree(TINY_MODEL, directory)
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens([eos, *added])
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "added", "ends"),
+    [
+        (CHATML, "<|im_end|>", [], ["<|im_end|>"]),
+        (CHATML, "<|endoftext|>", [], ["<|im_end|>", "<|endoftext|>"]),
+        (GEMMA, "<eos>", ["<bos>", "<start_of_turn>", "<end_of_turn>"], ["<end_of_turn>", "<eos>"]),
+        (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]),
+        (LLAMA3, "<|end_of_text|>", ["<|eot_id|>"], ["<|eot_id|>", "<|end_of_text|>"]),
+        (MISTRAL, "</s>", ["[INST]", "[/INST]"], ["</s>"]),
+        (CHATML.replace("<|im_end|>", " <|im_end|>"), "</s>", [], ["<|im_end|>", "</s>"]),
+        (PROSE, "</s>", [], ["</s>"]),
+        (PROSE.replace("content }}", "content }}\n### End<|im_end|>"), "</s>", [], ["</s>"]),
+        (LLAMA3, "</s>", [], ["</s>"]),
+    ],
+    ids=[
+        "SmolLM2 and Qwen3", "Qwen's base models", "Gemma", "Llama 3", "Llama 3 as first released", "Mistral",
+        "a space before", "text alone", "text first", "no control token",
+    ],
+)  # fmt: skip
+def test_completions_end_as_the_chat_template_ends_the_assistants_turn(tmp_path, template, eos, added, ends):
+    info = tokenize._prepare(chat_model(tmp_path / "model", template, eos, *added), tmp_path / "out", "auto")
+    encoder = make_encoder(info)
+    prompt, completion = encoder.encode_row("How are you?", "Fine.")
+    assert [encoder.token(i) for i in info.stop_ids] == ends and info.eos_id == info.stop_ids[0]
+    assert raw(info, completion).lstrip() == "Fine." + ends[0] and completion[-1] == info.eos_id
+    said = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+    # What the model reads as a turn of its own is what it was taught to write, but for a space before its end.
+    if ends[0] in template and f" {ends[0]}" not in template:
+        again = encoder.encode_prompt([*said, {"role": "user", "content": "Good."}])
+        start = [*prompt, *completion]
+        assert again[: len(start)].tolist() == start
+    plain = tokenize._prepare(tmp_path / "model", tmp_path / "plain", "none")
+    assert [encoder.token(i) for i in plain.stop_ids] == [eos]
+
+
+def test_the_eos_that_is_asked_for_ends_completions_and_becomes_the_tokenizers_own(tmp_path):
+    import transformers
+
+    model = chat_model(tmp_path / "model", CHATML, "<|endoftext|>")
+    auto = tokenize._prepare(model, tmp_path / "auto", "auto")
+    for number, asked in enumerate(("<|endoftext|>", "<|im_start|>")):
+        info = tokenize._prepare(model, tmp_path / f"{number}", "auto", asked)
+        encoder = make_encoder(info)
+        assert encoder.token(encoder.encode_row("Hello?", "Hi.")[1][-1]) == asked
+        assert info.stop_ids == (info.eos_id,) and info.sha256 != auto.sha256
+        assert transformers.AutoTokenizer.from_pretrained(info.directory).eos_token == asked
+    with pytest.raises(ConfigError, match=r"data.eos_token='<end>' is no token .* such as '<\|endoftext\|>'. Set"):
+        tokenize._prepare(model, tmp_path / "none", "auto", "<end>")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -335,7 +415,7 @@ def test_prompts_are_encoded_in_a_worker_and_the_caller_never_imports_transforme
 import sys
 from pathlib import Path
 from kto_jax.data.tokenize import TokenizerInfo, encode_prompts, decode
-info = TokenizerInfo(Path({str(tokenizer.directory)!r}), 512, 0, 2, "", True)
+info = TokenizerInfo(Path({str(tokenizer.directory)!r}), 512, 0, 2, (2,), "", True)
 ids, = encode_prompts(info, ["Hello?"])
 print(ids.tolist(), repr(decode(info, ids)))
 print([name for name in ("transformers", "torch", "jax") if name in sys.modules])

@@ -99,7 +99,8 @@ def test_a_model_survives_export_and_import_bitwise(config, tmp_path, tied, max_
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) == 1) is tied and all(file.stat().st_size < max_shard_bytes + 4000 for file in files)
     # A second export replaces the first and leaves nothing beside it.
-    save(model_card="# Another\n")
+    save(model_card="# Another\n", stop_ids=(7, 2))
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 7]}
     assert (out / "README.md").read_text() == "# Another\n" and len(list(out.glob("*.safetensors"))) == 1
     assert not list(tmp_path.glob(".out*"))
 
@@ -418,5 +419,6 @@ def test_without_a_special_token_that_is_no_eos_a_reward_model_pads_with_an_id_a
     assert choose_padding(config, tokenizer) == (1, None) == choose_padding(config, None)
     without_bos = dataclasses.replace(config, bos_id=2, eos_ids=(0, 2))
     assert choose_padding(without_bos, tokenizer) == (1, None)
+    assert choose_padding(without_bos, tokenizer, stop_ids=(1, 2)) == (3, None)
     write_padding(tokenizer, None)
     assert json.loads((tokenizer / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
