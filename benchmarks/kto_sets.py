@@ -14,7 +14,8 @@ from configs import quickstart, tiny
 from kto_jax.config import Config, resolve
 from kto_jax.data.batches import Plan
 from kto_jax.data.index import Index
-from kto_jax.data.packing import Packing, RowShape, choose_row_lengths, fill
+from kto_jax.data.packing import Packing, RowShape, fill
+from kto_jax.inputs import choose_lengths
 from kto_jax.inspect import read_feedback
 from kto_jax.objectives import make_objective
 from kto_jax.shapes import FeedbackBatch, PackedRows
@@ -69,13 +70,7 @@ def log_normal_set(model: str) -> FeedbackSet:
     index = dataclasses.replace(index, tokens=tokens, weights=np.ones(len(lengths.prompt), np.float32))
     config.data.max_length, config.data.max_prompt_length = lengths.max_length, lengths.max_length // 2
     config.batch_size, config.microbatch_rows, config.completion_share = 8, 1, 0.4
-    (config.row_length,) = choose_row_lengths(
-        lengths.prompt,
-        lengths.completion,
-        batch_size=config.batch_size,
-        shortest=lengths.max_length,
-        completion_share=config.completion_share,
-    )
+    config.row_length = "auto"
     return _make_set(resolve(config), plain_remat="full", index=index)
 
 
@@ -99,16 +94,16 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
         objective=dataclasses.replace(config.objective, **weights),
         optimizer=dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0),
     )
-    row_length = int(config.row_length) or config.data.max_length
+    row_lengths = choose_lengths(config, index, rows, paired=False)
     plan = Plan(
         index,
         rows,
         batch_size=config.batch_size,
         seed=config.seed,
         epochs=1,
-        row_length=row_length,
+        row_length=row_lengths,
         microbatch_rows=config.microbatch_rows,
-        completion_length=round(row_length * config.completion_share),
+        completion_length=round(row_lengths[0] * config.completion_share),
         max_length=config.data.max_length,
     )
     return FeedbackSet(config, plan, plain_remat)

@@ -296,7 +296,7 @@ class Config:
     max_steps: int = 0
     """Ends the run early; 0 trains all epochs."""
     row_length: int | Literal["auto"] = 0
-    """Tokens of a packed row; 0 takes `data.max_length`, of pairs twice that; "auto" the one or two
+    """Tokens of a packed row; 0 takes `data.max_length`, of pairs twice that; "auto" the one to three
     lengths that leave the least padding; the step is compiled for each."""
     microbatch_rows: int = 8
     """Packed rows that pass through the model at once, over all devices."""

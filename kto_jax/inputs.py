@@ -131,7 +131,7 @@ def make_plans(
     rows = _rows_to_train(index, objective)
     weights = weights_of(index.manifest)
     visits = Visits(rows, index.places[:, 0], weights, seed=config.seed)
-    row_lengths = _row_lengths(config, index, visits.at(np.arange(len(visits)), 0), paired)
+    row_lengths = choose_lengths(config, index, visits.at(np.arange(len(visits)), 0), paired)
     shape: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -154,9 +154,14 @@ def make_plans(
     return plan, Plan(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
 
 
-def _row_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -> tuple[int, ...]:
-    """Tokens of a packed row: as configured, what the longest example needs, or the one or two that leave the least
-    padding.
+def choose_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -> tuple[int, ...]:
+    """Tokens of a packed row: as configured, what the longest example needs, or the few that leave the least padding.
+
+    Args:
+      config: the run.
+      index: of its feedback.
+      rows: row ids that an epoch visits; of pairs, those of the chosen.
+      paired: whether they are pairs.
     """
     shortest = config.data.max_length * (2 if paired else 1)
     if config.row_length != "auto":
@@ -175,7 +180,7 @@ def _row_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -
         shortest=shortest,
         completion_share=config.completion_share,
         microbatch_rows=config.microbatch_rows,
-        num_lengths=2,
+        num_lengths=3,
         unit=unit,
     )
 
