@@ -114,8 +114,8 @@ class DataConfig:
     chat_template: str = "auto"
     """"auto": the tokenizer's own, where it has one; "none": plain text; else the path of a Jinja file."""
     eos_token: str = "auto"
-    """What every completion ends in. "auto": the control token that the chat template ends the assistant's turn in, if it
-    writes one, else the tokenizer's EOS; or a token, which becomes the tokenizer's EOS."""
+    """What every completion ends in. "auto": the control token that the chat template ends the assistant's turn in, if
+    it writes one, else the tokenizer's EOS; or a token, which becomes the tokenizer's EOS."""
     max_length: int = 1024
     """Longest prompt + completion, in tokens. The prompt is cut first, from the left."""
     max_prompt_length: int = 512

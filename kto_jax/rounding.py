@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float, Int, Key
 
 # What a draw is for: the same place and step must not draw the same bits twice.
-_MOMENTS, _PARAMS = 0, 1
+_MOMENTS, _PARAMS, _REFERENCE = 0, 1, 2
 
 
 def round_by_chance(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[Array, "*shape"]:
@@ -92,6 +92,24 @@ def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Grad
         return updates, (optax.safe_increment(count), inner_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def round_reference(values: Any, reference: Any, step: Int[Array, ""]) -> Any:
+    """A reference's next values in the types that it is kept in, by chance where that is bfloat16.
+
+    A mean of policy and reference lies so near the reference that the nearest bfloat16 number may be the old one, at
+    every move.
+
+    Args:
+      values: what it becomes, at least float32.
+      reference: what it was; of the same structure.
+      step: decides the draws, with the array's place among the others and nothing else.
+    """
+
+    def kept(x: Array, old: Array, key: Array) -> Array:
+        return round_by_chance(x.astype(jnp.float32), key) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+
+    return jax.tree.map(kept, values, reference, _keys(0, _REFERENCE, step, reference))
 
 
 def _is_real(x: Array) -> bool:

@@ -22,6 +22,7 @@ from kto_jax.config import ReferenceConfig
 from kto_jax.forward import read_completions
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
+from kto_jax.rounding import round_reference
 from kto_jax.shapes import Completions, FeedbackBatch, PackedRows
 from kto_jax.state import TrainState
 
@@ -258,13 +259,16 @@ def _synced(reference: Params, policy: Params, step: Int[Array, ""], sync: Refer
     def mix(old: Params) -> Params:
         def one(r: Array, p: Array) -> Array:
             wide = jnp.promote_types(p.dtype, jnp.float32)
-            return (sync.sync_mix * p.astype(wide) + (1 - sync.sync_mix) * r.astype(wide)).astype(r.dtype)
+            return sync.sync_mix * p.astype(wide) + (1 - sync.sync_mix) * r.astype(wide)
 
-        return jax.tree.map(
+        mixed = jax.tree.map(
             one,
             old,
             {name: policy[name] for name in old},  # without a value head
         )
+        if sync.sync_mix == 1:  # Nothing of the old is kept, whose moves could be lost.
+            return jax.tree.map(lambda x, r: x.astype(r.dtype), mixed, old)
+        return round_reference(mixed, old, step)
 
     return jax.lax.cond((step > 0) & (step % sync.sync_every == 0), mix, lambda old: old, reference)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import (
     Config,
@@ -144,6 +145,43 @@ def test_the_reference_moves_when_it_is_due_and_at_no_other_time(every, step, mo
     synced = _synced(reference, policy, jnp.array(step), ReferenceConfig(sync_every=every, sync_mix=0.5))
     assert synced == {"w": jnp.array([2.0 if moves else 1.0])}
     assert synced["w"].dtype == jnp.bfloat16
+
+
+def moved(reference, policy, *, mix, moves=1, first=1):
+    def move(step, reference):
+        return _synced(reference, policy, step, ReferenceConfig(sync_every=1, sync_mix=mix))
+
+    return jax.jit(lambda reference: jax.lax.fori_loop(first, first + moves, move, reference))(reference)
+
+
+def test_small_moves_of_a_bfloat16_reference_add_up():
+    policy = {"w": jnp.full(8192, 1.002)}  # A step of bfloat16 is 0.008 there.
+    ends = [
+        float(jnp.mean(moved({"w": jnp.ones(8192, dtype)}, policy, mix=0.05, moves=40)["w"].astype(jnp.float32)))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    assert ends[0] == pytest.approx(1 + 0.002 * (1 - 0.95**40), abs=1e-6)
+    assert ends[1] == pytest.approx(ends[0], abs=1e-4)
+
+
+def test_moves_of_a_bfloat16_reference_differ_by_step_and_by_array_but_not_by_mesh():
+    spec, policy = PartitionSpec("fsdp", "tensor"), {name: jnp.full((16, 24), 1.002) for name in ("a", "b")}
+    reference = {name: jnp.ones((16, 24), jnp.bfloat16) for name in policy}
+    first = moved(reference, policy, mix=0.5)
+    other = moved(reference, policy, mix=0.5, first=2)
+    assert len({np.asarray(x).tobytes() for x in (first["a"], first["b"], other["a"], other["b"])}) == 4
+    layout = NamedSharding(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)), spec)
+    spread = moved(*jax.device_put((reference, policy), layout), mix=0.5)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == jax.device_get(y))), first, spread))
+
+
+def test_a_move_is_exact_in_float32_and_to_the_nearest_where_nothing_of_the_old_stays():
+    # Of 20 bits, so that float32 holds the mean, and bfloat16 neither of the two.
+    old, new = (np.random.default_rng(seed).integers(1 << 20, size=999).astype(np.float32) for seed in (0, 1))
+    mixed = moved({"w": jnp.asarray(old)}, {"w": jnp.asarray(new)}, mix=0.5)["w"]
+    np.testing.assert_array_equal(mixed, (old + new) / 2)
+    copied = moved({"w": jnp.asarray(old, jnp.bfloat16)}, {"w": jnp.asarray(new)}, mix=1.0)["w"]
+    np.testing.assert_array_equal(copied.astype(jnp.float32), jnp.asarray(new, jnp.bfloat16).astype(jnp.float32))
 
 
 def test_bco_goes_on_from_the_mean_of_the_rewards_so_far():
