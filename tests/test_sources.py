@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from kto_jax import sources
 from kto_jax.config import ConfigError
@@ -114,17 +115,49 @@ def test_a_model_in_the_hubs_cache_is_used_when_the_hub_is_away(monkeypatch, tmp
     assert local_path("org/name") == tmp_path
 
 
-def test_only_weights_and_tokenizer_files_are_taken_from_the_hub(monkeypatch, tmp_path):
-    asked = {}
+SMALL = ["config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model"]
+LEFT = ["README.md", "consolidated.safetensors", "modeling.py", "original/params.json", "pytorch_model.bin"]
 
-    def download(repository, **options):
-        asked.update(options, repository=repository)
-        return str(tmp_path)
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub with one repository; `files` are those that it holds, with their content."""
+    files = {}
+
+    def download(repository, *, allow_patterns, ignore_patterns, revision=None, **options):
+        assert repository == "org/name" and revision in (None, "c0ffee")
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "c0ffee" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "c0ffee" / name).write_text(files[name])
+        return str(tmp_path / "c0ffee")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert local_path("org/name") == tmp_path and asked["repository"] == "org/name"
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+    return files
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"model.safetensors": ""},
+        {"model.safetensors.index.json": "{", "model.safetensors": ""},
+        {
+            "model.safetensors.index.json": '{"weight_map": {"a": "1-of-2.safetensors", "b": "2-of-2.safetensors"}}',
+            "1-of-2.safetensors": "",
+            "2-of-2.safetensors": "",
+        },
+    ],
+    ids=["one file", "a broken index", "an index"],
+)
+def test_only_what_is_read_of_a_model_is_taken_from_the_hub(hub, weights):
+    hub |= dict.fromkeys([*SMALL, *LEFT, "adapter_model.safetensors", "fp32/model.safetensors"], "") | weights
+    folder = local_path("org/name")
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*SMALL, *weights])
+
+
+def test_the_files_that_are_asked_for_are_taken_from_the_hub_and_no_weights(hub):
+    hub |= dict.fromkeys([*SMALL, "model.safetensors"], "")
+    assert [file.name for file in local_path("org/name", hub_files=("config.json",)).iterdir()] == ["config.json"]
 
 
 def settled(path, content, seconds=3600.0):

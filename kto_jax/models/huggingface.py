@@ -28,7 +28,13 @@ from kto_jax.models.families import CLASSIFIERS
 from kto_jax.models.gguf import open_gguf
 from kto_jax.models.int8 import INT8, quantise
 from kto_jax.models.model import Model, Params
-from kto_jax.models.safetensors_files import SafetensorsWeights, listed, read_json, write_safetensors
+from kto_jax.models.safetensors_files import (
+    SafetensorsWeights,
+    listed,
+    read_json,
+    weight_files,
+    write_safetensors,
+)
 from kto_jax.models.scorers import init_scorer
 from kto_jax.models.tensor_names import tensor_names
 from kto_jax.sources import file_digest
@@ -123,8 +129,12 @@ def _draw_scorer(model: Model, key: Array, param_dtype: str, shardings: Any) -> 
 
 
 def weights_digest(path: Path) -> str:
-    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors."""
-    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors.
+
+    Raises:
+      ConfigError: there are no weights.
+    """
+    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)]
     return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
 

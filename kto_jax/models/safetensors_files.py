@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from kto_jax.config import ConfigError
+from kto_jax.sources import WEIGHTS, WEIGHTS_INDEX
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -119,9 +120,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that a directory's weights are read from, by name: others may lie beside them, in another form.
+
+    Raises:
+      ConfigError: there are none, one lies outside of the directory, or the index is not true.
+    """
+    return [_inside(directory, file_name) for file_name in sorted(_safetensors_files(directory))]
+
+
 def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
     """The directory's files, with the tensors that its index says each holds (None: no index)."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / WEIGHTS_INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -130,8 +140,8 @@ def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
         for name, file_name in weight_map.items():
             files.setdefault(file_name, set()).add(name)  # type: ignore[union-attr]
         return files
-    if (directory / "model.safetensors").is_file():
-        return {"model.safetensors": None}
+    if (directory / WEIGHTS).is_file():
+        return {WEIGHTS: None}
     pickled = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in directory.glob(f"*.{suffix}"))
     if pickled:
         raise ConfigError(

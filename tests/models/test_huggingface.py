@@ -245,6 +245,18 @@ def index(directory, weight_map):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def test_files_that_no_index_names_are_neither_read_nor_part_of_the_digest(directory, config):
+    params, digest = load(directory), huggingface.weights_digest(directory)
+    (directory / "consolidated.safetensors").write_bytes(b"in another form")
+    assert huggingface.weights_digest(directory) == digest
+    index(directory, dict.fromkeys(huggingface.expected_shapes(config), "model.safetensors"))
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"of an older export")
+    assert_equal(load(directory), params)
+    assert huggingface.weights_digest(directory) == digest
+    (directory / "model.safetensors").write_bytes(b"another model")
+    assert huggingface.weights_digest(directory) != digest
+
+
 @pytest.mark.parametrize("name", ["../model/model.safetensors", "{absolute}", "link.safetensors", "sub/x.safetensors"])
 def test_an_index_cannot_reach_outside_of_its_directory(directory, tmp_path, name):
     outside = tmp_path / "outside.safetensors"
