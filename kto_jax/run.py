@@ -173,12 +173,13 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         config_before, model_before, manifest_before = (
             json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")
         )
+        model_before = TransformerConfig.from_hugging_face(model_before).to_hugging_face() | model_before
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
         ) from None
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("config", config_before, json.loads(json.dumps(to_dict(config)))),
+        ("config", _completed(config_before, _as_json(Config())), _as_json(config)),
         ("model", model_before, architecture.to_hugging_face()),
         ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
     ]
@@ -193,6 +194,20 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
             f"--workdir={path} holds another run ({'; '.join(changes)}). A run is continued as it was begun. "
             "Restore these, or choose another --workdir."
         )
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def _completed(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded, with defaults for the fields that there were not yet: they do what was always done."""
+    return {**defaults, **recorded} | {
+        name: _completed(recorded[name], default)
+        for name, default in defaults.items()
+        # An empty mapping is a value of its own, not a section.
+        if default and isinstance(default, Mapping) and isinstance(recorded.get(name), Mapping)
+    }
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -272,6 +272,20 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_written_over(a
     assert contents(unbroken) == before
 
 
+def test_a_run_that_was_begun_before_there_were_some_fields_is_continued_with_their_defaults(
+    unbroken, capsys, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    recorded = {name: json.loads((workdir / f"{name}.json").read_text()) for name in ("config", "model")}
+    del recorded["config"]["model"]["param_dtype"], recorded["config"]["reference"], recorded["model"]["head_dim"]
+    for name, values in recorded.items():
+        (workdir / f"{name}.json").write_text(json.dumps(values))
+    other = "--config.reference.param_dtype=bfloat16"
+    message = refused(capsys, *TINY, f"--workdir={workdir}", other)
+    assert "holds another run (config.reference.param_dtype: was 'float32', is 'bfloat16')" in message
+
+
 def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, monkeypatch):
     def touched(*arguments):
         raise AssertionError("a device was touched")
