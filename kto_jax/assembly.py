@@ -52,7 +52,8 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
     devices = list(devices) or jax.devices()
     sizes = mesh_shape(config.mesh, len(devices))
     _check_remat(config.model.remat, devices[0].platform)
-    check_rows(config.microbatch_rows, sizes)
+    if config.microbatch_rows != "auto":
+        check_rows(int(config.microbatch_rows), sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
     mesh = make_mesh(config.mesh, devices)
     constrain = constrainer(mesh)

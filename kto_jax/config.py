@@ -298,8 +298,9 @@ class Config:
     row_length: int | Literal["auto"] = 0
     """Tokens of a packed row; 0 takes `data.max_length`, of pairs twice that; "auto" the one to three
     lengths that leave the least padding; the step is compiled for each."""
-    microbatch_rows: int = 8
-    """Packed rows that pass through the model at once, over all devices."""
+    microbatch_rows: int | Literal["auto"] = 8
+    """Packed rows that pass through the model at once, over all devices; "auto" compiles the step for more and more of
+    them, and takes the most that fit the devices' memory."""
     completion_share: float = 1.0
     """Completion tokens that a packed row has room for, as a share of `row_length`."""
     max_bad_steps: int = 10
@@ -468,7 +469,12 @@ def _check(config: Config) -> None:
         ("batch_size", config.batch_size, config.batch_size >= 1, "1 or more"),
         ("epochs", config.epochs, config.epochs >= 1, "1 or more"),
         ("max_steps", config.max_steps, config.max_steps >= 0, "0 (all epochs) or more"),
-        ("microbatch_rows", config.microbatch_rows, config.microbatch_rows >= 1, "1 or more"),
+        (
+            "microbatch_rows",
+            config.microbatch_rows,
+            config.microbatch_rows == "auto" or int(config.microbatch_rows) >= 1,
+            '1 or more, or "auto"',
+        ),
         ("completion_share", config.completion_share, 0 < config.completion_share <= 1, "above 0, at most 1"),
         ("max_bad_steps", config.max_bad_steps, config.max_bad_steps >= 1, "1 or more"),
         ("data.max_length", config.data.max_length, config.data.max_length >= 2, "2 or more tokens"),

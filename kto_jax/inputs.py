@@ -127,6 +127,8 @@ def make_plans(
     config: Config, index: Index, objective: Objective, controls: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[Plan, Plan | None]:
     """What each step reads, and each evaluation; None where nothing that counts is held out."""
+    if config.microbatch_rows == "auto":  # not found yet: see fitting.py
+        config = dataclasses.replace(config, microbatch_rows=1)
     paired = objective.reads == "pairs"
     rows = _rows_to_train(index, objective)
     weights = weights_of(index.manifest)
@@ -179,7 +181,7 @@ def choose_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool)
         batch_size=config.batch_size,
         shortest=shortest,
         completion_share=config.completion_share,
-        microbatch_rows=config.microbatch_rows,
+        microbatch_rows=int(config.microbatch_rows),
         num_lengths=3,
         unit=unit,
     )

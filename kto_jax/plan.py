@@ -27,6 +27,7 @@ import jax
 from rich.console import Console
 
 from kto_jax.config import ConfigError, nearest
+from kto_jax.fitting import plan_rows
 from kto_jax.ladder import climb
 from kto_jax.plan_report import as_dict, show, show_ladder
 from kto_jax.planning import Lengths, compile_step, read_subject
@@ -69,7 +70,11 @@ def plan(argv: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
     topology = open_topology(given["topology"])
     console = Console(highlight=False)
-    program = compile_step(config, subject, topology, lengths)
+    if config.microbatch_rows == "auto":
+        program, why = plan_rows(config, subject, topology, lengths)
+        console.print(f"microbatch_rows: {program.shape.rows}; {why}", soft_wrap=True)
+    else:
+        program = compile_step(config, subject, topology, lengths)
     show(program, topology, lengths, price, console)
     rungs = []
     if not program.fits and given.get("ladder", "true") == "true":

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -166,9 +167,10 @@ def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Sha
             f"{row_length} tokens, of which {completion_length} may be of completions. Allowed: up to these. Set "
             "--mean_length and --mean_completion, or config.completion_share."
         )
-    microbatches = math.ceil(math.ceil(sequences / per_row) / config.microbatch_rows)
+    rows = int(config.microbatch_rows)
+    microbatches = math.ceil(math.ceil(sequences / per_row) / rows)
     return Shape(
-        rows=config.microbatch_rows,
+        rows=rows,
         row_length=row_length,
         completion_length=completion_length,
         slots=slots,
@@ -228,14 +230,38 @@ def count_work(model: Model, objective: Objective, lengths: Lengths, *, precompu
 
 
 def compile_step(config: Config, subject: Subject, topology: Topology, lengths: Lengths) -> Program:
-    """Compiles the step that training would take.
+    """Compiles the step that training would take if every example were of these lengths.
+
+    Raises:
+      ConfigError: mesh, rows or model do not fit together.
+    """
+    return compile_for(config, subject, topology, assumed_shape(config, subject.objective, lengths), lengths)
+
+
+def compile_for(
+    config: Config,
+    subject: Subject,
+    topology: Topology,
+    shape: Shape,
+    lengths: Lengths,
+    num_steps: int = _NUM_STEPS,
+) -> Program:
+    """Compiles the step that training takes of batches of a shape.
+
+    Args:
+      config: the run.
+      subject: what is trained.
+      topology: the devices.
+      shape: of the batches.
+      lengths: of the examples whose work is counted.
+      num_steps: of the run; a constant in the program.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
     """
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
-    schedule = make_schedule(config.optimizer, _NUM_STEPS)
+    schedule = make_schedule(config.optimizer, num_steps)
     optimizer = make_optimizer(
         config.optimizer,
         schedule,
@@ -244,7 +270,6 @@ def compile_step(config: Config, subject: Subject, topology: Topology, lengths: 
         seed=config.seed,
     )
     state = make_abstract_state(config, subject, model, mesh, optimizer)
-    shape = assumed_shape(config, objective, lengths)
     batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))
     parts = {
         "policy": device_bytes(state.policy),
@@ -317,5 +342,13 @@ def device_limit(topology: Topology) -> int:
     """Bytes of memory of each device: as published; of the devices here as they say, or their share of the host's."""
     if topology.chip:
         return topology.chip.hbm_bytes // topology.chip.devices
-    stated = (topology.devices[0].memory_stats() or {}).get("bytes_limit")
-    return stated or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    # Of devices of other processes nothing can be asked.
+    stated = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return stated or host_memory() // jax.local_device_count()
+
+
+def host_memory(group: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory that the host has, or as many as a container's control group may take."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = group.read_text().strip() if group.exists() else "max"
+    return installed if allowed == "max" else min(installed, int(allowed))

@@ -28,6 +28,7 @@ from kto_jax.compilation import Program, keep_compiled
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
 from kto_jax.data.batches import prefetch
 from kto_jax.evaluation import make_evaluation, measure_reference
+from kto_jax.fitting import settle_rows
 from kto_jax.hardware import peak_flops
 from kto_jax.inputs import Inputs, read_inputs
 from kto_jax.kernels import choose_attention
@@ -84,6 +85,8 @@ def train(config: Config, workdir: Path, command: str) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # ------------------------------------------------- what is read, and the devices
         inputs, mesh, model = hosts.together(lambda: prepare(config, workdir, Path(scratch)))
+        if config.microbatch_rows == "auto":
+            config, inputs = settle_rows(config, inputs, workdir)
 
         # ------------------------------------------------- the run's folder
         run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)
@@ -172,7 +175,7 @@ def take_steps(
     preemption = Preemption()
     log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=hosts.is_first())
     batches = prefetch(
-        functools.partial(inputs.plan.batch, rows=local_rows(mesh, config.microbatch_rows)),
+        functools.partial(inputs.plan.batch, rows=local_rows(mesh, inputs.plan.microbatch_rows)),
         range(first, num_steps),
         finish=functools.partial(place_batch, mesh),
         num_loaders=config.data.num_loaders,

@@ -30,7 +30,7 @@ LAYERS = [
     {"state", "forward", "step", "rollout", "run"},
     {"checkpoint", "evaluation", "samples", "report", "inputs"},
     {"assembly", "results", "precompute"},
-    {"train", "generate", "score", "curves", "inspect", "planning", "ladder", "plan_report", "plan"},
+    {"train", "generate", "score", "curves", "inspect", "planning", "fitting", "ladder", "plan_report", "plan"},
 ]
 # Within a layer, these alone.
 SIDEWAYS = {
@@ -40,6 +40,7 @@ SIDEWAYS = {
     ("ladder", "planning"), ("plan_report", "planning"), ("plan_report", "ladder"), ("plan", "planning"),
     ("plan", "ladder"), ("plan", "plan_report"), ("plan", "train"),
     ("precompute", "assembly"),
+    ("fitting", "planning"), ("plan", "fitting"), ("train", "fitting"),
 }  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
 # Only these may know these packages.

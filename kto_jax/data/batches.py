@@ -139,6 +139,11 @@ class Plan:
         return self._shapes[0].slots
 
     @property
+    def longest_row(self) -> RowShape:
+        """What a packed row of the longest length has room for."""
+        return self._shapes[-1]
+
+    @property
     def max_sequences(self) -> int:
         """Most sequences of a step; a pair is two."""
         return self._batch_size * self._unit
