@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import hashlib
 import platform
 import time
@@ -27,6 +28,13 @@ def keep_compiled() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (the attribute is made when it runs)
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled" / _processor()))
         jax.config.update("jax_compilation_cache_max_size", _LARGEST_CACHE)
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system; the C library would keep the hundreds of megabytes that compiling took."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _processor() -> str:
@@ -78,6 +86,7 @@ class Program:
 
     def _compile(self, state: Any, batch: Any) -> None:
         self._programs[_shapes(batch)] = self._function.lower(state, batch).compile()
+        give_back_memory()
 
 
 def _shapes(batch: Any) -> Any:

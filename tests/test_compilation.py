@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from kto_jax.compilation import Program, keep_compiled
+from kto_jax.compilation import Program, give_back_memory, keep_compiled
 from kto_jax.sources import cache_directory
 
 SCRIPT = """
@@ -136,3 +137,18 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_call():
     program.begin(jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32))
     with pytest.raises(ValueError, match="no such program"):
         program(jnp.ones(()), jnp.ones(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc alone keeps freed memory so")
+def test_freed_memory_goes_back_to_the_system():
+    def private_kib():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in status if line.startswith("RssAnon")))
+
+    pieces = [bytes(1000) for _ in range(100_000)]
+    above = [bytes(1000) for _ in range(100)]  # what lies above keeps the C library from giving back what lies below
+    del pieces
+    kept = private_kib()
+    give_back_memory()
+    assert kept - private_kib() > 50_000
+    assert above

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks.peers.turn import report
+from kto_jax.compilation import give_back_memory
 from kto_jax.config import MeshConfig
 from kto_jax.kernels import choose_attention
 from kto_jax.models.huggingface import load_params, read_config
@@ -49,6 +50,7 @@ def take_turn(job: dict[str, Any], step: Any, state: Any, batches: Sequence[Any]
     for batch in batches:
         if (shape := _shape(batch)) not in programs:
             programs[shape] = step.lower(state, batch).compile()
+            give_back_memory()
     compile_seconds = time.perf_counter() - start
 
     seconds, losses = [], []
