@@ -205,8 +205,16 @@ def test_buffers_of_old_exports_and_a_tied_heads_copy_are_let_pass(config, tmp_p
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     extra["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     assert_equal(load(write_model(tmp_path / "old", config, weights | extra)), expected)
-    extra["lm_head.weight"] += 1
+    for row in (0, -1, slice(8, None)):
+        extra["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+        extra["lm_head.weight"][row] += 1
+        with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
+            load(write_model(tmp_path / "other", config, weights | extra))
+    extra["lm_head.weight"] = weights["model.embed_tokens.weight"][1:].copy()
     with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
+        load(write_model(tmp_path / "other", config, weights | extra))
+    del weights["model.embed_tokens.weight"]
+    with pytest.raises(ConfigError, match=r"missing: model\.embed_tokens\.weight\. Names"):
         load(write_model(tmp_path / "other", config, weights | extra))
 
 
