@@ -112,14 +112,20 @@ def test_which_layers_are_local(name, change, local):
 
 def test_what_a_file_leaves_out_is_what_transformers_takes_for_it():
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    bare = {name: FILES["gemma3"][name] for name in sizes}
+    bare = {name: FILES["gemma3"][name] for name in sizes} | {"hidden_size": 64, "num_attention_heads": 16}
     gemma3 = read(bare | {"model_type": "gemma3_text", "num_hidden_layers": 12})
     assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.head_dim) == (1e6, 1e4, 256)
     assert (gemma3.tied_head, gemma3.window, gemma3.layers_are_local) == (True, 4096, ((True,) * 5 + (False,)) * 2)
     gemma2 = read(bare | {"model_type": "gemma2"})
     assert (gemma2.attention_softcap, gemma2.final_softcap, gemma2.query_pre_attn_scalar) == (50.0, 30.0, 256)
-    assert read(bare | {"model_type": "mistral"}).window == 4096
-    assert read(bare | {"model_type": "qwen3"}).head_dim == 128
+    mistral, llama = read(bare | {"model_type": "mistral"}), read(bare | {"model_type": "llama"})
+    assert (mistral.window, mistral.max_length, mistral.num_kv_heads) == (4096, 131072, 8)
+    assert read(bare | {"model_type": "mistral", "num_key_value_heads": None}).num_kv_heads == 16
+    assert (llama.max_length, llama.num_kv_heads) == (2048, 16)
+    assert (llama.bos_id, llama.eos_ids) == (mistral.bos_id, mistral.eos_ids) == (1, (2,))
+    assert read(bare | {"model_type": "llama", "bos_token_id": None, "eos_token_id": None}).eos_ids == ()
+    qwen3 = read(bare | {"model_type": "qwen3", "num_attention_heads": 64})
+    assert (qwen3.head_dim, qwen3.num_kv_heads, qwen3.bos_id, qwen3.eos_ids) == (128, 32, None, ())
 
 
 def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
@@ -166,6 +172,11 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
         ("qwen2", {"rope_scaling": {"type": "linear"}}, "linear rotary scaling lacks factor"),
         ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by kind of layer"),
         ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "llama3"}},
+            "rope_scaling of 'linear' and rope_parameters of 'llama3'. They must agree. Take out",
+        ),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
     ],
 )

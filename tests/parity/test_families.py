@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
 from kto_jax.models.model import Model
@@ -29,6 +31,24 @@ def torch():
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 2048, "num_hidden_layers": 13, "num_attention_heads": 64}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(transformers, name, changes):
+    whole = transformers.AutoConfig.for_model(name, **changes).to_dict()
+    sizes = {size: whole[size] for size in SIZES}
+    read = TransformerConfig.from_hugging_face
+    assert read({"model_type": name, **sizes}) == read({**whole, "architectures": None, "model_type": name})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_are_never_taken_for_granted(name):
+    with pytest.raises(ConfigError, match=f"lacks {', '.join(SIZES)}"):
+        TransformerConfig.from_hugging_face({"model_type": name})
 
 
 class Pair:

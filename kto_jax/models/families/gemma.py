@@ -110,7 +110,8 @@ def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
 
 
 _DEFAULTS: dict[str, Any] = {
-    "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
 _OPTIONS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "use_bidirectional_attention": (False,)}
 GEMMA1 = Family(
@@ -119,7 +120,7 @@ GEMMA1 = Family(
     classifier="GemmaForSequenceClassification",
     read=_read_gemma1,
     write=_write_gemma1,
-    defaults=_DEFAULTS,
+    defaults={**_DEFAULTS, "num_key_value_heads": 16},
     # "gelu" stands in the first release's files, whose models were trained with the approximation.
     options={**_OPTIONS, "hidden_act": (_ACTIVATION, "gelu"), "hidden_activation": (_ACTIVATION,)},
 )

@@ -22,12 +22,14 @@ def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
     return write_one_rope(config) | {"hidden_act": "silu", "sliding_window": config.window}
 
 
+_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2}
 LLAMA = Family(
     name="llama",
     causal_lm="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
     read=read_one_rope,
     write=_write_llama,
+    defaults=_DEFAULTS,
     options={"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu",)},
 )
 MISTRAL = Family(
@@ -36,6 +38,6 @@ MISTRAL = Family(
     classifier="MistralForSequenceClassification",
     read=_read_mistral,
     write=_write_mistral,
-    defaults={"sliding_window": 4096},
+    defaults={**_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     options={"hidden_act": ("silu",), "layer_types": (None,)},
 )

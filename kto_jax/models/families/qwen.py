@@ -47,7 +47,9 @@ def _write_qwen3(config: TransformerConfig) -> dict[str, Any]:
     return _write_shared(config) | {"attention_bias": False}
 
 
-_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+_DEFAULTS = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
 QWEN2 = Family(
     name="qwen2",
     causal_lm="Qwen2ForCausalLM",
