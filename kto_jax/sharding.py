@@ -35,6 +35,9 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "vocab": "tensor",
+    # Vectors as they come out of the embedding, before they are laid along rows.
+    "looked_up": "data",
+    "table_embed": PARAMETER_RULES["embed"],
 }
 
 

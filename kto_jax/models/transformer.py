@@ -323,6 +323,8 @@ class Transformer(nnx.Module):
 
     def _embedded(self, tokens_RL: Array) -> Array:
         x_TD = _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
+        # As the table lies: each device looks up its part of the vectors, which are then exchanged, not gathered.
+        x_TD = self._pin(self.constrain(x_TD, ("looked_up", "table_embed")), tokens_RL.shape)
         scale = self.config.embed_scale
         return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
 
