@@ -1,12 +1,16 @@
+import re
 import types
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
-from kto_jax.sharding import check_heads, check_rows, make_mesh, mesh_shape, place_batch, shardings
+from kto_jax.kernels import choose_attention
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -77,3 +81,18 @@ def test_only_the_data_axis_may_cross_from_one_slice_to_another():
     devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 2) for i in range(4)]
     with pytest.raises(ConfigError, match=r"config\.mesh\.data=1 cannot be split over 2 slices.*Set config"):
         make_mesh(MeshConfig(data=1, fsdp=-1), devices)
+
+
+def test_vectors_out_of_the_embedding_are_exchanged_not_gathered():
+    config = TransformerConfig(
+        vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48, tied_head=True
+    )  # fmt: skip
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    model = Model.create(config, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh))
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    tokens = jax.ShapeDtypeStruct((8, 24), np.int32, sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    loss = lambda params, *rows: (model.hidden_states(params, *rows) ** 2).sum()  # noqa: E731
+    program = jax.jit(jax.grad(loss), in_shardings=(layout, *(tokens.sharding,) * 3), out_shardings=layout)
+    text = program.lower(model.abstract_params("float32"), tokens, tokens, tokens).compile().as_text()
+    # Neither parts of the vectors of all 8 · 24 tokens, nor the gradient of the whole table of 64.
+    assert "all-to-all" in text and not re.search(r"f32\[192,8\]\S* all-gather|= .*f32\[64,32\].* all-reduce\(", text)
