@@ -11,14 +11,14 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.models import huggingface
 from kto_jax.models.classifier import choose_padding, write_padding
 from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
 from kto_jax.models.model import Model
 from kto_jax.models.safetensors_files import SafetensorsWeights
 from kto_jax.models.scorers import init_scorer
-from kto_jax.sharding import shardings
+from kto_jax.sharding import make_mesh, shardings
 
 CARD = "# A model\n"
 NORM = "model.norm.weight"
@@ -350,7 +350,7 @@ def test_a_reward_model_survives_export_and_import_bitwise_without_an_output_hea
 @pytest.mark.parametrize("scorer", ["reward", "value"])
 def test_a_scorer_is_drawn_onto_a_language_model_by_its_key_and_placed(config, directory, scorer):
     model = Model.create(config, scorer=scorer)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     read = partial(load_params, model, directory, param_dtype="bfloat16")
     params, same, other = read(key=jax.random.key(5), shardings=layout), read(key=jax.random.key(5)), read()
@@ -367,7 +367,7 @@ def test_a_scorer_is_drawn_onto_a_language_model_by_its_key_and_placed(config, d
 def test_each_device_reads_its_own_part_of_a_reward(config, tmp_path):
     model, params = reward_model(config)
     save_hugging_face(tmp_path, model, params, tokenizer_dir=None, model_card=CARD)
-    mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     back = load_params(model, tmp_path, param_dtype="float32", shardings=layout)
     assert_equal(back, params)
