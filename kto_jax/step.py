@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,19 @@ def _loss_sum(
     return completions, jnp.sum(jnp.where(objective.counts(rows.filled, desirable), losses * weights, 0))
 
 
+def _add_gradient(total: Any, params: Params, backward: Any, cotangent: jax.Array) -> None:
+    """Runs the backward pass into references to arrays, `total`; a narrower parameter's gradient is widened first."""
+    ad: Any = jax.ad
+    in_place = jax.tree.map(lambda ref, leaf: ref if ref.dtype == leaf.dtype else ad.GradValue(), total, params)
+    (gradient,) = backward.with_refs(in_place)(cotangent)
+
+    def add(ref: Any, new: Any) -> None:
+        if not isinstance(new, ad.GradRef):
+            jax.ref.addupdate(ref, ..., new.astype(ref.dtype))
+
+    jax.tree.map(add, total, gradient)
+
+
 def loss_and_gradient(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, point: Array
 ) -> tuple[Float[Array, ""], Params, Completions]:
@@ -132,18 +145,20 @@ def loss_and_gradient(
         completions, loss = _loss_sum(model, objective, params, state, batch, point, index)
         return loss / num_examples, _sums_alone(completions)
 
-    def body(index: Int[Array, ""], carry: tuple[jax.Array, Params, Completions]) -> tuple:
-        loss, gradient, completions = carry
-        (part, read), part_gradient = jax.value_and_grad(share_of_loss, has_aux=True)(state.policy, index)
-        return (
-            loss + part,
-            jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradient, part_gradient),
-            _put(completions, index, read),
-        )
+    # The backward pass adds to it in place, layer by layer: a microbatch has no gradient of its own.
+    gradient = jax.tree.map(
+        lambda leaf: jax.new_ref(jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))), state.policy
+    )
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), state.policy)
+    def body(index: Int[Array, ""], carry: tuple[jax.Array, Completions]) -> tuple[jax.Array, Completions]:
+        loss, completions = carry
+        part, backward, read = jax.vjp(lambda params: share_of_loss(params, index), state.policy, has_aux=True)
+        _add_gradient(gradient, state.policy, backward, jnp.ones_like(part))
+        return loss + part, _put(completions, index, read)
+
     room = _room_for(lambda index: share_of_loss(state.policy, index)[1], batch.matched.filled.shape[0])
-    return jax.lax.fori_loop(0, batch.num_matched, body, (jnp.zeros((), dtype), zeros, room))
+    loss, completions = jax.lax.fori_loop(0, batch.num_matched, body, (jnp.zeros((), dtype), room))
+    return loss, jax.tree.map(jax.ref.freeze, gradient), completions
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -224,20 +239,25 @@ def train_step(
     loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.policy)
-    policy = optax.apply_updates(state.policy, updates)
-    objective_state = objective.next_state(state.objective_state, objective.rewards(completions), batch.matched.filled)
 
-    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(finite, new, old)
+    def move(policy: Params, opt_state: Any, objective_state: Mapping[str, Array]) -> tuple:
+        updates, opt_state = optimizer.update(gradient, opt_state, policy)
+        rewards = objective.rewards(completions)
+        return (
+            optax.apply_updates(policy, updates),
+            opt_state,
+            objective.next_state(objective_state, rewards, batch.matched.filled),
+        )
 
-    policy = jax.tree.map(keep, policy, state.policy)
+    # A branch, not a choice between old and new arrays, for which XLA on CPU copies both moments.
+    moved = (state.policy, state.opt_state, state.objective_state)
+    policy, opt_state, objective_state = jax.lax.cond(finite, move, lambda *kept: kept, *moved)
     next_state = TrainState(
         step=state.step + 1,
         policy=policy,
         reference=state.reference,
-        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        objective_state=jax.tree.map(keep, objective_state, state.objective_state),
+        opt_state=opt_state,
+        objective_state=objective_state,
         num_bad_steps=jnp.where(finite, 0, state.num_bad_steps + 1),
     )
     figures |= _figures(objective, completions, batch, point, state.objective_state) | {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ _FEW_LOGITS = 2**22
 
 def token_logps(
     hidden: Float[Array, "*R T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "D V"] | Float[Array, "V D"],
     targets: Int[Array, "*R T"],
     *,
+    head_axes: Literal["dv", "vd"] = "dv",
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
     chunk_size: int | None = None,
@@ -36,6 +37,8 @@ def token_logps(
         rows sharded over devices all work on every chunk.
       head: output projection.
       targets: token ids.
+      head_axes: "vd" for a head that lies as a table of embeddings. It is read as it lies: turned round before the loop
+        over chunks, it would be copied.
       softcap: logits become `softcap · tanh(logits / softcap)`.
       bias: added to the logits.
       chunk_size: tokens (of all rows together) whose logits exist at one time; None chooses by the vocabulary
@@ -49,10 +52,10 @@ def token_logps(
     if hidden.ndim == 2:
         return token_logps(
             hidden[None], head, targets[None],
-            softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
+            head_axes=head_axes, softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
         ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
-    vocabulary = head.shape[1]
+    vocabulary = head.shape[head_axes.index("v")]
     least_chunks = 1
     if chunk_size is None:
         chunk_size = max(_MAX_LOGITS * num_devices // vocabulary, 1)
@@ -64,7 +67,7 @@ def token_logps(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     bias = jnp.zeros(vocabulary, jnp.promote_types(head.dtype, jnp.float32)) if bias is None else bias
-    return _chunked_logps(hidden, head, bias, targets, softcap, num_chunks)[:, :length]
+    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks)[:, :length]
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
@@ -84,9 +87,9 @@ def _product(subscripts: str, left: jax.Array, right: jax.Array, dtype: jnp.dtyp
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
-def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
+def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, axes: str, softcap: float | None) -> jax.Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = _product("rtd,dv->rtv", hidden, head.astype(hidden.dtype), dtype)
+    logits = _product(f"rtd,{axes}->rtv", hidden, head.astype(hidden.dtype), dtype)
     logits = logits + bias.astype(dtype)[None, None]
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -96,15 +99,15 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_logps(hidden, head, bias, targets, softcap, num_chunks):
-    return _chunked_logps_forward(hidden, head, bias, targets, softcap, num_chunks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks):
+    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks)[0]
 
 
-def _chunked_logps_forward(hidden, head, bias, targets, softcap, num_chunks):
+def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks):
     def one_chunk(args):
         hidden_rtd, targets_rt = args
-        logits = _logits(hidden_rtd, head, bias, softcap)
+        logits = _logits(hidden_rtd, head, bias, axes, softcap)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.sum(jnp.where(_is_target(logits, targets_rt), logits, 0), axis=-1)
         return chosen - normalizer, normalizer
@@ -113,22 +116,22 @@ def _chunked_logps_forward(hidden, head, bias, targets, softcap, num_chunks):
     return _join(logps), (hidden, head, bias, targets, _join(normalizer))
 
 
-def _chunked_logps_backward(softcap, num_chunks, residuals, cotangent) -> tuple[Any, ...]:
+def _chunked_logps_backward(axes, softcap, num_chunks, residuals, cotangent) -> tuple[Any, ...]:
     hidden, head, bias, targets, normalizer = residuals
     dtype = cotangent.dtype
 
     def one_chunk(carry, args):
         head_grad, bias_grad = carry
         hidden_rtd, targets_rt, normalizer_rt, cotangent_rt = args
-        logits = _logits(hidden_rtd, head, bias, softcap)
+        logits = _logits(hidden_rtd, head, bias, axes, softcap)
         probabilities = jnp.exp(logits - normalizer_rt[..., None])
         logits_grad = cotangent_rt[..., None] * (_is_target(logits, targets_rt) - probabilities)
         if softcap is not None:
             logits_grad = logits_grad * (1 - jnp.square(logits / softcap))
         bias_grad = bias_grad + jnp.sum(logits_grad, axis=(0, 1))
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = _product("rtv,dv->rtd", logits_grad, head.astype(hidden.dtype), dtype)
-        head_grad = head_grad + _product("rtd,rtv->dv", hidden_rtd, logits_grad, dtype)
+        hidden_grad = _product(f"rtv,{axes}->rtd", logits_grad, head.astype(hidden.dtype), dtype)
+        head_grad = head_grad + _product(f"rtd,rtv->{axes}", hidden_rtd, logits_grad, dtype)
         return (head_grad, bias_grad), hidden_grad.astype(hidden.dtype)
 
     carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))

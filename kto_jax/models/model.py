@@ -164,12 +164,17 @@ class Model:
     ) -> Float[Array, "*R T"]:
         """Log-probability of each target in nats, without an array of all logits: see losses/logprobs.py."""
         # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
-        head_DV = self.constrain(self.head(params), ("embed", "vocab"))
+        tied = self.config.tied_head
+        head = self.head(params)
+        head = self.constrain(head.T, ("vocab", "embed")) if tied else self.constrain(head, ("embed", "vocab"))
         shape = targets.shape
         if self.row_parts > 1:
             # Parts of rows are taken for rows, so that the devices that hold them all work on every chunk.
             hidden, targets = _parts(hidden, self.row_parts), _parts(targets, self.row_parts)
-        logps = token_logps(hidden, head_DV, targets, softcap=self.config.final_softcap, num_devices=self.num_devices)
+        logps = token_logps(
+            hidden, head, targets,
+            head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.num_devices,
+        )  # fmt: skip
         return logps if self.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 
     def scores(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:

@@ -51,6 +51,17 @@ def test_gradients_equal_those_of_the_dense_form(chunk_size, softcap):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_that_lies_as_a_table_gives_the_same():
+    hidden, head, targets = random_head()
+    function = jax.value_and_grad(
+        lambda w, axes: jnp.sum(token_logps(hidden, w, targets, head_axes=axes, chunk_size=5))
+    )
+    total, gradient = function(head, "dv")
+    turned_total, turned_gradient = function(head.T, "vd")
+    np.testing.assert_allclose(turned_total, total, rtol=1e-6)
+    np.testing.assert_allclose(turned_gradient.T, gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_agree_with_finite_differences():
     with jax.enable_x64(True):
         hidden, head, targets = random_head(tokens=5, vocabulary=11)
