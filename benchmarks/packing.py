@@ -52,7 +52,7 @@ def quickstart_lengths() -> Lengths:
     with tempfile.TemporaryDirectory() as scratch:
         index, _ = read_feedback(config, Path(scratch))
     rows = index.rows("train")
-    settings = ((config.batch_size, 1), (config.batch_size, config.microbatch_rows), (32, 1), (256, 1), (256, 8))
+    settings = ((config.batch_size, 1), (config.batch_size, int(config.microbatch_rows)), (32, 1), (256, 1), (256, 8))
     return Lengths("quickstart", index.prompt_lengths[rows], index.completion_lengths[rows], 128, settings)
 
 

@@ -255,7 +255,10 @@ def test_help_names_every_flag(capsys):
     assert all(f"--{flag}=" in printed for flag in FLAGS)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama_3_1_8b", 8.03), ("llama_3_1_70b", 70.55)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama_3_1_8b", 8.03), ("llama_3_1_70b", 70.55), ("llama_3_2_1b", 1.236), ("gemma_3_1b", 1.0)],
+)
 def test_the_architectures_have_the_published_number_of_parameters(name, billions):
     subject = read_subject(config(model=ModelConfig(path=str(ARCHITECTURES / name))))
     assert subject.architecture.num_params() / 1e9 == pytest.approx(billions, abs=0.005)

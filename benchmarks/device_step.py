@@ -1,0 +1,180 @@
+"""KTO's step with random weights on one device: its peak memory, its MFU, and the longest rows that fit.
+
+    python -m benchmarks.device_step                                       # a toy, on any machine
+    python -m benchmarks.device_step --architecture=configs/architectures/llama_3_2_1b --dtype=bfloat16
+    python -m benchmarks.device_step --architecture=configs/architectures/gemma_3_1b --dtype=bfloat16 \
+      --kept=bfloat16 --lengths 8192 --longest                             # 262,144 tokens of vocabulary
+
+Every example is as long as a row, half of it completion. Each length runs in a process of its own: memory that has run
+out ends that process alone, and a peak is of one length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.packing import Lengths, make_index
+from kto_jax.assembly import make_model
+from kto_jax.config import Config, ModelConfig, OptimizerConfig, ReferenceConfig
+from kto_jax.data.batches import Plan
+from kto_jax.hardware import peak_flops
+from kto_jax.models.huggingface import read_config
+from kto_jax.models.int8 import kept_as
+from kto_jax.objectives import make_objective
+from kto_jax.planning import Subject
+from kto_jax.sharding import place_batch, shardings
+from kto_jax.state import create_state, make_optimizer, make_schedule
+from kto_jax.step import jit_train_step
+
+ROOT = Path(__file__).parent.parent
+_GIB = 2**30
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Steps of one length in this process: seconds of each but the first, tokens, FLOPs, and bytes at the peak."""
+    length, batch_size = job["length"], job["batch"]
+    kept = job["kept"]
+    config = dataclasses.replace(
+        Config(),
+        model=ModelConfig(dtype=job["dtype"], param_dtype=kept, remat=job["remat"]),
+        reference=ReferenceConfig(param_dtype=kept),
+        optimizer=OptimizerConfig(moments_dtype=kept, schedule="constant", warmup_steps=0),
+        batch_size=batch_size,
+        microbatch_rows=job["rows"],
+        row_length=length,
+    )
+    architecture = read_config(Path(job["architecture"]))
+    architecture = dataclasses.replace(architecture, max_length=max(length, architecture.max_length))
+    objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
+    device = jax.devices()[0]
+    mesh, model = make_model(config, Subject(architecture, objective), [device])
+    schedule = make_schedule(config.optimizer, job["steps"])
+    optimizer = make_optimizer(config.optimizer, schedule, param_dtype=kept)
+    layout = shardings(mesh, model.logical_axes(kept), model.abstract_params(kept))
+    draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
+    policy = draw(jax.random.key(0), kept)
+    state = create_state(policy, kept_as(policy, kept), optimizer, mesh, objective.initial_state)
+    del policy
+    plan = _plan(config, architecture.vocab_size, steps=1 + job["steps"])
+    step: Any = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    program, seconds, figures = None, [], {}
+    for number in range(1 + job["steps"]):
+        batch = place_batch(mesh, plan.batch(number))
+        program = program or step.lower(state, batch).compile()
+        start = time.perf_counter()
+        state, figures = jax.block_until_ready(program(state, batch))
+        seconds.append(time.perf_counter() - start)
+    stated = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    peak, source = peak_flops(device, job["dtype"])
+    return {
+        "device": device.device_kind,
+        "length": length,
+        "seconds": seconds[1:],
+        "tokens": float(figures["tokens"]),
+        "flops": float(figures["flops"]),
+        "peak_flops": peak,
+        "peak_source": source,
+        # On CPU that of the process, of which the program is a part.
+        "peak_bytes": stated or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "loss": float(figures["loss"]),
+    }
+
+
+def _plan(config: Config, vocab_size: int, steps: int) -> Plan:
+    """Steps of examples that fill a row each."""
+    length, count = int(config.row_length), config.batch_size * steps
+    completion = np.full(count, length // 2)
+    index = make_index(Lengths("filled rows", length - completion, completion, length, ()))
+    tokens = np.random.default_rng(0).integers(3, vocab_size, len(index.tokens)).astype(np.int32)
+    index = dataclasses.replace(index, tokens=tokens, weights=np.ones(count, np.float32))
+    return Plan(
+        index, np.arange(count), batch_size=config.batch_size, seed=0, epochs=1, row_length=length,
+        microbatch_rows=int(config.microbatch_rows), completion_length=length // 2, max_length=length,
+    )  # fmt: skip
+
+
+def take(options: argparse.Namespace, length: int) -> dict[str, Any] | None:
+    """The figures of one length, from a process of its own; None where the memory ran out.
+
+    Raises:
+      RuntimeError: the process failed for another reason.
+    """
+    job = {name: value for name, value in vars(options).items() if name not in ("lengths", "longest", "out", "job")}
+    command = [sys.executable, "-m", "benchmarks.device_step", f"--job={json.dumps(job | {'length': length})}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if "RESOURCE_EXHAUSTED" in done.stderr or done.returncode == -9:
+        return None
+    raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def find_longest(options: argparse.Namespace, length: int) -> dict[str, Any] | None:
+    """The longest rows that fit, to a sixteenth, from a length upwards: doubled, then halved between."""
+    fits, too_long = take(options, length), None
+    while fits and not (too_long and too_long - fits["length"] <= fits["length"] // 16):
+        tried = (fits["length"] + too_long) // 2 if too_long else 2 * fits["length"]
+        figures = take(options, tried)
+        fits, too_long = (figures, too_long) if figures else (fits, tried)
+    return fits
+
+
+def show(results: list[dict[str, Any]]) -> Table:
+    """The figures, for people."""
+    table = Table("tokens of a row", "s a step", "tokens/s", "MFU", "peak GiB", title=results[0]["device"])
+    for one in results:
+        seconds = statistics.median(one["seconds"])
+        table.add_row(
+            f"{one['length']:,}",
+            f"{seconds:.3g}",
+            f"{one['tokens'] / seconds:,.0f}",
+            f"{one['flops'] / seconds / one['peak_flops']:.1%} of {one['peak_source']}",
+            f"{one['peak_bytes'] / _GIB:.2f}",
+        )
+    return table
+
+
+def main() -> None:
+    """Measures the lengths asked for, prints a table and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="configs/tiny_model", help="a folder with a config.json")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--kept", choices=("float32", "bfloat16"), default="float32", help="weights and moments")
+    parser.add_argument("--remat", choices=("none", "dots", "full", "offload"), default="full")
+    parser.add_argument("--batch", type=int, default=2, help="examples a step")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256])
+    parser.add_argument("--longest", action="store_true", help="also the longest rows that fit")
+    parser.add_argument("--out", default="benchmarks/results/device_step.json")
+    parser.add_argument("--job", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print(json.dumps(measure(json.loads(options.job))))
+        return
+    results = [figures for length in options.lengths if (figures := take(options, length))]
+    if options.longest and results and (longest := find_longest(options, results[-1]["length"])):
+        results.append(longest)
+    if not results:
+        raise SystemExit(f"rows of {options.lengths} tokens do not fit. Take shorter ones.")
+    Console().print(show(results))
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).write_text(json.dumps({"settings": vars(options), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
