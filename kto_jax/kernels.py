@@ -48,11 +48,7 @@ class MeshAttention:
     def __call__(
         self, query: Array, key: Array, value: Array, *, segment_ids_RL: Array, positions_RL: Array, **options: Any
     ) -> Array:
-        """Mixes values [R, L, K, H] by queries [R, L, N, H] and keys [R, L, K, H].
-
-        Raises:
-          ConfigError: the sequence axis cannot split L.
-        """
+        """Mixes values [R, L, K, H] by queries [R, L, N, H] and keys [R, L, K, H]."""
 
         def attend(query: Array, key: Array, value: Array, segment_ids: Array, positions: Array) -> Array:
             heads = (_whole_rows(x, sequence) for x in (query, key, value))
@@ -62,20 +58,15 @@ class MeshAttention:
         arrays: tuple[Array, ...] = (query, key, value, segment_ids_RL, positions_RL)
         rows, length = query.shape[:2]
         sequence = num_parts(self.mesh, _LENGTH)
-        if length % sequence:
-            raise ConfigError(
-                f"rows of {length} tokens cannot be split over config.mesh.sequence={sequence} ({length} % {sequence} "
-                f"= {length % sequence}). Allowed: multiples of {sequence}. Set config.row_length to one."
-            )
         if self.mesh.size > 1 and (self.name != "dense" or sequence > 1):
-            # Rows that the devices cannot share equally get some of padding beside them.
-            spare = -rows % num_parts(self.mesh, _ROWS)
-            arrays = tuple(jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+            # Rows and tokens that the devices cannot share equally get some of padding beside them.
+            spare = ((0, -rows % num_parts(self.mesh, _ROWS)), (0, -length % sequence))
+            arrays = tuple(jnp.pad(x, [*spare] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
             heads, tokens = PartitionSpec(_ROWS, _LENGTH, _HEADS, None), PartitionSpec(_ROWS, None)
             attend = jax.shard_map(
                 attend, mesh=self.mesh, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False
             )
-        return attend(*arrays)[:rows]
+        return attend(*arrays)[:rows, :length]
 
     def _attend(self, *heads: Array, window=None, softcap=None, precision=None, **options: Any) -> Array:
         if self.name == "triton" and window is None and softcap is None and heads[0].dtype == jnp.bfloat16:

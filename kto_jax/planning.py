@@ -23,7 +23,7 @@ from kto_jax.models.huggingface import read_config
 from kto_jax.models.model import Model
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.shapes import FeedbackBatch, PackedRows
-from kto_jax.sharding import abstract_batch
+from kto_jax.sharding import abstract_batch, check_lengths
 from kto_jax.sources import local_path
 from kto_jax.state import make_optimizer, make_schedule
 from kto_jax.step import jit_train_step, work
@@ -261,6 +261,7 @@ def compile_for(
     """
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
+    check_lengths([shape.row_length], dict(mesh.shape))
     schedule = make_schedule(config.optimizer, num_steps)
     optimizer = make_optimizer(
         config.optimizer,

@@ -25,7 +25,8 @@ from kto_jax.data.index import Index
 from kto_jax.data.tokenize import TokenizerInfo
 from kto_jax.models.config import TransformerConfig
 
-# Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what.
+# Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
+# they amount to is held by the index, as of the EOS.
 _FREE = (
     "max_bad_steps",
     "row_length",
@@ -37,6 +38,7 @@ _FREE = (
     "data.num_loaders",
     "data.index_store",
     "data.max_rejected",
+    "data.eos_token",
     "mesh",
     "processes",
     "evaluation",

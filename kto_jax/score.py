@@ -302,11 +302,15 @@ def _check_files(options: flags.FlagValues, feedback: DataConfig | None) -> list
 
 
 def _data_of_run(model: str) -> dict[str, Any]:
-    """The lengths and the EOS that a run trained with; the defaults where the model is no run's folder."""
-    config = Path(model) / "config.json"
-    data = json.loads(config.read_text())["data"] if (Path(model) / "policy").is_dir() and config.is_file() else {}
+    """The lengths and the EOS that a run trained with; the defaults where the model is no run's folder or policy."""
+    folder = Path(model).parent if Path(model).name == "policy" else Path(model)
     names = ("max_length", "max_prompt_length", "eos_token")
-    return {name: data.get(name, getattr(DataConfig, name)) for name in names}
+    config, manifest = folder / "config.json", folder / "manifest.json"
+    if not ((folder / "policy").is_dir() and config.is_file() and manifest.is_file()):
+        return {name: getattr(DataConfig, name) for name in names}
+    data, eos_id = json.loads(config.read_text())["data"], json.loads(manifest.read_text())["tokenizer"]["eos_id"]
+    # What it was, not how it was chosen: older runs chose otherwise.
+    return {name: data[name] for name in names[:2]} | {"eos_token": tokenize.token_of(folder / "policy", eos_id)}
 
 
 def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     # Vectors as they come out of the embedding, before they are laid along rows.
     "looked_up": "data",
     "table_embed": PARAMETER_RULES["embed"],
+    "half_embed": "fsdp",
 }
 
 
@@ -146,6 +147,22 @@ def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
             f"{parts} = {microbatch_rows % parts}). Allowed: multiples of mesh data × fsdp = {parts}. "
             f"Set config.microbatch_rows to {-(-microbatch_rows // parts) * parts}."
         )
+
+
+def check_lengths(row_lengths: Sequence[int], sizes: dict[str, int]) -> None:
+    """Refuses rows whose tokens the sequence axis cannot share out: each of its devices would read all of them.
+
+    Raises:
+      ConfigError: naming the nearest length that works.
+    """
+    parts = sizes["sequence"]
+    for length in row_lengths:
+        if length % parts:
+            raise ConfigError(
+                f"rows of {length} tokens cannot be split over config.mesh.sequence={parts} ({length} % {parts} = "
+                f"{length % parts}). Allowed: multiples of {parts}. "
+                f"Set config.row_length to {-(-length // parts) * parts}."
+            )
 
 
 def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:

@@ -101,7 +101,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        factor = most / jnp.maximum(optax.tree.norm(updates), most)
+        factor = jnp.minimum(1, most / optax.tree.norm(updates))
         return jax.tree.map(lambda x: x * factor, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

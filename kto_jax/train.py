@@ -39,7 +39,7 @@ from kto_jax.precompute import precompute
 from kto_jax.preemption import INTERRUPTED, Preemption, ending_at_once
 from kto_jax.results import write_results, write_samples
 from kto_jax.run import RunFolder, check_folder, open_run, write_json
-from kto_jax.sharding import abstract_batch, local_rows, place_batch
+from kto_jax.sharding import abstract_batch, check_lengths, local_rows, place_batch
 from kto_jax.state import TrainState, make_optimizer, make_schedule
 from kto_jax.step import jit_train_step
 
@@ -153,7 +153,9 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     """
     inputs = read_inputs(config, scratch)
     check_folder(workdir, config, inputs.index, inputs.architecture)
-    return inputs, *make_model(config, inputs)
+    mesh, model = make_model(config, inputs)
+    check_lengths(inputs.plan.row_lengths, dict(mesh.shape))
+    return inputs, mesh, model
 
 
 def take_steps(

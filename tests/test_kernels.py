@@ -83,13 +83,12 @@ def test_devices_that_share_a_row_attend_as_one_and_exchange_heads_alone(name, s
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def test_a_row_that_the_sequence_axis_cannot_split_is_refused():
-    (query, key, value, _), (segments, positions) = draw(rows=1, length=30)
+def test_rows_that_their_devices_cannot_share_equally_attend_as_on_one():
+    arrays, tokens = draw(rows=1, length=30, heads=4, kv_heads=2)
     attend = choose_attention("chunked", make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4]))
-    with pytest.raises(
-        ConfigError, match=r"rows of 30 tokens .* config.mesh.sequence=4 \(30 % 4 = 2\).*multiples of 4"
-    ):
-        attend(query, key, value, segment_ids_RL=segments, positions_RL=positions)
+    found = jax.jit(partial(values_and_gradients, attend))(tokens, *arrays)
+    expected = jax.jit(partial(values_and_gradients, blockwise_attention))(tokens, *arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_a_kernel_is_refused_where_its_devices_are_not():

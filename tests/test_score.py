@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from kto_jax import score
 from kto_jax.config import ConfigError, DataConfig
@@ -273,7 +275,11 @@ def test_ratings_of_a_configuration_are_not_written_over(exported, tmp_path):
 def test_a_run_is_scored_with_the_lengths_and_the_eos_that_it_trained_with(tmp_path):
     defaults = {"max_length": 1024, "max_prompt_length": 512, "eos_token": "auto"}
     assert score._data_of_run(str(tmp_path)) == defaults
-    (tmp_path / "policy").mkdir()
-    data = {"max_length": 99, "max_prompt_length": 11, "eos_token": "<s>"}
-    (tmp_path / "config.json").write_text(json.dumps({"data": data}))
-    assert score._data_of_run(str(tmp_path)) == data
+    shutil.copytree(ROOT / "configs" / "tiny_model", tmp_path / "policy")
+    # As a run of before there was data.eos_token left it.
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"max_length": 99, "max_prompt_length": 11}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"eos_id": 0}}))
+    token = tokenizers.Tokenizer.from_file(str(tmp_path / "policy" / "tokenizer.json")).id_to_token(0)
+    for path in (tmp_path, tmp_path / "policy"):
+        found = score._data_of_run(str(path))
+        assert found == {"max_length": 99, "max_prompt_length": 11, "eos_token": token} and token

@@ -10,7 +10,16 @@ from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.kernels import choose_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
-from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, place_batch, shardings
+from kto_jax.sharding import (
+    check_heads,
+    check_lengths,
+    check_rows,
+    constrainer,
+    make_mesh,
+    mesh_shape,
+    place_batch,
+    shardings,
+)
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -36,6 +45,12 @@ def test_devices_that_share_a_row_are_given_one_at_a_time():
     check_rows(4, sizes)
     with pytest.raises(ConfigError, match=r"rows=8 does not go with config.mesh.sequence=2.*microbatch_rows to 4"):
         check_rows(8, sizes)
+
+
+def test_rows_whose_tokens_the_sequence_axis_cannot_share_are_refused_with_the_nearest_length():
+    check_lengths([64, 96], {"sequence": 4})
+    with pytest.raises(ConfigError, match=r"rows of 30 tokens .*sequence=4 \(30 % 4 = 2\).*row_length to 32"):
+        check_lengths([64, 30], {"sequence": 4})
 
 
 def test_a_tensor_axis_that_would_cut_a_head_is_refused():
@@ -83,16 +98,23 @@ def test_only_the_data_axis_may_cross_from_one_slice_to_another():
         make_mesh(MeshConfig(data=1, fsdp=-1), devices)
 
 
-def test_vectors_out_of_the_embedding_are_exchanged_not_gathered():
+@pytest.mark.parametrize(
+    ("sizes", "gathered"),
+    [
+        # Parts of the vectors of all tokens, and the gradient of the whole table of 64.
+        (MeshConfig(data=2, fsdp=4), r"f32\[192,8\]\S* all-gather|= .*f32\[64,32\].* all-reduce\("),
+        (MeshConfig(data=1, fsdp=4, sequence=2), r"f32\[8,24,32\]\S* all-gather"),
+    ],
+)
+def test_vectors_out_of_the_embedding_are_exchanged_not_gathered(sizes, gathered):
     config = TransformerConfig(
         vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48, tied_head=True
     )  # fmt: skip
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    mesh = make_mesh(sizes)
     model = Model.create(config, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     tokens = jax.ShapeDtypeStruct((8, 24), np.int32, sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     loss = lambda params, *rows: (model.hidden_states(params, *rows) ** 2).sum()  # noqa: E731
     program = jax.jit(jax.grad(loss), in_shardings=(layout, *(tokens.sharding,) * 3), out_shardings=layout)
     text = program.lower(model.abstract_params("float32"), tokens, tokens, tokens).compile().as_text()
-    # Neither parts of the vectors of all 8 · 24 tokens, nor the gradient of the whole table of 64.
-    assert "all-to-all" in text and not re.search(r"f32\[192,8\]\S* all-gather|= .*f32\[64,32\].* all-reduce\(", text)
+    assert "all-to-all" in text and not re.search(gathered, text)

@@ -60,6 +60,14 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(adam[0].mu["w"], [0.6, 0.8], rtol=1e-5)
 
 
+def test_gradients_within_the_bound_are_left_as_they_are_and_infinity_bounds_nothing():
+    for bound in (51.0, np.inf):
+        _, (_, adam) = update("adamw", [30.0, 40.0], clip_norm=bound)
+        np.testing.assert_allclose(adam[0].mu["w"], [3.0, 4.0], rtol=1e-6)
+    _, (_, adam) = update("adamw", [0.0, 0.0], clip_norm=1.0)
+    np.testing.assert_array_equal(adam[0].mu["w"], [0.0, 0.0])
+
+
 def test_a_value_head_is_clipped_apart_from_the_policy():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=10.0, value_clip_norm=0.5)
     optimizer = make_optimizer(config, make_schedule(config, 10), value_head=True)

@@ -139,6 +139,11 @@ class Plan:
         return self._shapes[0].slots
 
     @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of a packed row, shortest first."""
+        return tuple(shape.length for shape in self._shapes)
+
+    @property
     def longest_row(self) -> RowShape:
         """What a packed row of the longest length has room for."""
         return self._shapes[-1]

@@ -118,8 +118,14 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
 
 
 def decode(tokenizer: TokenizerInfo, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of token ids, special tokens left out. Imports neither transformers nor torch."""
-    return _backend(tokenizer.directory / "tokenizer.json").decode([int(i) for i in ids], skip_special_tokens=True)
+    """The text of token ids, without special tokens and what ends a completion. Imports no transformers, no torch."""
+    kept = [int(i) for i in ids if i not in tokenizer.stop_ids]
+    return _backend(tokenizer.directory / "tokenizer.json").decode(kept, skip_special_tokens=True)
+
+
+def token_of(directory: Path, token_id: int) -> str:
+    """The token with an id, of a tokenizer's directory. Imports neither transformers nor torch."""
+    return str(_backend(directory / "tokenizer.json").id_to_token(token_id))
 
 
 def encode_text(tokenizer: TokenizerInfo, text: str) -> np.ndarray:

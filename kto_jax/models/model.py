@@ -102,7 +102,7 @@ class Model:
           dtype: "float32", "bfloat16" or, where x64 is on, "float64".
           remat: what a layer keeps for its gradient.
           constrain: `constrain(array, logical_axes) -> array`. Axes are "rows", "length", "embed", "heads",
-            "kv_heads", "head_dim", "vocab", and "looked_up" and "table_embed" of vectors out of the embedding.
+            "kv_heads", "head_dim", "vocab", and "looked_up", "table_embed", "half_embed" of embedded vectors.
           scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
           num_devices: devices of the mesh that `constrain` lays activations over.
           row_parts: into how many parts it splits the length of a row.

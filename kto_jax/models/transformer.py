@@ -323,8 +323,11 @@ class Transformer(nnx.Module):
 
     def _embedded(self, tokens_RL: Array) -> Array:
         x_TD = _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
-        # As the table lies: each device looks up its part of the vectors, which are then exchanged, not gathered.
-        x_TD = self._pin(self.constrain(x_TD, ("looked_up", "table_embed")), tokens_RL.shape)
+        # As the table lies: each device looks up its part of the vectors, which are then exchanged, not gathered, over
+        # one mesh axis after the other.
+        x_TD = self.constrain(x_TD, ("looked_up", "table_embed"))
+        x_RLD = self.constrain(x_TD.reshape(*tokens_RL.shape, -1), ("looked_up", "length", "half_embed"))
+        x_TD = self._pin(x_RLD.reshape(x_TD.shape), tokens_RL.shape)
         scale = self.config.embed_scale
         return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
 

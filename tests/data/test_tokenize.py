@@ -292,6 +292,16 @@ def chat_model(directory, template, eos, *added):
     return directory
 
 
+def ordinary(directory):
+    """A copy of a tokenizer whose added tokens are none of them special."""
+    copy = directory.with_name("ordinary")
+    shutil.copytree(directory, copy)
+    definition = json.loads((copy / "tokenizer.json").read_text())
+    definition["added_tokens"] = [token | {"special": False} for token in definition["added_tokens"]]
+    (copy / "tokenizer.json").write_text(json.dumps(definition))
+    return copy
+
+
 @pytest.mark.parametrize(
     ("template", "eos", "added", "ends"),
     [
@@ -323,6 +333,8 @@ def test_completions_end_as_the_chat_template_ends_the_assistants_turn(tmp_path,
         again = encoder.encode_prompt([*said, {"role": "user", "content": "Good."}])
         start = [*prompt, *completion]
         assert again[: len(start)].tolist() == start
+    # Where the control token is not called special, too.
+    assert decode(dataclasses.replace(info, directory=ordinary(info.directory)), completion).strip() == "Fine."
     plain = tokenize._prepare(tmp_path / "model", tmp_path / "plain", "none")
     assert [encoder.token(i) for i in plain.stop_ids] == [eos]
 
