@@ -35,7 +35,8 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "vocab": "tensor",
-    # Vectors as they come out of the embedding, before they are laid along rows.
+    # Vectors as they come out of the embedding, before they are laid along rows: first as the table lies, then with
+    # their length split over sequence and only half of that split of the table left, over fsdp.
     "looked_up": "data",
     "table_embed": PARAMETER_RULES["embed"],
     "half_embed": "fsdp",
