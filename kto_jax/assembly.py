@@ -19,6 +19,7 @@ from kto_jax.logs import console
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.huggingface import load_params
 from kto_jax.models.int8 import INT8, kept_as
+from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
@@ -66,6 +67,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         num_devices=mesh.size,
         row_parts=mesh.shape["sequence"],
         packed_attention=choose_attention(config.model.attention, mesh),
+        adapter_scale=config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
     )
 
 
@@ -90,10 +92,13 @@ def make_abstract_state(
     Raises:
       ConfigError: a dimension of the model does not divide over the mesh.
     """
-    plain = dataclasses.replace(model, scorer="none")
-    uses_reference = inputs.objective.uses_reference and not config.reference.precompute
-    policy = _placed(mesh, model, config.model.param_dtype)
-    reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
+    if config.lora.rank:
+        policy, reference = _placed_adapters(config, model, mesh)
+    else:
+        plain = dataclasses.replace(model, scorer="none")
+        uses_reference = inputs.objective.uses_reference and not config.reference.precompute
+        policy = _placed(mesh, model, config.model.param_dtype)
+        reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
     return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
 
@@ -114,13 +119,14 @@ def make_state(
         jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
     )
     mesh = abstract.step.sharding.mesh
-    if config.model.init == "random":
-        draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
-        policy = draw(key, config.model.param_dtype)
+    if config.lora.rank:
+        policy = _first_adapters(config, inputs, model, layout, key)
     else:
-        policy = load_params(model, inputs.model_path, param_dtype=config.model.param_dtype, shardings=layout, key=key)
+        policy = _first_weights(config, inputs, model, layout, key)
     if not abstract.reference:
         reference = {}
+    elif config.lora.rank:
+        reference = load_reference(config, inputs, model, reference_layout)
     elif config.reference.path:
         reference = load_reference(config, inputs, dataclasses.replace(model, scorer="none"), reference_layout)
     else:
@@ -131,19 +137,41 @@ def make_state(
     return state
 
 
+def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+    """The policy's parameters from its files, or drawn; those that `layout` names."""
+    if config.model.init == "random":
+
+        def draw(key: Array) -> Params:
+            params = model.init_params(key, config.model.param_dtype)
+            return {name: params[name] for name in layout}
+
+        return jax.jit(draw, out_shardings=layout)(key)
+    return load_params(model, inputs.model_path, param_dtype=config.model.param_dtype, shardings=layout, key=key)
+
+
+def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+    """Adapters that add nothing, and the first weights of a scorer."""
+    layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
+    # From a key of their own, so that they do not change the other values.
+    draw = jax.jit(lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers)
+    adapters = draw(jax.random.fold_in(key, 2))
+    return adapters | (_first_weights(config, inputs, model, others, key) if others else {})
+
+
 def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
     """The reference's parameters from its files, or as drawn where the policy's first weights are.
 
     Args:
       config: the run.
       inputs: what it reads.
-      model: the architecture, without a scorer.
-      layout: sharding of every parameter.
+      model: the architecture.
+      layout: sharding of every parameter of the reference; it names no scorer.
     """
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
-            return kept_as(model.init_params(key, config.model.param_dtype), config.reference.param_dtype)
+            params = model.init_params(key, config.model.param_dtype)
+            return kept_as({name: params[name] for name in layout}, config.reference.param_dtype)
 
         return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
     # Without a path it is what the policy begins with, rounded as the policy is.
@@ -163,9 +191,23 @@ def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
     return jax.jit(kept_as, static_argnums=1, out_shardings=layout)(params, INT8)
 
 
+def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
+    """What is trained where adapters are, with a scorer if the model has one; and the frozen parameters."""
+    abstract, axes = model.abstract_params("float32"), model.logical_axes()
+    adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
+    policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)
+    frozen = _placed(mesh, model, config.reference.param_dtype)
+    if frozen.pop("scorer", None):
+        policy |= _laid(mesh, {"scorer": axes["scorer"]}, {"scorer": abstract["scorer"]})
+    return policy, frozen
+
+
 def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:
-    abstract = model.abstract_params(dtype)
-    layout = shardings(mesh, model.logical_axes(dtype), abstract)
+    return _laid(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
+
+
+def _laid(mesh: Mesh, axes: Any, abstract: Any) -> Params:
+    layout = shardings(mesh, axes, abstract)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
     )

@@ -2,7 +2,7 @@
 
     checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and a reference that is
                                 synced; written in the background
-    checkpoints/reference       a frozen reference, written once
+    checkpoints/reference       a frozen reference, written once; low-rank adapters are laid upon it
 
 A checkpoint appears under its final name only when it is whole, so a run that is killed finds the newest whole one.
 """
@@ -20,8 +20,9 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from kto_jax import hosts
-from kto_jax.config import CheckpointConfig, ConfigError
+from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.lora import laid_upon
 from kto_jax.models.model import Model, Params
 from kto_jax.state import TrainState
 
@@ -204,4 +205,9 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
         wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
         wanted["policy"] = jax.tree.map(abstract, metadata["policy"])
         policy = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
+    if "embed" not in policy:  # It is adapters.
+        lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
+        reference = workdir / "checkpoints" / "reference"
+        frozen = ocp.load(reference, jax.tree.map(abstract, ocp.metadata(reference).metadata))
+        policy = laid_upon(frozen, policy, lora.alpha / lora.rank)
     return Model.create(TransformerConfig.from_hugging_face(values), dtype=dtype), policy, workdir / "tokenizer"

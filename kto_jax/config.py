@@ -64,6 +64,27 @@ class ReferenceConfig:
     """Share of the policy in the reference that it then becomes."""
 
 
+ADAPTED = ("query", "key", "value", "output", "gate", "up", "down")
+"""Matrices of a layer that can have a low-rank adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): small matrices are trained beside those of the reference, which is
+    then the frozen part of the policy too. `reference.param_dtype` is what the frozen weights are kept in."""
+
+    rank: int = 0
+    """Inner size of the adapters, usually 8 to 64; 0 trains all weights and has no adapters."""
+    alpha: float = 16.0
+    """What adapters add to their matrices is multiplied by alpha / rank. They take a higher learning rate: ten times
+    that of all weights is a usual beginning."""
+    targets: tuple[str, ...] = ADAPTED
+    """Which matrices of every layer have one: query, key, value, output, gate, up, down."""
+    zero: Literal["a", "b"] = "b"
+    """Which matrix of an adapter starts at 0, so that the policy starts as the reference: "b", the usual one, behind a
+    random projection of the input; or "a", before a random projection to the output (arXiv 2406.08447)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the feedback is and how a row is read."""
@@ -307,6 +328,7 @@ class Config:
     """Consecutive steps with a loss or gradient that is not finite before the run ends."""
     model: ModelConfig = ModelConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -501,6 +523,14 @@ def _check(config: Config) -> None:
         ("data.num_loaders", config.data.num_loaders, config.data.num_loaders >= 0, "0 (a thread) or more"),
         ("reference.sync_every", config.reference.sync_every, config.reference.sync_every >= 0, "0 (never) or more"),
         ("reference.sync_mix", config.reference.sync_mix, 0 < config.reference.sync_mix <= 1, "above 0, at most 1"),
+        ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (no adapters) or more"),
+        ("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "above 0"),
+        (
+            "lora.targets",
+            config.lora.targets,
+            bool(config.lora.targets) and len(set(config.lora.targets) & set(ADAPTED)) == len(config.lora.targets),
+            f"one or more of {', '.join(ADAPTED)}, each once",
+        ),
         *_objective_rules(config.objective),
         ("optimizer.learning_rate", config.optimizer.learning_rate, config.optimizer.learning_rate > 0, "above 0"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, config.optimizer.clip_norm > 0, "above 0"),

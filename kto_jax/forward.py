@@ -49,11 +49,12 @@ def read_completions(
     scores: Array,
     reference_logps: Float[Array, "R S"] | None = None,
 ) -> Completions:
-    """All that the objective sees of one microbatch; gradients reach the policy alone.
+    """All that the objective sees of one microbatch; gradients reach `policy` alone, which is what is trained of it.
 
     Where `reference_logps` are given, the reference is not read; humanline and value heads need its tokens and cannot
     do without it.
     """
+    policy = model.policy(policy, reference)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scorer == "reward":
         rewards = packed_rewards(model, policy, rows)

@@ -235,6 +235,29 @@ def _encode_controls(
     return bad, good
 
 
+def _check_adapters(config: Config) -> None:
+    """Refuses what low-rank adapters cannot go with.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    conflicts = {
+        "reference.path": (config.reference.path, '""', "the reference is the policy without its adapters"),
+        "reference.sync_every": (config.reference.sync_every, "0", "the frozen weights cannot move"),
+        "model.param_dtype": (
+            config.model.param_dtype if config.model.param_dtype != "float32" else "",
+            '"float32"',
+            "adapters are small, and kept in float32; config.reference.param_dtype is of the frozen weights",
+        ),
+    }
+    for field, (value, allowed, why) in conflicts.items():
+        if config.lora.rank and value:
+            raise ConfigError(
+                f"config.{field}={value!r} cannot be used with config.lora.rank={config.lora.rank}: {why}. "
+                f"Allowed: {allowed}. Set config.{field} to it, or config.lora.rank to 0."
+            )
+
+
 def check_together(config: Config, objective: Objective) -> None:
     """Refuses settings elsewhere that the objective has no use for.
 
@@ -247,10 +270,13 @@ def check_together(config: Config, objective: Objective) -> None:
     by_threshold = any(data.score_rule == "threshold" for data in scored)
     rules = [
         ("reference.path", objective.uses_reference, f"{name} holds no reference"),
-        ("reference.param_dtype", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.param_dtype", objective.uses_reference or config.lora.rank > 0, f"{name} holds no reference"),
         ("reference.precompute", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
+        ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
         ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
         ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
         ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
@@ -271,6 +297,7 @@ def check_together(config: Config, objective: Objective) -> None:
             f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
             "Set config.reference.param_dtype to bfloat16, or take config.reference.sync_every out."
         )
+    _check_adapters(config)
     moving = f"config.reference.sync_every={config.reference.sync_every} moves the reference"
     by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
     conflicts = [

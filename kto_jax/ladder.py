@@ -13,6 +13,7 @@ from kto_jax.topology import Topology
 
 # Devices that share a row, where one is too long for one device.
 _ROW_PARTS = 8
+_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +118,23 @@ def _settings(subject: Subject, topology: Topology) -> list[tuple[_Change, Calla
         ]
     settings.append(
         (
-            lambda config, _: dataclasses.replace(
-                config, model=dataclasses.replace(config.model, param_dtype="bfloat16")
-            ),
+            _bfloat16_policy,
             lambda _: "model.param_dtype=bfloat16",
             "the policy rounded with every update, right in the mean",
         )
     )
+    settings += [
+        (
+            _adapters,
+            lambda config: f"lora.rank={config.lora.rank} model.param_dtype=float32",
+            "low-rank adapters are trained, the weights stay",
+        ),
+        (
+            _int8_frozen,
+            lambda _: "reference.param_dtype=int8",
+            "the frozen weights rounded to int8",
+        ),
+    ]
     return settings
 
 
@@ -140,10 +151,32 @@ def _offloading(topology: Topology) -> list[tuple[_Change, Callable[[Config], st
     ]
 
 
+def _adapters(config: Config, _: int) -> Config:
+    if config.lora.rank:
+        return config
+    return dataclasses.replace(
+        config,
+        lora=dataclasses.replace(config.lora, rank=_RANK),
+        model=dataclasses.replace(config.model, param_dtype="float32"),
+    )
+
+
+def _int8_frozen(config: Config, _: int) -> Config:
+    if not config.lora.rank:  # The rung before was refused.
+        return config
+    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="int8"))
+
+
 def _bfloat16_reference(config: Config, _: int) -> Config:
     if config.reference.param_dtype == "int8":  # needs less
         return config
     return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16"))
+
+
+def _bfloat16_policy(config: Config, _: int) -> Config:
+    if config.lora.rank:  # Adapters are in float32, and small.
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
 
 
 def _full_remat(config: Config, _: int) -> Config:

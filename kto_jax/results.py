@@ -13,6 +13,7 @@ from kto_jax.inputs import Inputs
 from kto_jax.logs import console, read_metrics
 from kto_jax.models.huggingface import save_hugging_face
 from kto_jax.models.model import Model
+from kto_jax.models.peft import save_adapters
 from kto_jax.report import write_report
 from kto_jax.run import RunFolder
 from kto_jax.state import TrainState
@@ -32,7 +33,8 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     console.print(f"completing {len(prompts)} held-out prompts")
     # A reference that moves is no measure of what changed.
     reference = {} if config.reference.sync_every else state.reference
-    written = samples.write_samples(model, state.policy, reference, run.tokenizer, prompts, config.samples, config.seed)
+    policy = model.policy(state.policy, state.reference)
+    written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
     if hosts.is_first():
         samples.save_samples(path, written)
 
@@ -40,23 +42,33 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
 def write_results(
     model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
 ) -> None:
-    """Writes policy/ and report.html, and says what the judges found."""
+    """Writes policy/, of low-rank adapters also adapter/, and report.html, and says what the judges found."""
     folder = run.path
     card = model_card(folder.name, config, inputs)
     save_hugging_face(
         folder / "policy",
         model,
-        state.policy,
+        model.policy(state.policy, state.reference),
         tokenizer_dir=run.tokenizer.directory,
         stop_ids=run.tokenizer.stop_ids,
         model_card=card,
-        dtype=config.model.param_dtype,
+        dtype=_exported_dtype(config),
     )
+    if config.lora.rank:
+        save_adapters(
+            folder / "adapter", model, state.policy, lora=config.lora, base=config.model.path, model_card=card
+        )
     write_samples("after", model, state, inputs, run, config)
     if hosts.is_first():
         _write_report(inputs, run, config, command)
     # However long the judges take, nobody leaves before the report is written.
     hosts.tell("written")
+
+
+def _exported_dtype(config: Config) -> str:
+    """Adapters are added to weights in float32; where the frozen ones were bfloat16, the sum is rounded to it."""
+    frozen_in_bfloat16 = config.lora.rank and config.reference.param_dtype == "bfloat16"
+    return "bfloat16" if frozen_in_bfloat16 else config.model.param_dtype
 
 
 def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
@@ -92,7 +104,7 @@ def _compare(
 
 def model_card(name: str, config: Config, inputs: Inputs) -> str:
     """README.md of the policy: what was trained, on what, by which configuration."""
-    objective = config.objective.name
+    objective, lora = config.objective.name, config.lora
     task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
     options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
     reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
@@ -108,6 +120,10 @@ def model_card(name: str, config: Config, inputs: Inputs) -> str:
         f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "
         f"schedule, {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}",
         *([reference] if reference else []),
+        *(
+            [f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"]
+            * bool(lora.rank)
+        ),
         f"seed {config.seed}",
         *([f"sample behind `{config.objective.good_control}`, after the template"] if inputs.controls else []),
     ]

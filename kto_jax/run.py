@@ -4,6 +4,7 @@ config.json      the resolved configuration     metrics.jsonl   one row per step
 manifest.json    what the data was              checkpoints/    Orbax
 model.json       the architecture               policy/         the result, in Hugging Face format
 tokenizer/       the tokenizer                  report.html     curves, samples, verdicts
+adapter/         low-rank adapters, where they were trained, as peft reads them
 reference_error.json   what rounding the reference did to log-probabilities and rewards, where it was rounded
 reference.json   digest of its weights, where the reference's log-probabilities were computed once
 """

@@ -26,6 +26,7 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "adapter": None,
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {
     "rows": ("data", "fsdp"),

@@ -25,8 +25,8 @@ class TrainState:
 
     Attributes:
       step: steps taken.
-      policy: parameters that are trained.
-      reference: parameters that log-ratios are taken against; {} for objectives without a reference.
+      policy: parameters that are trained: the policy's, or low-rank adapters alone.
+      reference: parameters that log-ratios are taken against, and that adapters are laid upon; {} where neither is.
       opt_state: the optimizer's.
       objective_state: the objective's, by name; usually {}.
       num_bad_steps: consecutive steps whose loss or gradient was not finite; they changed nothing else.

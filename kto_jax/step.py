@@ -187,7 +187,8 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
 
     Returns:
       tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
-      matched rows, and the forward passes of the reference (where the step reads it) and of the first pass.
+      matched rows, and the forward passes of the reference (where the step reads it) and of the first pass. Adapters
+      spare the backward pass the gradients of the matrices; their own work is not counted.
     """
     has_logits = objective.scorer != "reward"
 
@@ -210,7 +211,8 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
     models = 2 if objective.uses_reference and batch.matched_reference is None else 1
     zero = jnp.zeros_like(matched)
     first = {"none": zero, "unmatched": forward(batch.unmatched)[1], "matched": matched}[objective.first_pass]
-    return {"tokens": tokens, "flops": (2 + models) * matched + models * first}
+    backward = 1 if model.adapter_scale else 2
+    return {"tokens": tokens, "flops": (backward + models) * matched + models * first}
 
 
 # ------------------------------------------------------------------------------------------------ steps

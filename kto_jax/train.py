@@ -276,7 +276,7 @@ def _reference_is_rounded(config: Config, inputs: Inputs) -> bool:
     """Whether the reference is the policy's first weights, in fewer bits than the policy is kept in."""
     kept = config.reference.param_dtype
     rounded = kept == "int8" or (kept == "bfloat16" and config.model.param_dtype == "float32")
-    return inputs.objective.uses_reference and not config.reference.path and rounded
+    return inputs.objective.uses_reference and not config.reference.path and not config.lora.rank and rounded
 
 
 def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) -> None:

@@ -76,6 +76,11 @@ def test_a_comma_separated_string_fills_a_tuple():
 
 @pytest.mark.parametrize("section, field, value, message", [
     ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: above 0"),
+    ("lora", "rank", -1, r"config.lora.rank=-1 cannot be used. Allowed: 0 \(no adapters\) or more"),
+    ("lora", "alpha", 0.0, r"config.lora.alpha=0.0 cannot be used. Allowed: above 0"),
+    ("lora", "targets", "query,keys", r"config.lora.targets=\('query', 'keys'\).*Allowed: one or more of query, key"),
+    ("lora", "targets", ("up", "up"), r"each once"),
+    ("lora", "zero", "c", r"'c' is of type str. Allowed: \"a\" or \"b\""),
     ("objective", "beta", "x", r"config.objective.beta='x' is of type str. Allowed: float"),
     ("objective", "beta", True, r"config.objective.beta=True is of type bool"),
     ("objective", "desirable_weight", "much", r"'much'.*Allowed: float or \"auto\""),

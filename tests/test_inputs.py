@@ -8,6 +8,7 @@ from kto_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -219,6 +220,25 @@ def test_a_control_without_tokens_or_beyond_the_vocabulary_is_refused(text, mess
     assert len(good) > 1
     with pytest.raises(ConfigError, match=message):
         _encode_controls(dataclasses.replace(csft, controls=(text, "<|good|>")), tokenizer, 30)
+
+
+@pytest.mark.parametrize("elsewhere, message", [
+    ({"reference": ReferenceConfig(path="other")}, r"reference.path='other'.*rank=4: the reference is the policy"),
+    ({"reference": ReferenceConfig(sync_every=4)}, r"reference.sync_every=4.*rank=4: the frozen weights cannot move"),
+    ({"model": ModelConfig(path="x", param_dtype="bfloat16")}, r"param_dtype='bfloat16'.*adapters are small"),
+])  # fmt: skip
+def test_what_adapters_cannot_go_with_is_refused(elsewhere, message):
+    adapters = {"lora": LoraConfig(rank=4)}
+    check_together(config(**adapters), KTO)
+    check_together(config(**adapters, reference=ReferenceConfig(param_dtype="int8")), objective("orpo"))
+    with pytest.raises(ConfigError, match=message):
+        check_together(config(**adapters, **elsewhere), KTO)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"targets": ("query",)}, {"zero": "a"}])
+def test_settings_of_adapters_without_a_rank_are_refused(options):
+    with pytest.raises(ConfigError, match=r"has no use: lora\.rank is 0"):
+        check_together(config(lora=LoraConfig(**options)), KTO)
 
 
 def test_a_reference_in_int8_does_not_move():

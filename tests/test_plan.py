@@ -12,7 +12,16 @@ import pytest
 
 from kto_jax import ladder, planning
 from kto_jax.assembly import make_abstract_state, make_model
-from kto_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, ReferenceConfig
+from kto_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+)
 from kto_jax.hlo import Collective
 from kto_jax.objectives import check_objective
 from kto_jax.plan import FLAGS, main
@@ -128,7 +137,26 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
     assert [rung.setting for rung in rungs] == [
         "mesh.fsdp=1 mesh.sequence=8 microbatch_rows=1", "optimizer.moments_dtype=bfloat16",
         "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
+        "lora.rank=16 model.param_dtype=float32", "reference.param_dtype=int8",
     ]  # fmt: skip
+    # Adapters are not rounded, and what they are laid upon is as the rungs before left it.
+    *_, adapters, rounded = (rung.program.config for rung in rungs)
+    assert (adapters.lora.rank, adapters.model.param_dtype, adapters.reference.param_dtype) == (
+        16,
+        "float32",
+        "bfloat16",
+    )
+    assert rounded == dataclasses.replace(adapters, reference=ReferenceConfig(param_dtype="int8", precompute=True))
+
+
+def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
+    monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
+    run = config(lora=LoraConfig(rank=4))
+    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    settings = [rung.setting for rung in rungs]
+    assert settings[-1] == "reference.param_dtype=int8"
+    assert not [setting for setting in settings if "lora" in setting or "model.param_dtype" in setting]
+    assert rungs[-1].program.config.lora.rank == 4
 
 
 def test_the_ladder_does_not_undo_a_setting_that_needs_less(monkeypatch):
@@ -148,10 +176,20 @@ def test_a_reference_in_int8_is_planned_with_a_quarter_of_the_memory():
 def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    *_, store, last = ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16))
-    assert (store.setting, store.program) == ("reference.precompute=True", None)
-    assert "sync_every=5 moves the reference" in store.why_not
-    assert not last.program.config.reference.precompute
+    climbed = ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16))
+    refused = {rung.setting: rung.why_not for rung in climbed if rung.program is None}
+    assert list(refused) == ["reference.precompute=True", "lora.rank=16 model.param_dtype=float32"]
+    assert "sync_every=5 moves the reference" in refused["reference.precompute=True"]
+    assert "sync_every=5 cannot be used with config.lora.rank=16" in refused["lora.rank=16 model.param_dtype=float32"]
+
+
+def test_what_comes_after_a_refused_setting_is_tried_without_it(monkeypatch):
+    monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
+    run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
+    climbed = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    policy = next(rung.program.config for rung in climbed if rung.setting == "model.param_dtype=bfloat16")
+    assert not policy.reference.precompute
+    assert "reference.param_dtype=int8" not in [rung.setting for rung in climbed]
 
 
 # ------------------------------------------------------------------------------------------------ bounds

@@ -26,7 +26,8 @@ from kto_jax.models.classifier import choose_padding, classifier_values, write_p
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS
 from kto_jax.models.gguf import open_gguf
-from kto_jax.models.int8 import INT8, quantise
+from kto_jax.models.int8 import INT8, as_matrices, quantise
+from kto_jax.models.lora import as_adapted
 from kto_jax.models.model import Model, Params
 from kto_jax.models.safetensors_files import (
     SafetensorsWeights,
@@ -97,7 +98,8 @@ def load_params(
       model: the model; its config must be that of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file.
       param_dtype: what the parameters are kept in; values are converted as they are read, to int8 matrix by matrix.
-      shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device.
+      shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device. Whole parts
+        (embed, layers, scorer ...) that it does not name are not read.
       key: decides a scorer that is drawn; None is `jax.random.key(0)`.
 
     Raises:
@@ -110,6 +112,7 @@ def load_params(
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
     abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
+    abstract = {name: abstract[name] for name in shardings}
 
     def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
         if isinstance(sharding, dict):  # of a matrix that becomes int8
@@ -174,7 +177,7 @@ def save_hugging_face(
     Args:
       directory: where to; an earlier export there is replaced, anything else refused.
       model: the model.
-      params: its parameters, sharded or not.
+      params: its parameters, sharded or not; adapters are added to their matrices, one tensor at a time.
       tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
       model_card: text of README.md.
       stop_ids: ids that end a completion, besides those that the model's config names: generation_config.json has both.
@@ -195,6 +198,7 @@ def save_hugging_face(
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    params = as_adapted(as_matrices(params))
     shapes = expected_shapes(model.config, reward=model.scorer == "reward")
     ours = {theirs: (own, transposed) for own, (theirs, transposed) in tensor_names(model.config).items()}
     files = _plan_files(shapes, jnp.dtype(dtype).itemsize, max_shard_bytes)
@@ -208,7 +212,7 @@ def save_hugging_face(
         if len(files) > 1:
             _write_json(partial / "model.safetensors.index.json", _index(shapes, files, dtype))
         _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
-        _replace(partial, directory)
+        replace_directory(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("export")
 
@@ -331,13 +335,14 @@ def _gathered(params: Params, ours: dict[str, tuple[str, bool]], name: str, dtyp
     return whole.T if transposed else whole
 
 
-def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
+@jax.jit(static_argnames="dtype")
+def _cast(leaf: Any, dtype: str) -> jax.Array:
     return leaf.astype(dtype)
 
 
 @jax.jit(static_argnames="dtype")
-def _layer(leaf: jax.Array, layer: jax.Array, dtype: str) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False).astype(dtype)
+def _layer(leaf: Any, layer: jax.Array, dtype: str) -> jax.Array:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf).astype(dtype)
 
 
 def _plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> dict[str, list[str]]:
@@ -390,7 +395,7 @@ def _write_small_files(
     _write_json(directory / "config.json", values | {"torch_dtype": dtype})
 
 
-def _replace(partial: Path, directory: Path) -> None:
+def replace_directory(partial: Path, directory: Path) -> None:
     """Renames a complete directory into place; an earlier export leaves only once the new one is whole."""
     old = directory.parent / f".{directory.name}.old"
     shutil.rmtree(old, ignore_errors=True)

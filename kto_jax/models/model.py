@@ -15,6 +15,7 @@ from kto_jax.losses import token_logps
 from kto_jax.models.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import INT8, as_matrices, kept_as, quantised_axes
+from kto_jax.models.lora import as_adapted, laid_upon
 from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
 from kto_jax.models.transformer import (
     REMAT_POLICIES,
@@ -54,7 +55,8 @@ class Model:
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         scorer, see scorers.py        (a reward model has no head: its output head is never used)
 
-    A frozen reference may hold int8 matrices in place of weights and table: see int8.py.
+    A frozen reference may hold int8 matrices in place of weights and table: see int8.py. A policy of low-rank adapters
+    has both in place of a weight: see lora.py.
 
     Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
     frozen reference has no scorer.
@@ -70,6 +72,7 @@ class Model:
       num_devices: devices that share every activation.
       row_parts: into how many parts `constrain` splits the length of a row.
       packed_attention: attention over packed rows; what reads a cache has its own.
+      adapter_scale: what adapters' products are multiplied by, α/r; 0 where all parameters are trained.
     """
 
     config: TransformerConfig
@@ -81,6 +84,7 @@ class Model:
     num_devices: int = 1
     row_parts: int = 1
     packed_attention: PackedAttention = blockwise_attention
+    adapter_scale: float = 0.0
 
     @classmethod
     def create(
@@ -94,6 +98,7 @@ class Model:
         num_devices: int = 1,
         row_parts: int = 1,
         packed_attention: PackedAttention = blockwise_attention,
+        adapter_scale: float = 0.0,
     ) -> Model:
         """Builds a model.
 
@@ -107,6 +112,7 @@ class Model:
           num_devices: devices of the mesh that `constrain` lays activations over.
           row_parts: into how many parts it splits the length of a row.
           packed_attention: attention over packed rows; hashable, called as `dense_attention` is.
+          adapter_scale: what adapters' products are multiplied by; 0 for a model without.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scorer.
@@ -118,9 +124,15 @@ class Model:
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
         constrain = constrain or _unconstrained
-        model = cls(config, dtype, remat, constrain, scorer, None, num_devices, row_parts, packed_attention)
+        model = cls(
+            config, dtype, remat, constrain, scorer, None, num_devices, row_parts, packed_attention, adapter_scale
+        )
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
+
+    def policy(self, trained: Params, frozen: Params) -> Params:
+        """The policy's parameters: what is trained, which of adapters is laid upon a frozen model's parameters."""
+        return laid_upon(frozen, trained, self.adapter_scale) if self.adapter_scale else trained
 
     def hidden_states(
         self,
@@ -245,7 +257,7 @@ class Model:
 
     def _merge(self, params: Params) -> Transformer:
         trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
-        return nnx.merge(self.graphdef, nnx.State(as_matrices(trunk)))
+        return nnx.merge(self.graphdef, nnx.State(as_adapted(as_matrices(trunk))))
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
         return Transformer(

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from kto_jax.models.attention import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import Int8Matrix
+from kto_jax.models.lora import AdaptedMatrix
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 # As `dense_attention`: rotated queries and keys, and values, of packed rows, with their segments and positions.
@@ -76,8 +77,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """Projects every row of x."""
-        x_TO = jnp.dot(x_TI, self.weight[...].astype(self.dtype), precision=matmul_precision(self.dtype))
+        weight = self.weight[...]
+        if isinstance(weight, AdaptedMatrix):
+            x_TO = self._product(x_TI, weight.frozen)
+            x_TO = x_TO + self._product(self._product(x_TI, weight.a), weight.scaled_b)
+        else:
+            x_TO = self._product(x_TI, weight)
         return x_TO if self.bias is None else x_TO + self.bias[...].astype(self.dtype)[None, :]
+
+    def _product(self, x_TI: Array, weight: Array | Int8Matrix) -> Array:
+        return jnp.dot(x_TI, weight.astype(self.dtype), precision=matmul_precision(self.dtype))
 
 
 class RMSNorm(nnx.Module):
