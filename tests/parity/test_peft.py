@@ -1,0 +1,88 @@
+"""Exported adapters, loaded by peft upon the exported model that they were trained beside."""
+
+import jax
+import numpy as np
+import pytest
+
+from kto_jax.config import LoraConfig
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.huggingface import save_hugging_face
+from kto_jax.models.lora import init_adapters, laid_upon
+from kto_jax.models.model import Model
+from kto_jax.models.peft import save_adapters
+from tests.models.family_files import FILES
+
+from .test_families import close
+from .test_transformers import our_logits, their_logits
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+TOKENS = np.random.default_rng(0).integers(1, 64, (2, 13))
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def drawn(model, lora):
+    """A frozen model, and adapters of which neither matrix is 0."""
+    params = model.init_params(jax.random.key(0), "float32")
+    adapters = init_adapters(params, lora, jax.random.key(1))
+    leaves, structure = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return params, jax.tree.unflatten(structure, noise)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=4.0), LoraConfig(rank=8, targets=("value", "down"))])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2"])
+def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft, name, lora, tmp_path):
+    model = Model.create(TransformerConfig.from_hugging_face(FILES[name]), remat="none")
+    params, adapters = drawn(model, lora)
+    save_hugging_face(tmp_path / "base", model, params, tokenizer_dir=None, model_card="")
+    save_adapters(tmp_path / "adapter", model, adapters, lora=lora, base=str(tmp_path / "base"), model_card="")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    plain = their_logits(torch, base, TOKENS)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours = our_logits(model, laid_upon(params, adapters, lora.alpha / lora.rank), TOKENS)
+    assert np.max(np.abs(ours - plain)) > 0.1
+    close(ours, their_logits(torch, theirs, TOKENS))
+    save_hugging_face(
+        tmp_path / "merged",
+        model,
+        laid_upon(params, adapters, lora.alpha / lora.rank),
+        tokenizer_dir=None,
+        model_card="",
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    close(their_logits(torch, merged, TOKENS), ours)
+
+
+def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, transformers, peft, tmp_path):
+    lora = LoraConfig(rank=3, alpha=4.0)
+    model = Model.create(TransformerConfig.from_hugging_face(FILES["mistral"]), remat="none", scorer="reward")
+    params, adapters = drawn(model, lora)
+    weight = 0.5 * jax.random.normal(jax.random.key(3), (32,))
+    save_hugging_face(tmp_path / "base", model, params, tokenizer_dir=None, model_card="")
+    save_adapters(
+        tmp_path / "adapter", model, adapters | {"scorer": {"weight": weight}}, lora=lora, base="base", model_card=""
+    )
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    laid = laid_upon(params, adapters, lora.alpha / lora.rank) | {"scorer": {"weight": weight}}
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1])[None], TOKENS.shape)
+    hidden = model.hidden_states(laid, TOKENS, np.ones_like(TOKENS), positions)
+    close(model.scores(laid, hidden[:, -1]), their_logits(torch, theirs, TOKENS)[:, 0])
