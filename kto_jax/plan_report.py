@@ -113,8 +113,10 @@ def show_ladder(program: Program, rungs: Sequence[Rung], console: Console) -> No
     console.print(table)
     fitting = [rung for rung in rungs if rung.program and rung.program.fits]
     if fitting:
-        settings = " ".join(rung.setting for rung in rungs if rung.program)
-        console.print(f"it fits with {settings}", soft_wrap=True, markup=False)
+        # A field that a later rung sets again has the value that it gave.
+        settings = dict(field.split("=") for rung in rungs if rung.program for field in rung.setting.split())
+        said = " ".join(f"{name}={value}" for name, value in settings.items())
+        console.print(f"it fits with {said}", soft_wrap=True, markup=False)
     else:
         console.print("none of these makes it fit: take more chips, chips with more memory, or a smaller model")
 

@@ -251,6 +251,20 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys, monkeypatch):
     assert "it fits with model.remat=full" in printed
 
 
+def test_what_a_plan_says_would_fit_names_each_field_once_with_its_last_value(capsys, monkeypatch):
+    def compiled(given, *_):
+        return program(1 if given.lora.rank else 2**31, limit=2**30, config=given)
+
+    monkeypatch.setattr("kto_jax.plan.compile_step", compiled)
+    monkeypatch.setattr(ladder, "compile_step", compiled)
+    assert main([f"--config={TINY}", "--topology=local"]) == 3
+    *_, said = capsys.readouterr().out.strip().splitlines()
+    fields = dict(field.split("=") for field in said.removeprefix("it fits with ").split())
+    assert said.count("=") == len(fields)
+    assert (fields["lora.rank"], fields["model.param_dtype"]) == ("16", "float32")
+    assert (fields["mesh.fsdp"], fields["mesh.sequence"]) == ("1", "8")
+
+
 def test_where_nothing_helps_a_plan_says_so(capsys, monkeypatch):
     monkeypatch.setattr("kto_jax.plan.compile_step", lambda given, *_: program(2**31, config=given))
     monkeypatch.setattr(ladder, "compile_step", lambda given, *_: program(2**31, config=given))
