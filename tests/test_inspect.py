@@ -114,6 +114,15 @@ def test_scores_of_one_label_are_shown_and_no_weight_is_said_to_mend_them(capsys
     assert "score " in printed.split("───")[-1] and printed.count("⟦") == 1
 
 
+def test_a_row_ends_in_the_token_that_the_run_would_teach(capsys, cache, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+    ends = {}
+    for token in ("<|im_end|>", "<|im_start|>"):
+        assert main([CONFIG, "--rows=5", f"--config.data.eos_token={token}"]) == 0
+        ends[token] = capsys.readouterr().out.count("<|im_start|>")
+    assert ends["<|im_start|>"] == ends["<|im_end|>"] + 5
+
+
 def test_a_mixture_is_shown_by_source_and_the_weights_asked_for_are_those_of_its_visits(capsys, cache, monkeypatch):
     monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
     monkeypatch.setenv("COLUMNS", "200")

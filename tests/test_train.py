@@ -175,6 +175,13 @@ def test_a_reward_model_is_trained_exported_and_scores(cache, tmp_path, capsys):
     assert "is a reward model" in message
 
 
+def test_what_completions_end_in_is_what_ends_the_texts_of_the_exported_policy(tmp_path):
+    arguments = ["--config.max_steps=1", "--config.data.eos_token=<|im_start|>", f"--workdir={tmp_path / 'run'}"]
+    assert main([*TINY, *arguments]) == 0
+    generation = json.loads((tmp_path / "run/policy/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 1]  # the model's own, and the one that was taught
+
+
 def refused(capsys, *arguments):
     """The message of a command that must end with exit code 2."""
     assert main(arguments) == 2
