@@ -11,7 +11,7 @@ Contenders, each from the same weights, on the same batches, in the same order:
     padded      the same step with a row for each example, padded to the longest of the batch
     plain_jax   a plain JAX step: padded rows, and the logits of all tokens
     trl         TRL's KTOTrainer with its defaults, and trl_stored without gradient checkpointing
-    easydel     EasyDeL's KTOTrainer with its defaults, and easydel_saving told to need less memory
+    easydel     EasyDeL's KTOTrainer
 
 They take turns: round by round each one starts as a new process, takes a step to warm up, then the timed ones. None is
 idle beside another, so none can take its memory or its cores; the peak rate of matrix products is measured between the
@@ -74,7 +74,6 @@ class Contender:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-EASYDEL = ("easydel==0.3.0", "torch==2.13.0", "pillow==13.0.0")
 TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0")
 CONTENDERS = {
     "kto_jax": Contender("ours", "packed"),
@@ -82,8 +81,7 @@ CONTENDERS = {
     "plain_jax": Contender("plain_jax"),
     "trl": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", True),)),
     "trl_stored": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", False),)),
-    "easydel": Contender("easydel", requirements=EASYDEL, options=(("saves_memory", False),)),
-    "easydel_saving": Contender("easydel", requirements=EASYDEL, options=(("saves_memory", True),)),
+    "easydel": Contender("easydel", requirements=("easydel==0.3.0", "torch==2.13.0", "pillow==13.0.0")),
 }
 WITHOUT_PEERS = ("kto_jax", "padded", "plain_jax")
 

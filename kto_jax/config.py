@@ -57,7 +57,8 @@ class ReferenceConfig:
     to rewards is measured on the first batch and said, where it is known what they would have been."""
     precompute: bool = False
     """Compute its log-probabilities of all that the run will read once, before training, and then hold no reference.
-    They are kept in the cache, for other runs on the same feedback. The report then has no perplexity under it."""
+    They are kept in the cache, for other runs on the same feedback. The report then has no perplexity under it.
+    Low-rank adapters are laid upon its weights, which are then held all the same."""
     sync_every: int = 0
     """Steps after which the reference moves towards the policy, as in TR-DPO (arXiv 2404.09656: 512); 0 never."""
     sync_mix: float = 0.6

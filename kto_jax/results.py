@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,17 @@ def write_results(
         tokenizer_dir=run.tokenizer.directory,
         stop_ids=run.tokenizer.stop_ids,
         model_card=card,
-        dtype=_exported_dtype(config),
+        dtype=config.model.param_dtype,
     )
     if config.lora.rank:
         save_adapters(
-            folder / "adapter", model, state.policy, lora=config.lora, base=config.model.path, model_card=card
+            folder / "adapter",
+            model,
+            state.policy,
+            lora=config.lora,
+            base=None if config.model.init == "random" else _base(config.model.path),
+            tokenizer_dir=run.tokenizer.directory,
+            model_card=card.replace("library_name: transformers", "library_name: peft"),
         )
     write_samples("after", model, state, inputs, run, config)
     if hosts.is_first():
@@ -65,10 +72,9 @@ def write_results(
     hosts.tell("written")
 
 
-def _exported_dtype(config: Config) -> str:
-    """Adapters are added to weights in float32; where the frozen ones were bfloat16, the sum is rounded to it."""
-    frozen_in_bfloat16 = config.lora.rank and config.reference.param_dtype == "bfloat16"
-    return "bfloat16" if frozen_in_bfloat16 else config.model.param_dtype
+def _base(path: str) -> str:
+    """Where others find the frozen weights: a folder by its whole path."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
@@ -102,9 +108,19 @@ def _compare(
     return verdicts, notes, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
 
 
+def _of_adapters(config: Config) -> list[str]:
+    """What the model card says of low-rank adapters."""
+    lora, kept = config.lora, config.reference.param_dtype
+    rounded = f", rounded to {kept} while they were trained: policy/ is the sum with those" if kept != "float32" else ""
+    return [
+        f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}, beside frozen "
+        f"weights{rounded}"
+    ]
+
+
 def model_card(name: str, config: Config, inputs: Inputs) -> str:
     """README.md of the policy: what was trained, on what, by which configuration."""
-    objective, lora = config.objective.name, config.lora
+    objective = config.objective.name
     task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
     options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
     reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
@@ -120,10 +136,7 @@ def model_card(name: str, config: Config, inputs: Inputs) -> str:
         f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "
         f"schedule, {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}",
         *([reference] if reference else []),
-        *(
-            [f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"]
-            * bool(lora.rank)
-        ),
+        *(_of_adapters(config) if config.lora.rank else []),
         f"seed {config.seed}",
         *([f"sample behind `{config.objective.good_control}`, after the template"] if inputs.controls else []),
     ]

@@ -192,7 +192,8 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
     """
     has_logits = objective.scorer != "reward"
 
-    def forward(rows: PackedRows) -> tuple[jax.Array, jax.Array]:
+    def forward(rows: PackedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens, and the operations of products with weights and of attention."""
         real = rows.segment_ids > 0
         tokens = jnp.sum(real).astype(jnp.float32)
         seen = jnp.where(real, rows.positions + 1, 0)
@@ -201,18 +202,19 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> Figures:
         body = model.config.flops_per_token(attended=0, head=False)
         head = model.config.flops_per_token(attended=0, head=True) - body
         attention = model.config.flops_per_token(attended=1, attended_locally=0, head=False) - body
-        total = body * tokens + attention * attended + has_logits * head * completions
+        attending = attention * attended
         if model.config.window is not None:
             local = model.config.flops_per_token(attended=0, attended_locally=1, head=False) - body
-            total += local * jnp.sum(jnp.minimum(seen, model.config.window).astype(jnp.float32))
-        return tokens, total
+            attending += local * jnp.sum(jnp.minimum(seen, model.config.window).astype(jnp.float32))
+        return tokens, body * tokens + has_logits * head * completions, attending
 
-    tokens, matched = forward(batch.matched)
+    tokens, products, attending = forward(batch.matched)
+    matched = products + attending
+    backward = (1 if model.adapter_scale else 2) * products + 2 * attending
     models = 2 if objective.uses_reference and batch.matched_reference is None else 1
     zero = jnp.zeros_like(matched)
-    first = {"none": zero, "unmatched": forward(batch.unmatched)[1], "matched": matched}[objective.first_pass]
-    backward = 1 if model.adapter_scale else 2
-    return {"tokens": tokens, "flops": (backward + models) * matched + models * first}
+    first = {"none": zero, "unmatched": sum(forward(batch.unmatched)[1:]), "matched": matched}[objective.first_pass]
+    return {"tokens": tokens, "flops": models * matched + backward + models * first}
 
 
 # ------------------------------------------------------------------------------------------------ steps

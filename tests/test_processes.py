@@ -116,6 +116,21 @@ def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_
 
 
 @pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_path):
+    adapters = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.reference.param_dtype=int8"]
+    adapters += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.samples.num_prompts=2"]
+    log = train(cache, tmp_path / "one", 1, *adapters, "--config.samples.max_new_tokens=3")
+    assert max(row["z0"] for row in log) > 0.1
+    assert_same(train(cache, tmp_path / "two", 2, *adapters, "--config.samples.max_new_tokens=3"), log)
+    assert_same_policy(tmp_path / "two", tmp_path / "one")
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")
+    )
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
     workdir = tmp_path / "run"
     # A save after every step, so that the run is not over before the signal is heard.

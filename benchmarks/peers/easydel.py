@@ -18,8 +18,6 @@ import transformers
 
 from benchmarks.peers.turn import read_job, report
 
-_VOCABULARY_CHUNK = 4096
-
 
 class Trainer(easydel.KTOTrainer):
     """The trainer; remembers the seconds and the losses of its steps."""
@@ -56,18 +54,12 @@ def make_dataset(job: dict[str, Any], pad_id: int) -> datasets.Dataset:
 
 
 def make_trainer(job: dict[str, Any], directory: str) -> Trainer:
-    """A trainer with EasyDeL's defaults, but for what all contenders share, and where the job says so recomputation of
-    every layer and chunks of the vocabulary."""
-    saving = job["saves_memory"]
+    """A trainer with EasyDeL's defaults, but for what all contenders share."""
     options, settings = job["config"]["objective"], job["config"]["optimizer"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = easydel.AutoEasyDeLModelForCausalLM.from_pretrained(
-        job["model"],
-        dtype=jnp.dtype(job["dtype"]),
-        param_dtype=jnp.float32,
-        verbose=False,
-        config_kwargs={"gradient_checkpointing": "nothing_saveable"} if saving else None,
+        job["model"], dtype=jnp.dtype(job["dtype"]), param_dtype=jnp.float32, verbose=False
     )
     max_prompt_length = job["config"]["data"]["max_prompt_length"]
     arguments = easydel.KTOConfig(
@@ -88,7 +80,6 @@ def make_trainer(job: dict[str, Any], directory: str) -> Trainer:
         shuffle_train_dataset=False,
         do_last_save=False,
         use_wandb=False,
-        logprob_vocab_chunk_size=_VOCABULARY_CHUNK if saving else None,
     )
     trainer = Trainer(
         arguments=arguments,

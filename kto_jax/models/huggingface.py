@@ -378,10 +378,7 @@ def _write_small_files(
     dtype: str,
 ) -> None:
     (directory / "README.md").write_text(model_card, encoding="utf-8")
-    for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-        source = Path(tokenizer_dir or "") / name
-        if source.is_file():
-            shutil.copyfile(source, directory / name)
+    copy_tokenizer(tokenizer_dir, directory)
     if model.scorer == "reward":
         pad_id, pad_token = choose_padding(model.config, tokenizer_dir, stop_ids)
         write_padding(directory, pad_token)
@@ -393,6 +390,14 @@ def _write_small_files(
         generation |= {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
         _write_json(directory / "generation_config.json", generation)
     _write_json(directory / "config.json", values | {"torch_dtype": dtype})
+
+
+def copy_tokenizer(source: str | Path | None, directory: Path) -> None:
+    """Copies the tokenizer files that a directory has; None has none."""
+    for name in TOKENIZER_FILES if source is not None else ():
+        file = Path(source or "") / name
+        if file.is_file():
+            shutil.copyfile(file, directory / name)
 
 
 def replace_directory(partial: Path, directory: Path) -> None:

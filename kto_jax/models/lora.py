@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from kto_jax.config import LoraConfig
@@ -117,7 +118,8 @@ def laid_upon(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
         if trained.keys() == {"a", "b"}:
             # Beside them, not multiplied with them: the step adds to the gradients of A and B as they stand.
             layers, dtype = len(trained["b"]), trained["b"].dtype
-            return {"weight": frozen, **trained, "scale": jnp.full(layers, scale, dtype)}
+            # Of NumPy: of several processes each has the whole of it.
+            return {"weight": frozen, **trained, "scale": np.full(layers, scale, dtype)}
         return {
             name: lay(frozen.get(name), trained[name]) if name in trained else frozen[name]
             for name in {**frozen, **trained}

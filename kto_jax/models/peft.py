@@ -1,4 +1,9 @@
-"""Low-rank adapters out to a directory that the peft library loads upon the model they were trained beside."""
+"""Low-rank adapters out to a directory that the peft library loads upon the model they were trained beside.
+
+base = AutoModelForCausalLM.from_pretrained(base)
+base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)     # of a reward model
+policy = PeftModel.from_pretrained(base, directory)
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kto_jax.config import LoraConfig
-from kto_jax.models.huggingface import replace_directory
+from kto_jax.models.huggingface import copy_tokenizer, replace_directory
 from kto_jax.models.lora import GROUPS
 from kto_jax.models.model import Model, Params
 from kto_jax.models.safetensors_files import write_safetensors
@@ -22,9 +27,16 @@ _PREFIX = "base_model.model."
 
 
 def save_adapters(
-    directory: str | Path, model: Model, adapters: Params, *, lora: LoraConfig, base: str, model_card: str
+    directory: str | Path,
+    model: Model,
+    adapters: Params,
+    *,
+    lora: LoraConfig,
+    base: str | None,
+    tokenizer_dir: str | Path | None,
+    model_card: str,
 ) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors in float32 and README.md.
+    """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
 
     Every process of a run must call this; the first one writes. The weight of a reward model goes along; a value
     scorer is left out.
@@ -34,7 +46,9 @@ def save_adapters(
       model: the policy's.
       adapters: as trained, sharded or not.
       lora: how they were trained.
-      base: where the frozen model came from, a directory or Hub id, which peft loads them upon.
+      base: where the frozen model came from, a directory or Hub id, which peft loads them upon; None where that is
+        nowhere, as of weights that were drawn.
+      tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
       model_card: text of README.md.
     """
     directory = Path(directory)
@@ -48,6 +62,7 @@ def save_adapters(
         values = _config(model, lora, base)
         (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(model_card, encoding="utf-8")
+        copy_tokenizer(tokenizer_dir, partial)
         replace_directory(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("adapters")
@@ -71,7 +86,7 @@ def _whole(x: jax.Array) -> np.ndarray:
     return np.asarray(x) if local else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _config(model: Model, lora: LoraConfig, base: str) -> dict[str, object]:
+def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, object]:
     names = tensor_names(model.config)
     theirs = (names[f"layers.{GROUPS[name]}.{name}.weight"][0].split(".")[-2] for name in lora.targets)
     is_reward = model.scorer == "reward"

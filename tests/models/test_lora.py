@@ -121,10 +121,19 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(scorer, config, 
     if scorer != "none":
         adapters |= {"scorer": model.init_params(jax.random.key(0), "float32")["scorer"]}
     for _ in range(2):  # An earlier export gives way.
-        save_adapters(tmp_path / "adapter", model, adapters, lora=LORA, base="org/base", model_card="card")
+        save_adapters(
+            tmp_path / "adapter",
+            model,
+            adapters,
+            lora=LORA,
+            base="org/base",
+            tokenizer_dir="configs/tiny_model",
+            model_card="card",
+        )
     values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"], values["base_model_name_or_path"]) == (3, 4.0, "org/base")
     assert (tmp_path / "adapter" / "README.md").read_text() == "card"
+    assert (tmp_path / "adapter" / "tokenizer.json").exists()
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
     pair = adapters["layers"]["mlp"]["down"]["weight"]

@@ -35,13 +35,13 @@ def peft():
 
 
 def drawn(model, lora):
-    """A frozen model, and adapters of which neither matrix is 0."""
+    """A frozen model of which no bias is 0 and no norm 1, and adapters of which neither matrix is 0."""
     params = model.init_params(jax.random.key(0), "float32")
     adapters = init_adapters(params, lora, jax.random.key(1))
-    leaves, structure = jax.tree.flatten(adapters)
+    leaves, structure = jax.tree.flatten((params, adapters))
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return params, jax.tree.unflatten(structure, noise)
+    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=4.0), LoraConfig(rank=8, targets=("value", "down"))])
@@ -50,7 +50,9 @@ def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft
     model = Model.create(TransformerConfig.from_hugging_face(FILES[name]), remat="none")
     params, adapters = drawn(model, lora)
     save_hugging_face(tmp_path / "base", model, params, tokenizer_dir=None, model_card="")
-    save_adapters(tmp_path / "adapter", model, adapters, lora=lora, base=str(tmp_path / "base"), model_card="")
+    save_adapters(
+        tmp_path / "adapter", model, adapters, lora=lora, base=str(tmp_path / "base"), tokenizer_dir=None, model_card=""
+    )
     assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     plain = their_logits(torch, base, TOKENS)
@@ -70,19 +72,28 @@ def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft
 
 
 def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, transformers, peft, tmp_path):
+    """Upon the language model that the reward model was trained from."""
     lora = LoraConfig(rank=3, alpha=4.0)
-    model = Model.create(TransformerConfig.from_hugging_face(FILES["mistral"]), remat="none", scorer="reward")
-    params, adapters = drawn(model, lora)
-    weight = 0.5 * jax.random.normal(jax.random.key(3), (32,))
-    save_hugging_face(tmp_path / "base", model, params, tokenizer_dir=None, model_card="")
+    config = TransformerConfig.from_hugging_face(FILES["mistral"])
+    language_model, model = Model.create(config, remat="none"), Model.create(config, remat="none", scorer="reward")
+    params, adapters = drawn(language_model, lora)
+    scorer = {"scorer": {"weight": 0.5 * jax.random.normal(jax.random.key(3), (32,))}}
+    base = tmp_path / "base"
+    save_hugging_face(base, language_model, params, tokenizer_dir=None, model_card="")
     save_adapters(
-        tmp_path / "adapter", model, adapters | {"scorer": {"weight": weight}}, lora=lora, base="base", model_card=""
+        tmp_path / "adapter", model, adapters | scorer, lora=lora, base=str(base), tokenizer_dir=None, model_card=""
     )
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "base", attn_implementation="eager"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, attn_implementation="eager"
     )
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    laid = laid_upon(params, adapters, lora.alpha / lora.rank) | {"scorer": {"weight": weight}}
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     positions = np.broadcast_to(np.arange(TOKENS.shape[1])[None], TOKENS.shape)
-    hidden = model.hidden_states(laid, TOKENS, np.ones_like(TOKENS), positions)
-    close(model.scores(laid, hidden[:, -1]), their_logits(torch, theirs, TOKENS)[:, 0])
+
+    def ours(params):
+        hidden = model.hidden_states(params, TOKENS, np.ones_like(TOKENS), positions)
+        return model.scores(params, hidden[:, -1])
+
+    laid = ours(laid_upon(params, adapters, lora.alpha / lora.rank) | scorer)
+    assert np.min(np.abs(laid - ours(params | scorer))) > 0.01
+    found = np.concatenate([their_logits(torch, theirs, row[None])[:, 0] for row in TOKENS])
+    close(laid, found)
