@@ -9,7 +9,7 @@ traced count: one program serves every step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -46,6 +46,22 @@ def _put(results: Tree, index: Int[Array, ""], result: Tree) -> Tree:
 
 def _sums_alone(completions: Completions) -> Completions:
     return dataclasses.replace(completions, tokens=None)
+
+
+def _after(earlier: Iterable[Array], tree: Tree) -> Tree:
+    """The same tree, whose integers and booleans are not there before `earlier` is.
+
+    XLA on CPU begins what depends on nothing else whenever it likes. Where some devices sum over the batch while others
+    are in a loop that they share with those, all wait for each other for ever.
+    """
+    nothing = jnp.minimum(sum(jnp.isfinite(jnp.ravel(x)[0]).astype(jnp.int32) for x in earlier), 0)
+
+    def tie(leaf: Array) -> Array:
+        if leaf.dtype == jnp.bool_:
+            return leaf & (nothing == 0)
+        return leaf + nothing if leaf.dtype == jnp.int32 else leaf
+
+    return jax.tree.map(tie, tree)
 
 
 def read_all(
@@ -86,14 +102,15 @@ def reference_point(
     rows = batch.unmatched if objective.first_pass == "unmatched" else batch.matched
     completions = read_all(model, objective, state, batch, rows)
     point = objective.reference_point(completions)
+    filled = _after([point], rows.filled)
     if objective.first_pass == "matched":
-        return point, {"z0": metrics.mean(jnp.broadcast_to(point, rows.filled.shape), rows.filled)}
+        return point, {"z0": metrics.mean(jnp.broadcast_to(point, filled.shape), filled)}
     log_ratios = completions.policy - completions.reference
     figures = {
         "z0": point,
-        "kl": metrics.mean(log_ratios, rows.filled),
-        "kl_standard_error": metrics.standard_error(log_ratios, rows.filled),
-        "num_unmatched": jnp.sum(rows.filled).astype(point.dtype),
+        "kl": metrics.mean(log_ratios, filled),
+        "kl_standard_error": metrics.standard_error(log_ratios, filled),
+        "num_unmatched": jnp.sum(filled).astype(point.dtype),
     }
     if not objective.uses_reference:
         figures = {name: figures[name] for name in ("z0", "num_unmatched")}
@@ -240,7 +257,9 @@ def train_step(
     """
     state = dataclasses.replace(state, reference=_synced(state.reference, state.policy, state.step, sync))
     point, figures = reference_point(model, objective, state, batch)
+    batch = _after([point, *figures.values()], batch)
     loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
+    batch = _after([loss], batch)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -302,6 +321,7 @@ def evaluation_step(
 ) -> tuple[Figures, Float[Array, "M R S"]]:
     """Loss and z0 of one held-out batch, and the rewards of its slots, for figures over all of them."""
     point, figures = reference_point(model, objective, state, batch)
+    batch = _after([point, *figures.values()], batch)
 
     def body(index: Int[Array, ""], carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         completions, loss = _loss_sum(model, objective, state.policy, state, batch, point, index)
