@@ -219,32 +219,31 @@ def test_a_caller_that_goes_away_early_leaves_no_process():
 
 
 RUN = """
-import sys, time
+import sys
 from kto_jax.data.batches import prefetch
 from tests.data.test_loaders import pid_of_step
 
 results = prefetch(pid_of_step, range(1000), num_loaders=2)
 print(next(results), next(results), flush=True)
+sys.stdin.readline()
 if sys.argv[1] == "raise":
     raise KeyboardInterrupt
-if sys.argv[1] == "hold":
-    sys.modules["holder"] = results  # lives until the interpreter has all but ended
-    sys.exit(0)
-time.sleep(60)
+sys.modules["holder"] = results  # lives until the interpreter has all but ended
 """
 
 
 @pytest.mark.parametrize(("how", "code"), [("raise", -2), ("hold", 0), ("kill", -9), ("interrupt", -2)])
 def test_loaders_end_with_their_run_however_it_ends(how, code):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", RUN, how], env=environment, stdout=-1, stderr=-1, text=True)
-    pids = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(pids) == 2 and all(map(is_running, pids))
-    if how == "kill":
-        process.kill()
-    elif how == "interrupt":
-        process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    command = [sys.executable, "-c", RUN, how]
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(is_running, pids))
+        if how == "kill":
+            process.kill()
+        elif how == "interrupt":
+            process.send_signal(signal.SIGINT)
+        process.communicate("\n" if how in ("raise", "hold") else None, timeout=60)
     assert process.returncode == code
     deadline = time.monotonic() + 5
     while any(map(is_running, pids)) and time.monotonic() < deadline:
