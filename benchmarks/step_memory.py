@@ -1,8 +1,9 @@
 """Temporary memory of a training step against the length of its rows and the size of the vocabulary.
 
     python -m benchmarks.step_memory
+    python -m benchmarks.step_memory --topology=v5e:1x1     # one chip of a TPU, which need not be there
 
-Compiles KTO's step for this machine from shapes alone, and prints what the compiler says that it needs beside its
+Compiles KTO's step from shapes alone, and prints what the compiler says that it needs beside its
 arguments: gradients of the policy and activations. Gradients grow with the table of embeddings, so they stand apart; an
 array of all logits of the completions, which the step never holds, stands beside for comparison.
 """
@@ -14,7 +15,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +22,7 @@ from kto_jax.config import Config
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import check_objective
 from kto_jax.planning import Lengths, Subject, compile_step
-from kto_jax.topology import open_topology
+from kto_jax.topology import LOCAL, Topology, open_topology
 
 MIB = 2**20
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -30,7 +30,7 @@ VOCABULARIES = (32_768, 131_072, 262_144)
 FIXED_LENGTH, FIXED_VOCABULARY = 2048, 32_768
 
 
-def measure(length: int, vocabulary: int) -> dict[str, float]:
+def measure(length: int, vocabulary: int, topology: Topology) -> dict[str, float]:
     """MiB of one step over one row: beside the arguments, of them gradients, and of all logits."""
     architecture = TransformerConfig(
         vocab_size=vocabulary, embed_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
@@ -44,7 +44,6 @@ def measure(length: int, vocabulary: int) -> dict[str, float]:
         row_length=length,
         data=dataclasses.replace(plain.data, max_length=length),
     )
-    topology = open_topology("local")
     subject = Subject(architecture, check_objective(config.objective))
     program = compile_step(config, subject, topology, Lengths(total=length, completion=length // 2))
     gradients = 4 * architecture.num_params()
@@ -61,17 +60,19 @@ def measure(length: int, vocabulary: int) -> dict[str, float]:
 def main() -> None:
     """Prints the table and writes it to benchmarks/results/step_memory.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default=LOCAL, help="as of kto_jax.plan")
     parser.add_argument("--out", default="benchmarks/results/step_memory.json")
     options = parser.parse_args()
+    topology = open_topology(options.topology)
     sizes = [(length, FIXED_VOCABULARY) for length in LENGTHS]
     sizes += [(FIXED_LENGTH, vocabulary) for vocabulary in VOCABULARIES]
-    results = [measure(*size) for size in sizes]
+    results = [measure(*size, topology) for size in sizes]
     table = Table("length", "vocabulary", "temporary, MiB", "gradients", "beside gradients", "all logits")
     for one in results:
         table.add_row(f"{one['length']:,}", f"{one['vocabulary']:,}", *(f"{one[key]:,.0f}" for key in list(one)[2:]))
     Console().print(table)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps({"device": jax.devices()[0].device_kind, "results": results}, indent=1))
+    Path(options.out).write_text(json.dumps({"device": topology.devices[0].device_kind, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
