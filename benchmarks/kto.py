@@ -11,7 +11,8 @@ Contenders, each from the same weights, on the same batches, in the same order:
     padded      the same step with a row for each example, padded to the longest of the batch
     plain_jax   a plain JAX step: padded rows, and the logits of all tokens
     trl         TRL's KTOTrainer with its defaults, and trl_stored without gradient checkpointing
-    easydel     EasyDeL's KTOTrainer
+    easydel     EasyDeL's KTOTrainer with its defaults, and easydel_saving with what it has to save memory; the latter
+                is slow, and takes part only by name
 
 They take turns: round by round each one starts as a new process, takes a step to warm up, then the timed ones. None is
 idle beside another, so none can take its memory or its cores; the peak rate of matrix products is measured between the
@@ -75,14 +76,17 @@ class Contender:
 
 
 TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0")
+EASYDEL = ("easydel==0.3.0", "torch==2.13.0", "pillow==13.0.0")
 CONTENDERS = {
     "kto_jax": Contender("ours", "packed"),
     "padded": Contender("ours"),
     "plain_jax": Contender("plain_jax"),
     "trl": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", True),)),
     "trl_stored": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", False),)),
-    "easydel": Contender("easydel", requirements=("easydel==0.3.0", "torch==2.13.0", "pillow==13.0.0")),
+    "easydel": Contender("easydel", requirements=EASYDEL, options=(("save_memory", False),)),
+    "easydel_saving": Contender("easydel", requirements=EASYDEL, options=(("save_memory", True),)),
 }
+ONLY_BY_NAME = ("easydel_saving",)
 WITHOUT_PEERS = ("kto_jax", "padded", "plain_jax")
 
 
@@ -112,7 +116,8 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["quickstart", "log_normal"])
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    usual = [name for name in CONTENDERS if name not in ONLY_BY_NAME]
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=usual)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
