@@ -24,8 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kto_jax.models.attention import dense_attention
-from kto_jax.models.blockwise import blockwise_attention
+from kto_jax.models.attention.blockwise import blockwise_attention
+from kto_jax.models.attention.dense import dense_attention
 
 LENGTHS, MEMORY_LENGTHS = (160, 1024, 2304, 8192), (512, 1024, 2048, 4096, 8192, 16384)
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64

@@ -28,17 +28,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.packing import Lengths, make_index
-from kto_jax.assembly import make_model
 from kto_jax.config import Config, ModelConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.batches import Plan
-from kto_jax.hardware import peak_flops
-from kto_jax.models.huggingface import read_config
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.devices.chips import peak_flops
+from kto_jax.devices.sharding import place_batch, shardings
 from kto_jax.models.int8 import kept_as
+from kto_jax.models.weights.huggingface import read_config
 from kto_jax.objectives import make_objective
-from kto_jax.planning import Subject
-from kto_jax.sharding import place_batch, shardings
-from kto_jax.state import create_state, make_optimizer, make_schedule
-from kto_jax.step import jit_train_step
+from kto_jax.planning.compile_step import Subject
+from kto_jax.training.first_state import make_model
+from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.step import jit_train_step
 
 ROOT = Path(__file__).parent.parent
 _GIB = 2**30

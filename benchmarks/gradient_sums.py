@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import MeshConfig
-from kto_jax.hlo import Collective, find_collectives
-from kto_jax.sharding import make_mesh
-from kto_jax.topology import open_topology
+from kto_jax.devices.sharding import make_mesh
+from kto_jax.planning.hlo import Collective, find_collectives
+from kto_jax.planning.topology import open_topology
 
 # A feed-forward matrix of Llama-3.1-8B, and one row of tokens to each chip.
 EMBED, MLP, TOKENS = 4096, 14336, 2048

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import DataConfig
-from kto_jax.data import builder
-from kto_jax.data.batches import Plan
-from kto_jax.data.index import build_index, open_index
-from kto_jax.data.records import Feedback
-from kto_jax.data.tokenize import EncodedRows, prepare_tokenizer
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.index import builder
+from kto_jax.data.index.index import build_index, open_index
+from kto_jax.data.rows.records import Feedback
+from kto_jax.data.tokens.tokenizer import EncodedRows, prepare_tokenizer
 
 TINY_MODEL = Path(__file__).parent.parent / "configs" / "tiny_model"
 

@@ -44,15 +44,15 @@ from rich.table import Table
 from benchmarks.kto_sets import SETS, FeedbackSet, as_lists, pad_batch, padding_shares
 from benchmarks.peers.jax_turn import save_batch
 from kto_jax.config import to_dict
-from kto_jax.data.tokenize import prepare_tokenizer
-from kto_jax.hardware import peak_flops
-from kto_jax.models.attention import dense_attention
+from kto_jax.data.tokens.tokenizer import prepare_tokenizer
+from kto_jax.devices.chips import peak_flops
+from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.huggingface import load_params, read_config, save_hugging_face, weights_digest
 from kto_jax.models.model import Model
+from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face, weights_digest
 from kto_jax.objectives import make_objective
-from kto_jax.sources import cache_directory, local_path
-from kto_jax.step import work
+from kto_jax.storage.fetch import cache_directory, local_path
+from kto_jax.training.step import work
 
 ROOT = Path(__file__).parent.parent
 console = Console()

@@ -12,13 +12,13 @@ import numpy as np
 from benchmarks.packing import log_normal_lengths, make_index
 from configs import quickstart, tiny
 from kto_jax.config import Config, resolve
-from kto_jax.data.batches import Plan
-from kto_jax.data.index import Index
-from kto_jax.data.packing import Packing, RowShape, fill
-from kto_jax.inputs import choose_lengths
+from kto_jax.data.batches.packing import Packing, RowShape, fill
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.index.index import Index
 from kto_jax.inspect import read_feedback
 from kto_jax.objectives import make_objective
 from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.training.inputs import choose_lengths
 
 Sequences = list[tuple[list[int], list[int]]]
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.packing import log_normal_lengths, make_index
-from kto_jax.data.batches import Plan, prefetch
-from kto_jax.data.builder import COLUMNS, FORMAT
-from kto_jax.data.index import Index, open_index
+from kto_jax.data.batches.schedule import Plan, prefetch
+from kto_jax.data.index.builder import COLUMNS, FORMAT
+from kto_jax.data.index.index import Index, open_index
 
 _WARM_UP = 8
 

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from configs import quickstart
 from kto_jax.config import resolve
-from kto_jax.data.batches import Plan
-from kto_jax.data.index import Index
-from kto_jax.data.packing import choose_row_lengths
+from kto_jax.data.batches.packing import choose_row_lengths
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.index.index import Index
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.inspect import read_feedback
-from kto_jax.sources import local_path
+from kto_jax.storage.fetch import local_path
 
 CHITCHAT = "wheel:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
 
@@ -60,7 +60,7 @@ def chitchat_lengths() -> Lengths:
     """Rated conversations, as the quickstart's tokenizer writes them: a chat of turns, of which the last is rated."""
     import tokenizers
 
-    from kto_jax.data.tokenize import prepare_tokenizer
+    from kto_jax.data.tokens.tokenizer import prepare_tokenizer
 
     config = resolve(quickstart.get_config())
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,8 +21,8 @@ from rich.table import Table
 from kto_jax.config import Config
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import check_objective
-from kto_jax.planning import Lengths, Subject, compile_step
-from kto_jax.topology import LOCAL, Topology, open_topology
+from kto_jax.planning.compile_step import Lengths, Subject, compile_step
+from kto_jax.planning.topology import LOCAL, Topology, open_topology
 
 MIB = 2**20
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

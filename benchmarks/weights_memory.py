@@ -64,7 +64,7 @@ def write_model(directory: Path, num_layers: int, num_files: int) -> int:
     """Random float32 weights in `num_files` files; gives their bytes."""
     import safetensors.numpy
 
-    from kto_jax.models.huggingface import expected_shapes
+    from kto_jax.models.weights.huggingface import expected_shapes
 
     config = architecture(num_layers)
     shapes = expected_shapes(config)
@@ -87,10 +87,10 @@ def work(directory: Path, num_layers: int) -> None:
     import jax
 
     from kto_jax.config import MeshConfig, ProcessesConfig
-    from kto_jax.hosts import join
-    from kto_jax.models.huggingface import load_params, save_hugging_face
+    from kto_jax.devices.processes import join
+    from kto_jax.devices.sharding import constrainer, make_mesh, shardings
     from kto_jax.models.model import Model
-    from kto_jax.sharding import constrainer, make_mesh, shardings
+    from kto_jax.models.weights.huggingface import load_params, save_hugging_face
 
     join(ProcessesConfig())
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())

@@ -24,12 +24,14 @@ import rich.rule
 import rich.text
 from absl import flags
 
-from kto_jax import checkpoint, rollout, sources
-from kto_jax.compilation import keep_compiled
 from kto_jax.config import ConfigError
-from kto_jax.data import tokenize
-from kto_jax.models import huggingface
+from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.devices.compilation import keep_compiled
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights import huggingface
+from kto_jax.sampling import sample as rollout
+from kto_jax.storage import fetch as sources
+from kto_jax.training import checkpoints as checkpoint
 
 Prompt = str | list[dict[str, str]]
 

@@ -23,15 +23,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.data.index import Index, build_index
+from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.permutation import permute
-from kto_jax.data.tokenize import TokenizerInfo, prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, prepare_tokenizer
 from kto_jax.data.truncation import cut_prompt, fit_lengths
-from kto_jax.inputs import count_visits
-from kto_jax.models.huggingface import read_config
+from kto_jax.models.weights.huggingface import read_config
 from kto_jax.objectives import auto_weights
-from kto_jax.sources import cache_directory, local_path
+from kto_jax.storage.fetch import cache_directory, local_path
 from kto_jax.train import UNUSABLE, read_command
+from kto_jax.training.inputs import count_visits
 
 _NUM_ROWS = 4
 _NUM_BINS = 10

@@ -27,11 +27,11 @@ import jax
 from rich.console import Console
 
 from kto_jax.config import ConfigError, nearest
-from kto_jax.fitting import plan_rows
-from kto_jax.ladder import climb
-from kto_jax.plan_report import as_dict, show, show_ladder
-from kto_jax.planning import Lengths, compile_step, read_subject
-from kto_jax.topology import LOCAL, open_topology
+from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
+from kto_jax.planning.report import as_dict, show, show_ladder
+from kto_jax.planning.rows_that_fit import plan_rows
+from kto_jax.planning.smaller_settings import climb
+from kto_jax.planning.topology import LOCAL, open_topology
 from kto_jax.train import UNUSABLE, read_command
 
 T = TypeVar("T", int, float)

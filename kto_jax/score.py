@@ -27,16 +27,17 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Int
 
-from kto_jax import sources
-from kto_jax.compilation import keep_compiled
 from kto_jax.config import ConfigError, DataConfig, MeshConfig
-from kto_jax.data import files, records, tokenize
-from kto_jax.data.mixture import sources_of
+from kto_jax.data.rows import files, records
+from kto_jax.data.rows.sources import sources_of
+from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.truncation import cut_prompt, fit_lengths
-from kto_jax.kernels import choose_attention
-from kto_jax.models import huggingface
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.sharding import make_mesh
 from kto_jax.models.model import Model, Params
-from kto_jax.sharding import make_mesh
+from kto_jax.models.weights import huggingface
+from kto_jax.storage import fetch as sources
 from kto_jax.train import read_command
 
 _SHORTEST = 64

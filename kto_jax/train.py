@@ -21,27 +21,27 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from kto_jax import hosts
-from kto_jax.assembly import make_abstract_state, make_model, make_state
-from kto_jax.checkpoint import Checkpoints
-from kto_jax.compilation import Program, keep_compiled
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
-from kto_jax.data.batches import prefetch
-from kto_jax.evaluation import make_evaluation, measure_reference
-from kto_jax.fitting import settle_rows
-from kto_jax.hardware import peak_flops
-from kto_jax.inputs import Inputs, read_inputs
-from kto_jax.kernels import choose_attention
-from kto_jax.logs import MetricsLog, console
+from kto_jax.data.batches.schedule import prefetch
+from kto_jax.devices import processes as hosts
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.chips import peak_flops
+from kto_jax.devices.compilation import Program, keep_compiled
+from kto_jax.devices.sharding import abstract_batch, check_lengths, local_rows, place_batch
 from kto_jax.models.model import Model
 from kto_jax.objectives import defaults
-from kto_jax.precompute import precompute
-from kto_jax.preemption import INTERRUPTED, Preemption, ending_at_once
-from kto_jax.results import write_results, write_samples
-from kto_jax.run import RunFolder, check_folder, open_run, write_json
-from kto_jax.sharding import abstract_batch, check_lengths, local_rows, place_batch
-from kto_jax.state import TrainState, make_optimizer, make_schedule
-from kto_jax.step import jit_train_step
+from kto_jax.planning.rows_that_fit import settle_rows
+from kto_jax.reports.results import write_results, write_samples
+from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.evaluation import make_evaluation, measure_reference
+from kto_jax.training.first_state import make_abstract_state, make_model, make_state
+from kto_jax.training.inputs import Inputs, read_inputs
+from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.precompute import precompute
+from kto_jax.training.preemption import INTERRUPTED, Preemption, ending_at_once
+from kto_jax.training.run_folder import RunFolder, check_folder, open_run, write_json
+from kto_jax.training.state import TrainState, make_optimizer, make_schedule
+from kto_jax.training.step import jit_train_step
 
 FAILED, UNUSABLE = 1, 2
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kto_jax.data.index import Index
+from kto_jax.data.index.index import Index
 
 
 def make_index(

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from benchmarks.peers.turn import report
-from kto_jax.compilation import give_back_memory
 from kto_jax.config import MeshConfig
-from kto_jax.kernels import choose_attention
-from kto_jax.models.huggingface import load_params, read_config
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.compilation import give_back_memory
+from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.huggingface import load_params, read_config
 from kto_jax.shapes import FeedbackBatch, PackedRows
-from kto_jax.sharding import constrainer, make_mesh, shardings
 
 
 def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Model, Params]:

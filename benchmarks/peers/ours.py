@@ -5,10 +5,10 @@ from __future__ import annotations
 from benchmarks.peers.jax_turn import load_batch, load_policy, take_turn
 from benchmarks.peers.turn import read_job
 from kto_jax.config import resolve
+from kto_jax.devices.sharding import place_batch
 from kto_jax.objectives import make_objective
-from kto_jax.sharding import place_batch
-from kto_jax.state import create_state, make_optimizer, make_schedule
-from kto_jax.step import jit_train_step
+from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.step import jit_train_step
 
 
 def main() -> None:

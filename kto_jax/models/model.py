@@ -12,19 +12,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
-from kto_jax.models.blockwise import blockwise_attention
+from kto_jax.models.attention.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.heads import SCORERS, init_scorer, scorer_axes, scores
 from kto_jax.models.int8 import INT8, as_matrices, kept_as, quantised_axes
 from kto_jax.models.lora import as_adapted, laid_upon
-from kto_jax.models.scorers import SCORERS, init_scorer, scorer_axes, scores
-from kto_jax.models.transformer import (
-    REMAT_POLICIES,
-    Cache,
-    Constrain,
-    PackedAttention,
-    Transformer,
-    matmul_precision,
-)
+from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, PackedAttention, Transformer, matmul_precision
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")

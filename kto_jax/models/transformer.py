@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kto_jax.models.attention import attention, rotary_tables, rotate
+from kto_jax.models.attention.dense import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.lora import AdaptedMatrix

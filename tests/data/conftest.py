@@ -3,15 +3,14 @@
 import concurrent.futures
 import functools
 import json
-from pathlib import Path
 
 import pytest
 
 from kto_jax.config import DataConfig
-from kto_jax.data import builder, tokenize
-from kto_jax.data.index import build_index
-
-TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
+from kto_jax.data.index import builder
+from kto_jax.data.index.index import build_index
+from kto_jax.data.tokens import tokenizer as tokenize
+from tests import TINY_MODEL
 
 
 @pytest.fixture(scope="session")

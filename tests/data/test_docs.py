@@ -3,16 +3,16 @@
 import json
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 from kto_jax.config import DataConfig, default_config, resolve
-from kto_jax.data.layouts import LAYOUTS
-from kto_jax.data.mixture import sources_of
-from kto_jax.data.records import Preference, Rejection, Skipped, completions_of, records_of
+from kto_jax.data.rows.layouts import LAYOUTS
+from kto_jax.data.rows.records import Preference, Rejection, Skipped, completions_of, records_of
+from kto_jax.data.rows.sources import sources_of
+from tests import ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+PAGE = (ROOT / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"^```json(.*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
 TABLES = [
     [cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kto_jax.config import resolve, to_dict
 from kto_jax.objectives import make_objective
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 GOLDEN = Path(__file__).parent / "configs"
 

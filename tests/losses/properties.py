@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kto_jax import curves, losses, values
-from kto_jax.data.batches import pair
+from kto_jax.data.batches.schedule import pair
 from tests.losses import oracle
 
 WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
@@ -194,7 +194,7 @@ def z0_and_loss_are_those_of_the_whole_batch(size=64):
         and abs(wrong / expected.mean() - 1) > 1e-3,
         f"devices × microbatches {layouts}: z0 {z0:.4f}, loss {expected.mean():.4f}, with the gradient "
         f"within {worst:.1e} of float64 NumPy (raw KL {raw:+.3f}, mean |reward| {rewards.mean():.2f}); clamped in each "
-        f"of 8 microbatches z0 would be {clamped:.4f} and the loss {wrong:.4f}. Of the whole step: tests/test_step.py",
+        f"of 8 microbatches z0 would be {clamped:.4f} and the loss {wrong:.4f}. Of the whole step: tests/training/test_step.py",
     )
 
 

@@ -13,7 +13,7 @@ from kto_jax.config import ADAPTED, LoraConfig
 from kto_jax.models.int8 import as_matrices, quantised
 from kto_jax.models.lora import AdaptedMatrix, adapter_axes, as_adapted, init_adapters, laid_upon
 from kto_jax.models.model import Model
-from kto_jax.models.peft import save_adapters
+from kto_jax.models.weights.peft import save_adapters
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 
 TOKENS = draw_tokens(0, 4, 16)

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +9,15 @@ import pytest
 import safetensors.numpy
 
 from kto_jax.config import ConfigError
-from kto_jax.models.huggingface import load_params, read_config
+from kto_jax.devices.sharding import PARAMETER_RULES
+from kto_jax.models.heads import init_scorer
 from kto_jax.models.model import Model
-from kto_jax.models.scorers import init_scorer
-from kto_jax.sharding import PARAMETER_RULES
-from kto_jax.sources import local_path
+from kto_jax.models.weights.huggingface import load_params, read_config
+from kto_jax.storage.fetch import local_path
+from tests import ROOT
+from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 
-from .conftest import draw_tokens, hidden_states, whole_rows
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def close(actual, expected, tolerance=1e-5):

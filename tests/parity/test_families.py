@@ -11,12 +11,11 @@ import pytest
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
-from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
 from kto_jax.models.model import Model
-from kto_jax.models.tensor_names import tensor_names
-
-from ..models.family_files import FILES, WINDOW
-from .test_transformers import greedy, their_logits
+from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.models.weights.tensor_names import tensor_names
+from tests.models.families.family_files import FILES, WINDOW
+from tests.parity.test_transformers import greedy, their_logits
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 LENGTHS, ROW = (13, 17), 32

@@ -6,14 +6,13 @@ import pytest
 
 from kto_jax.config import LoraConfig
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.huggingface import save_hugging_face
 from kto_jax.models.lora import init_adapters, laid_upon
 from kto_jax.models.model import Model
-from kto_jax.models.peft import save_adapters
-from tests.models.family_files import FILES
-
-from .test_families import close
-from .test_transformers import our_logits, their_logits
+from kto_jax.models.weights.huggingface import save_hugging_face
+from kto_jax.models.weights.peft import save_adapters
+from tests.models.families.family_files import FILES
+from tests.parity.test_families import close
+from tests.parity.test_transformers import our_logits, their_logits
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 TOKENS = np.random.default_rng(0).integers(1, 64, (2, 13))

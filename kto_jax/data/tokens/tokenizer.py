@@ -1,0 +1,383 @@
+"""Tokenizers, in worker processes: transformers, and torch where it is installed, stay out of the training process."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_jax.config import ConfigError
+from kto_jax.data.rows.records import SAME_COMPLETIONS, Feedback, Message, Preference, completions_of
+from kto_jax.data.truncation import cut_prompt
+from kto_jax.data.workers import bare_main
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """A normalised Hugging Face tokenizer directory, and what the rest needs to know of it.
+
+    Attributes:
+      directory: holds tokenizer.json, tokenizer_config.json and, with a chat template, chat_template.jinja.
+      vocab_size: one more than the largest id.
+      bos_id: id of the token that begins a sequence, or None.
+      eos_id: id of the token that every completion ends in: what the chat template ends the assistant's turn in, or
+        else the tokenizer's EOS.
+      stop_ids: ids that end a completion as it is written: `eos_id` and the tokenizer's EOS.
+      sha256: of everything that decides how text becomes ids.
+      has_chat_template: whether prompts are rendered by a chat template.
+    """
+
+    directory: Path
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    sha256: str
+    has_chat_template: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a row must fit into; the fields are those of `DataConfig`, and the model's vocabulary."""
+
+    max_length: int
+    max_prompt_length: int
+    long_completion: str
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRows:
+    """Rows on their way back from a worker. A pair is accepted or rejected as one, and is two accepted completions.
+
+    Attributes:
+      reasons: why a row is rejected, or None; one for each row.
+      tokens: ids of prompt and completion of all accepted completions, one after the other, int32.
+      prompt_lengths: tokens of each accepted completion's prompt.
+      completion_lengths: tokens of each accepted completion, its EOS included.
+      prompt_hashes: uint64 of each accepted completion's whole prompt.
+      pair_hashes: uint64 of each accepted completion and its prompt, whole.
+    """
+
+    reasons: list[str | None]
+    tokens: np.ndarray
+    prompt_lengths: np.ndarray
+    completion_lengths: np.ndarray
+    prompt_hashes: np.ndarray
+    pair_hashes: np.ndarray
+
+
+def prepare_tokenizer(
+    model_path: Path, directory: Path, *, chat_template: str, eos_token: str = "auto"
+) -> TokenizerInfo:
+    """Writes the tokenizer of a model as a Hugging Face directory, in a worker process.
+
+    Args:
+      model_path: Hugging Face directory with a fast tokenizer, or a .gguf file.
+      directory: where to write; replaced when it exists.
+      chat_template: "auto" for the tokenizer's own where it has one, "none", or the path of a Jinja file.
+      eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
+        assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ConfigError: no fast tokenizer is there, it has no EOS or not the one asked for, or the chat template cannot be
+        used.
+    """
+    with Workers(1) as workers:
+        return workers.submit(_prepare, Path(model_path), Path(directory), chat_template, eos_token).result()
+
+
+def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Message]]) -> list[np.ndarray]:
+    """Encodes prompts for sampling, in a worker process, exactly as those of the index are.
+
+    Args:
+      tokenizer: the tokenizer.
+      prompts: texts (one user turn each where there is a chat template) or chat messages.
+
+    Returns:
+      Ids of each prompt, closed by the generation prompt, int32.
+
+    Raises:
+      ConfigError: a prompt cannot be encoded.
+    """
+    with Workers(1, tokenizer) as workers:
+        return workers.submit(_encode_prompts, list(prompts)).result()
+
+
+def decode(tokenizer: TokenizerInfo, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of token ids, without special tokens and what ends a completion. Imports no transformers, no torch."""
+    kept = [int(i) for i in ids if i not in tokenizer.stop_ids]
+    return _backend(tokenizer.directory / "tokenizer.json").decode(kept, skip_special_tokens=True)
+
+
+def token_of(directory: Path, token_id: int) -> str:
+    """The token with an id, of a tokenizer's directory. Imports neither transformers nor torch."""
+    return str(_backend(directory / "tokenizer.json").id_to_token(token_id))
+
+
+def encode_text(tokenizer: TokenizerInfo, text: str) -> np.ndarray:
+    """Ids of a text as it is, without template, BOS or EOS, int32. Imports neither transformers nor torch."""
+    backend = _backend(tokenizer.directory / "tokenizer.json")
+    return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _backend(path: Path) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+class Workers:
+    """Spawned processes that can encode. They import neither the caller's main module nor JAX.
+
+    Args:
+      num_workers: most processes; they are started as work arrives.
+      tokenizer: what `encode_feedback` uses in them; None where it is not called.
+    """
+
+    def __init__(self, num_workers: int, tokenizer: TokenizerInfo | None = None):
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
+        """Runs a module-level function in a worker."""
+        with bare_main():
+            return self._pool.submit(function, *args)
+
+
+# Everything below runs in the workers.
+
+_encoder: Any = None
+
+
+def _start_worker(tokenizer: TokenizerInfo | None) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = None if tokenizer is None else make_encoder(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """A process that is killed cannot end its workers, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def make_encoder(tokenizer: TokenizerInfo) -> Any:
+    """An `Encoder` in this process, which then imports transformers where there is a chat template."""
+    from kto_jax.data.tokens.encoder import Encoder
+
+    return Encoder(tokenizer.directory, tokenizer.bos_id, tokenizer.eos_id, tokenizer.has_chat_template)
+
+
+def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> EncodedRows:
+    """Encodes rows in a worker that was started with a tokenizer.
+
+    Args:
+      rows: what to encode.
+      limits: what they must fit into.
+
+    Returns:
+      The encoded rows, and the reasons of those that are rejected.
+    """
+    from kto_jax.data.tokens.encoder import EncodingError
+
+    reasons: list[str | None] = []
+    accepted: list[tuple[np.ndarray, np.ndarray, int, int]] = []
+    for row in rows:
+        try:
+            encoded = [_encode_row(_encoder, completion, limits) for completion in completions_of(row)]
+            # Text that differs may be the same once the chat template has trimmed it, or once it is cut.
+            if len(encoded) == 2 and np.array_equal(encoded[0][1], encoded[1][1]):
+                raise EncodingError(SAME_COMPLETIONS)
+            accepted += encoded
+            reasons.append(None)
+        except EncodingError as error:
+            reasons.append(str(error))
+    pieces = [piece for prompt, completion, _, _ in accepted for piece in (prompt, completion)]
+    return EncodedRows(
+        reasons,
+        np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
+        np.array([len(row[0]) for row in accepted], np.int32),
+        np.array([len(row[1]) for row in accepted], np.int32),
+        np.array([row[2] for row in accepted], np.uint64),
+        np.array([row[3] for row in accepted], np.uint64),
+    )
+
+
+def _encode_row(encoder: Any, row: Feedback, limits: Limits) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Ids of the prompt and of the completion as stored, hash of the prompt, hash of the pair."""
+    from kto_jax.data.tokens.encoder import EncodingError
+
+    prompt, completion = encoder.encode_row(row.prompt, row.completion)
+    largest = max(prompt.max(initial=0), completion.max(initial=0))
+    if largest >= limits.vocab_size:
+        raise EncodingError(f"token {encoder.token(int(largest))!r} ({largest}) is outside the model's vocabulary")
+    # Hashes are of the whole texts, so that neither split nor pairing depends on where a text is cut.
+    prompt_hash = _hash(prompt)
+    pair_hash = _hash(np.concatenate([[len(prompt)], prompt, completion]))
+    if len(completion) > limits.max_length - 1:
+        if limits.long_completion == "reject":
+            raise EncodingError("completion longer than max_length")
+        # The completion is cut in any case, so the prompt keeps its share instead of a single token.
+        kept = min(len(prompt), limits.max_prompt_length, limits.max_length // 2)
+        completion = completion[: limits.max_length - kept]
+    return cut_prompt(prompt, limits.max_length - 1, encoder.bos_id), completion, prompt_hash, pair_hash
+
+
+def _hash(ids: np.ndarray) -> int:
+    digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _encode_prompts(prompts: list[str | list[Message]]) -> list[np.ndarray]:
+    from kto_jax.data.tokens.encoder import EncodingError
+
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            encoded.append(_encoder.encode_prompt(prompt))
+        except EncodingError as error:
+            raise ConfigError(
+                f"prompt {number} cannot be encoded: {error}. Prompts are text, or messages where the tokenizer has a "
+                "chat template. Change the prompt or the template."
+            ) from error
+    return encoded
+
+
+def _prepare(model_path: Path, directory: Path, chat_template: str, eos_token: str = "auto") -> TokenizerInfo:
+    tokenizer = _load(model_path)
+    if eos_token != "auto":
+        _set_eos(tokenizer, eos_token)
+    if chat_template == "none":
+        tokenizer.chat_template = None
+    elif chat_template != "auto":
+        tokenizer.chat_template = _read_template(chat_template)
+    elif isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {model_path} has no EOS token. Every completion ends in one. "
+            "Set config.data.eos_token to one of its tokens."
+        )
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
+    info = _describe(tokenizer, partial)
+    turn_end = _try_template(info, chat_template)
+    if eos_token == "auto" and turn_end is not None:
+        info = _ending_in(info, turn_end)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    return dataclasses.replace(info, directory=directory)
+
+
+def _load(model_path: Path) -> Any:
+    import transformers
+
+    if model_path.suffix == ".gguf":
+        from kto_jax.data.tokens.gguf_tokenizer import read_gguf_tokenizer
+
+        found = read_gguf_tokenizer(model_path)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=found.backend, chat_template=found.chat_template, **found.special_tokens
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_path, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        # transformers raises whatever its parsers raise; the user needs the path and one line.
+        raise ConfigError(
+            f"no tokenizer can be read from {model_path}: {type(error).__name__}: {str(error)[:200]}. "
+            "A fast tokenizer is needed (tokenizer.json, tokenizer_config.json). Add the files to the directory."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {model_path} is not a fast one. A tokenizer.json is needed. "
+            "Convert it with transformers."
+        )
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f'data.chat_template={path!r} cannot be read: {error}. It is "auto", "none" or the path of a Jinja file. '
+            "Check the path."
+        ) from error
+
+
+def _set_eos(tokenizer: Any, eos_token: str) -> None:
+    if eos_token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
+            f"{tokenizer.eos_token!r}. Set config.data.eos_token."
+        )
+    tokenizer.eos_token = eos_token
+
+
+def _describe(tokenizer: Any, directory: Path) -> TokenizerInfo:
+    definition = (directory / "tokenizer.json").read_bytes()
+    template = tokenizer.chat_template or ""
+    digest = hashlib.sha256(definition)
+    digest.update(f"\0{template}\0{tokenizer.bos_token_id}\0{tokenizer.eos_token_id}".encode())
+    return TokenizerInfo(
+        directory=directory,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        stop_ids=(tokenizer.eos_token_id,),
+        sha256=digest.hexdigest(),
+        has_chat_template=bool(template),
+    )
+
+
+def _ending_in(info: TokenizerInfo, turn_end: int) -> TokenizerInfo:
+    """The same tokenizer, whose completions end in `turn_end`."""
+    if turn_end == info.eos_id:
+        return info
+    digest = hashlib.sha256(f"{info.sha256}\0{turn_end}".encode()).hexdigest()
+    return dataclasses.replace(info, eos_id=turn_end, stop_ids=(turn_end, info.eos_id), sha256=digest)
+
+
+def _try_template(info: TokenizerInfo, chat_template: str) -> int | None:
+    """Refuses a template that cannot render two plain turns, before any row is read; returns what ends the second."""
+    from kto_jax.data.tokens.encoder import EncodingError
+
+    encoder = make_encoder(info)
+    try:
+        encoder.encode_row("How are you?", "Fine.")
+        return encoder.find_turn_end("How are you?", "Fine.") if info.has_chat_template else None
+    except EncodingError as error:
+        raise ConfigError(
+            f"the chat template (data.chat_template={chat_template!r}) cannot be used: {error}. It must write a user "
+            "turn, then the completion unchanged. Set config.data.chat_template to another Jinja file, or to none."
+        ) from error

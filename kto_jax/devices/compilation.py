@@ -1,0 +1,94 @@
+"""Compiled programs: kept between runs, and made ready while other things happen."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kto_jax.storage.fetch import cache_directory
+
+_LARGEST_CACHE = 16 * 2**30
+"""Bytes of kept programs; the ones that were not used for longest go first."""
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the cache directory, so that the next run of the same shapes begins at once.
+
+    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR chooses another folder (a bucket is one too), and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (the attribute is made when it runs)
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled" / _processor()))
+        jax.config.update("jax_compilation_cache_max_size", _LARGEST_CACHE)
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system; the C library would keep the hundreds of megabytes that compiling took."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def _processor() -> str:
+    """Names what the host's processor can do: a program for one CPU may not run on another that shares the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+class Program:
+    """A jitted function (state, batch) -> results, compiled once for each shape of the batch.
+
+    Attributes:
+      compile_seconds: how long calls have waited for programs.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self._function: Any = function
+        self._programs: dict[Any, Callable[[Any, Any], Any]] = {}
+        self._begun: concurrent.futures.Future | None = None
+        self.compile_seconds = 0.0
+
+    def begin(self, state: Any, batch: Any) -> None:
+        """Starts to compile in the background, for arguments like these.
+
+        Args:
+          state: abstract, with shardings.
+          batch: likewise.
+        """
+        thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._begun = thread.submit(self._compile, state, batch)
+        thread.shutdown(wait=False)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """The function's results, once its program is ready."""
+        shapes = _shapes(batch)
+        if self._begun or shapes not in self._programs:
+            started = time.perf_counter()
+            if self._begun:
+                self._begun.result()
+                self._begun = None
+            if shapes not in self._programs:
+                self._compile(state, batch)
+            self.compile_seconds += time.perf_counter() - started
+        return self._programs[shapes](state, batch)
+
+    def _compile(self, state: Any, batch: Any) -> None:
+        self._programs[_shapes(batch)] = self._function.lower(state, batch).compile()
+        give_back_memory()
+
+
+def _shapes(batch: Any) -> Any:
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(leaf.shape for leaf in leaves)

@@ -1,0 +1,113 @@
+"""Attention over packed rows on TPU: JAX's own Pallas kernel, splash attention.
+
+Blocks above the diagonal and outside of the window are left out when the kernel is built. Segments are known only while
+it runs: they mask scores, and skip nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    LocalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jaxtyping import Array, Float, Int
+
+from kto_jax.models.attention.dense import scaled
+
+# Tokens of a block, from the fastest on: the kernel wants multiples of 128.
+BLOCKS = (512, 384, 256, 128)
+
+
+def splash_attention(
+    query_RLNH: Float[Array, "R L N H"],
+    key_RLKH: Float[Array, "R L K H"],
+    value_RLKH: Float[Array, "R L K H"],
+    *,
+    segment_ids_RL: Int[Array, "R L"],
+    positions_RL: Int[Array, "R L"],
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    precision: jax.lax.Precision | None = None,
+    interpret: bool = False,
+) -> Float[Array, "R L N H"]:
+    """As `attention` of the same tokens as queries and keys, where every segment is a run of positions 0, 1, 2, ...
+
+    The kernel knows a token's place in the row alone. Inside such a segment, places and positions lie equally far
+    apart; the packer lays no others.
+
+    Args:
+      query_RLNH: queries, rotated.
+      key_RLKH: keys, rotated.
+      value_RLKH: values.
+      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
+      positions_RL: not read.
+      window: keys `window` or more positions before the query's are not seen; None sees them all.
+      softcap: scores are bent to softcap * tanh(score / softcap); None leaves them.
+      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
+      precision: of the products.
+      interpret: runs the kernel without a TPU, to test it.
+
+    Returns:
+      The mixed values, in the dtype of `value_RLKH`.
+    """
+    del positions_RL
+    length, num_heads = query_RLNH.shape[1:3]
+    block, padded = block_and_length(length)
+    shape = (padded, padded)
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
+    kernel = make_splash_mha(
+        MultiHeadMask([mask] * num_heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=BlockSizes(*(block,) * 8),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+
+    def heads_first(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    segments = jnp.pad(segment_ids_RL, ((0, 0), (0, padded - length)))
+    heads = (heads_first(scaled(query_RLNH, scale)), heads_first(key_RLKH), heads_first(value_RLKH))
+    mixed = _with_precision(jax.vmap(kernel), precision)(*heads, SegmentIds(segments, segments))
+    return mixed.swapaxes(1, 2)[:, :length]
+
+
+def _with_precision(kernel: Callable[..., Array], precision: jax.lax.Precision | None) -> Callable[..., Array]:
+    """The kernel, which takes no precision, with products of this one also where its gradient is made."""
+    if precision is None:
+        return kernel
+    name = precision.name.lower()
+
+    @jax.custom_vjp
+    def run(*arrays):
+        with jax.default_matmul_precision(name):
+            return kernel(*arrays)
+
+    def forward(*arrays):
+        with jax.default_matmul_precision(name):
+            return jax.vjp(kernel, *arrays)
+
+    def backward(gradient, mixed_grad):
+        with jax.default_matmul_precision(name):
+            return gradient(mixed_grad)
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def block_and_length(length: int) -> tuple[int, int]:
+    """The largest block that pads a row of this length little more than any other would, and the padded length."""
+    padded = {block: -(-length // block) * block for block in BLOCKS}
+    # Large blocks are worth some padding: of 128, a row has sixteen times as many pairs as of 512.
+    block = next(block for block in BLOCKS if padded[block] <= 1.1 * min(padded.values()))
+    return block, padded[block]

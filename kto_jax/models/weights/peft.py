@@ -1,0 +1,105 @@
+"""Low-rank adapters out to a directory that the peft library loads upon the model they were trained beside.
+
+base = AutoModelForCausalLM.from_pretrained(base)
+base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)     # of a reward model
+policy = PeftModel.from_pretrained(base, directory)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kto_jax.config import LoraConfig
+from kto_jax.models.lora import GROUPS
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.huggingface import copy_tokenizer, replace_directory
+from kto_jax.models.weights.safetensors_files import write_safetensors
+from kto_jax.models.weights.tensor_names import tensor_names
+
+_PREFIX = "base_model.model."
+
+
+def save_adapters(
+    directory: str | Path,
+    model: Model,
+    adapters: Params,
+    *,
+    lora: LoraConfig,
+    base: str | None,
+    tokenizer_dir: str | Path | None,
+    model_card: str,
+) -> None:
+    """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
+
+    Every process of a run must call this; the first one writes. The weight of a reward model goes along; a value
+    scorer is left out.
+
+    Args:
+      directory: where to; what is there is replaced.
+      model: the policy's.
+      adapters: as trained, sharded or not.
+      lora: how they were trained.
+      base: where the frozen model came from, a directory or Hub id, which peft loads them upon; None where that is
+        nowhere, as of weights that were drawn.
+      tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
+      model_card: text of README.md.
+    """
+    directory = Path(directory)
+    tensors = dict(_tensors(model, adapters))
+    if jax.process_index() == 0:
+        partial = directory.parent / f".{directory.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        write_safetensors(partial / "adapter_model.safetensors", shapes, "float32", tensors.values())
+        values = _config(model, lora, base)
+        (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card, encoding="utf-8")
+        copy_tokenizer(tokenizer_dir, partial)
+        replace_directory(partial, directory)
+    if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
+        multihost_utils.sync_global_devices("adapters")
+
+
+def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor by the name that peft gives it; theirs lie as [out, in]."""
+    names = tensor_names(model.config)
+    for group, matrices in adapters["layers"].items():
+        for name, pair in matrices.items():
+            theirs = _PREFIX + names[f"layers.{group}.{name}.weight"][0].removesuffix("weight")
+            for part in ("a", "b"):
+                for layer, values in enumerate(_whole(pair["weight"][part])):
+                    yield f"{theirs.format(layer)}lora_{part.upper()}.weight", np.ascontiguousarray(values.T)
+    if model.scorer == "reward":
+        yield f"{_PREFIX}score.weight", _whole(adapters["scorer"]["weight"])[None]
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    local = x.is_fully_addressable
+    return np.asarray(x) if local else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, object]:
+    names = tensor_names(model.config)
+    theirs = (names[f"layers.{GROUPS[name]}.{name}.weight"][0].split(".")[-2] for name in lora.targets)
+    is_reward = model.scorer == "reward"
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(theirs),
+        "modules_to_save": ["score"] if is_reward else None,
+    }

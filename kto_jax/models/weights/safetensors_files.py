@@ -1,0 +1,170 @@
+"""The safetensors files of a Hugging Face directory: which they are, whether they may be trusted, slices of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from kto_jax.config import ConfigError
+from kto_jax.storage.fetch import WEIGHTS, WEIGHTS_INDEX
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class SafetensorsWeights:
+    """The safetensors of a Hugging Face directory, one file or several.
+
+    Attributes:
+      shapes: shape of every tensor by name.
+    """
+
+    def __init__(self, directory: Path):
+        """Opens all files and reads their headers.
+
+        Raises:
+          ConfigError: no safetensors, a damaged file, a file outside of the directory, an index that is not true.
+        """
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._slices: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
+        for file_name, expected in _safetensors_files(directory).items():
+            self._open(_inside(directory, file_name), expected)
+
+    def _open(self, file: Path, expected: set[str] | None) -> None:
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+            names = set(opened.keys())
+        except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file} is damaged or no safetensors file ({error}). Its header must describe all of it. Download it "
+                "again."
+            ) from error
+        if expected is not None and names != expected:
+            raise ConfigError(
+                f"{file} and model.safetensors.index.json disagree about {listed(names ^ expected)}. Each tensor "
+                "must lie in the file that the index names. Download the model again."
+            )
+        for name in names:
+            part = opened.get_slice(name)
+            if name in self._slices:
+                raise ConfigError(
+                    f"{file} holds {name}, which another file holds too. Remove the file that is not wanted."
+                )
+            if part.get_dtype() not in _FLOATS:
+                raise ConfigError(
+                    f"{file}: tensor {name} is {part.get_dtype()}; {', '.join(_FLOATS)} are read. "
+                    "Choose the unquantised model."
+                )
+            self._slices[name], self.shapes[name] = part, tuple(part.get_shape())
+        self._files[file.name] = opened
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads the part `index` of a tensor, and only its bytes."""
+        return self._slices[name][index]
+
+
+def write_safetensors(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
+) -> None:
+    """Writes a file tensor by tensor, so that no more than one of them must be in memory.
+
+    The safetensors library writes a file only from all of its tensors at once.
+
+    Args:
+      file: where to.
+      shapes: shape of every tensor by name, in the order of `tensors`.
+      dtype: what all tensors are.
+      tensors: the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (shape, jnp.dtype(dtype))
+            # As bytes: NumPy does not hand out a buffer of bfloat16.
+            out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+
+def listed(names: Any) -> str:
+    """Names for a message: the first eight, sorted, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Parses a file of a model directory.
+
+    Raises:
+      ConfigError: it is not there, no JSON, or no object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is no readable JSON ({error}). Download the model again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds a {type(values).__name__}; it must hold an object. Download the model again.")
+    return values
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that a directory's weights are read from, by name: others may lie beside them, in another form.
+
+    Raises:
+      ConfigError: there are none, one lies outside of the directory, or the index is not true.
+    """
+    return [_inside(directory, file_name) for file_name in sorted(_safetensors_files(directory))]
+
+
+def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
+    """The directory's files, with the tensors that its index says each holds (None: no index)."""
+    index = directory / WEIGHTS_INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConfigError(f"{index} has no weight_map from tensors to files. Download the model again.")
+        files: dict[str, set[str] | None] = {}
+        for name, file_name in weight_map.items():
+            files.setdefault(file_name, set()).add(name)  # type: ignore[union-attr]
+        return files
+    if (directory / WEIGHTS).is_file():
+        return {WEIGHTS: None}
+    pickled = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in directory.glob(f"*.{suffix}"))
+    if pickled:
+        raise ConfigError(
+            f"{directory} holds only pickled weights ({listed(pickled)}), which can run code when they are opened; "
+            "safetensors and .gguf are read. Convert them where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+        )
+    raise ConfigError(
+        f"{directory} holds no model.safetensors and no model.safetensors.index.json. A model is a Hugging Face "
+        "directory with safetensors, or a .gguf file. Check model.path."
+    )
+
+
+def _inside(directory: Path, file_name: str) -> Path:
+    """The file, if it lies in the directory; the Hub's cache keeps files as links into blobs/, which is let pass."""
+    root = directory.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    file = directory / file_name
+    if Path(file_name).name != file_name or not any(file.resolve().is_relative_to(place) for place in allowed):
+        raise ConfigError(
+            f"{directory} names the weights file {file_name!r}, which lies outside of it. Weights must lie in the "
+            "model's own directory. Do not use this model unless you know why; copy the file in if you do."
+        )
+    if not file.is_file():
+        raise ConfigError(f"{directory} lacks {file_name}, which its index names. Download the model again.")
+    return file

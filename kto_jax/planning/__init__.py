@@ -1,0 +1,1 @@
+"""Whether a run fits its devices, by compiling it."""

@@ -1,0 +1,355 @@
+"""The training step of a run compiled from shapes alone: no weights, no feedback, and no devices of its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.batches.packing import num_slots, power_of_two
+from kto_jax.devices.sharding import abstract_batch, check_lengths
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+from kto_jax.models.weights.huggingface import read_config
+from kto_jax.objectives import Objective, check_objective
+from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
+from kto_jax.planning.topology import Topology
+from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.storage.fetch import local_path
+from kto_jax.training.first_state import make_abstract_state, make_model
+from kto_jax.training.inputs import check_together
+from kto_jax.training.state import make_optimizer, make_schedule
+from kto_jax.training.step import jit_train_step, work
+
+_NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which changes nothing else of it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is trained.
+
+    Attributes:
+      architecture: of policy and reference.
+      objective: what is minimised, as for equally many completions of both labels.
+    """
+
+    architecture: TransformerConfig
+    objective: Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """The feedback that is assumed: every example is of these lengths.
+
+    Attributes:
+      total: tokens of prompt and completion.
+      completion: tokens of the completion.
+    """
+
+    total: int
+    completion: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The batch of a step, in the letters of shapes.py.
+
+    Attributes:
+      rows: R, packed rows of a microbatch.
+      row_length: L.
+      completion_length: C.
+      slots: S.
+      room: M, microbatches that the arrays have room for.
+      microbatches: how many of them hold something.
+      sequences: completions of a step; of pairs two each.
+    """
+
+    rows: int
+    row_length: int
+    completion_length: int
+    slots: int
+    room: int
+    microbatches: int
+    sequences: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler makes of the step.
+
+    Attributes:
+      config: of the run.
+      mesh: size of each mesh axis.
+      shape: of the batch.
+      parts: bytes on each device of policy, reference, moments and batch, by their shapes.
+      arguments: bytes of all that, as the compiler lays it out; None where it refused the program.
+      temporaries: bytes of gradients, activations, gathered weights and code when most is in use; where it refused, as
+        far as it says.
+      refusal: the compiler's message; empty where it compiled.
+      limit: bytes of memory that a device has.
+      collectives: between the devices.
+      tokens: tokens of matched completions and their prompts in a step.
+      flops: operations of a step that the method asks for, by formula: nothing recomputed, no padding.
+      weight_bytes: bytes that one pass of a model reads of its weights on each device, in the dtype of the products.
+      passes: passes over a model's weights in a step: forward passes, and for each backward pass one more.
+      compile_seconds: how long the compiler took.
+      host_bytes: most memory that this process had so far.
+    """
+
+    config: Config
+    mesh: dict[str, int]
+    shape: Shape
+    parts: dict[str, int]
+    arguments: int | None
+    temporaries: int
+    refusal: str
+    limit: int
+    collectives: tuple[Collective, ...]
+    tokens: float
+    flops: float
+    weight_bytes: float
+    passes: int
+    compile_seconds: float
+    host_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device needs; of a refused program at least."""
+        return (sum(self.parts.values()) if self.arguments is None else self.arguments) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiled and each device has the memory."""
+        return not self.refusal and self.total <= self.limit
+
+
+def read_subject(config: Config) -> Subject:
+    """What the run trains; of the model only config.json is read, also from the Hub.
+
+    Raises:
+      ConfigError: the model or the objective cannot be used.
+    """
+    objective = check_objective(config.objective)
+    check_together(config, objective)
+    architecture = read_config(local_path(config.model.path, hub_files=("config.json",)))
+    if config.data.max_length > architecture.max_length:
+        raise ConfigError(
+            f"config.data.max_length={config.data.max_length} is beyond the model's context of "
+            f"{architecture.max_length} tokens. Allowed: up to {architecture.max_length}. Set config.data.max_length."
+        )
+    return Subject(architecture, objective)
+
+
+def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Shape:
+    """The batch that a step would have if every example were of these lengths.
+
+    Raises:
+      ConfigError: such an example does not fit a packed row.
+    """
+    unit = 2 if objective.reads == "pairs" else 1
+    shortest = config.data.max_length * unit
+    row_length = shortest if config.row_length == "auto" else config.row_length or shortest
+    completion_length = max(1, round(row_length * config.completion_share))
+    sequences = config.batch_size * unit
+    slots = num_slots(np.array([lengths.total]), row_length, sequences)
+    per_row = min(row_length // lengths.total, completion_length // max(lengths.completion, 1), slots) // unit * unit
+    if not per_row:
+        raise ConfigError(
+            f"--mean_length={lengths.total} with --mean_completion={lengths.completion} does not fit a packed row of "
+            f"{row_length} tokens, of which {completion_length} may be of completions. Allowed: up to these. Set "
+            "--mean_length and --mean_completion, or config.completion_share."
+        )
+    rows = int(config.microbatch_rows)
+    microbatches = math.ceil(math.ceil(sequences / per_row) / rows)
+    return Shape(
+        rows=rows,
+        row_length=row_length,
+        completion_length=completion_length,
+        slots=slots,
+        room=power_of_two(microbatches),
+        microbatches=microbatches,
+        sequences=sequences,
+    )
+
+
+def empty_batch(shape: Shape, objective: Objective, *, precomputed: bool) -> FeedbackBatch:
+    """A batch of this shape; its arrays of zeros take no memory.
+
+    Args:
+      shape: of the batch.
+      objective: which rows it reads.
+      precomputed: whether the reference's log-probabilities come with it.
+    """
+
+    def zeros(room: int, size: int, dtype: type = np.int32) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), (room, shape.rows, size))
+
+    def rows(room: int) -> PackedRows:
+        long, short = zeros(room, shape.row_length), zeros(room, shape.completion_length)
+        return PackedRows(long, long, long, short, short, short, zeros(room, shape.slots, np.bool_))
+
+    unmatched = shape.room if objective.first_pass == "unmatched" else 0
+    numbers = zeros(shape.room, shape.slots, np.float32)
+    return FeedbackBatch(
+        matched=rows(shape.room),
+        desirable=zeros(shape.room, shape.slots, np.bool_),
+        weights=numbers,
+        scores=numbers,
+        unmatched=rows(unmatched),
+        num_matched=np.int32(shape.microbatches),
+        num_unmatched=np.int32(shape.microbatches),
+        matched_reference=numbers if precomputed else None,
+        unmatched_reference=zeros(unmatched, shape.slots, np.float32) if precomputed else None,
+    )
+
+
+def one_sequence(lengths: Lengths, *, precomputed: bool) -> FeedbackBatch:
+    """A batch of one sequence in one row without padding, matched and unmatched: what the work of a step is made of."""
+    places = np.arange(lengths.total, dtype=np.int32)[None, None]
+    short = np.ones((1, 1, lengths.completion), np.int32)
+    rows = PackedRows(
+        np.zeros_like(places), np.ones_like(places), places, short, short, short, np.ones((1, 1, 1), np.bool_)
+    )
+    one = np.ones((1, 1, 1), np.float32)
+    reference = one if precomputed else None
+    return FeedbackBatch(rows, rows.filled, one, one, rows, np.int32(1), np.int32(1), reference, reference)
+
+
+def count_work(model: Model, objective: Objective, lengths: Lengths, *, precomputed: bool) -> tuple[float, float]:
+    """Tokens and operations of one sequence in a step, as `step.work` counts them."""
+    figures = work(model, objective, one_sequence(lengths, precomputed=precomputed))
+    return float(figures["tokens"]), float(figures["flops"])
+
+
+def compile_step(config: Config, subject: Subject, topology: Topology, lengths: Lengths) -> Program:
+    """Compiles the step that training would take if every example were of these lengths.
+
+    Raises:
+      ConfigError: mesh, rows or model do not fit together.
+    """
+    return compile_for(config, subject, topology, assumed_shape(config, subject.objective, lengths), lengths)
+
+
+def compile_for(
+    config: Config,
+    subject: Subject,
+    topology: Topology,
+    shape: Shape,
+    lengths: Lengths,
+    num_steps: int = _NUM_STEPS,
+) -> Program:
+    """Compiles the step that training takes of batches of a shape.
+
+    Args:
+      config: the run.
+      subject: what is trained.
+      topology: the devices.
+      shape: of the batches.
+      lengths: of the examples whose work is counted.
+      num_steps: of the run; a constant in the program.
+
+    Raises:
+      ConfigError: mesh, rows or model do not fit together.
+    """
+    objective, precomputed = subject.objective, config.reference.precompute
+    mesh, model = make_model(config, subject, topology.devices)
+    check_lengths([shape.row_length], dict(mesh.shape))
+    schedule = make_schedule(config.optimizer, num_steps)
+    optimizer = make_optimizer(
+        config.optimizer,
+        schedule,
+        value_head=model.scorer == "value",
+        param_dtype=config.model.param_dtype,
+        seed=config.seed,
+    )
+    state = make_abstract_state(config, subject, model, mesh, optimizer)
+    batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))
+    parts = {
+        "policy": device_bytes(state.policy),
+        "reference": device_bytes(state.reference),
+        "moments": device_bytes(state.opt_state),
+        "batch": device_bytes(batch),
+    }
+    step = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    started = time.perf_counter()
+    arguments, temporaries, refusal, collectives = _compile(step, state, batch, parts, topology)
+    seconds = time.perf_counter() - started
+    tokens, flops = count_work(model, objective, lengths, precomputed=precomputed)
+    models = 2 if objective.uses_reference and not precomputed else 1
+    first_pass = models if objective.first_pass != "none" else 0
+    width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
+    return Program(
+        config=config,
+        mesh=dict(mesh.shape),
+        shape=shape,
+        parts=parts,
+        arguments=arguments,
+        temporaries=temporaries,
+        refusal=refusal,
+        limit=device_limit(topology),
+        collectives=tuple(collectives),
+        tokens=tokens * shape.sequences,
+        flops=flops * shape.sequences,
+        weight_bytes=subject.architecture.num_params() * width / mesh.shape["tensor"],
+        passes=shape.microbatches * (first_pass + models + 1),
+        compile_seconds=seconds,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _compile(
+    step: Any, state: Any, batch: Any, parts: dict[str, int], topology: Topology
+) -> tuple[int | None, int, str, list[Collective]]:
+    """Bytes of arguments and temporaries, the compiler's refusal if it refused, and the collectives."""
+    lowered = step.lower(state, batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        sizes = refused_bytes(str(error))
+        if sizes is None and "RESOURCE_EXHAUSTED" not in message:
+            raise
+        return None, sizes[0] - sum(parts.values()) if sizes else 0, message, []
+    memory = compiled.memory_analysis()
+    if topology.devices[0].platform == "cpu":
+        # Its peak leaves temporaries out; they are one piece of memory.
+        temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    else:
+        # Not the sum of its parts, which are never all in use at the same time.
+        temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    temporaries += memory.generated_code_size_in_bytes
+    collectives = find_collectives(
+        compiled.as_text(), num_devices=len(topology.devices), num_slices=topology.num_slices
+    )
+    return memory.argument_size_in_bytes, temporaries, "", collectives
+
+
+def device_bytes(abstract: Any) -> int:
+    """Bytes of a tree of placed shapes on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
+    )
+
+
+def device_limit(topology: Topology) -> int:
+    """Bytes of memory of each device: as published; of the devices here as they say, or their share of the host's."""
+    if topology.chip:
+        return topology.chip.hbm_bytes // topology.chip.devices
+    # Of devices of other processes nothing can be asked.
+    stated = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return stated or host_memory() // jax.local_device_count()
+
+
+def host_memory(group: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory that the host has, or as many as a container's control group may take."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = group.read_text().strip() if group.exists() else "max"
+    return installed if allowed == "max" else min(installed, int(allowed))

@@ -1,0 +1,191 @@
+"""How many packed rows fit at once: `microbatch_rows="auto"`, found by compiling, not by running out of memory.
+
+The step is compiled for the fewest rows that the mesh can share, then for twice as many, and so on, until the
+compiler's own figure of its memory no longer fits the devices or a batch fills no more than one microbatch. Programs go
+to the compilation cache, where training finds the one it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.devices import processes as hosts
+from kto_jax.devices.sharding import check_rows, mesh_shape
+from kto_jax.planning.compile_step import Lengths, Program, Shape, Subject, compile_for, compile_step
+from kto_jax.planning.topology import LOCAL, Topology
+from kto_jax.training.inputs import Inputs, make_plans
+from kto_jax.training.logs import console
+
+# What else lives there: on a device the next batch and gaps between arrays, in a host's memory the rest of the process.
+_SHARE, _HOST_SHARE = 0.95, 0.5
+_GIB = 2**30
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """The same run with so many rows in a microbatch."""
+    return dataclasses.replace(config, microbatch_rows=rows)
+
+
+def candidates(config: Config, num_devices: int) -> Iterator[int]:
+    """Numbers of rows to try: the fewest that the mesh can share, and doublings without end.
+
+    Devices that share a row read one row at a time (see `sharding.check_rows`), so that there is nothing to double.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices.
+    """
+    sizes = mesh_shape(config.mesh, num_devices)
+    fewest = sizes["data"] * sizes["fsdp"]
+    if sizes["sequence"] > 1:
+        return iter([fewest])
+    return (fewest * 2**doublings for doublings in itertools.count())
+
+
+def room(program: Program, topology: Topology) -> int:
+    """Bytes of each device that a step may take."""
+    on_host = topology.chip is None and topology.devices[0].platform == "cpu"
+    return int((_HOST_SHARE if on_host else _SHARE) * program.limit)
+
+
+def leaves_room(program: Program, topology: Topology) -> bool:
+    """Whether the compiler took the program, and it leaves room for what else lives on the devices of all processes."""
+    return _everywhere(not program.refusal and program.total <= room(program, topology))
+
+
+def find_rows(
+    numbers: Iterable[int], compile_rows: Callable[[int], Program], topology: Topology
+) -> tuple[Program, str]:
+    """The program with the most rows that leaves room; where none does, that with the fewest.
+
+    Args:
+      numbers: of rows, from the fewest upwards; at least one.
+      compile_rows: compiles the step for a number of rows.
+      topology: the devices.
+
+    Returns:
+      The program, and why it has no more rows.
+    """
+    found: Program | None = None
+    for rows in numbers:
+        program = compile_rows(rows)
+        if not leaves_room(program, topology):
+            least = "at least " if program.refusal else ""
+            why = f"{rows} would take {least}{program.total / _GIB:.2f} GiB"
+            return (found, why) if found else (program, "the mesh can share no fewer")
+        found = program
+        if program.shape.microbatches == 1:
+            return program, "a batch fills no more"
+    assert found is not None
+    return found, "devices that share a row take one at a time"
+
+
+def plan_rows(config: Config, subject: Subject, topology: Topology, lengths: Lengths) -> tuple[Program, str]:
+    """What `plan` says of a run whose rows are to be found: its program, and why it has no more rows.
+
+    Raises:
+      ConfigError: mesh and model do not fit together, or an example of these lengths fits no row.
+    """
+
+    def compile_rows(rows: int) -> Program:
+        return compile_step(with_rows(config, rows), subject, topology, lengths)
+
+    return find_rows(candidates(config, len(topology.devices)), compile_rows, topology)
+
+
+def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, Inputs]:
+    """The run with the rows of its microbatches found; nothing of its folder is written.
+
+    A run that is continued keeps the rows that its config.json holds, or its numbers would change. Others are found
+    where the mesh can no longer share them, or the devices no longer have the memory. All processes decide as one.
+
+    Args:
+      config: the run, whose `microbatch_rows` is "auto".
+      inputs: what it reads.
+      workdir: the run's folder, if there is one yet.
+
+    Raises:
+      ConfigError: the devices do not have the memory for the fewest rows.
+    """
+    topology = Topology(LOCAL, tuple(jax.devices()))
+    on_host = topology.devices[0].platform == "cpu"
+    # Processes on one host share its memory; other devices have their own.
+    sharing = hosts.tell(platform.node()).count(platform.node()) if on_host else 1
+
+    def compile_rows(rows: int) -> Program:
+        program = hosts.together(lambda: _compile(with_rows(config, rows), inputs, topology))
+        return dataclasses.replace(program, limit=program.limit // sharing)
+
+    program, why = None, "as the run began"
+    before = int(hosts.tell(str(_rows_before(workdir)))[0])
+    if before and _shares(config, before, len(topology.devices)):
+        program = compile_rows(before)
+    if program is None or not leaves_room(program, topology):
+        program, why = find_rows(candidates(config, len(topology.devices)), compile_rows, topology)
+    _check_fits(program, why)
+    console.print(
+        f"microbatch_rows: {program.shape.rows}, for which the step takes {program.total / _GIB:.2f} of "
+        f"{program.limit / _GIB:.2f} GiB on each device; {why}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    settled = with_rows(config, program.shape.rows)
+    plan, held_out = make_plans(settled, inputs.index, inputs.objective, inputs.controls)
+    return settled, dataclasses.replace(inputs, plan=plan, held_out=held_out)
+
+
+def _rows_before(workdir: Path) -> int:
+    """Rows of the run that is continued; 0 where there is none."""
+    try:
+        return int(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["microbatch_rows"])
+    except FileNotFoundError:
+        return 0
+
+
+def _shares(config: Config, rows: int, num_devices: int) -> bool:
+    try:
+        check_rows(rows, mesh_shape(config.mesh, num_devices))
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_fits(program: Program, why: str) -> None:
+    if not _everywhere(program.fits):
+        least, needed, limit = "at least " if program.refusal else "", program.total / _GIB, program.limit / _GIB
+        raise ConfigError(
+            f'config.microbatch_rows="auto" finds none that fit: with {program.shape.rows} rows the step needs {least}'
+            f"{needed:.2f} GiB of each device, and {why}. Allowed: up to the {limit:.2f} GiB that a device has. Take "
+            "more devices, or settings that need less: python -m kto_jax.plan --topology=local finds some."
+        )
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether it holds on all processes; equal programs on devices of one kind may still meet other limits."""
+    return all(word == "True" for word in hosts.tell(str(condition)))
+
+
+def _compile(config: Config, inputs: Inputs, topology: Topology) -> Program:
+    """The step for the longest rows of the run, which take the most memory."""
+    plan, _ = make_plans(config, inputs.index, inputs.objective, inputs.controls)
+    batch, row = plan.batch(0), plan.longest_row
+    shape = Shape(
+        rows=plan.microbatch_rows,
+        row_length=row.length,
+        completion_length=row.completion_length,
+        slots=row.slots,
+        room=len(batch.matched.tokens),
+        microbatches=int(max(batch.num_matched, batch.num_unmatched)),
+        sequences=plan.max_sequences,
+    )
+    # Of the work nothing is asked here.
+    least = Lengths(total=2, completion=1)
+    subject = Subject(inputs.architecture, inputs.objective)
+    return compile_for(config, subject, topology, shape, least, num_steps=inputs.num_steps)

@@ -1,0 +1,139 @@
+"""Completions before and after training, and what judges say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kto_jax.config import SamplesConfig
+from kto_jax.data.index.index import Index
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, decode
+from kto_jax.judges import judges
+from kto_jax.models.model import Model, Params
+from kto_jax.sampling.sample import sample
+from kto_jax.shapes import PackedRows
+from kto_jax.training.forward import packed_logps
+from kto_jax.training.run_folder import write_json
+
+# Prompts that are completed at once: on CPU a step of decoding costs little more for many rows than for one.
+_PROMPTS = 64
+# Rows whose perplexity is computed at once.
+_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Completions of held-out prompts.
+
+    Attributes:
+      prompts: decoded, without the tokenizer's control tokens.
+      completions: decoded.
+      perplexity: of all completion tokens together under the reference; None where there is no reference.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+    perplexity: float | None
+
+
+def held_out_prompts(index: Index, count: int) -> list[np.ndarray]:
+    """Ids of the first `count` distinct prompts that are held out from training, in source order."""
+    rows = index.rows("eval")
+    _, first = np.unique(np.asarray(index.prompt_hashes)[rows], return_index=True)
+    return [np.asarray(index.prompt(row)) for row in rows[np.sort(first)[:count]]]
+
+
+def write_samples(
+    model: Model,
+    policy: Params,
+    reference: Params,
+    tokenizer: TokenizerInfo,
+    prompts: Sequence[np.ndarray],
+    config: SamplesConfig,
+    seed: int,
+) -> Samples:
+    """Completes the prompts with the policy, and measures how likely the reference, if any, finds the completions."""
+    completions = sample(
+        model,
+        policy,
+        list(prompts),
+        eos_id=sorted({*tokenizer.stop_ids, *model.config.eos_ids}),
+        key=jax.random.key(seed),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        batch_size=min(len(prompts), _PROMPTS),
+    )
+    return Samples(
+        prompts=[decode(tokenizer, ids) for ids in prompts],
+        completions=[decode(tokenizer, ids).strip() for ids in completions],
+        perplexity=perplexity(model, reference, prompts, completions) if reference else None,
+    )
+
+
+def perplexity(model: Model, params: Params, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> float:
+    """exp of the mean negative log-probability, in nats, of all completion tokens given their prompts."""
+    length = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
+    score = jax.jit(lambda params, rows: jnp.sum(packed_logps(model, params, rows)))
+    total = 0.0
+    for start in range(0, len(prompts), _ROWS):
+        batch = list(zip(prompts, completions, strict=True))[start : start + _ROWS]
+        total += float(score(params, _one_per_row(batch, length)))
+    return math.exp(-total / sum(len(completion) for completion in completions))
+
+
+def _one_per_row(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> PackedRows:
+    """Rows of one example each, padded at the end to `length`; rows that are left over are padding."""
+    tokens, segment_ids, predictors, targets, target_segments = np.zeros((5, _ROWS, length), np.int32)
+    for row, (prompt, completion) in enumerate(examples):
+        ids = np.concatenate([prompt, completion])
+        tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+        predictors[row, : len(completion)] = len(prompt) - 1 + np.arange(len(completion))
+        targets[row, : len(completion)], target_segments[row, : len(completion)] = completion, 1
+    positions = np.where(segment_ids > 0, np.arange(length, dtype=np.int32)[None], 0)
+    filled = np.arange(_ROWS)[:, None] < len(examples)
+    return PackedRows(tokens, segment_ids, positions, predictors, targets, target_segments, filled)
+
+
+def judge(
+    index: Index, tokenizer: TokenizerInfo, names: Sequence[str], before: Samples, after: Samples
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Verdicts of the judges and the perplexities, as the report shows them, and how far the judges can be trusted."""
+    rows = index.rows("judge")
+    texts = [decode(tokenizer, index.completion(row)) for row in rows] if "feedback" in names else []
+    labels = np.asarray(index.desirable)[rows[: len(texts)]]
+    prompts = np.asarray(index.prompt_hashes)[rows[: len(texts)]]
+    verdicts: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for name in names:
+        fitted = judges.fit_judge(name, texts, labels, prompts)
+        verdicts += judges.compare(name, fitted, before.completions, after.completions)
+        if fitted.quality:
+            notes.append(
+                f"The judge {name} was fitted on {fitted.quality['examples']:.0f} labelled completions that did not "
+                f"train; on prompts it has not seen it agrees with {fitted.quality['accuracy']:.0%} of the labels (AUC "
+                f"{fitted.quality['auc']:.2f})."
+            )
+    if before.perplexity is not None:
+        perplexities = {"before": before.perplexity, "after": after.perplexity}
+        verdicts.append({"judge": "reference", "figure": "perplexity of the completions", **perplexities})
+    return verdicts, notes
+
+
+def save_samples(path: Path, samples: Samples) -> None:
+    """Keeps samples in the run's folder, for a report that is written after a restart."""
+    write_json(path, dataclasses.asdict(samples))
+
+
+def load_samples(path: Path) -> Samples:
+    """Reads what `save_samples` wrote."""
+    return Samples(**json.loads(path.read_text(encoding="utf-8")))

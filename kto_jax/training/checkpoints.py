@@ -1,0 +1,213 @@
+"""Checkpoints: the only file that knows Orbax.
+
+    checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and a reference that is
+                                synced; written in the background
+    checkpoints/reference       a frozen reference, written once; low-rank adapters are laid upon it
+
+A checkpoint appears under its final name only when it is whole, so a run that is killed finds the newest whole one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
+from kto_jax.devices import processes as hosts
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.lora import laid_upon
+from kto_jax.models.model import Model, Params
+from kto_jax.training.state import TrainState
+
+# Fields of TrainState that a checkpoint holds, where they hold anything.
+_MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
+_BEST = "eval_loss"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: the run's folder.
+      config: how many to keep.
+      reference_moves: whether the reference is synced, and so part of every checkpoint.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, *, reference_moves: bool = False) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
+        self._directory = workdir.absolute() / "checkpoints"
+        self._moving = (*_MOVING, "reference") if reference_moves else _MOVING
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(config.keep),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics[_BEST],
+                        reverse=True,
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint; None where there is none.
+
+        Raises:
+          ConfigError: the processes see different ones.
+        """
+        step = self._checkpointer.latest.step if self._checkpointer.latest else None
+        seen = hosts.tell(str(step))
+        if len(set(seen)) > 1:
+            raise ConfigError(
+                f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "
+                "must see the same. Put --workdir on a file system that they share, and start again in a while."
+            )
+        return step
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        """Starts to write a checkpoint; returns once the state's memory may be reused.
+
+        Args:
+          step: steps taken.
+          state: what to save.
+          eval_loss: held-out loss at this step, if it was measured; the lowest marks the checkpoint to keep.
+
+        Raises:
+          Exception: the previous save failed; it is not hidden until the end.
+        """
+        if any(found.step == step for found in self._checkpointer.checkpoints):
+            return
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": self._moving_part(state)},
+            metrics=None if eval_loss is None else {_BEST: eval_loss},
+            force=True,
+        )
+        if jax.default_backend() == "cpu":
+            # There the writer reads the state's own memory: a step that ran meanwhile would need as much again.
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until all started saves are on disk, and raises what went wrong with them."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and releases what the background writer holds."""
+        self._checkpointer.close()
+
+    def save_reference(self, reference: Params) -> None:
+        """Writes the frozen reference, once for the run; nothing where there is none, or where it moves."""
+        if reference and "reference" not in self._moving:
+            ocp.save(self._directory / "reference", reference, overwrite=True)
+
+    def _moving_part(self, state: TrainState) -> dict[str, Any]:
+        parts = {name: getattr(state, name) for name in self._moving}
+        return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """Reads the newest checkpoint, placed as `abstract` says.
+
+        Raises:
+          ConfigError: the checkpoint is of another model or optimizer; lists what differs.
+        """
+        step = self.latest_step
+        if step is None:
+            raise ConfigError(f"{self._directory} holds no whole checkpoint. Start the run again without resuming.")
+        wanted = self._moving_part(abstract)
+        found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        _check_same(found, wanted, self._directory / str(step))
+        moving = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
+        if abstract.reference and "reference" not in wanted:
+            place = self._directory / "reference"
+            _check_same(ocp.metadata(place).metadata, abstract.reference, place)
+            moving["reference"] = ocp.load(place, abstract.reference)
+        return dataclasses.replace(abstract, **moving)
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> (shape, dtype) of every array of a tree; tuples and named tuples are told apart by place alone."""
+    plain = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): (
+            tuple(leaf.shape),
+            str(leaf.dtype),
+        )
+        for path, leaf in plain
+    }
+
+
+def _check_same(found: Any, wanted: Any, place: Path) -> None:
+    """Refuses a checkpoint whose arrays are not those of the model.
+
+    Raises:
+      ConfigError: listing missing, unexpected and differing arrays.
+    """
+    has, wants = _leaves(found), _leaves(wanted)
+    problems = [f"{path}: missing" for path in sorted(wants.keys() - has.keys())]
+    problems += [f"{path}: unexpected" for path in sorted(has.keys() - wants.keys())]
+    problems += [
+        f"{path}: checkpoint has {has[path]}, model wants {wants[path]}"
+        for path in sorted(has.keys() & wants.keys())
+        if has[path] != wants[path]
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise ConfigError(
+            f"{place} is a checkpoint of another model or optimizer: {shown}. Resuming needs the same arrays. "
+            "Restore the run's configuration, or choose another --workdir."
+        )
+
+
+def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
+    """The policy of a run's newest checkpoint, on one device, for sampling.
+
+    Returns:
+      The model, its parameters (with a value scorer where it is trained with one) and the folder of its tokenizer.
+
+    Raises:
+      ConfigError: the folder holds no run, no whole checkpoint, or a reward model, which has no output head.
+    """
+    workdir = Path(workdir).absolute()
+    try:
+        values = json.loads((workdir / "model.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
+        ) from None
+    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
+        if checkpointer.latest is None:
+            raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")
+        step = checkpointer.latest.step
+        metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
+        if "weight" in metadata["policy"].get("scorer", {}):
+            raise ConfigError(
+                f"{workdir} trains a reward model, which gives a completion a number and writes none. The run of a "
+                "language model is needed here. Choose one, or score completions with python -m kto_jax.score."
+            )
+        place = SingleDeviceSharding(jax.devices()[0])
+
+        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
+        wanted["policy"] = jax.tree.map(abstract, metadata["policy"])
+        policy = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
+    if "embed" not in policy:  # It is adapters.
+        lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
+        reference = workdir / "checkpoints" / "reference"
+        frozen = ocp.load(reference, jax.tree.map(abstract, ocp.metadata(reference).metadata))
+        policy = laid_upon(frozen, policy, lora.alpha / lora.rank)
+    return Model.create(TransformerConfig.from_hugging_face(values), dtype=dtype), policy, workdir / "tokenizer"

@@ -1,0 +1,213 @@
+"""What a run is made of: the mesh, the model upon it, and the training state, abstract or with its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.int8 import INT8, kept_as
+from kto_jax.models.lora import adapter_axes, init_adapters
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.huggingface import load_params
+from kto_jax.objectives import Objective
+from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.inputs import Inputs
+from kto_jax.training.logs import console
+from kto_jax.training.state import TrainState, abstract_state, create_state
+
+
+class Subject(Protocol):
+    """What the model and the abstract state need to know of a run's inputs."""
+
+    @property
+    def architecture(self) -> TransformerConfig:
+        """Of policy and reference."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+
+
+def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
+    """The device mesh and the model upon it.
+
+    Args:
+      config: the run.
+      inputs: what it trains.
+      devices: the devices; none for all that are here.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices do not have the attention.
+    """
+    architecture = inputs.architecture
+    devices = list(devices) or jax.devices()
+    sizes = mesh_shape(config.mesh, len(devices))
+    _check_remat(config.model.remat, devices[0].platform)
+    if config.microbatch_rows != "auto":
+        check_rows(int(config.microbatch_rows), sizes)
+    check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
+    mesh = make_mesh(config.mesh, devices)
+    constrain = constrainer(mesh)
+    return mesh, Model.create(
+        architecture,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        constrain=constrain,
+        scorer=inputs.objective.scorer,
+        num_devices=mesh.size,
+        row_parts=mesh.shape["sequence"],
+        packed_attention=choose_attention(config.model.attention, mesh),
+        adapter_scale=config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
+    )
+
+
+def _check_remat(remat: str, platform: str) -> None:
+    """Refuses to offload where there is nowhere to.
+
+    Raises:
+      ConfigError: naming the platform.
+    """
+    if remat == "offload" and platform not in ("tpu", "gpu"):
+        raise ConfigError(
+            f'config.model.remat="offload" cannot be used on {platform}: its memory is the host\'s own. Allowed on TPU '
+            'and GPU, whose devices copy to the host while they compute. Set config.model.remat to "full".'
+        )
+
+
+def make_abstract_state(
+    config: Config, inputs: Subject, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state.
+
+    Raises:
+      ConfigError: a dimension of the model does not divide over the mesh.
+    """
+    if config.lora.rank:
+        policy, reference = _placed_adapters(config, model, mesh)
+    else:
+        plain = dataclasses.replace(model, scorer="none")
+        uses_reference = inputs.objective.uses_reference and not config.reference.precompute
+        policy = _placed(mesh, model, config.model.param_dtype)
+        reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
+    return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
+
+
+def make_state(
+    config: Config,
+    inputs: Inputs,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    abstract: TrainState,
+) -> TrainState:
+    """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
+    if checkpoints.latest_step is not None:
+        console.print(f"continuing after step {checkpoints.latest_step}")
+        return checkpoints.restore(abstract)
+    key = jax.random.key(config.seed)
+    layout, reference_layout = (
+        jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
+    )
+    mesh = abstract.step.sharding.mesh
+    if config.lora.rank:
+        policy = _first_adapters(config, inputs, model, layout, key)
+    else:
+        policy = _first_weights(config, inputs, model, layout, key)
+    if not abstract.reference:
+        reference = {}
+    elif config.lora.rank:
+        reference = load_reference(config, inputs, model, reference_layout)
+    elif config.reference.path:
+        reference = load_reference(config, inputs, dataclasses.replace(model, scorer="none"), reference_layout)
+    else:
+        trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
+        reference = _kept_as_reference(config, trunk, reference_layout)
+    state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
+    checkpoints.save_reference(state.reference)
+    return state
+
+
+def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+    """The policy's parameters from its files, or drawn; those that `layout` names."""
+    if config.model.init == "random":
+
+        def draw(key: Array) -> Params:
+            params = model.init_params(key, config.model.param_dtype)
+            return {name: params[name] for name in layout}
+
+        return jax.jit(draw, out_shardings=layout)(key)
+    return load_params(model, inputs.model_path, param_dtype=config.model.param_dtype, shardings=layout, key=key)
+
+
+def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+    """Adapters that add nothing, and the first weights of a scorer."""
+    layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
+    # From a key of their own, so that they do not change the other values.
+    draw = jax.jit(lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers)
+    adapters = draw(jax.random.fold_in(key, 2))
+    return adapters | (_first_weights(config, inputs, model, others, key) if others else {})
+
+
+def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
+    """The reference's parameters from its files, or as drawn where the policy's first weights are.
+
+    Args:
+      config: the run.
+      inputs: what it reads.
+      model: the architecture.
+      layout: sharding of every parameter of the reference; it names no scorer.
+    """
+    if config.model.init == "random" and not config.reference.path:
+
+        def draw(key: Array) -> Params:
+            params = model.init_params(key, config.model.param_dtype)
+            return kept_as({name: params[name] for name in layout}, config.reference.param_dtype)
+
+        return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
+    # Without a path it is what the policy begins with, rounded as the policy is.
+    if config.reference.path or config.model.param_dtype == "float32":
+        kept = config.reference.param_dtype
+        return load_params(model, inputs.reference_path, param_dtype=kept, shardings=layout)
+    mesh = jax.tree.leaves(layout)[0].mesh
+    rounded = jax.tree.map(lambda leaf: leaf.sharding, _placed(mesh, model, config.model.param_dtype))
+    first = load_params(model, inputs.reference_path, param_dtype=config.model.param_dtype, shardings=rounded)
+    return _kept_as_reference(config, first, layout)
+
+
+def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
+    """Placed parameters in the dtype of the reference."""
+    if config.reference.param_dtype != INT8:
+        return kept_as(params, config.reference.param_dtype)
+    return jax.jit(kept_as, static_argnums=1, out_shardings=layout)(params, INT8)
+
+
+def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
+    """What is trained where adapters are, with a scorer if the model has one; and the frozen parameters."""
+    abstract, axes = model.abstract_params("float32"), model.logical_axes()
+    adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
+    policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)
+    frozen = _placed(mesh, model, config.reference.param_dtype)
+    if frozen.pop("scorer", None):
+        policy |= _laid(mesh, {"scorer": axes["scorer"]}, {"scorer": abstract["scorer"]})
+    return policy, frozen
+
+
+def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:
+    return _laid(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
+
+
+def _laid(mesh: Mesh, axes: Any, abstract: Any) -> Params:
+    layout = shardings(mesh, axes, abstract)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )

@@ -1,0 +1,159 @@
+"""The reference's log-probabilities of all that a run will read, computed once; training then holds no reference.
+
+They lie in the cache under a key of all that decides them: the reference's weights, the index, the order and size of
+the batches, the epochs, the truncation and the dtypes. A second run finds them whole, a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from rich.progress import track
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.batches.reference_logps import ReferenceLogps, open_store
+from kto_jax.data.batches.schedule import Plan, prefetch
+from kto_jax.data.index.index import Index
+from kto_jax.devices import processes as hosts
+from kto_jax.devices.sharding import local_rows, place_batch, shardings
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.huggingface import weights_digest
+from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.storage.fetch import cache_directory
+from kto_jax.training.first_state import load_reference
+from kto_jax.training.forward import packed_logps
+from kto_jax.training.inputs import Inputs
+from kto_jax.training.logs import console
+from kto_jax.training.preemption import PREEMPTED
+from kto_jax.training.run_folder import write_json
+
+_FORMAT = 2
+"""Version of the stores."""
+
+
+def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir: Path) -> Inputs:
+    """Finds or computes what the reference says of every step and evaluation of the run.
+
+    The reference is loaded only where something is missing, and is let go of at the end.
+
+    Args:
+      config: the run.
+      inputs: what it reads.
+      model: the policy's; the reference has its architecture.
+      mesh: the devices.
+      workdir: the run's folder, which remembers which reference it began with.
+
+    Returns:
+      The inputs, with plans whose batches hold the reference's log-probabilities.
+
+    Raises:
+      ConfigError: the reference is not the one that the run began with, a store cannot be used, or the reference finds
+        a completion impossible (its log-probability is not finite).
+    """
+    plain = dataclasses.replace(model, scorer="none")
+    tasks = [("train", inputs.plan, inputs.num_steps)]
+    if inputs.held_out:
+        tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
+    weights = hosts.together(lambda: _same_reference(config, inputs, workdir))
+    stores = hosts.together(lambda: [_find_store(config, inputs, plan, weights) for _, plan, _ in tasks])
+    missing = {
+        name: hosts.where_any(store.is_missing(num_steps))
+        for store, (name, _, num_steps) in zip(stores, tasks, strict=True)
+    }
+    places = " and ".join(str(store.directory) for store in stores)
+    num_missing = sum(int(np.sum(steps)) for steps in missing.values())
+    console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}", highlight=False)
+    if num_missing:
+        kept = config.reference.param_dtype
+        layout = shardings(mesh, plain.logical_axes(kept), plain.abstract_params(kept))
+        reference = load_reference(config, inputs, plain, layout)
+        read = functools.partial(_jit_read(plain), reference)
+        place = functools.partial(place_batch, mesh)
+        for store, (name, plan, _) in zip(stores, tasks, strict=True):
+            steps = np.flatnonzero(missing[name]).tolist()
+            unknown = hosts.where_any(np.isnan(store.matched))
+            make = functools.partial(plan.batch, rows=local_rows(mesh, plan.microbatch_rows))
+            batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
+            shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
+            for step, batch in zip(steps, shown, strict=True):
+                rows = plan.step(step).rows
+                matched, unmatched = _compute(plan, step, batch, read, reads_matched=unknown[rows].any())
+                unknown[rows] = False
+                for logps in (matched, unmatched):
+                    _check_finite(logps, rows, inputs.index)
+                store.write(step, rows, matched, unmatched)
+                if hosts.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
+                    sys.exit(PREEMPTED)
+    plans = [plan.with_reference_logps(store) for store, (_, plan, _) in zip(stores, tasks, strict=True)]
+    return dataclasses.replace(inputs, plan=plans[0], held_out=plans[1] if inputs.held_out else None)
+
+
+def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
+    """The digest of the reference's weights, which must be that of the run's beginning."""
+    if config.model.init == "random" and not config.reference.path:
+        return f"random {config.seed} {inputs.architecture}"
+    weights, path = weights_digest(inputs.reference_path), workdir / "reference.json"
+    if path.exists() and (before := json.loads(path.read_text())["weights"]) != weights:
+        raise ConfigError(
+            f"the weights in {inputs.reference_path} have changed since the run in {workdir} began (digest "
+            f"{weights[:16]}, was {before[:16]}). Its reference must stay. Restore them, or choose another --workdir."
+        )
+    if hosts.is_first():
+        write_json(path, {"weights": weights})
+    return weights
+
+
+def _find_store(config: Config, inputs: Inputs, plan: Plan, weights: str) -> ReferenceLogps:
+    parts = [_FORMAT, weights, plan.key, config.model.dtype, config.reference.param_dtype]
+    if not config.reference.path and config.model.param_dtype != "float32":
+        parts.append(config.model.param_dtype)  # It is the policy's first weights, as they are kept.
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    directory = cache_directory() / "reference_logps" / key[:16]
+    return open_store(directory, len(inputs.index.splits), plan.num_steps, plan.max_sequences)
+
+
+def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
+    """The compiled function: (parameters, rows, microbatches that are used) -> log-probabilities [M, R, S]."""
+
+    def read(params: Params, rows: PackedRows, count: Int[Array, ""]) -> Float[Array, "M R S"]:
+        def body(index: Int[Array, ""], logps: Array) -> Array:
+            microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
+            return logps.at[index].set(packed_logps(model, params, microbatch))
+
+        dtype = jnp.promote_types(model.dtype, jnp.float32)
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(rows.filled.shape, dtype))
+
+    return jax.jit(read)
+
+
+def _compute(
+    plan: Plan, step: int, batch: FeedbackBatch, read: Callable[[PackedRows, Array], Array], *, reads_matched: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where they are not read."""
+    nothing = np.zeros(batch.matched.filled.shape, np.float32)
+    matched = hosts.gather(read(batch.matched, batch.num_matched)) if reads_matched else nothing
+    unmatched = hosts.gather(read(batch.unmatched, batch.num_unmatched)) if plan.reads_unmatched else nothing
+    matched, unmatched = plan.by_sequence(step, matched, unmatched)
+    return matched if reads_matched else matched[:0], unmatched
+
+
+def _check_finite(logps: np.ndarray, rows: np.ndarray, index: Index) -> None:
+    broken = rows[: len(logps)][~np.isfinite(logps)]
+    if len(broken):
+        places = ", ".join(index.place(row) for row in broken[:5])
+        raise ConfigError(
+            f"the reference gives {len(broken)} completions a log-probability that is not finite, among them {places}. "
+            "Every number must be finite. Look at these rows, or at config.reference.path and model.dtype."
+        )

@@ -1,0 +1,222 @@
+"""The folder of a run: who may write to it, and whether the same run is being continued.
+
+config.json      the resolved configuration     metrics.jsonl   one row per step
+manifest.json    what the data was              checkpoints/    Orbax
+model.json       the architecture               policy/         the result, in Hugging Face format
+tokenizer/       the tokenizer                  report.html     curves, samples, verdicts
+adapter/         low-rank adapters, where they were trained, as peft reads them
+reference_error.json   what rounding the reference did to log-probabilities and rewards, where it was rounded
+reference.json   digest of its weights, where the reference's log-probabilities were computed once
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from kto_jax.config import Config, ConfigError, to_dict
+from kto_jax.data.index.index import Index
+from kto_jax.data.tokens.tokenizer import TokenizerInfo
+from kto_jax.devices import processes as hosts
+from kto_jax.models.config import TransformerConfig
+
+# Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
+# they amount to is held by the index, as of the EOS.
+_FREE = (
+    "max_bad_steps",
+    "row_length",
+    "microbatch_rows",
+    "completion_share",
+    "model.remat",
+    "model.attention",
+    "data.num_workers",
+    "data.num_loaders",
+    "data.index_store",
+    "data.max_rejected",
+    "data.eos_token",
+    "mesh",
+    "processes",
+    "evaluation",
+    "checkpoint",
+    "samples.judges",
+)
+
+# What of a manifest must be equal: its inputs, and the tokens that they became.
+_CONTENT = ("key", "content_sha256")
+# What a start that was killed before config.json was written may have left.
+_BEGINNINGS = {
+    ".lock",
+    "tokenizer",
+    "manifest.json",
+    "manifest.partial",
+    "model.json",
+    "model.partial",
+    "config.partial",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, held by this process.
+
+    Attributes:
+      path: the folder.
+      tokenizer: the run's own copy of the tokenizer.
+      lock: held by the first process while it lives; the operating system lets go of it when the process is killed.
+    """
+
+    path: Path
+    tokenizer: TokenizerInfo
+    lock: IO[str]
+
+
+def open_run(
+    path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
+) -> RunFolder:
+    """Creates the folder of a run, or finds it again to continue; the first process does, the others look for it.
+
+    Raises:
+      ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
+        with another configuration or other data, or no run. Nothing in it has been changed then.
+    """
+    own = hosts.together(lambda: _open(path, config, index, tokenizer, architecture) if hosts.is_first() else None)
+    return hosts.together(lambda: own or _find(path, tokenizer))
+
+
+def _open(
+    path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
+) -> RunFolder:
+    check_folder(path, config, index, architecture)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={path} cannot be written to: {error}. A run needs a folder of its own. Choose another one."
+        ) from None
+    try:
+        return _claim(path, lock, config, index, tokenizer, architecture)
+    except ConfigError:
+        lock.close()
+        raise
+
+
+def _find(path: Path, tokenizer: TokenizerInfo) -> RunFolder:
+    """The folder that the first process has opened, for the others.
+
+    Raises:
+      ConfigError: it is not to be seen from here.
+    """
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"--workdir={path} was made by the first process, and this one does not see it. A run of several processes "
+            "needs a folder that all of them share. Choose another --workdir."
+        )
+    return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
+
+
+def _claim(
+    path: Path,
+    lock: IO[str],
+    config: Config,
+    index: Index,
+    tokenizer: TokenizerInfo,
+    architecture: TransformerConfig,
+) -> RunFolder:
+    """Takes the folder for this process, and writes what a run begins with."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ConfigError(
+            f"--workdir={path} is in use by process {lock.read().strip() or 'unknown'}. One run may write to a folder. "
+            "Wait for it to end, or choose another --workdir."
+        ) from None
+    check_folder(path, config, index, architecture)  # again: now nobody else can write to it
+    copy = dataclasses.replace(tokenizer, directory=path / "tokenizer")
+    if not (path / "config.json").exists():
+        shutil.rmtree(copy.directory, ignore_errors=True)
+        shutil.copytree(tokenizer.directory, copy.directory)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    write_json(path / "manifest.json", index.manifest)
+    write_json(path / "model.json", architecture.to_hugging_face())
+    write_json(path / "config.json", to_dict(config))  # last: with it the folder is a run
+    return RunFolder(path, copy, lock)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file that a reader never sees half-written."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def check_folder(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:
+    """Refuses a folder that holds anything but the beginning or the continuation of this run; writes nothing.
+
+    Raises:
+      ConfigError: it holds other files, or a run that differs; lists what differs, old and new.
+    """
+    if not (path / "config.json").exists():
+        if path.is_dir() and not set(os.listdir(path)) <= _BEGINNINGS:
+            raise ConfigError(
+                f"--workdir={path} holds files, and no run. A run needs a folder that is new, empty or its own. "
+                "Choose another --workdir."
+            )
+        return
+    try:
+        config_before, model_before, manifest_before = (
+            json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")
+        )
+        model_before = TransformerConfig.from_hugging_face(model_before).to_hugging_face() | model_before
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
+        ) from None
+    pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
+        ("config", _completed(config_before, _as_json(Config())), _as_json(config)),
+        ("model", model_before, architecture.to_hugging_face()),
+        ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
+    ]
+    changes = [
+        f"{kind}.{name}: was {before!r}, is {after!r}"
+        for kind, old, new in pairs
+        for name, before, after in _differences(old, new)
+        if kind != "config" or not any(name == free or name.startswith(free + ".") for free in _FREE)
+    ]
+    if changes:
+        raise ConfigError(
+            f"--workdir={path} holds another run ({'; '.join(changes)}). A run is continued as it was begun. "
+            "Restore these, or choose another --workdir."
+        )
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def _completed(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded, with defaults for the fields that there were not yet: they do what was always done."""
+    return {**defaults, **recorded} | {
+        name: _completed(recorded[name], default)
+        for name, default in defaults.items()
+        # An empty mapping is a value of its own, not a section.
+        if default and isinstance(default, Mapping) and isinstance(recorded.get(name), Mapping)
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after

@@ -1,0 +1,176 @@
+"""The training state: everything that a step reads and writes, and the optimizer that moves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from typing import Any as Array  # Arrays, or jax.ShapeDtypeStruct where only the layout of a state is meant.
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from kto_jax.config import OptimizerConfig
+from kto_jax.models.model import Params
+from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and writes.
+
+    Attributes:
+      step: steps taken.
+      policy: parameters that are trained: the policy's, or low-rank adapters alone.
+      reference: parameters that log-ratios are taken against, and that adapters are laid upon; {} where neither is.
+      opt_state: the optimizer's.
+      objective_state: the objective's, by name; usually {}.
+      num_bad_steps: consecutive steps whose loss or gradient was not finite; they changed nothing else.
+    """
+
+    step: Int[Array, ""]
+    policy: Params
+    reference: Params
+    opt_state: Any
+    objective_state: dict[str, Array]
+    num_bad_steps: Int[Array, ""]
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the configured schedule until `num_steps`."""
+    peak, last = config.learning_rate, config.final_learning_rate
+    remaining = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, last, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining, alpha=last / peak),
+    }[config.schedule]
+    if config.warmup_steps == 0:
+        return after
+    # The first step already moves: warm-up counts from 1.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    *,
+    value_head: bool = False,
+    param_dtype: str = "float32",
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp.
+
+    Args:
+      config: which, and what its moments are kept in.
+      schedule: learning rate by step.
+      value_head: whether the policy has one.
+      param_dtype: what the policy is kept in.
+      seed: decides how bfloat16 moments and parameters are rounded; see rounding.py.
+    """
+    clip = clip_by_global_norm(config.clip_norm)
+    if value_head:
+        groups = {"policy": clip, "scorer": clip_by_global_norm(config.value_clip_norm)}
+        clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mu_dtype="float32"
+        )
+    else:
+        update = optax.chain(
+            optax.scale_by_rms(decay=0.99, eps=config.eps, eps_in_sqrt=False),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    if config.moments_dtype == "bfloat16":
+        update = keep_in_bfloat16(update, seed)
+    optimizer = optax.chain(clip, update)
+    return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales gradients whose norm, over all arrays, is above `most` down to it.
+
+    As optax's, but by a factor: XLA on CPU computes a product where it is read, and a quotient as an array of its own.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factor = jnp.minimum(1, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: x * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def create_state(
+    policy: Params,
+    reference: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective_state: Mapping[str, float],
+) -> TrainState:
+    """A state at step 0.
+
+    Args:
+      policy: placed parameters.
+      reference: placed parameters; leaves that are the policy's own arrays are copied, because the step donates the
+        policy's memory.
+      optimizer: from `make_optimizer`.
+      mesh: scalars are replicated over it.
+      objective_state: what the objective starts from.
+    """
+    scalar = NamedSharding(mesh, PartitionSpec())
+    owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
+    reference = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in owned else leaf, reference)
+    layout = state_shardings(
+        jax.eval_shape(optimizer.init, policy), jax.tree.map(lambda leaf: leaf.sharding, policy), mesh
+    )
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), scalar),
+        policy=policy,
+        reference=reference,
+        opt_state=jax.jit(optimizer.init, out_shardings=layout)(policy),
+        objective_state={
+            name: jax.device_put(jnp.asarray(value, _wide()), scalar) for name, value in objective_state.items()
+        },
+        num_bad_steps=jax.device_put(jnp.zeros((), jnp.int32), scalar),
+    )
+
+
+def _wide() -> jnp.dtype:
+    """float32, or float64 where x64 is on."""
+    return jnp.result_type(float)
+
+
+def abstract_state(
+    policy: Params,
+    reference: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective_state: Mapping[str, float],
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from abstract parameters that carry shardings."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    abstract = jax.eval_shape(optimizer.init, policy)
+    layout = state_shardings(abstract, jax.tree.map(lambda leaf: leaf.sharding, policy), mesh)
+    opt_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )
+    number = jax.ShapeDtypeStruct((), _wide(), sharding=scalar.sharding)
+    return TrainState(scalar, policy, reference, opt_state, dict.fromkeys(objective_state, number), scalar)
+
+
+def state_shardings(abstract_opt_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: trees shaped like the parameters lie like them, all else is replicated."""
+    structure: Any = jax.tree.structure(params)
+
+    def is_params(node: Any) -> bool:
+        return bool(jax.tree.structure(node) == structure)
+
+    scalar = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda node: params if is_params(node) else scalar, abstract_opt_state, is_leaf=is_params)

@@ -1,0 +1,352 @@
+"""The command itself: real processes, real files, real signals, on the tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kto_jax.train import main
+from kto_jax.training.run_folder import _FREE
+from tests import ROOT
+
+TINY = [
+    "--config=configs/tiny.py",
+    "--config.max_steps=12",
+    "--config.checkpoint.every=3",
+    "--config.evaluation.every=6",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(workdir, cache, *arguments, **options):
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "kto_jax.train", *TINY, f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    message = process.communicate(timeout=300)[1]
+    return process.returncode, message
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+def numbers(workdir):
+    """The figures of every step that do not depend on the clock."""
+    timed = ("seconds", "wait_seconds", "compile_seconds", "tokens_per_second", "mfu")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    code, message = finish(start(workdir, cache))
+    assert code == 0, message
+    return workdir
+
+
+def test_a_run_leaves_its_whole_folder_and_the_margin_rises(unbroken):
+    expected = {"config.json", "manifest.json", "model.json", "metrics.jsonl", "checkpoints", "policy", "report.html"}
+    assert expected <= {path.name for path in unbroken.iterdir()}
+    log = rows(unbroken)
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert log[0]["margin"] == 0  # policy = reference
+    assert log[0]["loss"] == 0.5
+    assert log[-1]["margin"] > 0.5
+    assert log[-1]["eval_auc"] > 0.9
+    assert all(0 <= row["wait_seconds"] < 5 for row in log)
+    assert [row["step"] for row in log if "eval_loss" in row] == [6, 12]
+    assert "12 steps" in (unbroken / "policy" / "README.md").read_text()
+
+
+def test_the_newest_checkpoints_are_kept(unbroken):
+    assert {path.name for path in (unbroken / "checkpoints").iterdir()} == {"9", "12", "reference"}
+
+
+@pytest.mark.parametrize("number, after, code", [
+    (signal.SIGKILL, 7, -9), (signal.SIGTERM, 5, 75), (signal.SIGINT, 7, 130),
+])  # fmt: skip
+def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
+    number, after, code, unbroken, cache, tmp_path
+):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache)
+    wait_for_step(workdir, after, process)
+    process.send_signal(number)
+    assert finish(process)[0] == code
+    assert not (workdir / "policy").exists()
+    code, message = finish(start(workdir, cache))
+    assert code == 0, message
+    assert "continuing after step" in message
+    assert numbers(workdir) == numbers(unbroken)
+    assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_whose_batches_are_made_by_processes_ends_and_continues_like_any_other(
+    number, code, unbroken, cache, tmp_path
+):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache, "--config.data.num_loaders=2", start_new_session=True)
+    wait_for_step(workdir, 5, process)
+    loaders = _children(process.pid)
+    assert len(loaders) == 2
+    # As Slurm and a terminal do, to all processes of the run; but the kill only to the run itself.
+    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+    assert finish(process)[0] == code
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in loaders) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
+    code, message = finish(start(workdir, cache, "--config.data.num_loaders=1"))
+    assert code == 0, message
+    assert numbers(workdir) == numbers(unbroken)
+    assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+def _children(pid):
+    """The processes that a process has started, but the resource tracker of `multiprocessing`."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+@pytest.mark.slow
+def test_a_synced_reference_the_state_of_an_objective_and_rounding_live_through_a_kill(cache, tmp_path):
+    options = (
+        *("--config.objective.name=bco", "--config.reference.sync_every=4"),
+        # Rounding by chance must go on as it would have, too.
+        *("--config.model.param_dtype=bfloat16", "--config.optimizer.moments_dtype=bfloat16"),
+    )
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert finish(start(unbroken, cache, *options))[0] == 0
+    process = start(broken, cache, *options)
+    wait_for_step(broken, 7, process)
+    process.kill()
+    finish(process)
+    code, message = finish(start(broken, cache, *options))
+    assert code == 0, message
+    assert "continuing after step" in message
+    assert numbers(broken) == numbers(unbroken)
+    assert rows(broken)[-1]["running_count"] == 12 * 16
+    assert json.loads((broken / "policy/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert not (broken / "checkpoints" / "reference").exists()  # it moves, and lies in every checkpoint
+    assert (broken / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
+
+
+def test_a_reward_model_is_trained_exported_and_scores(cache, tmp_path, capsys):
+    workdir, scored = tmp_path / "reward", tmp_path / "scored.jsonl"
+    assert main([*TINY, "--config.objective.name=reward", "--config.max_steps=2", f"--workdir={workdir}"]) == 0
+    assert json.loads((workdir / "policy/config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2"}  # no reference
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "kto_jax.score", f"--model={workdir}", f"--out={scored}"]
+    subprocess.run([*command, "--data=configs/tiny_feedback.jsonl"], cwd=ROOT, env=environment, check=True)
+    assert len(scored.read_text().splitlines()) == 240
+    message = refused(capsys, *TINY, f"--workdir={tmp_path / 'next'}", f"--config.model.path={workdir / 'policy'}")
+    assert "is a reward model" in message
+
+
+def test_what_completions_end_in_is_what_ends_the_texts_of_the_exported_policy(tmp_path):
+    arguments = ["--config.max_steps=1", "--config.data.eos_token=<|im_start|>", f"--workdir={tmp_path / 'run'}"]
+    assert main([*TINY, *arguments]) == 0
+    generation = json.loads((tmp_path / "run/policy/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 1]  # the model's own, and the one that was taught
+
+
+def refused(capsys, *arguments):
+    """The message of a command that must end with exit code 2."""
+    assert main(arguments) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch, cache):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.objective.betta=0.2", "Did you mean 'beta'"),
+    ("--config.objective.name=ktoo", "Did you mean 'kto'"),
+    ("--config.objective.beta=-1", "Allowed: above 0"),
+    ("--config.objective.margin=1", "means nothing to the objective 'kto'"),
+    ("--config.objective.rewards=scores", "means nothing to the objective 'kto'"),
+    ("--config.samples.judges=vade", "the judges are"),
+    ("--config.data.train=missing.jsonl", "missing.jsonl"),
+    ("--config.model.path=missing_model", "missing_model"),
+    ("--config.data.label_field=thumb", "thumb"),
+    ("--config.data.max_length=4096", "beyond the model's context of 2048"),
+    ("--config.completion_share=0.2", "completion_share"),
+    ("--config.microbatch_rows=3", "Set config.microbatch_rows to 8"),
+    ("--config.model.remat=offload", "cannot be used on cpu"),
+    ("--config.mesh.data=3", "does not multiply to the 8 devices"),
+    ("--config.mesh.tensor=4", "num_kv_heads=2"),
+    ("--workdirr=x", "--workdir=FOLDER"),
+    ("extra", "is no flag"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_refused_before_a_step_is_taken(argument, message, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    assert message in refused(capsys, *TINY, f"--workdir={workdir}", argument)
+    assert not workdir.exists()
+
+
+def test_a_missing_config_is_said(capsys):
+    assert "--config is missing" in refused(capsys)
+    assert "configs/none.py" in refused(capsys, "--config=configs/none.py")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("import no_such_module", "no_such_module"), ("def get_config(:", "SyntaxError"), ("x = y", "NameError"),
+])  # fmt: skip
+def test_a_config_file_that_fails_is_said(text, message, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    assert message in refused(capsys, f"--config={tmp_path / 'broken.py'}")
+
+
+def test_a_directory_is_no_config_and_a_bucket_no_workdir(capsys):
+    assert "Is a directory" in refused(capsys, "--config=configs")
+    assert "is no local folder" in refused(capsys, *TINY, "--workdir=gs://bucket/run")
+
+
+def test_help_lists_the_fields(capsys):
+    assert main(["--help"]) == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+def test_a_workdir_that_holds_something_else_is_refused_and_left_alone(capsys, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "holds files, and no run" in refused(capsys, *TINY, f"--workdir={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert "cannot be written to" in refused(capsys, *TINY, f"--workdir={tmp_path / 'thesis.txt' / 'run'}")
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "configs" / "tiny_model", model)
+    before = contents(model)
+    assert "is no run that can be continued" in refused(capsys, *TINY, f"--workdir={model}")
+    assert contents(model) == before
+
+
+def test_labels_that_are_not_mapped_refuse_the_run_with_file_and_line(capsys, tmp_path):
+    path = tmp_path / "thumbs.jsonl"
+    row = {"prompt": "Say hello.", "completion": "Hello there.", "label": "maybe"}
+    path.write_text((json.dumps(row) + "\n") * 3)
+    message = refused(capsys, *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.train={path}")
+    assert "maybe" in message
+    assert "thumbs.jsonl:1" in message
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.objective.beta=0.2", "config.objective.beta: was 'auto', is 0.2"),
+    ("--config.seed=1", "config.seed: was 0, is 1"),
+    ("--config.data.max_length=63", "config.data.max_length: was 64, is 63"),
+    ("--config.samples.temperature=0.5", "config.samples.temperature: was 1.0, is 0.5"),
+])  # fmt: skip
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_written_over(argument, message, unbroken, capsys):
+    before = contents(unbroken)
+    assert message in refused(capsys, *TINY, f"--workdir={unbroken}", argument)
+    assert contents(unbroken) == before
+
+
+def test_a_run_that_was_begun_before_there_were_some_fields_is_continued_with_their_defaults(
+    unbroken, capsys, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    recorded = {name: json.loads((workdir / f"{name}.json").read_text()) for name in ("config", "model")}
+    del recorded["config"]["model"]["param_dtype"], recorded["config"]["reference"], recorded["model"]["head_dim"]
+    for name, values in recorded.items():
+        (workdir / f"{name}.json").write_text(json.dumps(values))
+    other = "--config.reference.param_dtype=bfloat16"
+    message = refused(capsys, *TINY, f"--workdir={workdir}", other)
+    assert "holds another run (config.reference.param_dtype: was 'float32', is 'bfloat16')" in message
+
+
+def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, monkeypatch):
+    def touched(*arguments):
+        raise AssertionError("a device was touched")
+
+    monkeypatch.setattr("kto_jax.train.jax.device_count", touched)
+    monkeypatch.setattr("kto_jax.devices.processes.jax.process_count", touched)
+    assert "was 0, is 1" in refused(capsys, *TINY, f"--workdir={unbroken}", "--config.seed=1")
+
+
+def test_feedback_that_changed_under_a_run_is_refused(unbroken, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    (workdir / "manifest.json").write_text(json.dumps(manifest | {"key": "other"}))
+    assert "data.key: was 'other'" in refused(capsys, *TINY, f"--workdir={workdir}")
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_arrays(unbroken, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["optimizer"]["name"] = "rmsprop"
+    (workdir / "config.json").write_text(json.dumps(config))
+    message = refused(capsys, *TINY, f"--workdir={workdir}", "--config.optimizer.name=rmsprop")
+    assert "checkpoint of another model or optimizer: opt_state/" in message
+    assert "unexpected" in message
+
+
+def test_two_processes_may_not_write_to_one_folder(unbroken, cache, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache)
+    try:
+        wait_for_step(workdir, 1, process)
+        assert f"in use by process {process.pid}" in refused(capsys, *TINY, f"--workdir={workdir}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_fields_that_a_continued_run_may_change_exist():
+    from kto_jax.config import Config, to_dict
+
+    for path in _FREE:
+        value = to_dict(Config())
+        for name in path.split("."):
+            value = value[name]
+
+
+def test_neither_transformers_nor_torch_nor_tensorflow_lives_in_the_training_process(cache, tmp_path):
+    arguments = [*TINY, "--config.max_steps=1", f"--workdir={tmp_path / 'run'}"]
+    code = (
+        f"import sys\nfrom kto_jax.train import main\nassert main({arguments!r}) == 0\n"
+        "print([m for m in ('transformers', 'torch', 'tensorflow', 'datasets') if m in sys.modules])\n"
+    )
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

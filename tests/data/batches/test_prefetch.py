@@ -1,0 +1,254 @@
+"""Batches made in other processes: the same, in order, and with an end for every end that a process can come to."""
+
+import contextlib
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kto_jax.config import ConfigError
+from kto_jax.data.batches.prefetch import Loaders
+from kto_jax.data.batches.schedule import Plan, prefetch
+from tests import ROOT
+
+SHAPE = {"row_length": 96, "microbatch_rows": 2, "completion_length": 96, "max_length": 48}
+
+
+@pytest.fixture(scope="module")
+def index(make_index):
+    rows = [
+        {"prompt": f"Question {i // 2}?", "completion": "Text. " * (i % 5 + 1), "label": i % 2 == 0} for i in range(60)
+    ]
+    return make_index(rows, max_length=48, max_prompt_length=24)
+
+
+@pytest.fixture
+def plan(index):
+    return Plan(index, index.rows("train"), batch_size=8, seed=1, epochs=2, **SHAPE)
+
+
+def equal(first, second):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
+
+
+def children():
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("num_loaders", [1, 2])
+def test_loaders_make_what_a_thread_makes_to_the_bit(plan, num_loaders):
+    steps = range(3, plan.num_steps)
+    assert len(steps) == 13
+    batches = list(prefetch(plan.batch, steps, num_loaders=num_loaders))
+    assert len(batches) == 13
+    assert all(equal(batch, plan.batch(step)) for step, batch in zip(steps, batches, strict=True))
+
+
+def test_fewer_steps_than_loaders_are_made_too(plan):
+    assert equal(list(prefetch(plan.batch, [5], num_loaders=2)), [plan.batch(5)])
+    assert list(prefetch(plan.batch, [], num_loaders=1)) == []
+
+
+def test_what_is_left_to_finish_is_done_here_and_in_order(plan):
+    finished = prefetch(plan.batch, range(4), num_loaders=2, finish=lambda batch: (os.getpid(), batch.num_matched))
+    assert list(finished) == [(os.getpid(), plan.batch(step).num_matched) for step in range(4)]
+
+
+def test_a_plan_travels_without_the_columns_of_its_index(plan, index):
+    travelled = pickle.dumps(plan)
+    assert len(travelled) < len(pickle.dumps(index.manifest)) + 8 * plan.num_examples + 4096
+    copy = pickle.loads(travelled)
+    assert isinstance(copy._index.tokens, np.memmap) and equal(copy.batch(7), plan.batch(7))
+    assert copy._index.manifest == index.manifest
+
+
+def where_jax_would_run(step):
+    return jax.config.jax_platforms
+
+
+def test_loaders_take_hold_of_no_accelerator(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert next(prefetch(where_jax_would_run, range(1), num_loaders=1)) == "cpu"
+    assert os.environ["JAX_PLATFORMS"] == "cuda"
+
+
+def pid_of_step(step):
+    return os.getpid()
+
+
+def test_a_loader_is_two_steps_ahead_and_no_more(tmp_path):
+    made = tmp_path / "made"
+    with contextlib.closing(Loaders(functools.partial(note, str(made)), range(100), 2)) as loaders:
+        assert next(iter(loaders)) == 0
+        deadline = time.monotonic() + 30
+        while len(made.read_text().split()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert sorted(made.read_text().split()) == ["0", "1", "2", "3"]
+
+
+def note(path, step):
+    with open(path, "a") as file:
+        file.write(f"{step}\n")
+    return step
+
+
+def growing(step):
+    return {
+        "step": step,
+        "a": np.arange(1000 * (step % 3)),
+        "b": np.full((3, step), step)[:, ::2],
+        "c": np.float32(step),
+    }
+
+
+def test_arrays_of_all_sizes_come_back_as_they_were_and_stay_so():
+    results = list(prefetch(growing, range(8), num_loaders=1))
+    assert equal(results, [growing(step) for step in range(8)])
+    results[4]["a"] += 1  # the receiver's own
+
+
+class StrangeError(Exception):
+    """One that cannot be pickled back."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+def refuse(kind, step):
+    if step == 3:
+        raise {"plain": ValueError("bad row"), "strange": StrangeError("bad", "row")}[kind]
+    return step
+
+
+@pytest.mark.parametrize(("kind", "error", "message"), [
+    ("plain", ValueError, "bad row"), ("strange", RuntimeError, "StrangeError: bad"),
+])  # fmt: skip
+def test_what_a_loader_raises_is_raised_in_its_turn_with_where(kind, error, message):
+    results = prefetch(functools.partial(refuse, kind), range(9), num_loaders=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(error, match=message) as caught:
+        next(results)
+    assert "in loader 1, while it made the batch of step 3" in caught.value.__notes__[-1]
+    assert "def refuse" not in caught.value.__notes__[-1] and ", in refuse" in caught.value.__notes__[-1]
+    assert children_are_gone()
+
+
+def children_are_gone():
+    """All but the resource tracker, which `multiprocessing` keeps."""
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children()]
+    return not any(b"spawn_main" in command for command in commands)
+
+
+def test_a_row_that_cannot_be_packed_is_named(plan, monkeypatch):
+    def prompt(self, row):
+        if row == 17:
+            raise ValueError("spoilt")
+        return np.zeros(4, np.int32)
+
+    monkeypatch.setattr(type(plan._index), "prompt", prompt)
+    step = next(step for step in range(plan.num_steps) if 17 in plan.step(step).rows)
+    with pytest.raises(ValueError, match="spoilt") as caught:
+        plan.batch(step)
+    assert caught.value.__notes__[0].endswith("train.jsonl:18")
+
+
+def end_itself(how, step):
+    if step == 3 and how == "exit":
+        os._exit(7)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("kill", r"loader 1 of config.data.num_loaders=2 was ended by SIGKILL \(the system does so .* memory runs out\)"),
+    ("exit", "loader 1 of config.data.num_loaders=2 ended with exit code 7 while it made the batch of step 3"),
+])  # fmt: skip
+def test_a_loader_that_is_killed_is_said_in_its_turn_and_no_process_is_left(how, message):
+    results = prefetch(functools.partial(end_itself, how), range(9), num_loaders=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ConfigError, match=message) as caught:
+        next(results)
+    assert "Set config.data.num_loaders lower, or 0 for a thread" in str(caught.value)
+    assert children_are_gone()
+
+
+def send_big(step):
+    return bytes(1 << 20)
+
+
+def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
+    with contextlib.closing(Loaders(send_big, range(9), 1)) as loaders:
+        time.sleep(1.5)  # the batch is larger than what the pipe holds: the loader waits in the middle of it
+        loaders._processes[0].kill()
+        with pytest.raises(ConfigError, match="was ended by SIGKILL"):
+            next(iter(loaders))
+
+
+def test_signals_that_end_a_run_leave_loaders_at_work_until_the_run_ends(plan):
+    results = prefetch(pid_of_step, range(9), num_loaders=2)
+    pids = [next(results), next(results)]
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    assert list(results) == [pids[step % 2] for step in range(2, 9)]
+    assert children_are_gone()
+
+
+def test_a_caller_that_goes_away_early_leaves_no_process():
+    results = prefetch(pid_of_step, range(100), num_loaders=2)
+    next(results)
+    results.close()
+    assert children_are_gone()
+
+
+RUN = """
+import sys
+from kto_jax.data.batches.schedule import prefetch
+from tests.data.batches.test_prefetch import pid_of_step
+
+results = prefetch(pid_of_step, range(1000), num_loaders=2)
+print(next(results), next(results), flush=True)
+sys.stdin.readline()
+if sys.argv[1] == "raise":
+    raise KeyboardInterrupt
+sys.modules["holder"] = results  # lives until the interpreter has all but ended
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("raise", -2), ("hold", 0), ("kill", -9), ("interrupt", -2)])
+def test_loaders_end_with_their_run_however_it_ends(how, code):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN, how]
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(is_running, pids))
+        if how == "kill":
+            process.kill()
+        elif how == "interrupt":
+            process.send_signal(signal.SIGINT)
+        process.communicate("\n" if how in ("raise", "hold") else None, timeout=60)
+    assert process.returncode == code
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left

@@ -1,0 +1,80 @@
+"""A file with one row of each fault: every row that cannot be used is explained by its reason and its line."""
+
+import json
+
+import pytest
+
+from kto_jax.config import ConfigError
+from kto_jax.data.rows import files
+
+GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
+
+
+def line(**change):
+    return json.dumps({key: value for key, value in {**GOOD, **change}.items() if value is not ...}).encode()
+
+
+USABLE = [
+    b"\xef\xbb\xbf" + line(),
+    line(extra={"a": [1]}),
+    line(label=False) + b"\r",
+    line(prompt="word " * 200, label=False),
+    line(prompt="Say <|im_end|> and <|im_start|>."),
+]
+FAULTS = {
+    "completion longer than max_length": line(completion="word " * 200),
+    "empty completion": line(completion=""),
+    "empty prompt": line(prompt=" \n"),
+    "null field 'completion'": line(completion=None),
+    "missing field 'label'": line(label=...),
+    "prompt is not text but int": line(prompt=7),
+    "completion is not text but dict": line(completion={}),
+    "row is not an object but list": b"[1]",
+    "invalid UTF-8 at byte 12": b'{"prompt": "\xff"}',
+    "NUL character in prompt": line(prompt="a\0"),
+    "lone surrogate in completion": line(completion="\ud800"),
+    "line is longer than 4096 bytes": line(prompt="x" * 5000),
+    "invalid JSON: Expecting ',' delimiter": b'{"prompt": "a" "b"}',
+    "null field 'label'": line(label=None),
+    **{
+        f"label is not mapped: {str(label)!r}": line(label=label)
+        for label in ("true", "True", 1, "yes", "good", -1, 2.0)
+    },
+    "label is not a boolean, text or number but list": line(label=[True]),
+    "weight is not a finite number of at least 0: 'nan'": line(weight=float("nan")),
+    "prompt ends with an assistant message": line(prompt=[{"role": "assistant", "content": "a"}]),
+    "role of the prompt is not known: 'boss'": line(prompt=[{"role": "boss", "content": "a"}]),
+    "tools is not a list of objects": line(tools={"name": "x"}),
+    "the chat template does not show tools": line(tools=[{"name": "x"}]),
+    "invalid JSON: Unterminated string starting at": b'{"prompt": "Hello?", "compl',
+}
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MAX_BYTES", 4096)
+    (tmp_path / "faults.jsonl").write_bytes(b"\n".join([*USABLE, *FAULTS.values()]))
+    return tmp_path / "faults.jsonl"
+
+
+def test_every_fault_is_explained_by_reason_and_line(path, make_index):
+    index = make_index((), train=str(path), max_length=64, max_rejected=1.0)
+    expected = [(reason, f"{path}:{number}") for number, reason in enumerate(FAULTS, start=1 + len(USABLE))]
+    found = [(first["reason"], first["place"]) for first in index.manifest["rejections"]["first"]]
+    # Rows that cannot be encoded may be found later than rows that cannot be read.
+    assert sorted(found) == sorted(expected)
+    assert index.manifest["rejections"]["histogram"] == dict.fromkeys(FAULTS, 1)
+    assert [index.place(row) for row in range(len(index.desirable))] == [f"{path}:{n}" for n in range(1, 6)]
+
+
+def test_a_file_of_faults_is_refused_with_a_histogram_of_their_reasons(path, make_index):
+    with pytest.raises(
+        ConfigError, match=r"28 of 33 rows are rejected \(84\.85%\)\. Rejected: 1 × .*First: .*jsonl:\d+: "
+    ):
+        make_index((), train=str(path), max_length=64)
+
+
+def test_a_file_without_a_usable_row_says_so_and_why(path, make_index):
+    path.write_bytes(b"\n".join(FAULTS.values()))
+    with pytest.raises(ConfigError, match=r"0 of 28 rows usable to train on\. Rejected: .*1 × empty completion"):
+        make_index((), train=str(path), max_length=64)

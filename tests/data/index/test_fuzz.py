@@ -1,0 +1,157 @@
+"""Rows mutated at random, in values and in bytes: each becomes a record or a rejection with its place."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kto_jax.config import DataConfig
+from kto_jax.data.rows.records import Feedback, Preference, Rejection, Skipped, completions_of, read_records
+from kto_jax.data.tokens import tokenizer as tokenize
+from tests.data.conftest import InProcessWorkers
+from tests.data.rows.test_layouts import HALOS, HH, LOG, TREE, assistant, user
+
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+}
+PARTS = [{"type": "text", "text": "Q"}]
+CALLS = [user(PARTS), CALLING, {"role": "tool", "content": "B", "tool_call_id": "1"}, assistant("A")]
+CHAT = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
+GOOD = {
+    ("fields", "thumbs"): [{"prompt": "Q", "completion": "A", "label": True, "weight": 1, "tools": [{"name": "x"}]}],
+    ("fields", "pairs"): [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        CHAT,
+        {**CHAT, "prompt": "Q"},
+        {"prompt": CALLS[:1], "chosen": [CALLING], "rejected": "B"},
+    ],
+    ("fields", "scores"): [{"prompt": [user("Q")], "completion": [assistant("A")], "score": 0.5}],
+    ("fields", "demonstrations"): [{"prompt": [{"role": "system", "content": "S"}, user("Q")], "completion": "A"}],
+    ("messages", "thumbs"): [LOG, {"messages": [*CALLS[:3], {**CALLS[3], "feedback": True}]}],
+    ("messages", "scores"): [{"messages": [user("Q"), assistant("A", feedback=3), assistant("B", score=4)]}],
+    ("halos", "demonstrations"): [HALOS["sample"]],
+    ("halos", "thumbs"): [HALOS["binary"]],
+    ("halos", "pairs"): [HALOS["pairwise"]],
+    ("halos", "scores"): [HALOS["scalar"]],
+    ("hh", "pairs"): [{"chosen": f"{HH} A", "rejected": f"{HH} B"}],
+    ("shp", "pairs"): [{"history": "Q", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}],
+    ("oasst", "pairs"): TREE,
+    ("ultrafeedback", "pairs"): [{**CHAT, "prompt": "Q"}],
+    ("kto_mix", "thumbs"): [{"prompt": [user("Q")], "completion": [assistant("A")], "label": False}],
+}
+WORDS = [
+    "",
+    " ",
+    "\0",
+    "\ud800",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "\n\nHuman:",
+    "\n\nAssistant: x",
+    "é\u2028",
+    "q",
+]
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 2, 10**400, 1e39, math.nan, math.inf, -0.0, [], {}, [[]], [None], {"role": "user"}]),
+    st.sampled_from(WORDS),
+    st.lists(st.sampled_from(WORDS), max_size=4).map("".join),
+    st.text(max_size=5),
+    st.sampled_from([[], {}, [3], {"x": 3}]),
+    st.sampled_from([[user("Q")], [assistant("A")], [user("Q"), assistant("A")], assistant(3), {"role": ["user"]}]),
+)
+
+
+def places_of(value, path=()):
+    """Every place inside a JSON value, itself included."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places_of(item, (*path, key))
+
+
+@st.composite
+def mutated_line(draw, rows):
+    row = json.loads(json.dumps(draw(st.sampled_from(rows))))
+    for _ in range(draw(st.integers(0, 3))):
+        path = draw(st.sampled_from(list(places_of(row))))
+        junk = json.loads(json.dumps(draw(JUNK)))
+        if not path:
+            row = junk
+            continue
+        parent = row
+        for key in path[:-1]:
+            parent = parent[key]
+        if draw(st.booleans()):
+            parent[path[-1]] = junk
+        elif isinstance(parent, list) and draw(st.booleans()):
+            parent.append(parent[path[-1]])
+        else:
+            del parent[path[-1]]
+    line = json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 4)) == 0:
+        at = draw(st.integers(0, len(line)))
+        line = line[:at] + draw(st.binary(max_size=3)) + line[at + draw(st.integers(0, 3)) :]
+    return line
+
+
+@st.composite
+def mutated_file(draw, count):
+    kind = draw(st.sampled_from(list(GOOD)))
+    lines = [draw(mutated_line(GOOD[kind])) for _ in range(count)]
+    return kind, draw(st.sampled_from([".jsonl", ".json"])), lines
+
+
+@pytest.fixture(scope="module")
+def check(tokenizer, tmp_path_factory):
+    """Reads and tokenizes the lines of a file, the first of which is good."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    limits = tokenize.Limits(max_length=64, max_prompt_length=32, long_completion="cut", vocab_size=512)
+
+    def run(case):
+        (layout, format), suffix, lines = case
+        first = json.dumps(GOOD[layout, format][0]).encode()
+        path = directory / f"rows{suffix}"
+        separator, start, end = (b"\n", b"", b"") if suffix == ".jsonl" else (b",\n", b"[", b"]")
+        path.write_bytes(start + separator.join([first, *lines]) + end)
+        records = list(read_records(str(path), DataConfig(layout=layout, format=format)))
+        accepted = []
+        for record in records:
+            assert isinstance(record, Feedback | Preference | Rejection | Skipped)
+            assert record.place.startswith(f"{path}:") and int(record.place.removeprefix(f"{path}:")) >= 1
+            if isinstance(record, Rejection):
+                assert record.reason and len(record.reason) < 200
+            elif not isinstance(record, Skipped):
+                accepted.append(record)
+                for row in completions_of(record):
+                    assert isinstance(row.desirable, bool) and 0 <= row.weight < np.inf and abs(row.score) < np.inf
+        assert layout == "oasst" or not isinstance(records[0], Rejection)
+        encoded = tokenize.encode_feedback(accepted, limits)
+        assert len(encoded.reasons) == len(accepted)
+        assert (encoded.prompt_lengths < 64).all() and (encoded.completion_lengths < 64).all()
+        return len(lines)
+
+    with InProcessWorkers(1, tokenizer):
+        yield run
+
+
+SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(case=mutated_file(5))
+def test_mutated_rows_are_read_or_rejected(check, case):
+    check(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **SETTINGS)
+@given(case=mutated_file(10))
+def test_ten_thousand_mutated_rows_are_read_or_rejected(check, case):
+    assert check(case) == 10

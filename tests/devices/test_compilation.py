@@ -1,0 +1,154 @@
+"""Programs are compiled once for each shape, beside other work, and kept between runs."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kto_jax.devices.compilation import Program, give_back_memory, keep_compiled
+from kto_jax.storage.fetch import cache_directory
+
+SCRIPT = """
+import jax, jax.monitoring, jax.numpy as jnp
+from kto_jax.devices.compilation import keep_compiled
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/")[-1]))
+keep_compiled()
+jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((8, 8)))
+print(jax.config.jax_compilation_cache_dir, events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def run(cache, **environment):
+    names = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    fixed = {"KTO_JAX_CACHE": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=inherited | fixed | environment, capture_output=True, text=True, check=True
+    )
+    assert not done.stderr
+    directory, hits, misses = done.stdout.split()
+    return directory, int(hits), int(misses)
+
+
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    directory, hits, misses = run(tmp_path)
+    assert directory.startswith(str(tmp_path / "compiled"))
+    assert hits == 0
+    assert misses > 0
+    assert run(tmp_path) == (directory, misses, 0)
+
+
+def test_jax_own_settings_come_first(tmp_path):
+    assert run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[0] == str(tmp_path / "own")
+    assert not (tmp_path / "compiled").exists()
+    run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_the_folder_names_what_the_processor_can_do(monkeypatch):
+    monkeypatch.setattr("kto_jax.devices.compilation.Path.read_text", lambda path: "flags : fpu sse2\n")
+    with jax_setting_restored():
+        keep_compiled()
+        old = jax.config.jax_compilation_cache_dir
+        monkeypatch.setattr("kto_jax.devices.compilation.Path.read_text", lambda path: "flags : fpu sse2 avx512\n")
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled()
+        assert old != jax.config.jax_compilation_cache_dir
+        assert old.startswith(str(cache_directory()))
+
+
+class jax_setting_restored:
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+
+    def __enter__(self):
+        self.former = {name: getattr(jax.config, name) for name in self.names}
+        jax.config.update("jax_compilation_cache_dir", None)
+
+    def __exit__(self, *error):
+        for name, value in self.former.items():
+            jax.config.update(name, value)
+
+
+def count_traces():
+    traced = []
+
+    @jax.jit
+    def function(state, batch):
+        traced.append(batch.shape)
+        return state + jnp.sum(batch)
+
+    return function, traced
+
+
+def test_each_shape_is_compiled_once():
+    function, traced = count_traces()
+    program = Program(function)
+    for size in (2, 3, 2, 3):
+        assert program(jnp.ones(()), jnp.ones(size)) == 1 + size
+    assert traced == [(2,), (3,)]
+
+
+def test_what_was_begun_is_what_the_call_uses(monkeypatch):
+    function, traced = count_traces()
+    compiled, compile_one = [], Program._compile
+    monkeypatch.setattr(Program, "_compile", lambda *these: (compiled.append(these), compile_one(*these)))
+    program = Program(function)
+    program.begin(jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32))
+    assert program(jnp.ones(()), jnp.ones(4)) == 5
+    assert traced == [(4,)]
+    waited = program.compile_seconds
+    assert waited > 0
+    program(jnp.ones(()), jnp.ones(4))
+    assert program.compile_seconds == waited
+    assert len(compiled) == 1
+    program(jnp.ones(()), jnp.ones(5))
+    assert len(compiled) == 2
+    program.compile_seconds = 1000.0
+    program(jnp.ones(()), jnp.ones(6))
+    assert program.compile_seconds > 1000
+
+
+def test_compiling_happens_in_the_background():
+    threads = []
+
+    @jax.jit
+    def function(state, batch):
+        threads.append(threading.current_thread())
+        return state
+
+    program = Program(function)
+    program.begin(jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32))
+    program(jnp.ones(()), jnp.ones(4))
+    assert threads[0] is not threading.main_thread()
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_call():
+    @jax.jit
+    def function(state, batch):
+        raise ValueError("no such program")
+
+    program = Program(function)
+    program.begin(jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32))
+    with pytest.raises(ValueError, match="no such program"):
+        program(jnp.ones(()), jnp.ones(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc alone keeps freed memory so")
+def test_freed_memory_goes_back_to_the_system():
+    def private_kib():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in status if line.startswith("RssAnon")))
+
+    pieces = [bytes(1000) for _ in range(100_000)]
+    above = [bytes(1000) for _ in range(100)]  # what lies above keeps the C library from giving back what lies below
+    del pieces
+    kept = private_kib()
+    give_back_memory()
+    assert kept - private_kib() > 50_000
+    assert above

@@ -1,0 +1,79 @@
+"""When processes look for each other; that they find each other is in test_processes."""
+
+import pytest
+
+from kto_jax.config import ConfigError, ProcessesConfig
+from kto_jax.devices import processes as hosts
+
+NONE = dict.fromkeys(
+    ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
+)
+GIVEN = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """Calls hosts.join in an environment; returns what jax.distributed.initialize was called with, if it was."""
+
+    def join(variables, *, error=None, has_tpu=False, **config):
+        calls = []
+
+        def initialize(*arguments, **timeouts):
+            calls.append(arguments)
+            assert set(timeouts.values()) == {7}
+            if error:
+                raise error
+
+        for name, value in (NONE | variables).items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        monkeypatch.setattr("kto_jax.devices.processes.jax.distributed.initialize", initialize)
+        monkeypatch.setattr("kto_jax.devices.processes.glob.glob", lambda pattern: ["/dev/accel0"] * has_tpu)
+        monkeypatch.setattr(
+            "kto_jax.devices.processes.importlib.util.find_spec", lambda name: "libtpu" if has_tpu else None
+        )
+        hosts.join(ProcessesConfig(timeout_seconds=7, **config))
+        return calls
+
+    return join
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_NTASKS": "8"}, {"SLURM_STEP_NODELIST": "node1"}])
+def test_one_process_looks_for_nobody(join, variables):
+    assert join(variables) == []
+
+
+def test_processes_are_found_as_the_environment_says(join):
+    assert join(GIVEN) == [("host:1", 4, 3)]
+
+
+def test_in_a_slurm_step_and_on_a_tpu_jax_finds_them(join):
+    assert join(STEP) == [(None, None, None)]
+    assert join({}, has_tpu=True) == [(None, None, None)]
+
+
+def test_a_tpu_outside_of_any_cluster_is_used_alone(join):
+    assert len(join({}, has_tpu=True, error=ValueError("coordinator_address should be defined."))) == 1
+
+
+def test_one_process_can_be_asked_for(join):
+    assert join(STEP, has_tpu=True, count=1) == []
+
+
+@pytest.mark.parametrize("variables", [GIVEN, STEP])
+def test_processes_that_do_not_come_are_missed(join, variables):
+    with pytest.raises(ConfigError, match=r"each other: no barrier\. Each needs .* raise config.processes.timeout"):
+        join(variables, error=RuntimeError("no barrier.\nand more"))
+
+
+def test_fewer_processes_than_there_must_be_are_refused(join):
+    with pytest.raises(ConfigError, match=r"1 processes were started, and config\.processes\.count=2"):
+        join({}, count=2)
+
+
+def test_alone_every_word_is_ones_own():
+    assert hosts.tell("word") == ["word"]
+    assert hosts.as_first_says(True) and not hosts.as_first_says(False)
+    assert hosts.together(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        hosts.together(lambda: 1 / 0)

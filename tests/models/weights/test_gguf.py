@@ -1,0 +1,125 @@
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+from gguf import quants
+
+from kto_jax.config import ConfigError
+from kto_jax.models.attention.dense import rotary_frequencies
+from kto_jax.models.model import Model
+from kto_jax.models.rope import Llama3Scaling
+from kto_jax.models.weights.gguf import GgufWeights
+from kto_jax.models.weights.huggingface import expected_shapes, load_params, read_config
+
+SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "model.layers.": "blk.", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def permute(weights, heads):
+    """What llama.cpp's converter does to the query and key projections."""
+    out, width = weights.shape
+    return weights.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=()):
+    """Writes a random model as llama.cpp's converter would, and returns its weights under Hugging Face's names."""
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        values = random.standard_normal(shape, np.float32)
+        tensor_kind = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
+        own = name
+        for theirs, short in GGUF_NAMES.items():
+            own = own.replace(theirs, short)
+        if own in leave_out:
+            continue
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        stored = quants.quantize(permute(values, heads) if heads else values, tensor_kind)
+        writer.add_tensor(own, stored, raw_dtype=tensor_kind)
+        weights[name] = quants.dequantize(quants.quantize(values, tensor_kind), tensor_kind)
+    for name, values in extra:
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.fixture
+def config(config):
+    """Rows of a multiple of 32 values, which the quantisations want."""
+    return dataclasses.replace(config, mlp_dim=64, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_quantisation_is_read_and_the_permutation_undone(config, tmp_path, kind, tied):
+    config = dataclasses.replace(config, tied_head=tied, initializer_range=0.02)
+    weights = write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType[kind])
+    assert read_config(tmp_path / "m.gguf") == config
+    read = GgufWeights(tmp_path / "m.gguf")
+    assert read.shapes == expected_shapes(config)
+    for name, values in weights.items():
+        whole = (slice(None),) * values.ndim
+        np.testing.assert_array_equal(read.read(name, whole), values)
+        part = (slice(3, 17), slice(5, 30))[: values.ndim]
+        np.testing.assert_array_equal(read.read(name, part), values[part])
+
+
+def test_parameters_come_out_of_a_gguf_file(config, tmp_path):
+    weights = write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.Q8_0)
+    params = load_params(Model.create(config), tmp_path / "m.gguf", param_dtype="float32")
+    query = weights["model.layers.1.self_attn.q_proj.weight"]
+    np.testing.assert_array_equal(params["layers"]["attention"]["query"]["weight"][1], query.T)
+    np.testing.assert_array_equal(params["head"]["weight"], weights["lm_head.weight"].T)
+
+
+def test_llama3_scaling_is_recognised_by_its_factors(config, tmp_path):
+    scaled = dataclasses.replace(config, rope_scaling=SCALING, initializer_range=0.02)
+    factors = (rotary_frequencies(config) / rotary_frequencies(scaled)).astype(np.float32)
+    write = lambda values: write_gguf(  # noqa: E731
+        tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, extra=[("rope_freqs.weight", values)]
+    )
+    write(factors)
+    assert GgufWeights(tmp_path / "m.gguf").config == scaled
+    write(factors * 2)
+    with pytest.raises(ConfigError, match="match no published llama3 scaling"):
+        GgufWeights(tmp_path / "m.gguf")
+
+
+def test_files_of_other_models_and_broken_files_are_refused(config, tmp_path):
+    path = tmp_path / "m.gguf"
+    kind = gguf.GGMLQuantizationType.F32
+    write_gguf(path, config, kind, architecture="qwen2")
+    with pytest.raises(ConfigError, match="architecture 'qwen2'; 'llama' is read"):
+        read_config(path)
+    write_gguf(path, config, kind, leave_out=["blk.1.attn_q.weight"])
+    with pytest.raises(ConfigError, match=r"missing: model\.layers\.1\.self_attn\.q_proj\.weight"):
+        load_params(Model.create(config), path, param_dtype="float32")
+    write_gguf(path, config, kind, extra=[("blk.0.attn_q.bias", np.zeros(32, np.float32))])
+    with pytest.raises(ConfigError, match=r"unexpected: blk\.0\.attn_q\.bias"):
+        load_params(Model.create(config), path, param_dtype="float32")
+    whole = path.read_bytes()
+    for broken in (b"", b"GGUF", whole[:300], whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(ConfigError, match="cannot be read as GGUF"):
+            GgufWeights(path)

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from kto_jax.config import ConfigError
+from kto_jax.devices.chips import _PEAKS
+from kto_jax.planning.topology import CHIPS, open_topology, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("v5e:4x4", ("v5e", (4, 4), 1)),
+        ("v5p:4x4x4", ("v5p", (4, 4, 4), 1)),
+        ("2*v6e:16x16", ("v6e", (16, 16), 2)),
+        ("tpu7x:2x2x1", ("tpu7x", (2, 2, 1), 1)),
+    ],
+)
+def test_a_name_says_chip_size_and_slices(name, parsed):
+    assert parse_topology(name) == parsed
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v5e", "v9:2x2", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "0*v5e:4x4", "v5e:4x4 ", "gpu"]
+)
+def test_a_name_that_is_none_is_refused_with_those_that_are(name):
+    with pytest.raises(ConfigError, match=r"is not known\. Allowed: local; of v5e, v6e two.*Set --topology"):
+        parse_topology(name)
+
+
+def test_local_is_the_devices_of_this_machine():
+    topology = open_topology("local")
+    assert (list(topology.devices), topology.chip, topology.num_chips) == (jax.devices(), None, 8)
+
+
+def test_without_libtpu_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"libtpu is not installed.*extra \[plan\].*pip install"):
+        open_topology("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("v4", "TPU v4"), ("v5e", "TPU v5e"), ("v5p", "TPU v5p"), ("v6e", "TPU v6e")]
+)
+def test_a_plan_and_a_run_hold_the_same_peak_against_their_time(name, kind):
+    assert CHIPS[name].peak_flops / CHIPS[name].devices == _PEAKS[kind]
+
+
+def test_memory_and_bandwidths_are_in_bytes_and_grow_with_the_generations():
+    for older, newer in (("v5e", "v6e"), ("v4", "v5p"), ("v5p", "tpu7x")):
+        assert CHIPS[older].hbm_bytes < CHIPS[newer].hbm_bytes
+        assert CHIPS[older].hbm_bandwidth < CHIPS[newer].hbm_bandwidth
+    for chip in CHIPS.values():
+        assert chip.hbm_bytes % 2**30 == 0
+        assert chip.hbm_bandwidth > chip.ici_bandwidth > (chip.dcn_bandwidth or 0)
+
+
+# libtpu takes a process for itself, and looks at its environment once.
+DESCRIBE = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+from kto_jax.config import ConfigError
+from kto_jax.planning.topology import open_topology
+for name in ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5e:16x16", "v5p:4x4x4", "v6e:2x4", "tpu7x:2x2x1", "2*v5e:2x2"):
+    topology = open_topology(name)
+    slices = {getattr(device, "slice_index", 0) for device in topology.devices}
+    print(name, len(topology.devices), topology.num_chips, len(slices))
+try:
+    open_topology("v5e:3x3")
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_libtpu_describes_every_chip_where_there_is_none():
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, check=True, timeout=300)
+    *lines, refusal = done.stdout.splitlines()
+    assert lines == [
+        "v4:2x2x1 4 4 1", "v5e:1x1 1 1 1", "v5e:2x2 4 4 1", "v5e:16x16 256 256 1", "v5p:4x4x4 64 64 1",
+        "v6e:2x4 8 8 1", "tpu7x:2x2x1 8 4 1", "2*v5e:2x2 8 8 2",
+    ]  # fmt: skip
+    assert refusal.startswith("--topology=v5e:3x3 is no slice that the TPU compiler knows")

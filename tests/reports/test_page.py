@@ -1,0 +1,215 @@
+"""The report: every section is there, text is text, and a run without steps has one too."""
+
+import html.parser
+import math
+import re
+
+import pytest
+
+from kto_jax.reports import page as report
+
+EVIL = "<script>alert('x')</script> & \"quoted\""
+
+
+def metrics(num_steps=40):
+    rows = []
+    for step in range(num_steps):
+        row = {
+            "step": step,
+            "loss": 0.5 - 0.001 * step,
+            "rewards_desirable": 0.01 * step,
+            "rewards_undesirable": -0.01 * step,
+            "margin": 0.02 * step,
+            "auc": 0.5,
+            "accuracy": 0.5,
+            "kl": 0.1,
+            "kl_standard_error": 0.05,
+            "z0": 0.1,
+            "grad_norm": 1.0,
+            "saturated": 0.0,
+            "learning_rate": 1e-5,
+            "tokens_per_second": 100.0,
+            "examples": 16,
+            "tokens": 1000,
+            "seconds": 15.25,
+        }
+        rows.append(row)
+    return rows
+
+
+def arguments(**changes):
+    """A whole report's arguments."""
+    return {
+        "title": "a run",
+        "command": "python -m kto_jax.train",
+        "config": {"seed": 0, "objective": {"beta": 0.1}},
+        "manifest": {
+            "accepted": 97,
+            "rejections": {"histogram": {"completion is empty": 1, "label is missing": 4}, "first": []},
+        },
+        "metrics": metrics(),
+        "samples": [{"prompt": "Review it.", "before": "A triumph.", "after": "A mess."}],
+        "verdicts": [{"judge": "feedback", "figure": "judged desirable (share)", "before": 0.17, "after": 0.87}],
+    } | changes
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects tags and identifiers, and holds every opened tag to be closed."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "path", "use", "circle", "rect", "line"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.names, self.identifiers, self.addresses, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.names.append(tag)
+        self.identifiers += [value for name, value in attributes if name == "id"]
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_every_section_is_rendered():
+    text = report.render_report(**arguments())
+    for expected in ("a run", "python -m kto_jax.train", "A triumph.", "A mess.", "label is missing", "objective.beta"):
+        assert expected in text
+    for title in ("Loss", "Rewards", "Distance from the reference", "Gradient norm", "Learning rate", "Speed"):
+        assert f"<h3>{title}</h3>" in text
+    assert text.count("<svg ") == 8
+    assert "▲ 70 points" in text
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_outside():
+    tags = Tags(report.render_report(**arguments()))
+    assert tags.open == []
+    assert tags.addresses, "the curves refer to their own markers and clip paths"
+    assert all(address.startswith("#") for address in tags.addresses)
+    assert not {"script", "link", "img", "iframe"} & set(tags.names)
+    assert len(tags.identifiers) == len(set(tags.identifiers))
+    assert {address[1:] for address in tags.addresses} <= set(tags.identifiers)
+
+
+def test_clip_paths_of_the_curves_are_found():
+    text = report.render_report(**arguments())
+    used = set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used
+    assert used <= set(Tags(text).identifiers)
+
+
+def test_no_text_of_the_run_is_taken_for_markup():
+    text = report.render_report(
+        **arguments(
+            title=EVIL,
+            command=EVIL,
+            config={EVIL: EVIL},
+            manifest={"rejections": {"histogram": {EVIL: 1}, "first": [{"place": EVIL, "reason": EVIL}]}},
+            samples=[{"prompt": EVIL, "before": EVIL, "after": EVIL}],
+            verdicts=[{"judge": EVIL, "figure": EVIL, "before": 0.1, "after": 0.2}],
+            figures={EVIL: EVIL},
+            notes=[EVIL],
+        )
+    )
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 12
+    assert Tags(text).open == []
+
+
+def test_line_breaks_of_a_completion_are_kept():
+    text = report.render_report(**arguments(samples=[{"prompt": "p", "before": "one\n\ntwo", "after": ""}]))
+    assert '<div class="text">one\n\ntwo</div>' in text
+    assert re.search(r"\.text \{[^}]*white-space: pre-wrap", text)
+    assert "the completion is empty" in text
+
+
+def test_chat_prompts_are_shown_with_their_roles():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Review it."}]
+    text = report.render_report(**arguments(samples=[{"prompt": prompt, "before": "a", "after": "b"}]))
+    assert "system: Be brief.\nuser: Review it." in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 2000])
+def test_runs_of_any_length_render(num_steps):
+    text = report.render_report(**arguments(metrics=metrics(num_steps)))
+    assert text.count("<svg ") == (8 if num_steps else 0)
+    assert len(text) < 500_000
+    assert f"<dd>{num_steps:,}</dd>" in text
+
+
+def test_an_empty_run_renders():
+    text = report.render_report(title="t", command="c", config={}, manifest={}, metrics=[])
+    assert "No step was taken." in text
+    assert "No samples were written" in text
+    assert "No judge was asked" in text
+    assert "No row was rejected." in text
+
+
+def test_values_that_are_not_finite_or_missing_leave_a_gap():
+    rows = metrics(10)
+    rows[3]["loss"] = math.nan
+    rows[4]["auc"] = None
+    del rows[5]["kl_standard_error"]
+    for row in rows:
+        row["grad_norm"] = math.inf
+    text = report.render_report(**arguments(metrics=rows))
+    assert "nan" not in text[text.index("<body>") :].lower()
+    assert "<h3>Loss</h3>" in text
+    assert "<h3>Gradient norm</h3>" not in text
+
+
+def test_steps_repeated_after_a_resume_count_once_and_the_last_wins():
+    repeated = [row | {"margin": 100.0} for row in metrics(20)[10:]]
+    text = report.render_report(**arguments(metrics=repeated + metrics(20)))
+    assert "<dd>20</dd>" in text
+    assert "<dd>320</dd>" in text  # examples
+    assert "<dd>0.37</dd>" in text  # margin: mean of the last two steps
+
+
+def test_held_out_figures_stand_in_rows_of_their_own_or_beside_the_steps():
+    rows = [*metrics(20), {"step": 19, "eval_loss": 0.4, "eval_margin": 1.25, "eval_auc": 0.75}]
+    text = report.render_report(**arguments(metrics=rows))
+    assert "reward margin, held-out" in text
+    assert "<dd>1.25</dd>" in text
+    assert "<dd>0.75</dd>" in text
+    assert "held-out AUC" in text  # in the curve's legend
+
+
+def test_the_summary_adds_up_the_steps_and_takes_more_figures():
+    text = report.render_report(**arguments(figures={"perplexity": 14.256, "training time": "an age"}))
+    assert "<dt>examples</dt><dd>640</dd>" in text
+    assert "<dt>tokens</dt><dd>40,000</dd>" in text
+    assert "<dt>perplexity</dt><dd>14.3</dd>" in text
+    assert "<dt>training time</dt><dd>an age</dd>" in text
+    assert "10 min 10 s" in report.render_report(**arguments())
+    assert "17\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}87\N{NO-BREAK SPACE}%" in text
+
+
+def test_a_verdict_without_a_before_or_after_shows_what_is_known():
+    verdict = {"judge": "vader", "figure": "compound", "before": None, "after": -0.25}
+    text = report.render_report(**arguments(verdicts=[verdict]))
+    assert "-0.25" in text
+    assert 'class="change"' not in text
+
+
+def test_the_rejections_histogram_is_in_proportion_and_in_order():
+    text = report.render_report(**arguments())
+    assert text.index("label is missing") < text.index("completion is empty")
+    assert "width:100.0%" in text
+    assert "width:25.0%" in text
+
+
+def test_the_same_run_gives_the_same_bytes_in_one_file(tmp_path):
+    for name in ("one.html", "two.html"):
+        report.write_report(tmp_path / name, **arguments())
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.html", "two.html"]

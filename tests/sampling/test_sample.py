@@ -1,0 +1,262 @@
+"""Sampling on a tiny random model: against the plain forward pass, and against distributions worked out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kto_jax.config import ConfigError, MeshConfig
+from kto_jax.devices.sharding import constrainer, make_mesh, shardings
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+from kto_jax.sampling import sample as rollout
+from kto_jax.sampling.sample import Sampling, sample
+
+NEVER = 10_000  # an id that no row draws
+CONFIG = TransformerConfig(
+    vocab_size=61,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    max_length=256,
+    initializer_range=0.3,  # wide, so that logits differ and greedy paths wander
+    tied_head=False,
+)
+PROMPTS = [[1, 5, 9], [1, 7], [1, 20, 21, 22, 23, 24, 25], [1], list(range(1, 41)), [1, 30, 31, 32]]
+
+
+@functools.cache
+def tiny():
+    """The model and its parameters."""
+    model = Model.create(CONFIG)
+    return model, model.init_params(jax.random.key(0), "float32")
+
+
+def complete(prompts, **changes):
+    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "max_new_tokens": 8, "batch_size": 4} | changes
+    return [completion.tolist() for completion in sample(*tiny(), prompts, **arguments)]
+
+
+@jax.jit
+def next_logits(params, tokens, length):
+    """Logits after the first `length` of [L] tokens, by the packed forward pass: no cache."""
+    model = Model.create(CONFIG)
+    places = jnp.arange(len(tokens))
+    segments = jnp.where(places < length, 1, 0)
+    hidden = model.hidden_states(params, tokens[None], segments[None], places[None])
+    return model.logits(params, hidden[0, length - 1])
+
+
+def greedy_from_scratch(prompt, num_tokens):
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        padded = np.zeros(64, np.int32)
+        padded[: len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(next_logits(tiny()[1], padded, len(tokens)))))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_takes_the_argmax_of_a_forward_pass_made_from_scratch_at_each_step():
+    expected = [greedy_from_scratch(prompt, 8) for prompt in PROMPTS]
+    assert complete(PROMPTS, temperature=0) == expected
+    assert len({tuple(completion) for completion in expected}) == len(PROMPTS)
+    assert len({token for completion in expected for token in completion}) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rows_completion_does_not_depend_on_the_other_rows_or_the_batch(temperature):
+    together = complete(PROMPTS, temperature=temperature)
+    assert complete(PROMPTS, temperature=temperature, batch_size=6) == together
+    others = [[2, 3], PROMPTS[1], [4] * 30, [5], [6, 7]]
+    assert complete(others, temperature=temperature)[1] == together[1]
+    assert complete(PROMPTS[:1], temperature=temperature) == together[:1]
+
+
+def test_a_long_prompt_beside_a_short_one_leaves_it_alone():
+    # In one batch the short row is padded from 2 to 64 tokens, alone to 32.
+    assert complete([PROMPTS[1], PROMPTS[4]], temperature=0)[0] == complete([PROMPTS[1]], temperature=0)[0]
+
+
+def test_rows_with_the_same_prompt_draw_apart_and_the_same_key_draws_the_same():
+    drawn = complete([[1, 5]] * 4)
+    assert len({tuple(completion) for completion in drawn}) == 4
+    assert complete([[1, 5]] * 4) == drawn
+    assert complete([[1, 5]] * 4, key=jax.random.key(2)) != drawn
+
+
+def test_a_completion_stops_at_its_eos_and_keeps_it():
+    free = complete(PROMPTS, temperature=0)
+    eos_id = free[0][4]
+    stopped = complete(PROMPTS, temperature=0, eos_id=eos_id)
+    for whole, cut in zip(free, stopped, strict=True):
+        assert cut == (whole[: whole.index(eos_id) + 1] if eos_id in whole else whole)
+    assert len(stopped[0]) <= 5
+    assert any(len(completion) == 8 for completion in stopped)
+
+
+def test_any_of_several_eos_ids_ends_a_completion():
+    free = complete(PROMPTS[:2], temperature=0)
+    first_tokens = [completion[0] for completion in free]
+    assert complete(PROMPTS[:2], temperature=0, eos_id=first_tokens) == [[token] for token in first_tokens]
+
+
+def test_no_prompts_give_no_completions():
+    assert complete([]) == []
+
+
+def test_the_loop_ends_when_all_rows_have_ended():
+    # A loop that went on would read the cache past its end and take a thousand steps for one token.
+    model, params = tiny()
+    first = complete([[1, 5]], temperature=0)[0][0]
+    calls = []
+
+    class Counting(Model):
+        def decode(self, params, cache, tokens_BL, positions_BL):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().decode(params, cache, tokens_BL, positions_BL)
+
+    counting = Counting(model.config, model.dtype, model.remat, model.constrain, model.scorer, model.graphdef)
+    sample(
+        counting, params, [[1, 5]], eos_id=first, key=jax.random.key(0), max_new_tokens=100, temperature=0, batch_size=1
+    )
+    jax.effects_barrier()
+    assert len(calls) == 1
+
+
+def test_other_temperatures_and_cuts_do_not_compile_again():
+    complete(PROMPTS, temperature=0)
+    compiled = rollout._complete._cache_size()
+    for changes in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"eos_id": 3}, {"key": jax.random.key(5)}):
+        complete(PROMPTS, **changes)
+    assert rollout._complete._cache_size() == compiled
+
+
+def test_one_token_is_drawn_with_the_models_own_probabilities():
+    expected = jax.nn.softmax(next_logits(tiny()[1], jnp.asarray([1, 5] + [0] * 62), 2) / 1.5)
+    most_likely = complete([[1, 5]], max_new_tokens=1, temperature=0, batch_size=2048)
+    assert most_likely == [[int(jnp.argmax(expected))]]
+    drawn = complete([[1, 5]] * 4096, max_new_tokens=1, temperature=1.5, batch_size=2048)
+    shares = np.bincount([completion[0] for completion in drawn], minlength=61) / 4096
+    assert np.abs(shares - expected).max() < 4 * 0.5 / 64  # four standard errors at the worst probability
+
+
+def logits_of(*rows):
+    return jnp.log(jnp.asarray(rows, jnp.float32))
+
+
+def test_top_k_keeps_exactly_the_k_most_likely():
+    logits = logits_of([0.1, 0.4, 0.2, 0.3], [0.4, 0.3, 0.2, 0.1])
+    for k, first, second in (
+        (1, {1}, {0}),
+        (2, {1, 3}, {0, 1}),
+        (3, {1, 2, 3}, {0, 1, 2}),
+        (0, {0, 1, 2, 3}, {0, 1, 2, 3}),
+    ):
+        kept = np.isfinite(rollout.truncate(logits, Sampling(top_k=k)))
+        assert [set(np.flatnonzero(row)) for row in kept] == [first, second]
+    assert np.isfinite(rollout.truncate(logits, Sampling(top_k=99))).all()
+
+
+def test_top_p_keeps_the_smallest_set_whose_mass_is_at_least_p():
+    logits = logits_of([0.1, 0.4, 0.2, 0.3])
+    cases = ((0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}), (0.91, {0, 1, 2, 3}))
+    for p, expected in cases:
+        kept = np.isfinite(rollout.truncate(logits, Sampling(top_p=p)))
+        assert set(np.flatnonzero(kept[0])) == expected
+    # Mass that is exactly p is enough: halves and quarters are exact in floating point.
+    exact = rollout.truncate(logits_of([0.5, 0.25, 0.125, 0.125]), Sampling(top_p=0.75))
+    assert set(np.flatnonzero(np.isfinite(exact[0]))) == {0, 1}
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.95, 0.999])
+def test_top_p_agrees_with_a_search_in_float64(top_p):
+    logits = np.asarray(jax.random.normal(jax.random.key(3), (8, 500)) * 3)
+    kept = np.isfinite(rollout.truncate(jnp.asarray(logits), Sampling(top_p=top_p)))
+    shares = np.exp(logits.astype(np.float64))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    for row, mask in zip(shares, kept, strict=True):
+        assert row[mask].sum() >= top_p - 1e-6
+        assert row[mask].sum() - row[mask].min() < top_p + 1e-6  # without its least likely token it falls short
+        assert row[mask].min() > row[~mask].max(initial=0)
+
+
+def test_top_p_of_one_cuts_nothing_however_unlikely():
+    logits = jnp.asarray([[0.0, -30.0, -60.0, -80.0]])
+    assert np.isfinite(rollout.truncate(logits, Sampling(top_p=1.0, top_k=4))).all()
+
+
+def test_top_p_looks_at_what_top_k_leaves():
+    # Of 0.4 and 0.3 alone, 0.4 is 57 %.
+    logits = logits_of([0.1, 0.4, 0.2, 0.3])
+    both = np.isfinite(rollout.truncate(logits, Sampling(top_p=0.55, top_k=2)))
+    assert set(np.flatnonzero(both[0])) == {1}
+
+
+def test_ties_with_the_last_token_kept_are_kept():
+    kept = np.isfinite(rollout.truncate(jnp.zeros((1, 5)).at[0, 0].set(1.0), Sampling(top_k=2)))
+    assert kept.all()
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(), [0.1, 0.4, 0.2, 0.3]),
+        (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (Sampling(top_p=0.8), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (Sampling(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (Sampling(temperature=0.5, top_p=0.8), [0, 16 / 25, 0, 9 / 25]),
+        (Sampling(temperature=0.0, top_k=3), [0, 1, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_that_is_left(sampling, expected):
+    num = 20_000
+    logits = jnp.tile(logits_of([0.1, 0.4, 0.2, 0.3]), (num, 1))
+    tokens = rollout.choose_tokens(logits, jax.random.split(jax.random.key(0), num), sampling)
+    shares = np.bincount(tokens, minlength=4) / num
+    np.testing.assert_allclose(shares, expected, atol=0.016)
+    assert all(shares[token] == 0 for token in range(4) if expected[token] == 0)
+
+
+def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = tiny()[1]
+    model = Model.create(CONFIG, constrain=constrainer(mesh))
+    # The vocabulary of 61 does not divide: the head's axis is kept whole here.
+    abstract, axes = model.abstract_params("float32"), model.logical_axes()
+    axes["embed"]["table"] = axes["head"]["weight"] = ("layers", "layers")
+    spread = jax.device_put(params, shardings(mesh, axes, abstract))
+    drawn = sample(model, spread, PROMPTS, eos_id=NEVER, key=jax.random.key(1), max_new_tokens=8, batch_size=3)
+    assert [completion.tolist() for completion in drawn] == complete(PROMPTS)
+
+
+def test_nothing_is_moved_to_the_device_unasked():
+    expected, key = complete(PROMPTS), jax.random.key(1)
+    with jax.transfer_guard("disallow"):
+        drawn = sample(*tiny(), PROMPTS, eos_id=NEVER, key=key, max_new_tokens=8, batch_size=4)
+    assert [completion.tolist() for completion in drawn] == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 cannot be sampled with; it must be an integer of at least 1"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0}, "top_p=0 .* above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"prompts": [[1], []]}, "prompt 2 has no tokens"),
+        ({"prompts": [[1, 61]]}, "prompt 1 holds token 61; the model's vocabulary is 0 to 60"),
+        ({"prompts": [[1, -1]]}, "token -1"),
+        ({"max_new_tokens": 254, "prompts": [[1, 2, 3]]}, "3 tokens, and max_new_tokens=254 .* context of 256"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        complete(changes.pop("prompts", [[1]]), **changes)

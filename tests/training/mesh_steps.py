@@ -1,0 +1,91 @@
+"""Ten steps over any mesh, in this process or over several.
+
+`python -m tests.training.mesh_steps OUT sgd data,fsdp,sequence,tensor`
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig, ReferenceConfig
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.processes import gather, is_first, join
+from kto_jax.devices.sharding import constrainer, local_rows, make_mesh, place_batch, shardings
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+from kto_jax.objectives import make_objective
+from kto_jax.training.state import create_state
+from kto_jax.training.step import jit_train_step
+from tests.synthetic import make_index
+
+NUM_STEPS, BATCH, MAX_LENGTH, ROWS = 10, 32, 38, 8
+# Everything that a mesh splits divides by 8, and query heads share keys and values.
+CONFIG = TransformerConfig(
+    vocab_size=104, embed_dim=32, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4, mlp_dim=64, tied_head=True
+)
+OBJECTIVE = make_objective(ObjectiveConfig(desirable_weight=1.5, beta=0.3), num_desirable=1, num_undesirable=1)
+# What ten steps compute in, and how far they move: SGD's steps are as long as its gradients.
+OPTIMIZERS = {"sgd": ("float32", optax.sgd(0.3)), "adamw": ("float64", optax.adamw(1e-2, weight_decay=0.1))}
+
+
+def first_weights(dtype, layout):
+    """A policy and a reference far apart: the reference is the surer of the two, so z0 is clearly positive."""
+    model = Model.create(CONFIG, dtype="float32")
+    policy, noise = (jax.device_get(model.init_params(jax.random.key(seed), "float32")) for seed in (0, 1))
+    reference = jax.tree.map(lambda leaf, other: leaf + 2 * other, policy, noise)
+    place = lambda leaf, sharding: jax.make_array_from_callback(  # noqa: E731
+        leaf.shape, sharding, lambda part: leaf[part].astype(dtype)
+    )
+    return jax.tree.map(place, policy, layout), jax.tree.map(place, reference, layout)
+
+
+def ten_steps(name, mesh_config, devices):
+    """Loss, z0 and gradient norm of every step, the rows that it read, and the policy before and after."""
+    dtype, optimizer = OPTIMIZERS[name]
+    mesh = make_mesh(mesh_config, devices)
+    model = Model.create(
+        CONFIG,
+        dtype=dtype,
+        constrain=constrainer(mesh),
+        num_devices=mesh.size,
+        row_parts=mesh.shape["sequence"],
+        packed_attention=choose_attention("auto", mesh),
+    )
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
+    state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
+    # Devices that share a row read one at a time. How many rows there are does not change the numbers.
+    rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] if mesh.shape["sequence"] > 1 else ROWS
+    plan = Plan(
+        make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH), np.arange(5 * BATCH),
+        batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once,
+        completion_length=80, max_length=MAX_LENGTH,
+    )  # fmt: skip
+    assert plan.num_steps == NUM_STEPS
+    step = jit_train_step(model, OBJECTIVE, optimizer, optax.constant_schedule(0.0), ReferenceConfig())
+    before, log = gather(state.policy), []
+    for number in range(NUM_STEPS):
+        state, figures = step(state, place_batch(mesh, plan.batch(number, local_rows(mesh, rows_at_once))))
+        log.append([float(figures[key]) for key in ("loss", "z0", "grad_norm")])
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    rows = [[plan.step(number).rows, plan.step(number).partners] for number in range(NUM_STEPS)]
+    return {"log": np.array(log), "rows": np.array(rows), "before": flat(before), "after": flat(gather(state.policy))}
+
+
+def main():
+    out, name, sizes = sys.argv[1:]
+    join(ProcessesConfig(timeout_seconds=60))
+    jax.config.update("jax_enable_x64", OPTIMIZERS[name][0] == "float64")
+    results = ten_steps(name, MeshConfig(*map(int, sizes.split(","))), jax.devices())
+    if is_first():
+        # Whole or not at all: who reads it waits for it.
+        np.savez(Path(out).with_suffix(".part.npz"), **results)
+        os.replace(Path(out).with_suffix(".part.npz"), out)
+
+
+if __name__ == "__main__":
+    main()

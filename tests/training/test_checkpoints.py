@@ -1,0 +1,193 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
+from kto_jax.devices.sharding import make_mesh, shardings
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.int8 import kept_as
+from kto_jax.models.model import Model
+from kto_jax.training.checkpoints import Checkpoints, load_policy
+from kto_jax.training.run_folder import write_json
+from kto_jax.training.state import abstract_state, create_state, make_optimizer, make_schedule
+
+ARCHITECTURE = TransformerConfig(
+    vocab_size=64, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, tied_head=True
+)
+MODEL = Model.create(ARCHITECTURE)
+OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
+
+
+def make_state(mesh):
+    layout = shardings(mesh, MODEL.logical_axes(), MODEL.abstract_params("float32"))
+    policy = jax.device_put(MODEL.init_params(jax.random.key(0), "float32"), layout)
+    return create_state(policy, policy, OPTIMIZER, mesh, {})
+
+
+def make_abstract(mesh, model=MODEL):
+    abstract = model.abstract_params("float32")
+    layout = shardings(mesh, model.logical_axes(), abstract)
+    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, layout)
+    return abstract_state(params, params, OPTIMIZER, mesh, {})
+
+
+@jax.jit(donate_argnums=0)
+def advance(state):
+    def add(x):
+        return x + jnp.ones_like(x)
+
+    moved = {name: jax.tree.map(add, getattr(state, name)) for name in ("step", "policy", "opt_state")}
+    return dataclasses.replace(state, **moved)
+
+
+def save_steps(workdir, mesh, losses, keep=2):
+    """Takes a step per loss, saving each in the background while the next reuses its memory."""
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=keep))
+    state = make_state(mesh)
+    checkpoints.save_reference(state.reference)
+    first = jax.device_get(state)
+    for step, loss in enumerate(losses, start=1):
+        state = advance(state)
+        checkpoints.save(step, state, loss)
+    state = advance(state)
+    checkpoints.wait()
+    return checkpoints, first
+
+
+def equal(one, other):
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), *jax.device_get((one, other)))))
+
+
+@pytest.mark.parametrize("restored_on", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(restored_on, tmp_path):
+    checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None, None])
+    restored = checkpoints.restore(make_abstract(make_mesh(restored_on)))
+    expected = advance(advance(jax.device_put(first)))
+    assert restored.step == 2
+    assert equal(restored.policy, expected.policy)
+    assert equal(restored.opt_state, expected.opt_state)
+    assert equal(restored.reference, first.reference)
+    assert restored.policy["embed"]["table"].sharding.mesh.shape["tensor"] == max(restored_on.tensor, 1)
+
+
+def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkpoint(tmp_path):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), reference_moves=True)
+    state = dataclasses.replace(make_state(mesh), objective_state={"running_mean": jnp.array(0.25)})
+    checkpoints.save_reference(state.reference)
+    moved = dataclasses.replace(state, reference=jax.tree.map(lambda leaf: leaf + 1, state.reference))
+    checkpoints.save(1, moved, None)
+    checkpoints.wait()
+    abstract = make_abstract(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=abstract.step.sharding)
+    restored = checkpoints.restore(dataclasses.replace(abstract, objective_state={"running_mean": number}))
+    assert equal(restored.reference, moved.reference)
+    assert restored.objective_state == {"running_mean": 0.25}
+    assert not (tmp_path / "checkpoints" / "reference").exists()
+
+
+def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
+    states = []
+    for sizes in (MeshConfig(fsdp=4, data=2), MeshConfig(data=2, fsdp=2, tensor=2)):
+        mesh = make_mesh(sizes)
+        layout = shardings(mesh, MODEL.logical_axes("int8"), MODEL.abstract_params("int8"))
+        kept = jax.jit(kept_as, static_argnums=1, out_shardings=layout)(
+            MODEL.init_params(jax.random.key(0), "float32"), "int8"
+        )
+        states.append(dataclasses.replace(make_state(mesh), reference=kept))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save_reference(states[0].reference)
+    checkpoints.save(1, states[0], None)
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
+    restored = checkpoints.restore(abstract)
+    assert equal(restored.reference, states[0].reference)
+    assert jax.tree.map(lambda x: x.sharding, restored.reference) == jax.tree.map(
+        lambda x: x.sharding, abstract.reference
+    )
+    assert restored.reference["embed"]["table"]["int8"].dtype == "int8"
+    with pytest.raises(ConfigError, match="embed/table/int8: missing"):
+        plain = make_abstract(make_mesh(MeshConfig()))
+        checkpoints.save_reference(states[0].policy)
+        checkpoints.restore(dataclasses.replace(plain, reference=abstract.reference))
+
+
+def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    state = dataclasses.replace(make_state(mesh), reference={})
+    checkpoints.save_reference(state.reference)
+    checkpoints.save(1, state, None)
+    checkpoints.wait()
+    restored = checkpoints.restore(dataclasses.replace(make_abstract(mesh), reference={}))
+    assert restored.reference == {}
+    assert equal(restored.policy, state.policy)
+    assert not (tmp_path / "checkpoints" / "reference").exists()
+
+
+def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
+    mesh = make_mesh(MeshConfig(fsdp=4, data=2))
+    model = Model.create(ARCHITECTURE, scorer="value")
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100), value_head=True)
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    policy = jax.device_put(model.init_params(jax.random.key(0), "float32"), layout)
+    state = create_state(policy, {}, optimizer, mesh, {})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state, None)
+    checkpoints.wait()
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), policy, layout
+    )
+    restored = checkpoints.restore(abstract_state(abstract, {}, optimizer, mesh, {}))
+    assert equal((restored.policy, restored.opt_state), (state.policy, state.opt_state))
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    checkpoints, _ = save_steps(tmp_path, make_mesh(MeshConfig()), [0.5, 0.1, None, 0.4, None, 0.3])
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"2", "5", "6", "reference"}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_layers": 3}, r"checkpoint has \(\(2, .*model wants \(\(3, .*and \d+ more"),
+    ({"tied_head": False}, r"opt_state/1/0/mu/head/weight: missing.*policy/head/weight: missing"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused_listing_both_sides(change, message, tmp_path):
+    mesh = make_mesh(MeshConfig())
+    checkpoints, _ = save_steps(tmp_path, mesh, [None])
+    other = Model.create(dataclasses.replace(ARCHITECTURE, **change))
+    with pytest.raises(ConfigError, match=message):
+        checkpoints.restore(make_abstract(mesh, other))
+
+
+def test_a_reference_written_for_another_model_is_refused(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    checkpoints, _ = save_steps(tmp_path, mesh, [None])
+    abstract = make_abstract(mesh)
+    scalar = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(ConfigError, match=r"reference is a checkpoint of another model.*extra: missing"):
+        checkpoints.restore(dataclasses.replace(abstract, reference=abstract.reference | {"extra": scalar}))
+
+
+def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
+    checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None])
+    checkpoints.close()
+    write_json(tmp_path / "model.json", ARCHITECTURE.to_hugging_face())
+    model, params, tokenizer = load_policy(tmp_path)
+    assert model.config == ARCHITECTURE
+    assert equal(params, advance(jax.device_put(first)).policy)
+    assert len(params["embed"]["table"].sharding.device_set) == 1
+    assert tokenizer == tmp_path / "tokenizer"
+
+
+def test_a_folder_without_a_run_or_checkpoint_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        load_policy(tmp_path)
+    write_json(tmp_path / "model.json", ARCHITECTURE.to_hugging_face())
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        load_policy(tmp_path)

@@ -1,0 +1,167 @@
+"""Training low-rank adapters: the step on meshes, and whole runs."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from kto_jax.config import LoraConfig, MeshConfig, OptimizerConfig, ReferenceConfig, resolve
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
+from kto_jax.models.lora import adapter_axes, init_adapters
+from kto_jax.models.model import Model
+from kto_jax.models.weights.huggingface import load_params
+from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
+from kto_jax.planning.topology import open_topology
+from kto_jax.train import main
+from kto_jax.training.checkpoints import load_policy
+from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.step import jit_train_step
+from tests import ROOT
+from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_plan, parameters
+
+LORA = LoraConfig(rank=4, alpha=6.0)
+RUN = ["--config=configs/tiny.py", "--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2"]
+RUN += ["--config.max_steps=8", "--config.checkpoint.every=4", "--config.evaluation.every=4"]
+
+
+def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
+    """Figures of three steps from adapters far from 0 upon a frozen model, and the adapters after them."""
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    model = Model.create(
+        CONFIG, dtype="float64", constrain=constrainer(mesh), row_parts=mesh.shape["sequence"],
+        packed_attention=choose_attention("auto", mesh), adapter_scale=LORA.alpha / LORA.rank,
+    )  # fmt: skip
+    frozen = parameters("float64")[1]
+    adapters = init_adapters(frozen, LORA, jax.random.key(2))
+    adapters = jax.tree.map(
+        lambda leaf: leaf.astype("float64") + 0.5 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), adapters
+    )
+    axes = model.logical_axes()
+    layout = shardings(mesh, axes, model.abstract_params("float64"))
+    of_adapters = shardings(mesh, adapter_axes(axes, LORA), adapters)
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+    schedule = make_schedule(config, 3)
+    optimizer = make_optimizer(config, schedule)
+    state = create_state(jax.device_put(adapters, of_adapters), jax.device_put(frozen, layout), optimizer, mesh, {})
+    step = jit_train_step(model, objective, optimizer, schedule, ReferenceConfig())
+    batch, log = place_batch(mesh, make_plan(*PACKED[2][:2])[1].batch(0)), []
+    for _ in range(3):
+        state, figures = step(state, batch)
+        log.append([float(figures[name]) for name in ("loss", "z0", "grad_norm")])
+    return np.array(log), jax.device_get(state.policy), jax.device_get(state.reference)
+
+
+@pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=4)])
+def test_adapters_train_alike_on_every_mesh_and_what_is_frozen_stays(sizes):
+    with jax.enable_x64(True):
+        expected, policy, _ = three_steps(MeshConfig(), 1)
+        got, policy_there, frozen = three_steps(sizes, 8)
+        assert expected[0, 1] > 0.5  # z0 is not clamped
+        assert expected[2, 0] < expected[0, 0]
+        np.testing.assert_allclose(got, expected, rtol=1e-9)
+        difference = optax.tree.norm(jax.tree.map(np.subtract, policy, policy_there))
+        assert difference < 1e-9 * optax.tree.norm(policy)
+        jax.tree.map(np.testing.assert_array_equal, frozen, parameters("float64")[1])
+
+
+@pytest.mark.slow
+def test_the_step_needs_memory_for_adapters_and_no_gradient_of_the_weights():
+    def parts(rank):
+        config = resolve(
+            {
+                "model": {"path": str(ROOT / "configs/architectures/llama_3_2_1b"), "dtype": "float32"},
+                "data": {"train": "feedback.jsonl", "max_length": 64, "max_prompt_length": 32},
+                "lora": {"rank": rank}, "batch_size": 8, "mesh": {"data": 1, "fsdp": 8},
+            }
+        )  # fmt: skip
+        return compile_step(config, read_subject(config), open_topology("local"), Lengths(64, 32))
+
+    whole, adapters = parts(0), parts(8)
+    weights = whole.parts["policy"]
+    assert adapters.parts["reference"] == weights
+    assert adapters.parts["policy"] < 0.03 * weights
+    assert adapters.parts["moments"] < 0.06 * weights
+    assert adapters.temporaries < whole.temporaries - 0.9 * weights
+    assert adapters.flops == pytest.approx(5 / 6 * whole.flops, rel=0.01)
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "lora_cache"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 8 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "lora_cache"))
+        workdir = tmp_path_factory.mktemp("adapters") / "run"
+        assert main([*RUN, f"--workdir={workdir}"]) == 0
+        return workdir
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(workdir):
+    return [{name: row[name] for name in ("loss", "z0", "grad_norm", "margin")} for row in rows_of(workdir)]
+
+
+def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(finished):
+    log = figures(finished)
+    assert (log[0]["loss"], log[0]["margin"]) == (0.5, 0.0)  # it begins as the reference
+    assert log[-1]["margin"] > 0.3
+    model, laid, _ = load_policy(finished)
+    adapters = load_file(finished / "adapter" / "adapter_model.safetensors")
+    policy = load_file(finished / "policy" / "model.safetensors")
+    for theirs, (group, name) in {"self_attn.o_proj": ("attention", "output"), "mlp.up_proj": ("mlp", "up")}.items():
+        a, b = (adapters[f"base_model.model.model.layers.1.{theirs}.lora_{part}.weight"] for part in "AB")
+        assert np.abs(b).max() > 0
+        frozen = np.asarray(laid["layers"][group][name]["weight"]["weight"][1]).T
+        np.testing.assert_allclose(policy[f"model.layers.1.{theirs}.weight"], frozen + 4 * b @ a, rtol=1e-5, atol=1e-6)
+    # What is sampled from a checkpoint is what is exported.
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    rows = np.ones_like(tokens), np.broadcast_to(np.arange(12, dtype=np.int32)[None], tokens.shape)
+    exported = load_params(model, finished / "policy", param_dtype="float32")
+    np.testing.assert_allclose(
+        model.hidden_states(laid, tokens, *rows), model.hidden_states(exported, tokens, *rows), rtol=1e-4, atol=1e-4
+    )
+    assert json.loads((finished / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert (finished / "adapter" / "tokenizer.json").exists()
+    assert "low-rank adapters of rank 4, alpha 16" in (finished / "policy" / "README.md").read_text()
+
+
+def test_a_run_that_is_continued_from_a_checkpoint_equals_an_unbroken_one_to_the_bit(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for left in ("checkpoints/8", "policy", "adapter", "report.html"):
+        path = workdir / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main([*RUN, f"--workdir={workdir}"]) == 0
+    assert figures(workdir) == figures(finished)
+    for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [
+    ["--config.reference.param_dtype=int8", "--config.reference.precompute=True", "--config.lora.zero=a"],
+    ["--config.reference.param_dtype=bfloat16", "--config.lora.targets=query,value"],
+    ["--config.objective.name=reward"], ["--config.objective.name=ppo_offline"], ["--config.objective.name=orpo"],
+])  # fmt: skip
+def test_adapters_go_with_every_kind_of_frozen_weights_and_of_heads(arguments, tmp_path):
+    assert main([*RUN, *arguments, f"--workdir={tmp_path / 'run'}"]) == 0
+    log = rows_of(tmp_path / "run")
+    assert log[-1]["margin"] > log[0]["margin"]
+    # Nothing that was learnt is rounded away again.
+    assert json.loads((tmp_path / "run/policy/config.json").read_text())["torch_dtype"] == "float32"
+    said = "rounded to" in (tmp_path / "run/adapter/README.md").read_text()
+    assert said == any("param_dtype" in argument for argument in arguments)

@@ -1,0 +1,174 @@
+"""Training from reference log-probabilities that were computed once: the same numbers, and no reference held."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import kto_jax.training.precompute
+from kto_jax.data.batches.reference_logps import ReferenceLogps
+from kto_jax.train import main
+from kto_jax.training.logs import read_metrics
+from tests import ROOT
+
+STEPS = ["--config.max_steps=4", "--config.evaluation.max_examples=16"]
+STORED = "--config.reference.precompute=True"
+COMPARED = ("loss", "grad_norm", "margin", "z0", "kl", "eval_loss", "eval_margin", "eval_auc", "eval_z0")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch, cache):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
+
+
+def train(workdir, *arguments):
+    assert main(["--config=configs/tiny.py", f"--workdir={workdir}", *STEPS, *arguments]) == 0
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+def stores(cache):
+    return sorted((cache / "reference_logps").glob("*"))
+
+
+@pytest.mark.parametrize("options", [
+    ["--config.batch_size=100", "--config.max_steps=5"],  # into the third epoch
+    [
+        *("--config.objective.name=dpo", "--config.data.train=configs/tiny_pairs.jsonl", "--config.data.format=pairs"),
+        "--config.reference.param_dtype=bfloat16",
+    ],
+    ["--config.objective.name=apo_zero_unpaired", "--config.model.param_dtype=bfloat16"],
+    ["--config.reference.param_dtype=int8"],
+], ids=lambda options: options[0].split(".")[-1])  # fmt: skip
+def test_losses_are_those_of_a_run_that_holds_the_reference(tmp_path, options, pairs_file):
+    options = [option.replace("configs/tiny_pairs.jsonl", str(pairs_file)) for option in options]
+    held, stored = train(tmp_path / "held", *options), train(tmp_path / "stored", STORED, *options)
+    assert len(held) == len(stored) >= 4
+    for before, after in zip(held, stored, strict=True):
+        for name in set(COMPARED) & before.keys():
+            assert after[name] == pytest.approx(before[name], abs=1e-6, rel=1e-6), name
+        assert after["flops"] < before["flops"]
+    assert held[-1]["margin"] != 0
+    rounded = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/reference_error.json"))]
+    assert len(rounded) == 2 * any("reference.param_dtype" in option for option in options)
+    for errors in rounded:  # The policy is still what the reference was before it was rounded.
+        assert errors == pytest.approx(rounded[0], rel=1e-3)
+        assert 0 < errors["logps_mean"] <= errors["logps_max"] < 1
+        assert errors["rewards_max"] == pytest.approx(0.1 * errors["logps_max"])
+        assert held[0]["margin"] != 0
+    assert (tmp_path / "held" / "checkpoints" / "reference").exists()
+    assert not (tmp_path / "stored" / "checkpoints" / "reference").exists()
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"name {i}", "chosen": f"good {i} yes", "rejected": f"bad {i % 7}"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_second_run_loads_no_reference(tmp_path, monkeypatch):
+    first = train(tmp_path / "first", STORED)
+
+    def refuse(*arguments):
+        raise AssertionError("the reference was loaded")
+
+    monkeypatch.setattr(kto_jax.training.precompute, "load_reference", refuse)
+    # However the rows are packed.
+    second = train(tmp_path / "second", STORED, "--config.row_length=96", "--config.microbatch_rows=16")
+    np.testing.assert_allclose([row["loss"] for row in second], [row["loss"] for row in first], atol=1e-6)
+    with pytest.raises(AssertionError, match="was loaded"):
+        train(tmp_path / "third", STORED, "--config.seed=1")
+
+
+def test_a_run_whose_reference_has_changed_under_it_is_refused(tmp_path, capsys):
+    model = tmp_path / "model"
+    train(tmp_path / "maker", "--config.max_steps=1")
+    shutil.copytree(tmp_path / "maker" / "policy", model)
+    own = [f"--config.model.path={model}", "--config.model.init=pretrained"]
+    train(tmp_path / "run", STORED, *own)
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    safetensors.numpy.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, *own]
+    assert main(command) == 2
+    assert "have changed since the run in" in message(capsys)
+
+
+def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, cache):
+    written = []
+    write = ReferenceLogps.write
+
+    def record(self, step, *arguments):
+        written.append(step)
+        write(self, step, *arguments)
+
+    monkeypatch.setattr(ReferenceLogps, "write", record)
+    train(tmp_path / "short", STORED, "--config.seed=7")
+    assert written[:4] == [0, 1, 2, 3]
+    written.clear()
+    train(tmp_path / "long", STORED, "--config.seed=7", "--config.max_steps=6")
+    assert written == [4, 5]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_run_that_is_ended_while_it_computes_goes_on(tmp_path, cache, capsys, number, code):
+    seed = f"--config.seed={80 + number}"
+    arguments = [seed, "--config.epochs=40", "--config.max_steps=500", STORED]
+    command = [sys.executable, "-m", "kto_jax.train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
+    before = set(stores(cache))
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline, done = time.monotonic() + 200, 0
+    while done < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+        new = [path / "unmatched.npy" for path in set(stores(cache)) - before if (path / "unmatched.npy").exists()]
+        done = max([int(np.sum(~np.isnan(np.load(path)[:, 0]))) for path in new], default=0)
+    process.send_signal(number)
+    message = process.communicate()[1]
+    assert 3 <= done < 500, message
+    assert process.returncode == code, message
+    options = [seed, "--config.epochs=40", "--config.max_steps=6"]
+    held, gone_on = train(tmp_path / "held", *options), train(tmp_path / "stored", *options, STORED)
+    assert [row["loss"] for row in gone_on] == pytest.approx([row["loss"] for row in held], abs=1e-6)
+    said = re.search(r"reference log-probabilities: (\d+) steps to compute", capsys.readouterr().err)
+    assert int(said[1]) <= 6 - 3 + 1
+
+
+def test_a_reference_that_finds_a_completion_impossible_is_refused(tmp_path, monkeypatch, capsys):
+    broken = lambda *arguments: jnp.full(arguments[2].filled.shape, -jnp.inf)  # noqa: E731
+    monkeypatch.setattr(kto_jax.training.precompute, "packed_logps", broken)
+    command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, "--config.seed=9"]
+    assert main(command) == 2
+    assert re.search(r"gives 16 completions .* not finite, among them .*tiny_feedback.jsonl:\d+", message(capsys))
+
+
+@pytest.mark.parametrize("options, why", [
+    (["--config.reference.sync_every=2"], "sync_every=2 moves the reference"),
+    (["--config.objective.humanline=True"], "needs them of each token"),
+    (["--config.objective.name=ppo_offline"], "needs them of each token"),
+    (["--config.objective.name=sft"], "holds no reference"),
+], ids=lambda value: value[0] if isinstance(value, list) else "")  # fmt: skip
+def test_what_needs_the_reference_itself_is_refused(tmp_path, capsys, options, why):
+    command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, *options]
+    assert main(command) == 2
+    assert why in message(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def message(capsys):
+    return " ".join(capsys.readouterr().err.split())

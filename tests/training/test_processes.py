@@ -1,0 +1,254 @@
+"""Training by several real processes on loopback: the same numbers as by one, and ends that all of them share."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests import ROOT
+
+STEPS = 6
+DEVICES = 4
+NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SHORT = ["--config=configs/tiny.py", f"--config.max_steps={STEPS}", "--config.evaluation.max_examples=20",
+         "--config.checkpoint.every=2", "--config.processes.timeout_seconds=20"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(cache, workdir, count, *arguments, variables=None, of_second=None):
+    """Starts `count` processes that share DEVICES fake devices."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "kto_jax.train", *SHORT, f"--workdir={workdir}", *arguments]
+    processes = []
+    for number in range(count):
+        own = dict(zip(NAMES, (address, str(count), str(number)), strict=True)) if count > 1 else variables or {}
+        own |= of_second if of_second and number == 1 else {}
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment | own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return processes
+
+
+def finish(processes):
+    """Exit codes and messages."""
+    try:
+        messages = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], messages
+
+
+def train(cache, workdir, count, *arguments):
+    codes, messages = finish(start(cache, workdir, count, *arguments))
+    assert codes == [0] * count, "\n".join(messages)
+    return rows(workdir)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def policy(workdir):
+    return safetensors.numpy.load_file(workdir / "policy" / "model.safetensors")
+
+
+def assert_same(found, wanted):
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        names = ("loss", "z0", "grad_norm", "margin", "tokens", "eval_loss", "eval_auc", "eval_z0")
+        assert [name in one for name in names] == [name in other for name in names]
+        for name in set(names) & other.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (one["step"], name)
+
+
+def assert_same_policy(found, wanted):
+    before, after = policy(wanted), policy(found)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_allclose(after[name], values, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    log = train(cache, workdir, 1)
+    assert max(row["z0"] for row in log) > 0.5
+    return workdir
+
+
+def test_two_processes_train_as_one_does(alone, cache, tmp_path):
+    samples = ["--config.samples.num_prompts=2", "--config.samples.max_new_tokens=3"]
+    assert_same(train(cache, tmp_path / "run", 2, *samples), rows(alone))
+    assert_same_policy(tmp_path / "run", alone)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert len(json.loads((tmp_path / "run" / "samples_after.json").read_text())["completions"]) == 2
+
+
+@pytest.mark.slow
+def test_four_processes_over_a_mixed_mesh_train_alike(alone, cache, tmp_path):
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]  # every mesh: test_mesh_steps.py
+    assert_same(train(cache, tmp_path / "run", 4, *mesh), rows(alone))
+    assert_same_policy(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_path):
+    log = train(cache, tmp_path / "run", 2, "--config.reference.precompute=True")
+    assert_same(log, rows(alone))
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_path):
+    adapters = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.reference.param_dtype=int8"]
+    adapters += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.samples.num_prompts=2"]
+    log = train(cache, tmp_path / "one", 1, *adapters, "--config.samples.max_new_tokens=3")
+    assert max(row["z0"] for row in log) > 0.1
+    assert_same(train(cache, tmp_path / "two", 2, *adapters, "--config.samples.max_new_tokens=3"), log)
+    assert_same_policy(tmp_path / "two", tmp_path / "one")
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")
+    )
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
+    workdir = tmp_path / "run"
+    # A save after every step, so that the run is not over before the signal is heard.
+    processes = start(cache, workdir, 2, "--config.checkpoint.every=1")
+    wait_for_step(workdir, 1, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    codes, messages = finish(processes)
+    assert codes == [75, 75], "\n".join(messages)
+    assert len(rows(workdir)) < STEPS
+    assert_same(train(cache, workdir, 4, "--config.mesh.fsdp=2"), rows(alone))
+    assert_same_policy(workdir, alone)
+
+
+@pytest.mark.slow
+def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_alone(alone, cache, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(cache, workdir, 2)
+    wait_for_step(workdir, 3, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    codes, _ = finish(processes)
+    # Its heartbeat and its leave-taking each wait 20 s at most; the rest is for a busy machine.
+    assert time.monotonic() - killed < 100
+    assert codes[1] == -9
+    assert codes[0] not in (0, 75)
+    assert_same(train(cache, workdir, 1), rows(alone))
+    assert_same_policy(workdir, alone)
+
+
+def test_what_one_process_refuses_ends_all(cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    codes, messages = finish(start(cache, tmp_path / "run", 2))
+    assert codes == [2, 2], "\n".join(messages)
+    assert all("holds files, and no run" in message for message in messages)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_what_one_process_alone_cannot_do_ends_the_others_too(cache, tmp_path):
+    broken = tmp_path / "no folder"
+    broken.write_text("a file")
+    processes = start(cache, tmp_path / "run", 2, of_second={"KTO_JAX_CACHE": str(broken)})
+    codes, messages = finish(processes)
+    assert codes[0] == 2, messages[0]
+    assert "process 1 of 2 cannot go on" in " ".join(messages[0].split())
+    assert codes[1] in (1, 2)
+    assert "no folder" in messages[1]
+
+
+TALK = """
+import sys, time
+from kto_jax.devices import processes as hosts
+from kto_jax.config import ProcessesConfig
+hosts.join(ProcessesConfig(timeout_seconds=5))
+time.sleep(0 if hosts.is_first() else 15)
+print(hosts.tell(f"word {sys.argv[1]}"), hosts.as_first_says(hosts.is_first()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_each_other_for_longer_than_for_a_sign_of_life():
+    outputs = [process.communicate(timeout=100) for process in start_script(TALK)]
+    assert [said for said, _ in outputs] == ["['word 0', 'word 1'] True\n"] * 2, outputs
+
+
+def start_script(script):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(number)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | dict(zip(NAMES, (address, "2", str(number)), strict=True)),
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
+    # As on two hosts with disks of their own: one relative path, two folders.
+    processes = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    for number in range(2):
+        environment = os.environ | {
+            "KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+            **dict(zip(NAMES, (address, "2", str(number)), strict=True)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "kto_jax.train", f"--config={ROOT}/configs/tiny.py", *SHORT[1:],
+                   f"--workdir={tmp_path / str(number)}"]  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        )
+    codes, messages = finish(processes)
+    assert codes == [2, 2], "\n".join(messages)
+    assert "this one does not see it" in " ".join(messages[1].split())
+    assert "process 1 of 2 cannot go on" in " ".join(messages[0].split())
+
+
+@pytest.mark.parametrize("variables, arguments, why", [
+    ({"JAX_NUM_PROCESSES": "2"}, [], "lacks JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+    (dict(zip(NAMES, ("127.0.0.1:1", "two", "0"), strict=True)), [], "lacks nothing"),
+    ({}, ["--config.processes.count=2"], "1 processes were started, and config.processes.count=2"),
+], ids=["missing", "no number", "count"])  # fmt: skip
+def test_processes_that_cannot_find_each_other_are_refused(cache, tmp_path, variables, arguments, why):
+    codes, (message,) = finish(start(cache, tmp_path / "run", 1, *arguments, variables=variables))
+    assert codes == [2]
+    assert why in " ".join(message.split())
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for_step(workdir, step, processes):
+    path = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(finish(processes))

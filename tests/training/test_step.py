@@ -1,0 +1,265 @@
+"""The step against a naive version: one example at a time, all logits, NumPy's KTO in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
+from kto_jax.data.batches.schedule import Plan
+from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.model import Model
+from kto_jax.objectives import make_objective
+from kto_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from kto_jax.training.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point, work
+from tests.losses import oracle
+from tests.synthetic import make_index
+
+CONFIG = TransformerConfig(
+    vocab_size=98, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_head=True
+)
+OBJECTIVE = make_objective(ObjectiveConfig(desirable_weight=1.5, beta=0.3), num_desirable=1, num_undesirable=1)
+BATCH, MAX_LENGTH = 64, 38
+
+
+@functools.cache
+def parameters(dtype):
+    """A policy and a reference far apart: the reference is the surer of the two, so z0 is clearly positive."""
+    with jax.enable_x64(True):
+        model = Model.create(CONFIG, dtype="float64")
+        policy = model.init_params(jax.random.key(0), "float64")
+        noise = model.init_params(jax.random.key(1), "float64")
+        reference = jax.tree.map(lambda leaf, other: leaf + 2 * other, policy, noise)
+        return jax.device_get(jax.tree.map(lambda leaf: leaf.astype(dtype), (policy, reference)))
+
+
+def make_plan(row_length, microbatch_rows, **index_options):
+    index = make_index(BATCH, max_length=MAX_LENGTH, **index_options)
+    return index, Plan(
+        index, np.arange(BATCH), batch_size=BATCH, seed=3, epochs=1, row_length=row_length,
+        microbatch_rows=microbatch_rows, completion_length=row_length, max_length=MAX_LENGTH,
+    )  # fmt: skip
+
+
+def naive(dtype):
+    """z0, loss and gradient from the sequences themselves, one by one."""
+    policy, reference = parameters(dtype)
+    model = Model.create(CONFIG, dtype=dtype)
+    index, plan = make_plan(MAX_LENGTH, 8)
+    step = plan.step(0)
+
+    def sequences(prompts, completions):
+        """Ids padded at the end [B, L], and which of the predicted tokens are the completion's [B, L - 1]."""
+        ids, where = np.zeros((BATCH, MAX_LENGTH), np.int32), np.zeros((BATCH, MAX_LENGTH - 1), bool)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            sequence = np.concatenate([index.prompt(prompt), index.completion(completion)])[:MAX_LENGTH]
+            ids[i, : len(sequence)] = sequence
+            where[i, len(index.prompt(prompt)) - 1 : len(sequence) - 1] = True
+        return jnp.array(ids), jnp.array(where)
+
+    @jax.jit
+    def logps(params, ids, where):
+        hidden = model.hidden_states(
+            params, ids, jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(MAX_LENGTH)[None], ids.shape)
+        )
+        dense = jax.nn.log_softmax(model.logits(params, hidden))
+        chosen = jnp.take_along_axis(dense[:, :-1], ids[:, 1:, None], 2)[..., 0]
+        return jnp.sum(jnp.where(where, chosen, 0), axis=1)
+
+    unmatched, matched = sequences(step.rows, step.partners), sequences(step.rows, step.rows)
+    z0 = oracle.reference_point(logps(policy, *unmatched), logps(reference, *unmatched), [True] * BATCH)
+    matched_logps = np.asarray(logps(policy, *matched)), np.asarray(logps(reference, *matched))
+    weights = index.weights[step.rows]
+    losses, slopes = oracle.kto(*matched_logps, index.desirable[step.rows], z0, 0.3, 1.5, 1.0)
+    gradient = jax.grad(lambda params: jnp.sum(slopes * weights / BATCH * logps(params, *matched)))(policy)
+    return z0, float(np.mean(losses * weights)), gradient, np.subtract(*matched_logps)
+
+
+def close_by_norm(got, expected, tolerance):
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, jax.device_get(got), jax.device_get(expected)))
+    return difference <= tolerance * optax.tree.norm(jax.device_get(expected))
+
+
+@functools.cache
+def naive_float64():
+    return jax.device_get(naive("float64"))
+
+
+def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8):
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    model = Model.create(
+        CONFIG,
+        dtype=dtype,
+        constrain=constrainer(mesh),
+        row_parts=mesh.shape["sequence"],
+        packed_attention=choose_attention("auto", mesh),
+    )
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
+    policy, reference = (jax.device_put(params, layout) for params in parameters(dtype))
+    batch = make_plan(row_length, microbatch_rows)[1].batch(0)
+    num_microbatches = int(batch.num_matched)
+
+    @jax.jit
+    def run(policy, reference, batch):
+        state = TrainState(0, policy, reference, (), {}, 0)
+        z0, figures = reference_point(model, OBJECTIVE, state, batch)
+        return z0, figures, *loss_and_gradient(model, OBJECTIVE, state, batch, z0)
+
+    return num_microbatches, *jax.device_get(run(policy, reference, place_batch(mesh, batch)))
+
+
+MESHES = {
+    "1": (MeshConfig(), 1),
+    "8x1": (MeshConfig(data=8), 8),
+    "4x2": (MeshConfig(data=4, fsdp=2), 8),
+    "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    # Several rows at once are slower here, and right.
+    "2x1x4": (MeshConfig(data=2, sequence=4), 8),
+}
+# (tokens of a row, rows of a microbatch, microbatches): unpacked rows hold one example each, packed ones several.
+UNPACKED = [(38, 64, 1), (38, 32, 2), (38, 16, 4)]
+PACKED = [(80, 32, 1), (80, 16, 2), (80, 8, 4)]
+QUICK = [("1", UNPACKED[0]), ("1", PACKED[2]), ("8x1", PACKED[1]), ("4x2", UNPACKED[2]), ("2x2x2", PACKED[2])]
+QUICK += [("2x1x4", PACKED[2])]
+ALL = [(mesh, layout) for mesh in MESHES for layout in UNPACKED + PACKED]
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.exhaustive) for case in ALL]
+
+
+@pytest.mark.parametrize("mesh, layout", CASES)
+def test_meshes_microbatches_and_packing_change_nothing_in_float64(mesh, layout):
+    with jax.enable_x64(True):
+        z0, loss, gradient, log_ratios = naive_float64()
+        assert z0 > 0.5
+        assert np.mean(np.abs(0.3 * log_ratios)) > 0.1
+        got = packed_result("float64", MESHES[mesh][0], *layout[:2], MESHES[mesh][1])
+        num_microbatches, got_z0, figures, got_loss, got_gradient, _ = got
+        assert num_microbatches == layout[2]
+        assert got_z0 == pytest.approx(z0, rel=1e-10)
+        assert figures["num_unmatched"] == BATCH
+        assert got_loss == pytest.approx(loss, rel=1e-10)
+        assert close_by_norm(got_gradient, gradient, 1e-10)
+
+
+@pytest.mark.parametrize("mesh, layout", [("1", UNPACKED[0]), ("2x2x2", PACKED[2])])
+def test_meshes_microbatches_and_packing_change_only_rounding_in_float32(mesh, layout):
+    with jax.enable_x64(True):
+        z0, loss, gradient, _ = naive_float64()
+    _, got_z0, _, got_loss, got_gradient, _ = packed_result("float32", MESHES[mesh][0], *layout[:2], MESHES[mesh][1])
+    assert got_z0 == pytest.approx(z0, rel=1e-5)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    assert close_by_norm(got_gradient, gradient, 1e-5)
+
+
+@functools.cache
+def plain_step():
+    return one_step()
+
+
+def one_step(num_prompts=None, dtype="float32", **changes):
+    """One step on one device: (state before, state after, figures)."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = Model.create(
+        CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
+    )
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+    schedule = make_schedule(config, 10)
+    optimizer = make_optimizer(config, schedule)
+    policy, reference = jax.device_put(parameters("float32"), jax.devices()[0])
+    state = create_state(policy, reference, optimizer, mesh, {})
+    before = jax.device_get(state)
+    batch = dataclasses.replace(make_plan(96, 8, num_prompts=num_prompts)[1].batch(0), **changes)
+    after, figures = jit_train_step(model, OBJECTIVE, optimizer, schedule, ReferenceConfig())(
+        state, place_batch(mesh, batch)
+    )
+    return before, jax.device_get(after), jax.device_get(figures), model, batch
+
+
+def test_a_step_moves_the_policy_and_leaves_the_reference():
+    before, after, figures, _, batch = plain_step()
+    assert after.step == 1
+    assert after.num_bad_steps == 0
+    assert not np.array_equal(before.policy["embed"]["table"], after.policy["embed"]["table"])
+    jax.tree.map(np.testing.assert_array_equal, before.reference, after.reference)
+    assert figures["tokens"] == np.sum(batch.matched.segment_ids > 0)
+    assert figures["examples"] == BATCH
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
+    weights = np.array(plain_step()[4].weights)
+    weights[0, 0, 0] = np.nan
+    before, after, figures, _, _ = one_step(weights=weights)
+    assert np.isnan(figures["loss"])
+    assert after.step == 1
+    assert after.num_bad_steps == figures["num_bad_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, (before.policy, before.opt_state), (after.policy, after.opt_state))
+
+
+def test_bfloat16_compute_trains_float32_weights_close_to_the_float32_step():
+    _, after, figures, _, _ = one_step(dtype="bfloat16")
+    assert after.policy["embed"]["table"].dtype == np.float32
+    expected = plain_step()[2]
+    assert figures["loss"] == pytest.approx(float(expected["loss"]), abs=0.02)
+    assert figures["grad_norm"] == pytest.approx(float(expected["grad_norm"]), rel=0.05)
+    assert figures["loss"] != expected["loss"]
+
+
+def test_a_batch_of_one_prompt_has_no_reference_point_and_says_so():
+    _, _, figures, _, _ = one_step(num_prompts=1)
+    assert figures["z0"] == figures["kl"] == figures["num_unmatched"] == 0
+    assert np.isfinite(figures["loss"])
+
+
+def test_evaluation_gives_the_loss_that_training_saw():
+    before, _, figures, model, batch = plain_step()
+    evaluated, rewards = evaluation_step(model, OBJECTIVE, before, batch)
+    assert evaluated["loss_sum"] / BATCH == pytest.approx(float(figures["loss"]), rel=1e-6)
+    assert evaluated["z0"] == pytest.approx(float(figures["z0"]), rel=1e-6)
+    good = np.asarray(batch.desirable & batch.matched.filled)
+    assert np.mean(np.asarray(rewards)[good]) == pytest.approx(float(figures["rewards_desirable"]), rel=1e-5)
+
+
+def flops_of_a_forward_pass(config, rows):
+    total = 0.0
+    for segments, positions in zip(rows.segment_ids.reshape(-1, 96), rows.positions.reshape(-1, 96), strict=True):
+        for position in positions[segments > 0]:
+            total += config.flops_per_token(attended=position + 1, head=False)
+    head = config.flops_per_token(0, head=True) - config.flops_per_token(0, head=False)
+    return total + head * np.sum(rows.target_segments > 0)
+
+
+def test_flops_of_a_step_are_four_forward_passes_over_matched_rows_and_two_over_unmatched_ones():
+    _, _, figures, model, batch = plain_step()
+    matched, unmatched = (flops_of_a_forward_pass(model.config, rows) for rows in (batch.matched, batch.unmatched))
+    assert figures["flops"] == pytest.approx(4 * matched + 2 * unmatched, rel=1e-5)
+
+
+def test_flops_of_local_layers_are_those_of_what_each_token_sees():
+    config = dataclasses.replace(CONFIG, window=7, local_layers=(True, False))
+    batch = make_plan(96, 8)[1].batch(0)
+    sft = make_objective(ObjectiveConfig(name="sft"), num_desirable=1, num_undesirable=1)
+    expected = 3 * flops_of_a_forward_pass(config, batch.matched)
+    assert float(work(Model.create(config), sft, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
+    assert expected < 3 * flops_of_a_forward_pass(CONFIG, batch.matched)
+
+
+@pytest.mark.parametrize("name, options, passes", [
+    ("kto", {}, (4, 2)), ("kto", {"variant": "simple"}, (6, 0)), ("kto", {"variant": "reference_free"}, (3, 1)),
+    ("bco", {}, (4, 0)), ("sft", {}, (3, 0)),
+])  # fmt: skip
+def test_flops_count_the_passes_that_each_objective_makes(name, options, passes):
+    model, batch = Model.create(CONFIG), make_plan(96, 8)[1].batch(0)
+    bco, sft = (
+        make_objective(ObjectiveConfig(name=name), num_desirable=1, num_undesirable=1) for name in ("bco", "sft")
+    )
+    matched = float(work(model, bco, batch)["flops"]) - float(work(model, sft, batch)["flops"])  # a reference's pass
+    unmatched = (float(work(model, OBJECTIVE, batch)["flops"]) - 4 * matched) / 2
+    objective = make_objective(ObjectiveConfig(name=name, **options), num_desirable=1, num_undesirable=1)
+    expected = passes[0] * matched + passes[1] * unmatched
+    assert unmatched > 0.5 * matched
+    assert float(work(model, objective, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
