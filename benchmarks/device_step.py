@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.packing import Lengths, make_index
 from kto_jax.config import Config, ModelConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.sharding import place_batch, shardings
 from kto_jax.models.int8 import kept_as
@@ -37,7 +37,8 @@ from kto_jax.models.weights.huggingface import read_config
 from kto_jax.objectives import make_objective
 from kto_jax.planning.compile_step import Subject
 from kto_jax.training.first_state import make_model
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import create_state
 from kto_jax.training.step import jit_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -62,18 +63,18 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
     device = jax.devices()[0]
     mesh, model = make_model(config, Subject(architecture, objective), [device])
-    schedule = make_schedule(config.optimizer, job["steps"])
-    optimizer = make_optimizer(config.optimizer, schedule, param_dtype=kept)
+    learning_rate = make_learning_rate(config.optimizer, job["steps"])
+    optimizer = make_optimizer(config.optimizer, learning_rate, param_dtype=kept)
     layout = shardings(mesh, model.logical_axes(kept), model.abstract_params(kept))
     draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
     policy = draw(jax.random.key(0), kept)
     state = create_state(policy, kept_as(policy, kept), optimizer, mesh, objective.initial_state)
     del policy
-    plan = _plan(config, architecture.vocab_size, steps=1 + job["steps"])
-    step: Any = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    schedule = _schedule(config, architecture.vocab_size, steps=1 + job["steps"])
+    step: Any = jit_train_step(model, objective, optimizer, learning_rate, config.reference)
     program, seconds, figures = None, [], {}
     for number in range(1 + job["steps"]):
-        batch = place_batch(mesh, plan.batch(number))
+        batch = place_batch(mesh, schedule.batch(number))
         program = program or step.lower(state, batch).compile()
         start = time.perf_counter()
         state, figures = jax.block_until_ready(program(state, batch))
@@ -94,14 +95,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plan(config: Config, vocab_size: int, steps: int) -> Plan:
+def _schedule(config: Config, vocab_size: int, steps: int) -> Schedule:
     """Steps of examples that fill a row each."""
     length, count = int(config.row_length), config.batch_size * steps
     completion = np.full(count, length // 2)
     index = make_index(Lengths("filled rows", length - completion, completion, length, ()))
     tokens = np.random.default_rng(0).integers(3, vocab_size, len(index.tokens)).astype(np.int32)
     index = dataclasses.replace(index, tokens=tokens, weights=np.ones(count, np.float32))
-    return Plan(
+    return Schedule(
         index, np.arange(count), batch_size=config.batch_size, seed=0, epochs=1, row_length=length,
         microbatch_rows=int(config.microbatch_rows), completion_length=length // 2, max_length=length,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an index of many rows costs: to build, to reopen, and to plan steps on.
+"""What an index of many rows costs: to build, to reopen, and to schedule steps on.
 
     python -m benchmarks.index_scale                          # a million short rows, through the real build
     python -m benchmarks.index_scale --rows=10_000_000
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import DataConfig
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index, open_index
 from kto_jax.data.rows.records import Feedback
@@ -113,7 +113,7 @@ class EncodedWorkers:
 
 
 def measure(directory: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Builds, reopens and plans; figures in seconds, bytes and microseconds."""
+    """Builds, reopens and schedules; figures in seconds, bytes and microseconds."""
     tokenizer = prepare_tokenizer(TINY_MODEL, directory / "tokenizer", chat_template=options.chat_template)
     source = directory / "rows.jsonl"
     write_rows(source, options.rows)
@@ -142,11 +142,11 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, float]:
     with memory.watched():
         rows = timed("rows_seconds", index.rows, "train")
         shape = {"row_length": 256, "microbatch_rows": 1, "completion_length": 256, "max_length": 64}
-        plan = timed("plan_seconds", Plan, index, rows, batch_size=256, seed=0, epochs=1, **shape)
+        schedule = timed("plan_seconds", Schedule, index, rows, batch_size=256, seed=0, epochs=1, **shape)
     figures["plan_private_bytes"] = max(memory.private, 0)
-    for name, function in (("step", plan.step), ("batch", plan.batch)):
+    for name, function in (("step", schedule.step), ("batch", schedule.batch)):
         function(0)
-        steps = np.linspace(0, plan.num_steps - 1, 50).astype(int)
+        steps = np.linspace(0, schedule.num_steps - 1, 50).astype(int)
         timed(f"{name}_microseconds", lambda function=function, steps=steps: [function(int(s)) for s in steps])
         figures[f"{name}_microseconds"] *= 1e6 / len(steps)
     return figures

@@ -163,7 +163,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[d
             "settings": settings(job),
             "peak_flops": peaks,
             "steps": batches,
-            "padding": padding_shares(feedback.plan),
+            "padding": padding_shares(feedback.schedule),
             "turns": {contender: taken for contender, taken in turns.items() if taken},
             "failed": failed,
         }
@@ -191,7 +191,7 @@ def make_job(
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
     steps = []
     for step in range(1 + options.steps):
-        packed = feedback.plan.batch(step)
+        packed = feedback.schedule.batch(step)
         padded = pad_batch(packed)
         job["rows"].append(as_lists(packed))
         for kind, batch in (("packed", packed), ("padded", padded)):

@@ -13,7 +13,7 @@ from benchmarks.packing import log_normal_lengths, make_index
 from configs import quickstart, tiny
 from kto_jax.config import Config, resolve
 from kto_jax.data.batches.packing import Packing, RowShape, fill
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.inspect import read_feedback
 from kto_jax.objectives import make_objective
@@ -29,12 +29,12 @@ class FeedbackSet:
 
     Attributes:
       config: how a user of kto_jax would train on it; what peers share is read from it.
-      plan: its batches, packed.
+      schedule: its batches, packed.
       plain_remat: what the plain step keeps for its gradient, so that it fits 24 GB.
     """
 
     config: Config
-    plan: Plan
+    schedule: Schedule
     plain_remat: str
 
 
@@ -78,7 +78,7 @@ SETS = {"quickstart": quickstart_set, "log_normal": log_normal_set, "small": sma
 
 
 def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -> FeedbackSet:
-    """The set's plan; weights from the counts, and a constant learning rate, so that all contenders have the same."""
+    """The set's schedule; weights from the counts, and a constant learning rate, the same for all contenders."""
     if index is None:
         with tempfile.TemporaryDirectory() as scratch:
             index, _ = read_feedback(config, Path(scratch))
@@ -95,7 +95,7 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
         optimizer=dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0),
     )
     row_lengths = choose_lengths(config, index, rows, paired=False)
-    plan = Plan(
+    schedule = Schedule(
         index,
         rows,
         batch_size=config.batch_size,
@@ -106,7 +106,7 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
         completion_length=round(row_lengths[0] * config.completion_share),
         max_length=config.data.max_length,
     )
-    return FeedbackSet(config, plan, plain_remat)
+    return FeedbackSet(config, schedule, plain_remat)
 
 
 def sequences(rows: PackedRows) -> Sequences:
@@ -181,7 +181,7 @@ def padding(batches: list[FeedbackBatch]) -> float:
     return 1 - sum(int((ids > 0).sum()) for ids in used) / sum(ids.size for ids in used)
 
 
-def padding_shares(plan: Plan, num_steps: int = 50) -> dict[str, float]:
-    """Share of padding in a plan's first batches, packed, and padded to the longest of the batch."""
-    batches = [plan.batch(step) for step in range(min(num_steps, plan.num_steps))]
+def padding_shares(schedule: Schedule, num_steps: int = 50) -> dict[str, float]:
+    """Share of padding in a schedule's first batches, packed, and padded to the longest of the batch."""
+    batches = [schedule.batch(step) for step in range(min(num_steps, schedule.num_steps))]
     return {"packed": padding(batches), "padded": padding([pad_batch(batch) for batch in batches])}

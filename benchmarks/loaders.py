@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.packing import log_normal_lengths, make_index
-from kto_jax.data.batches.schedule import Plan, prefetch
+from kto_jax.data.batches.schedule import Schedule, prefetch
 from kto_jax.data.index.builder import COLUMNS, FORMAT
 from kto_jax.data.index.index import Index, open_index
 
@@ -39,9 +39,9 @@ def written(index: Index, directory: Path) -> Index:
     return open_index(directory)
 
 
-def measure(plan: Plan, num_loaders: int, step: Callable[[], object], num_steps: int) -> dict[str, float]:
+def measure(schedule: Schedule, num_loaders: int, step: Callable[[], object], num_steps: int) -> dict[str, float]:
     """Steps a second, and the milliseconds that a step waited for its batch."""
-    batches = prefetch(plan.batch, range(num_steps + _WARM_UP), num_loaders=num_loaders)
+    batches = prefetch(schedule.batch, range(num_steps + _WARM_UP), num_loaders=num_loaders)
     started = time.perf_counter()
     next(batches)
     first = time.perf_counter() - started
@@ -79,11 +79,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         index = written(make_index(lengths), Path(directory))
         shape = {"row_length": 2048, "completion_length": 2048, "max_length": 2048, "microbatch_rows": 8}
-        plan = Plan(index, np.arange(len(lengths.prompt)), batch_size=options.batch_size, seed=0, epochs=9, **shape)
-        size = sum(array.nbytes for array in _arrays(plan.batch(0)))
+        schedule = Schedule(
+            index, np.arange(len(lengths.prompt)), batch_size=options.batch_size, seed=0, epochs=9, **shape
+        )
+        size = sum(array.nbytes for array in _arrays(schedule.batch(0)))
         for name, step in steps.items():
             for num_loaders in (0, 1, 2):
-                figures = measure(plan, num_loaders, step, options.steps)
+                figures = measure(schedule, num_loaders, step, options.steps)
                 results.append({"step": name, "num_loaders": num_loaders, **figures})
                 table.add_row(name, str(num_loaders or "thread"), *(f"{value:.1f}" for value in figures.values()))
     Console().print(table)

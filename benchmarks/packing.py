@@ -25,7 +25,7 @@ from rich.table import Table
 from configs import quickstart
 from kto_jax.config import resolve
 from kto_jax.data.batches.packing import choose_row_lengths
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.inspect import read_feedback
@@ -113,21 +113,21 @@ def make_index(lengths: Lengths) -> Index:
     )
 
 
-def measure(plan: Plan, num_steps: int, index: Index, lengths: Lengths) -> dict[str, float]:
+def measure(schedule: Schedule, num_steps: int, index: Index, lengths: Lengths) -> dict[str, float]:
     """Padding shares over some steps, and milliseconds to make a batch."""
     real = room = longest = matched = 0
     seconds, shapes = 0.0, set()
-    steps = range(min(num_steps, plan.steps_per_epoch))
+    steps = range(min(num_steps, schedule.steps_per_epoch))
     for s in steps:
         start = time.perf_counter()
-        batch = plan.batch(s)
+        batch = schedule.batch(s)
         seconds += time.perf_counter() - start
         matched += int((batch.matched.segment_ids > 0).sum())
         shapes.add(batch.matched.tokens.shape)
         for packed, count in ((batch.matched, batch.num_matched), (batch.unmatched, batch.num_unmatched)):
             real += int((packed.segment_ids > 0).sum())
             room += packed.segment_ids[:count].size
-        step = plan.step(s)
+        step = schedule.step(s)
         for prompts, completions in ((step.rows, step.rows), (step.rows, step.partners)):
             totals = sum(
                 fit_lengths(
@@ -171,7 +171,7 @@ def main() -> None:
             shape = {"batch_size": batch_size, "microbatch_rows": rows}
             chosen = [choose_row_lengths(*kept, shortest=lengths.max_length, num_lengths=n, **shape) for n in (1, 2)]
             for row_length in dict.fromkeys([(lengths.max_length,), *chosen]):
-                plan = Plan(
+                schedule = Schedule(
                     index,
                     np.arange(len(lengths.prompt)),
                     seed=0,
@@ -181,7 +181,7 @@ def main() -> None:
                     max_length=lengths.max_length,
                     **shape,
                 )
-                figures = measure(plan, options.steps, index, lengths)
+                figures = measure(schedule, options.steps, index, lengths)
                 results.append({"set": lengths.name, **shape, "row_length": row_length, **figures})
                 table.add_row(
                     lengths.name,

@@ -107,7 +107,8 @@ class DataConfig:
     within each prompt; objectives of thumbs also read pairs, one completion at a time."""
     layout: Literal["fields", "messages", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"] = "fields"
     """Where a row holds it: in the fields named below, in the messages of a chat log that have `feedback`, in one of
-    the JSON shapes of the HALOs code, or in the columns of a set that is known by name (kto_jax/data/rows/layouts.py)."""
+    the JSON shapes of the HALOs code, or in the columns of a set that is known by name 
+    (kto_jax/data/rows/layouts.py)."""
     prompt_field: str = "prompt"
     """Text or chat messages. In pairs it may be missing: chosen and rejected are then whole conversations, as messages
     or as transcripts of Human and Assistant, whose last turn is the completion."""
@@ -304,7 +305,7 @@ class SamplesConfig:
     top_p: float = 1.0
     top_k: int = 0
     judges: tuple[str, ...] = ()
-    """Names from kto_jax.judges.judges: "feedback" (a classifier fitted on the judge's share of the prompts), "vader"."""
+    """Judges: "feedback" (a classifier fitted on the judge's share of the prompts), "vader"."""
 
 
 @dataclasses.dataclass(frozen=True)

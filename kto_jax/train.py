@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
 from kto_jax.data.batches.schedule import prefetch
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.compilation import Program, keep_compiled
@@ -37,10 +37,11 @@ from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.first_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import INTERRUPTED, Preemption, ending_at_once
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, write_json
-from kto_jax.training.state import TrainState, make_optimizer, make_schedule
+from kto_jax.training.state import TrainState
 from kto_jax.training.step import jit_train_step
 
 FAILED, UNUSABLE = 1, 2
@@ -80,11 +81,11 @@ def train(config: Config, workdir: Path, command: str) -> int:
     """
     started = time.monotonic()
     keep_compiled()
-    hosts.join(config.processes)
-    console.quiet = not hosts.is_first()
+    processes.join(config.processes)
+    console.quiet = not processes.is_first()
     with tempfile.TemporaryDirectory() as scratch:
         # ------------------------------------------------- what is read, and the devices
-        inputs, mesh, model = hosts.together(lambda: prepare(config, workdir, Path(scratch)))
+        inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)
 
@@ -100,19 +101,19 @@ def train(config: Config, workdir: Path, command: str) -> int:
             inputs = precompute(config, inputs, model, mesh, run.path)
 
         # ------------------------------------------------- the step's program, compiled while weights are read
-        schedule = make_schedule(config.optimizer, inputs.num_steps)
+        learning_rate = make_learning_rate(config.optimizer, inputs.num_steps)
         optimizer = make_optimizer(
             config.optimizer,
-            schedule,
+            learning_rate,
             value_head=model.scorer == "value",
             param_dtype=config.model.param_dtype,
             seed=config.seed,
         )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-        take_step = Program(jit_train_step(model, inputs.objective, optimizer, schedule, config.reference))
+        take_step = Program(jit_train_step(model, inputs.objective, optimizer, learning_rate, config.reference))
         first_step = checkpoints.latest_step or 0
         if first_step < inputs.num_steps:
-            take_step.begin(abstract, abstract_batch(mesh, inputs.plan.batch(first_step)))
+            take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
 
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
         clock = time.monotonic()
@@ -120,7 +121,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
         console.print(f"weights read in {time.monotonic() - clock:.1f} s", highlight=False)
 
         if int(state.step) == 0 and _reference_is_rounded(config, inputs):
-            _report_reference(config, run, measure_reference(model, inputs.objective, inputs.plan, mesh, state))
+            _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
 
         # ------------------------------------------------- the steps
         write_samples("before", model, state, inputs, run, config)
@@ -154,7 +155,7 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     inputs = read_inputs(config, scratch)
     check_folder(workdir, config, inputs.index, inputs.architecture)
     mesh, model = make_model(config, inputs)
-    check_lengths(inputs.plan.row_lengths, dict(mesh.shape))
+    check_lengths(inputs.schedule.row_lengths, dict(mesh.shape))
     return inputs, mesh, model
 
 
@@ -175,9 +176,9 @@ def take_steps(
     """
     first, num_steps = int(state.step), inputs.num_steps
     preemption = Preemption()
-    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=hosts.is_first())
+    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=processes.is_first())
     batches = prefetch(
-        functools.partial(inputs.plan.batch, rows=local_rows(mesh, inputs.plan.microbatch_rows)),
+        functools.partial(inputs.schedule.batch, rows=local_rows(mesh, inputs.schedule.microbatch_rows)),
         range(first, num_steps),
         finish=functools.partial(place_batch, mesh),
         num_loaders=config.data.num_loaders,
@@ -258,7 +259,7 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
     options = ", ".join(f"{name} {_short(value)}" for name, value in chosen.items())
     console.print(
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
-        f"{inputs.objective.examples} from {inputs.plan.num_examples} ({inputs.num_desirable} desirable and "
+        f"{inputs.objective.examples} from {inputs.schedule.num_examples} ({inputs.num_desirable} desirable and "
         f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
         f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
         f"{choose_attention(config.model.attention, mesh).name} attention; {peak}",
@@ -286,7 +287,7 @@ def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) 
         f"at most; rewards by {errors['rewards_mean']:.3g} and {errors['rewards_max']:.3g}",
         highlight=False,
     )
-    if hosts.is_first():
+    if processes.is_first():
         write_json(run.path / "reference_error.json", errors)
 
 
@@ -295,7 +296,7 @@ def _short(value: object) -> str:
 
 
 def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
-    rows = ", ".join(inputs.index.place(row) for row in inputs.plan.step(step - 1).rows)
+    rows = ", ".join(inputs.index.place(row) for row in inputs.schedule.step(step - 1).rows)
     console.print(
         f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
         "Such steps change nothing; the newest checkpoint is finite. Look at these rows, or lower "

@@ -7,7 +7,8 @@ from benchmarks.peers.turn import read_job
 from kto_jax.config import resolve
 from kto_jax.devices.sharding import place_batch
 from kto_jax.objectives import make_objective
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import create_state
 from kto_jax.training.step import jit_train_step
 
 
@@ -17,9 +18,9 @@ def main() -> None:
     config = resolve(job["config"])
     mesh, model, policy = load_policy(job, config.model.remat)
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
-    schedule = make_schedule(config.optimizer, len(job["batches"]))
-    optimizer = make_optimizer(config.optimizer, schedule)
-    step = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    learning_rate = make_learning_rate(config.optimizer, len(job["batches"]))
+    optimizer = make_optimizer(config.optimizer, learning_rate)
+    step = jit_train_step(model, objective, optimizer, learning_rate, config.reference)
     state = create_state(policy, policy, optimizer, mesh, objective.initial_state)
     del policy
     take_turn(job, step, state, [place_batch(mesh, load_batch(path)) for path in job["batches"]])

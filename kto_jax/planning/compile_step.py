@@ -26,7 +26,7 @@ from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.storage.fetch import local_path
 from kto_jax.training.first_state import make_abstract_state, make_model
 from kto_jax.training.inputs import check_together
-from kto_jax.training.state import make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.step import jit_train_step, work
 
 _NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which changes nothing else of it.
@@ -262,10 +262,10 @@ def compile_for(
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
     check_lengths([shape.row_length], dict(mesh.shape))
-    schedule = make_schedule(config.optimizer, num_steps)
+    learning_rate = make_learning_rate(config.optimizer, num_steps)
     optimizer = make_optimizer(
         config.optimizer,
-        schedule,
+        learning_rate,
         value_head=model.scorer == "value",
         param_dtype=config.model.param_dtype,
         seed=config.seed,
@@ -278,7 +278,7 @@ def compile_for(
         "moments": device_bytes(state.opt_state),
         "batch": device_bytes(batch),
     }
-    step = jit_train_step(model, objective, optimizer, schedule, config.reference)
+    step = jit_train_step(model, objective, optimizer, learning_rate, config.reference)
     started = time.perf_counter()
     arguments, temporaries, refusal, collectives = _compile(step, state, batch, parts, topology)
     seconds = time.perf_counter() - started

@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.devices.sharding import check_rows, mesh_shape
 from kto_jax.planning.compile_step import Lengths, Program, Shape, Subject, compile_for, compile_step
 from kto_jax.planning.topology import LOCAL, Topology
-from kto_jax.training.inputs import Inputs, make_plans
+from kto_jax.training.inputs import Inputs, make_schedules
 from kto_jax.training.logs import console
 
 # What else lives there: on a device the next batch and gaps between arrays, in a host's memory the rest of the process.
@@ -117,14 +117,14 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
     topology = Topology(LOCAL, tuple(jax.devices()))
     on_host = topology.devices[0].platform == "cpu"
     # Processes on one host share its memory; other devices have their own.
-    sharing = hosts.tell(platform.node()).count(platform.node()) if on_host else 1
+    sharing = processes.tell(platform.node()).count(platform.node()) if on_host else 1
 
     def compile_rows(rows: int) -> Program:
-        program = hosts.together(lambda: _compile(with_rows(config, rows), inputs, topology))
+        program = processes.together(lambda: _compile(with_rows(config, rows), inputs, topology))
         return dataclasses.replace(program, limit=program.limit // sharing)
 
     program, why = None, "as the run began"
-    before = int(hosts.tell(str(_rows_before(workdir)))[0])
+    before = int(processes.tell(str(_rows_before(workdir)))[0])
     if before and _shares(config, before, len(topology.devices)):
         program = compile_rows(before)
     if program is None or not leaves_room(program, topology):
@@ -137,8 +137,8 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
         soft_wrap=True,
     )
     settled = with_rows(config, program.shape.rows)
-    plan, held_out = make_plans(settled, inputs.index, inputs.objective, inputs.controls)
-    return settled, dataclasses.replace(inputs, plan=plan, held_out=held_out)
+    schedule, held_out = make_schedules(settled, inputs.index, inputs.objective, inputs.controls)
+    return settled, dataclasses.replace(inputs, schedule=schedule, held_out=held_out)
 
 
 def _rows_before(workdir: Path) -> int:
@@ -169,21 +169,21 @@ def _check_fits(program: Program, why: str) -> None:
 
 def _everywhere(condition: bool) -> bool:
     """Whether it holds on all processes; equal programs on devices of one kind may still meet other limits."""
-    return all(word == "True" for word in hosts.tell(str(condition)))
+    return all(word == "True" for word in processes.tell(str(condition)))
 
 
 def _compile(config: Config, inputs: Inputs, topology: Topology) -> Program:
     """The step for the longest rows of the run, which take the most memory."""
-    plan, _ = make_plans(config, inputs.index, inputs.objective, inputs.controls)
-    batch, row = plan.batch(0), plan.longest_row
+    schedule, _ = make_schedules(config, inputs.index, inputs.objective, inputs.controls)
+    batch, row = schedule.batch(0), schedule.longest_row
     shape = Shape(
-        rows=plan.microbatch_rows,
+        rows=schedule.microbatch_rows,
         row_length=row.length,
         completion_length=row.completion_length,
         slots=row.slots,
         room=len(batch.matched.tokens),
         microbatches=int(max(batch.num_matched, batch.num_unmatched)),
-        sequences=plan.max_sequences,
+        sequences=schedule.max_sequences,
     )
     # Of the work nothing is asked here.
     least = Lengths(total=2, completion=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kto_jax.config import Config, to_dict
 from kto_jax.data.rows.sources import sources_of
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.models.model import Model
 from kto_jax.models.weights.huggingface import save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
@@ -28,7 +28,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     """
     path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
-    if not prompts or hosts.as_first_says(path.exists()):
+    if not prompts or processes.as_first_says(path.exists()):
         return
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
@@ -37,7 +37,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     reference = {} if config.reference.sync_every else state.reference
     policy = model.policy(state.policy, state.reference)
     written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
-    if hosts.is_first():
+    if processes.is_first():
         samples.save_samples(path, written)
 
 
@@ -67,10 +67,10 @@ def write_results(
             model_card=card.replace("library_name: transformers", "library_name: peft"),
         )
     write_samples("after", model, state, inputs, run, config)
-    if hosts.is_first():
+    if processes.is_first():
         _write_report(inputs, run, config, command)
     # However long the judges take, nobody leaves before the report is written.
-    hosts.tell("written")
+    processes.tell("written")
 
 
 def _base(path: str) -> str:

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.lora import laid_upon
 from kto_jax.models.model import Model, Params
@@ -69,7 +69,7 @@ class Checkpoints:
           ConfigError: the processes see different ones.
         """
         step = self._checkpointer.latest.step if self._checkpointer.latest else None
-        seen = hosts.tell(str(step))
+        seen = processes.tell(str(step))
         if len(set(seen)) > 1:
             raise ConfigError(
                 f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "

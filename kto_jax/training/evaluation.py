@@ -9,27 +9,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kto_jax.data.batches.schedule import Plan, prefetch
-from kto_jax.devices import processes as hosts
+from kto_jax.data.batches.schedule import Schedule, prefetch
+from kto_jax.devices import processes
 from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.models.model import Model
 from kto_jax.objectives import Objective
-from kto_jax.training.figures import auc
+from kto_jax.training.metrics import auc
 from kto_jax.training.state import TrainState
 from kto_jax.training.step import jit_evaluation_step, reference_error
 
 
 def measure_reference(
-    model: Model, objective: Objective, plan: Plan, mesh: Mesh, state: TrainState
+    model: Model, objective: Objective, schedule: Schedule, mesh: Mesh, state: TrainState
 ) -> dict[str, float]:
     """What rounding did to the reference, on the first batch: see `step.reference_error`."""
-    batch = place_batch(mesh, plan.batch(0, rows=local_rows(mesh, plan.microbatch_rows)))
+    batch = place_batch(mesh, schedule.batch(0, rows=local_rows(mesh, schedule.microbatch_rows)))
     figures = jax.jit(functools.partial(reference_error, model, objective))(state, batch)
     return {name: float(value) for name, value in jax.device_get(figures).items()}
 
 
 def make_evaluation(
-    model: Model, objective: Objective, plan: Plan, mesh: Mesh
+    model: Model, objective: Objective, schedule: Schedule, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, float]]:
     """The function that measures a state on the held-out feedback.
 
@@ -41,12 +41,12 @@ def make_evaluation(
 
     def evaluate(state: TrainState) -> dict[str, float]:
         loss, num_examples, z0, rewards, desirable = 0.0, 0, [], [], []
-        rows = local_rows(mesh, plan.microbatch_rows)
+        rows = local_rows(mesh, schedule.microbatch_rows)
         place = functools.partial(place_batch, mesh)
-        for batch in prefetch(functools.partial(plan.batch, rows=rows), range(plan.num_steps), finish=place):
+        for batch in prefetch(functools.partial(schedule.batch, rows=rows), range(schedule.num_steps), finish=place):
             figures, batch_rewards = step(state, batch)
             figures = jax.device_get(figures)
-            batch_rewards, filled, labels = hosts.gather((batch_rewards, batch.matched.filled, batch.desirable))
+            batch_rewards, filled, labels = processes.gather((batch_rewards, batch.matched.filled, batch.desirable))
             loss += float(figures["loss_sum"])
             num_examples += int(np.sum(objective.counts(filled, labels)))
             z0 += [float(figures["z0"])] if "z0" in figures else []

@@ -10,13 +10,13 @@ import numpy as np
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches.packing import choose_row_lengths
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.permutation import permute
 from kto_jax.data.rows.sources import Visits, sources_of, weights_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.data.truncation import fit_lengths
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.judges import judges
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.weights.huggingface import is_reward_model, read_config
@@ -34,7 +34,7 @@ class Inputs:
       architecture: of both.
       tokenizer: of the policy.
       index: the feedback.
-      plan: what each step reads.
+      schedule: what each step reads.
       held_out: what each evaluation reads; None where nothing is held out.
       num_steps: steps of the run.
       objective: what is minimised, its weights resolved from the counts.
@@ -48,8 +48,8 @@ class Inputs:
     architecture: TransformerConfig
     tokenizer: TokenizerInfo
     index: Index
-    plan: Plan
-    held_out: Plan | None
+    schedule: Schedule
+    held_out: Schedule | None
     num_steps: int
     objective: Objective
     controls: tuple[np.ndarray, np.ndarray] | None
@@ -95,21 +95,21 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
         vocab_size=architecture.vocab_size,
         directory=cache_directory() / "indices",
         # Asking which process this is touches the devices, which only a run of several processes has to.
-        builds=hosts.is_first(),
+        builds=processes.is_first(),
     )
     _check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
-    plan, held_out = make_plans(config, index, objective, controls)
+    schedule, held_out = make_schedules(config, index, objective, controls)
     return Inputs(
         model_path=model_path,
         reference_path=reference_path,
         architecture=architecture,
         tokenizer=tokenizer,
         index=index,
-        plan=plan,
+        schedule=schedule,
         held_out=held_out,
-        num_steps=min(plan.num_steps, config.max_steps) if config.max_steps else plan.num_steps,
+        num_steps=min(schedule.num_steps, config.max_steps) if config.max_steps else schedule.num_steps,
         objective=objective,
         controls=controls,
         num_desirable=num_desirable,
@@ -124,9 +124,9 @@ def count_visits(index: Index) -> tuple[int, int]:
     return round(visits.total(desirable)), round(visits.total(~desirable))
 
 
-def make_plans(
+def make_schedules(
     config: Config, index: Index, objective: Objective, controls: tuple[np.ndarray, np.ndarray] | None
-) -> tuple[Plan, Plan | None]:
+) -> tuple[Schedule, Schedule | None]:
     """What each step reads, and each evaluation; None where nothing that counts is held out."""
     if config.microbatch_rows == "auto":  # not found yet: see fitting.py
         config = dataclasses.replace(config, microbatch_rows=1)
@@ -145,16 +145,16 @@ def make_plans(
         "paired": paired,
         "unmatched": objective.first_pass == "unmatched",
     }
-    plan = Plan(index, rows, epochs=config.epochs, weights=weights, suffixes=controls, **shape)
+    schedule = Schedule(index, rows, epochs=config.epochs, weights=weights, suffixes=controls, **shape)
     held_out = index.pairs("eval") if paired else index.rows("eval")
     # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
     held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
     held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
     measured = objective.evaluated_as or objective
     if not np.any(measured.counts(np.ones(len(held_out), bool), np.asarray(index.desirable)[held_out])):
-        return plan, None
+        return schedule, None
     good = controls and (controls[1], controls[1])
-    return plan, Plan(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
+    return schedule, Schedule(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
 
 
 def choose_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ from rich.progress import track
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches.reference_logps import ReferenceLogps, open_store
-from kto_jax.data.batches.schedule import Plan, prefetch
+from kto_jax.data.batches.schedule import Schedule, prefetch
 from kto_jax.data.index.index import Index
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.devices.sharding import local_rows, place_batch, shardings
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.huggingface import weights_digest
@@ -56,20 +56,20 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
       workdir: the run's folder, which remembers which reference it began with.
 
     Returns:
-      The inputs, with plans whose batches hold the reference's log-probabilities.
+      The inputs, with schedules whose batches hold the reference's log-probabilities.
 
     Raises:
       ConfigError: the reference is not the one that the run began with, a store cannot be used, or the reference finds
         a completion impossible (its log-probability is not finite).
     """
     plain = dataclasses.replace(model, scorer="none")
-    tasks = [("train", inputs.plan, inputs.num_steps)]
+    tasks = [("train", inputs.schedule, inputs.num_steps)]
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
-    weights = hosts.together(lambda: _same_reference(config, inputs, workdir))
-    stores = hosts.together(lambda: [_find_store(config, inputs, plan, weights) for _, plan, _ in tasks])
+    weights = processes.together(lambda: _same_reference(config, inputs, workdir))
+    stores = processes.together(lambda: [_find_store(config, inputs, schedule, weights) for _, schedule, _ in tasks])
     missing = {
-        name: hosts.where_any(store.is_missing(num_steps))
+        name: processes.where_any(store.is_missing(num_steps))
         for store, (name, _, num_steps) in zip(stores, tasks, strict=True)
     }
     places = " and ".join(str(store.directory) for store in stores)
@@ -81,23 +81,23 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
         reference = load_reference(config, inputs, plain, layout)
         read = functools.partial(_jit_read(plain), reference)
         place = functools.partial(place_batch, mesh)
-        for store, (name, plan, _) in zip(stores, tasks, strict=True):
+        for store, (name, schedule, _) in zip(stores, tasks, strict=True):
             steps = np.flatnonzero(missing[name]).tolist()
-            unknown = hosts.where_any(np.isnan(store.matched))
-            make = functools.partial(plan.batch, rows=local_rows(mesh, plan.microbatch_rows))
+            unknown = processes.where_any(np.isnan(store.matched))
+            make = functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows))
             batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
             shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
             for step, batch in zip(steps, shown, strict=True):
-                rows = plan.step(step).rows
-                matched, unmatched = _compute(plan, step, batch, read, reads_matched=unknown[rows].any())
+                rows = schedule.step(step).rows
+                matched, unmatched = _compute(schedule, step, batch, read, reads_matched=unknown[rows].any())
                 unknown[rows] = False
                 for logps in (matched, unmatched):
                     _check_finite(logps, rows, inputs.index)
                 store.write(step, rows, matched, unmatched)
-                if hosts.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
+                if processes.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
                     sys.exit(PREEMPTED)
-    plans = [plan.with_reference_logps(store) for store, (_, plan, _) in zip(stores, tasks, strict=True)]
-    return dataclasses.replace(inputs, plan=plans[0], held_out=plans[1] if inputs.held_out else None)
+    schedules = [schedule.with_reference_logps(store) for store, (_, schedule, _) in zip(stores, tasks, strict=True)]
+    return dataclasses.replace(inputs, schedule=schedules[0], held_out=schedules[1] if inputs.held_out else None)
 
 
 def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
@@ -110,18 +110,18 @@ def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
             f"the weights in {inputs.reference_path} have changed since the run in {workdir} began (digest "
             f"{weights[:16]}, was {before[:16]}). Its reference must stay. Restore them, or choose another --workdir."
         )
-    if hosts.is_first():
+    if processes.is_first():
         write_json(path, {"weights": weights})
     return weights
 
 
-def _find_store(config: Config, inputs: Inputs, plan: Plan, weights: str) -> ReferenceLogps:
-    parts = [_FORMAT, weights, plan.key, config.model.dtype, config.reference.param_dtype]
+def _find_store(config: Config, inputs: Inputs, schedule: Schedule, weights: str) -> ReferenceLogps:
+    parts = [_FORMAT, weights, schedule.key, config.model.dtype, config.reference.param_dtype]
     if not config.reference.path and config.model.param_dtype != "float32":
         parts.append(config.model.param_dtype)  # It is the policy's first weights, as they are kept.
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     directory = cache_directory() / "reference_logps" / key[:16]
-    return open_store(directory, len(inputs.index.splits), plan.num_steps, plan.max_sequences)
+    return open_store(directory, len(inputs.index.splits), schedule.num_steps, schedule.max_sequences)
 
 
 def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
@@ -139,13 +139,18 @@ def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
 
 
 def _compute(
-    plan: Plan, step: int, batch: FeedbackBatch, read: Callable[[PackedRows, Array], Array], *, reads_matched: bool
+    schedule: Schedule,
+    step: int,
+    batch: FeedbackBatch,
+    read: Callable[[PackedRows, Array], Array],
+    *,
+    reads_matched: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where they are not read."""
     nothing = np.zeros(batch.matched.filled.shape, np.float32)
-    matched = hosts.gather(read(batch.matched, batch.num_matched)) if reads_matched else nothing
-    unmatched = hosts.gather(read(batch.unmatched, batch.num_unmatched)) if plan.reads_unmatched else nothing
-    matched, unmatched = plan.by_sequence(step, matched, unmatched)
+    matched = processes.gather(read(batch.matched, batch.num_matched)) if reads_matched else nothing
+    unmatched = processes.gather(read(batch.unmatched, batch.num_unmatched)) if schedule.reads_unmatched else nothing
+    matched, unmatched = schedule.by_sequence(step, matched, unmatched)
     return matched if reads_matched else matched[:0], unmatched
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 from kto_jax.config import Config, ConfigError, to_dict
 from kto_jax.data.index.index import Index
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
@@ -85,8 +85,10 @@ def open_run(
       ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
         with another configuration or other data, or no run. Nothing in it has been changed then.
     """
-    own = hosts.together(lambda: _open(path, config, index, tokenizer, architecture) if hosts.is_first() else None)
-    return hosts.together(lambda: own or _find(path, tokenizer))
+    own = processes.together(
+        lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
+    )
+    return processes.together(lambda: own or _find(path, tokenizer))
 
 
 def _open(

@@ -21,7 +21,7 @@ from kto_jax.config import ReferenceConfig
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, FeedbackBatch, PackedRows
-from kto_jax.training import figures as metrics
+from kto_jax.training import metrics
 from kto_jax.training.forward import read_completions
 from kto_jax.training.rounding import round_reference
 from kto_jax.training.state import TrainState
@@ -241,7 +241,7 @@ def train_step(
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    learning_rate: optax.Schedule,
     sync: ReferenceConfig,
     state: TrainState,
     batch: FeedbackBatch,
@@ -286,7 +286,7 @@ def train_step(
     figures |= _figures(objective, completions, batch, point, state.objective_state) | {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": schedule(state.step),
+        "learning_rate": learning_rate(state.step),
         "num_bad_steps": next_state.num_bad_steps,
         "examples": jnp.sum(objective.counts(batch.matched.filled, batch.desirable)),
         **next_state.objective_state,
@@ -354,13 +354,13 @@ def jit_train_step(
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    learning_rate: optax.Schedule,
     sync: ReferenceConfig,
 ) -> Callable[[TrainState, FeedbackBatch], tuple[TrainState, Figures]]:
     """The compiled step; it takes over the state's memory."""
 
     def step(state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
-        return train_step(model, objective, optimizer, schedule, sync, state, batch)
+        return train_step(model, objective, optimizer, learning_rate, sync, state, batch)
 
     return jax.jit(step, donate_argnums=0)
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import kto
 from benchmarks.kto_sets import as_lists, pad_batch, padding, sequences
 from benchmarks.peers.jax_turn import load_batch, save_batch
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from tests import ROOT
 from tests.synthetic import make_index
 
@@ -21,7 +21,7 @@ from tests.synthetic import make_index
 @pytest.fixture
 def batch():
     index = make_index(16, max_length=40)
-    return Plan(
+    return Schedule(
         index, np.arange(16), batch_size=16, seed=0, epochs=1,
         row_length=64, microbatch_rows=2, completion_length=64, max_length=40,
     ).batch(0)  # fmt: skip

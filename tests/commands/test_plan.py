@@ -89,9 +89,9 @@ def test_a_plan_has_the_shapes_and_types_of_the_batch_that_training_makes(tmp_pa
 
     given, _ = read_command(["train", f"--config={TINY}"])
     inputs = read_inputs(given, tmp_path)
-    real = inputs.plan.batch(0)
+    real = inputs.schedule.batch(0)
     shape = assumed_shape(given, inputs.objective, Lengths(20, 8))
-    shape = dataclasses.replace(shape, slots=inputs.plan.num_slots, room=real.matched.tokens.shape[0])
+    shape = dataclasses.replace(shape, slots=inputs.schedule.num_slots, room=real.matched.tokens.shape[0])
     planned = empty_batch(shape, inputs.objective, precomputed=False)
     described = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch) for batch in (planned, real)]
     assert described[0] == described[1]

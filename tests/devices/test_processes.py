@@ -3,7 +3,7 @@
 import pytest
 
 from kto_jax.config import ConfigError, ProcessesConfig
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 
 NONE = dict.fromkeys(
     ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
@@ -14,7 +14,7 @@ STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
 
 @pytest.fixture
 def join(monkeypatch):
-    """Calls hosts.join in an environment; returns what jax.distributed.initialize was called with, if it was."""
+    """Calls processes.join in an environment; returns what jax.distributed.initialize was called with, if it was."""
 
     def join(variables, *, error=None, has_tpu=False, **config):
         calls = []
@@ -32,7 +32,7 @@ def join(monkeypatch):
         monkeypatch.setattr(
             "kto_jax.devices.processes.importlib.util.find_spec", lambda name: "libtpu" if has_tpu else None
         )
-        hosts.join(ProcessesConfig(timeout_seconds=7, **config))
+        processes.join(ProcessesConfig(timeout_seconds=7, **config))
         return calls
 
     return join
@@ -72,8 +72,8 @@ def test_fewer_processes_than_there_must_be_are_refused(join):
 
 
 def test_alone_every_word_is_ones_own():
-    assert hosts.tell("word") == ["word"]
-    assert hosts.as_first_says(True) and not hosts.as_first_says(False)
-    assert hosts.together(lambda: 3) == 3
+    assert processes.tell("word") == ["word"]
+    assert processes.as_first_says(True) and not processes.as_first_says(False)
+    assert processes.together(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        hosts.together(lambda: 1 / 0)
+        processes.together(lambda: 1 / 0)

@@ -1,4 +1,4 @@
-"""The launch scripts: real bash, real processes and real signals; only the clouds are fakes (tests/launch/fake_cloud.py)."""
+"""The launch scripts: real bash, real processes and real signals; only the clouds are fakes (fake_cloud.py)."""
 
 import contextlib
 import json

@@ -194,7 +194,7 @@ def z0_and_loss_are_those_of_the_whole_batch(size=64):
         and abs(wrong / expected.mean() - 1) > 1e-3,
         f"devices × microbatches {layouts}: z0 {z0:.4f}, loss {expected.mean():.4f}, with the gradient "
         f"within {worst:.1e} of float64 NumPy (raw KL {raw:+.3f}, mean |reward| {rewards.mean():.2f}); clamped in each "
-        f"of 8 microbatches z0 would be {clamped:.4f} and the loss {wrong:.4f}. Of the whole step: tests/training/test_step.py",
+        f"of 8 microbatches z0 would be {clamped:.4f} and the loss {wrong:.4f}. The step: tests/training/test_step.py",
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.processes import gather, is_first, join
 from kto_jax.devices.sharding import constrainer, local_rows, make_mesh, place_batch, shardings
@@ -60,7 +60,7 @@ def ten_steps(name, mesh_config, devices):
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
     # Devices that share a row read one at a time. How many rows there are does not change the numbers.
     rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] if mesh.shape["sequence"] > 1 else ROWS
-    plan = Plan(
+    plan = Schedule(
         make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH), np.arange(5 * BATCH),
         batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once,
         completion_length=80, max_length=MAX_LENGTH,

@@ -12,14 +12,15 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import kept_as
 from kto_jax.models.model import Model
 from kto_jax.training.checkpoints import Checkpoints, load_policy
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.run_folder import write_json
-from kto_jax.training.state import abstract_state, create_state, make_optimizer, make_schedule
+from kto_jax.training.state import abstract_state, create_state
 
 ARCHITECTURE = TransformerConfig(
     vocab_size=64, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, tied_head=True
 )
 MODEL = Model.create(ARCHITECTURE)
-OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
+OPTIMIZER = make_optimizer(OptimizerConfig(), make_learning_rate(OptimizerConfig(), 100))
 
 
 def make_state(mesh):
@@ -132,7 +133,7 @@ def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
 def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
     mesh = make_mesh(MeshConfig(fsdp=4, data=2))
     model = Model.create(ARCHITECTURE, scorer="value")
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100), value_head=True)
+    optimizer = make_optimizer(OptimizerConfig(), make_learning_rate(OptimizerConfig(), 100), value_head=True)
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     policy = jax.device_put(model.init_params(jax.random.key(0), "float32"), layout)
     state = create_state(policy, {}, optimizer, mesh, {})

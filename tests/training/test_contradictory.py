@@ -16,7 +16,7 @@ from kto_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
-from kto_jax.training.inputs import make_plans
+from kto_jax.training.inputs import make_schedules
 from kto_jax.training.state import TrainState
 from kto_jax.training.step import loss_and_gradient, reference_point
 from tests.synthetic import make_index
@@ -58,7 +58,7 @@ def problem(name):
     config = Config(
         model=ModelConfig(path="x"), data=DataConfig(train="x", max_length=38, max_prompt_length=19), batch_size=64
     )
-    batch = make_plans(config, contradictory(), objective, None)[0].batch(0)
+    batch = make_schedules(config, contradictory(), objective, None)[0].batch(0)
     policy = MODEL.init_params(jax.random.key(0), "float32")
     noise = MODEL.init_params(jax.random.key(1), "float32")
     reference = jax.tree.map(lambda leaf, other: leaf + 2 * other, policy, noise)

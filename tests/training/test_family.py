@@ -22,8 +22,9 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import OBJECTIVES, make_objective
 from kto_jax.training.evaluation import make_evaluation
-from kto_jax.training.inputs import make_plans
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.inputs import make_schedules
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import create_state
 from kto_jax.training.step import _synced, jit_train_step
 from tests.synthetic import make_index
 
@@ -58,14 +59,14 @@ def train(objective_config, flipped=False, mesh_config=EIGHT, reference_config=F
     index = feedback(flipped)
     mesh = mesh_of(mesh_config)
     objective, model, optimizer, take_step, evaluation = programs(objective_config, mesh_config, reference_config)
-    plan, _ = make_plans(CONFIG, index, objective, CONTROLS if objective.controls else None)
+    schedule, _ = make_schedules(CONFIG, index, objective, CONTROLS if objective.controls else None)
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     policy = jax.device_put(first_policy(model.scorer), layout)
     trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
     state = create_state(policy, trunk if objective.uses_reference else {}, optimizer, mesh, objective.initial_state)
     before, history = evaluation(state), []
     for step in range(STEPS):
-        state, figures = take_step(state, place_batch(mesh, plan.batch(step)))
+        state, figures = take_step(state, place_batch(mesh, schedule.batch(step)))
         history.append({name: float(value) for name, value in jax.device_get(figures).items()})
     return before, evaluation(state), history, state
 
@@ -86,10 +87,10 @@ def programs(objective_config, mesh_config, reference_config):
     objective = make_objective(objective_config, num_desirable=1, num_undesirable=1)
     model = Model.create(ARCHITECTURE, constrain=constrainer(mesh), scorer=objective.scorer)
     config = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="constant")
-    schedule = make_schedule(config, STEPS)
-    optimizer = make_optimizer(config, schedule, value_head=model.scorer == "value")
-    _, held_out = make_plans(CONFIG, feedback(False), objective, CONTROLS if objective.controls else None)
-    take_step = jit_train_step(model, objective, optimizer, schedule, reference_config)
+    learning_rate = make_learning_rate(config, STEPS)
+    optimizer = make_optimizer(config, learning_rate, value_head=model.scorer == "value")
+    _, held_out = make_schedules(CONFIG, feedback(False), objective, CONTROLS if objective.controls else None)
+    take_step = jit_train_step(model, objective, optimizer, learning_rate, reference_config)
     return objective, model, optimizer, take_step, make_evaluation(model, objective, held_out, mesh)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ObjectiveConfig
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.losses import token_logps
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
@@ -24,7 +24,7 @@ CONFIG = TransformerConfig(
 def microbatch(row_length=80):
     """The index, and rows, labels and scores of one microbatch that holds all of it."""
     index = make_index(16, paired=True)
-    plan = Plan(
+    plan = Schedule(
         index, np.arange(16), batch_size=16, seed=0, epochs=1, row_length=row_length, microbatch_rows=16,
         completion_length=row_length, max_length=38, shuffle=False,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from kto_jax.training.inputs import (
     _encode_controls,
     check_together,
     count_visits,
-    make_plans,
+    make_schedules,
 )
 from tests.synthetic import make_index
 
@@ -45,15 +45,15 @@ def test_an_evaluation_is_a_fair_draw_even_where_the_file_is_sorted_by_prompt():
     index.prompt_hashes.sort()
     index.splits[:] = 1
     index.splits[:8] = 0
-    _, held_out = make_plans(config(), index, KTO, None)
+    _, held_out = make_schedules(config(), index, KTO, None)
     batch = held_out.batch(0)
     assert np.sum(batch.unmatched.filled) == 16
     assert len({int(index.prompt_hashes[row]) for row in held_out.step(0).rows}) > 8
-    assert held_out.step(0).rows.tolist() == make_plans(config(seed=5), index, KTO, None)[1].step(0).rows.tolist()
+    assert held_out.step(0).rows.tolist() == make_schedules(config(seed=5), index, KTO, None)[1].step(0).rows.tolist()
 
 
 def test_without_held_out_rows_there_is_no_evaluation():
-    assert make_plans(config(), make_index(40), KTO, None)[1] is None
+    assert make_schedules(config(), make_index(40), KTO, None)[1] is None
 
 
 def test_a_reference_may_differ_in_what_does_not_change_its_logits():
@@ -87,34 +87,34 @@ def labelled(desirable):
 def test_thumbs_need_both_labels_and_demonstrations_the_desirable_one():
     for name in ("kto", "bco", "csft", "ppo_offline"):
         with pytest.raises(ConfigError, match=r"all 40 rows to train on are desirable.* needs both labels"):
-            make_plans(config(), labelled(True), objective(name), None)
+            make_schedules(config(), labelled(True), objective(name), None)
     with pytest.raises(ConfigError, match=r"are undesirable.* needs desirable rows"):
-        make_plans(config(), labelled(False), objective("sft"), None)
-    assert make_plans(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
+        make_schedules(config(), labelled(False), objective("sft"), None)
+    assert make_schedules(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
     scored = objective("ppo_offline", rewards="scores")  # a score says more than its label
-    assert make_plans(config(), labelled(True), scored, None)[0].num_steps == 3
+    assert make_schedules(config(), labelled(True), scored, None)[0].num_steps == 3
 
 
 def test_demonstrations_are_the_desirable_rows_and_are_measured_beside_the_others():
     index = make_index(40)
     index.splits[20:] = 1
-    plan, held_out = make_plans(config(), index, objective("sft"), None)
-    visited = np.concatenate([plan.step(step).rows for step in range(plan.num_steps)])
+    schedule, held_out = make_schedules(config(), index, objective("sft"), None)
+    visited = np.concatenate([schedule.step(step).rows for step in range(schedule.num_steps)])
     assert sorted(visited) == np.flatnonzero(index.desirable[:20]).tolist()
     assert sorted(np.concatenate([held_out.step(step).rows for step in range(held_out.num_steps)])) == [*range(20, 40)]
     index.desirable[20:] = False
-    assert make_plans(config(), index, objective("sft"), None)[1] is None  # no demonstration is held out
+    assert make_schedules(config(), index, objective("sft"), None)[1] is None  # no demonstration is held out
 
 
 def test_pairs_are_visited_by_their_chosen_rows_in_rows_twice_as_long():
     index = make_index(40, paired=True)
     index.splits[30:] = 1
-    plan, held_out = make_plans(config(), index, objective("dpo"), None)
-    assert plan.batch(0).matched.tokens.shape[-1] == 2 * 38
-    assert plan.num_steps == 1
+    schedule, held_out = make_schedules(config(), index, objective("dpo"), None)
+    assert schedule.batch(0).matched.tokens.shape[-1] == 2 * 38
+    assert schedule.num_steps == 1
     assert len(held_out.step(0).rows) == 10
     with pytest.raises(ConfigError, match="reads pairs, and none of 40 rows to train on make one"):
-        make_plans(config(), make_index(40), objective("dpo"), None)
+        make_schedules(config(), make_index(40), objective("dpo"), None)
 
 
 def test_a_source_is_visited_by_its_weight_and_held_out_rows_once_each():
@@ -122,13 +122,13 @@ def test_a_source_is_visited_by_its_weight_and_held_out_rows_once_each():
     index.places[30:, 0] = 1
     index.desirable[:] = np.arange(40) % 10 < 5
     index.manifest["sources"] = [{"weight": 0.5}, {"weight": 3.0}]
-    plan, _ = make_plans(config(), index, KTO, None)
-    assert plan.num_examples == 15 + 30
-    read = np.concatenate([plan.step(step).rows for step in range(plan.num_steps)])
+    schedule, _ = make_schedules(config(), index, KTO, None)
+    assert schedule.num_examples == 15 + 30
+    read = np.concatenate([schedule.step(step).rows for step in range(schedule.num_steps)])
     assert np.bincount(read[read >= 30], minlength=40)[30:].tolist() == [3] * 10
     index.splits[25:] = 1
-    plan, held_out = make_plans(config(), index, KTO, None)
-    assert plan.num_examples == 13 and held_out.num_examples == 15
+    schedule, held_out = make_schedules(config(), index, KTO, None)
+    assert schedule.num_examples == 13 and held_out.num_examples == 15
 
 
 def test_labels_are_counted_as_often_as_an_epoch_visits_them():
@@ -149,8 +149,8 @@ def test_a_row_length_of_auto_is_that_of_the_rows_that_are_visited_often():
     found = []
     for weights in ((0.01, 50.0), (50.0, 0.01)):
         index.manifest["sources"] = [{"weight": weight} for weight in weights]
-        plan, _ = make_plans(config(row_length="auto"), index, KTO, None)
-        found.append(plan.batch(0).matched.tokens.shape[-1])
+        schedule, _ = make_schedules(config(row_length="auto"), index, KTO, None)
+        found.append(schedule.batch(0).matched.tokens.shape[-1])
     assert found[0] > found[1]
 
 
@@ -159,8 +159,8 @@ def test_a_row_length_of_auto_is_chosen_from_the_lengths_and_leaves_less_padding
     index = make_index(400, paired=True)
 
     def padding(row_length):
-        plan, _ = make_plans(config(row_length=row_length, microbatch_rows=2), index, objective(name), None)
-        used = [plan.batch(step).matched.segment_ids[: plan.batch(step).num_matched] for step in range(8)]
+        schedule, _ = make_schedules(config(row_length=row_length, microbatch_rows=2), index, objective(name), None)
+        used = [schedule.batch(step).matched.segment_ids[: schedule.batch(step).num_matched] for step in range(8)]
         return used[0].shape[-1], np.mean([np.mean(ids == 0) for ids in used])
 
     (plain, much), (chosen, little) = padding(0), padding("auto")
@@ -172,7 +172,7 @@ def test_a_row_length_of_auto_is_chosen_from_the_lengths_and_leaves_less_padding
 def test_only_objectives_that_read_unrelated_completions_pack_them():
     index = make_index(40, paired=True)
     for name, packed in (("kto", True), ("kto_log_utility", True), ("bco", False), ("dpo", False), ("orpo", False)):
-        assert (make_plans(config(), index, objective(name), None)[0].batch(0).num_unmatched > 0) == packed
+        assert (make_schedules(config(), index, objective(name), None)[0].batch(0).num_unmatched > 0) == packed
 
 
 def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the_good_one():
@@ -180,7 +180,7 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     index.splits[20:] = 1
     bad, good = np.array([1], np.int32), np.array([2, 2], np.int32)
     roomy = config(data=DataConfig(train="x", max_length=42, max_prompt_length=19))
-    plan, held_out = make_plans(roomy, index, objective("csft"), (bad, good))
+    schedule, held_out = make_schedules(roomy, index, objective("csft"), (bad, good))
 
     def controls(batch):
         rows = batch.matched
@@ -189,7 +189,7 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
             end = rows.predictors[microbatch, row, first] + 1
             yield bool(batch.desirable[microbatch, row, slot]), rows.tokens[microbatch, row, end - 2 : end].tolist()
 
-    assert all(tokens == [2, 2] if desirable else tokens[1] == 1 for desirable, tokens in controls(plan.batch(0)))
+    assert all(tokens == [2, 2] if desirable else tokens[1] == 1 for desirable, tokens in controls(schedule.batch(0)))
     assert all(tokens == [2, 2] for _, tokens in controls(held_out.batch(0)))
 
 

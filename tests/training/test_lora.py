@@ -19,10 +19,11 @@ from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
 from kto_jax.planning.topology import open_topology
 from kto_jax.train import main
 from kto_jax.training.checkpoints import load_policy
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import create_state
 from kto_jax.training.step import jit_train_step
 from tests import ROOT
-from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_plan, parameters
+from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_schedule, parameters
 
 LORA = LoraConfig(rank=4, alpha=6.0)
 RUN = ["--config=configs/tiny.py", "--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2"]
@@ -45,11 +46,11 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     layout = shardings(mesh, axes, model.abstract_params("float64"))
     of_adapters = shardings(mesh, adapter_axes(axes, LORA), adapters)
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
-    schedule = make_schedule(config, 3)
-    optimizer = make_optimizer(config, schedule)
+    learning_rate = make_learning_rate(config, 3)
+    optimizer = make_optimizer(config, learning_rate)
     state = create_state(jax.device_put(adapters, of_adapters), jax.device_put(frozen, layout), optimizer, mesh, {})
-    step = jit_train_step(model, objective, optimizer, schedule, ReferenceConfig())
-    batch, log = place_batch(mesh, make_plan(*PACKED[2][:2])[1].batch(0)), []
+    step = jit_train_step(model, objective, optimizer, learning_rate, ReferenceConfig())
+    batch, log = place_batch(mesh, make_schedule(*PACKED[2][:2])[1].batch(0)), []
     for _ in range(3):
         state, figures = step(state, batch)
         log.append([float(figures[name]) for name in ("loss", "z0", "grad_norm")])

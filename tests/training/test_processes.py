@@ -183,11 +183,11 @@ def test_what_one_process_alone_cannot_do_ends_the_others_too(cache, tmp_path):
 
 TALK = """
 import sys, time
-from kto_jax.devices import processes as hosts
+from kto_jax.devices import processes
 from kto_jax.config import ProcessesConfig
-hosts.join(ProcessesConfig(timeout_seconds=5))
-time.sleep(0 if hosts.is_first() else 15)
-print(hosts.tell(f"word {sys.argv[1]}"), hosts.as_first_says(hosts.is_first()))
+processes.join(ProcessesConfig(timeout_seconds=5))
+time.sleep(0 if processes.is_first() else 15)
+print(processes.tell(f"word {sys.argv[1]}"), processes.as_first_says(processes.is_first()))
 """
 
 

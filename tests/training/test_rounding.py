@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import MeshConfig, OptimizerConfig
 from kto_jax.devices.sharding import make_mesh
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16, round_by_chance
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.state import create_state
 
 ROUND = jax.jit(round_by_chance)
 
@@ -106,7 +107,7 @@ def test_moments_of_bfloat16_weights_are_float32_unless_configured(name):
     params = {"w": jnp.ones((8, 4), jnp.bfloat16)}
     for moments in ("float32", "bfloat16"):
         config = OptimizerConfig(name=name, warmup_steps=0, moments_dtype=moments)
-        optimizer = make_optimizer(config, make_schedule(config, 10), param_dtype="bfloat16", seed=3)
+        optimizer = make_optimizer(config, make_learning_rate(config, 10), param_dtype="bfloat16", seed=3)
         before = optimizer.init(params)
         updates, after = jax.jit(optimizer.update)({"w": jnp.ones((8, 4))}, before, params)
         kept = {x.dtype.name for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -135,7 +136,7 @@ def test_the_rounded_state_lies_like_the_parameters():
     layout = NamedSharding(mesh, PartitionSpec("fsdp"))
     policy = {"w": jax.device_put(jnp.ones((8, 2), jnp.bfloat16), layout)}
     config = OptimizerConfig(moments_dtype="bfloat16")
-    optimizer = make_optimizer(config, make_schedule(config, 10), param_dtype="bfloat16")
+    optimizer = make_optimizer(config, make_learning_rate(config, 10), param_dtype="bfloat16")
     state = create_state(policy, {}, optimizer, mesh, {})
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (8, 2)]
     assert len(moments) == 2

@@ -7,12 +7,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import MeshConfig, OptimizerConfig
 from kto_jax.devices.sharding import make_mesh
-from kto_jax.training.state import create_state, make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import create_state
 
 
 def rates(**options):
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=4, **options), 12)
-    return [float(schedule(step)) for step in range(13)]
+    learning_rate = make_learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=4, **options), 12)
+    return [float(learning_rate(step)) for step in range(13)]
 
 
 def test_warm_up_is_linear_and_the_first_step_already_moves():
@@ -28,12 +29,12 @@ def test_linear_and_cosine_end_at_the_final_rate():
 
 def test_without_warm_up_the_rate_begins_at_its_peak():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="linear")
-    assert float(make_schedule(config, 4)(0)) == 1.0
+    assert float(make_learning_rate(config, 4)(0)) == 1.0
 
 
 def update(name, gradient, **options):
     config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", **options)
-    optimizer = make_optimizer(config, make_schedule(config, 10))
+    optimizer = make_optimizer(config, make_learning_rate(config, 10))
     params = {"w": jnp.array([3.0, 4.0])}
     return optimizer.update({"w": jnp.array(gradient)}, optimizer.init(params), params)
 
@@ -70,7 +71,7 @@ def test_gradients_within_the_bound_are_left_as_they_are_and_infinity_bounds_not
 
 def test_a_value_head_is_clipped_apart_from_the_policy():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=10.0, value_clip_norm=0.5)
-    optimizer = make_optimizer(config, make_schedule(config, 10), value_head=True)
+    optimizer = make_optimizer(config, make_learning_rate(config, 10), value_head=True)
     params = {"embed": jnp.zeros(2), "scorer": {"w": jnp.zeros(2)}}
     gradient = {"embed": jnp.array([3.0, 4.0]), "scorer": {"w": jnp.array([30.0, 40.0])}}
     _, (_, adam) = optimizer.update(gradient, optimizer.init(params), params)

@@ -10,13 +10,14 @@ import optax
 import pytest
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
-from kto_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.state import TrainState, create_state
 from kto_jax.training.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point, work
 from tests.losses import oracle
 from tests.synthetic import make_index
@@ -39,9 +40,9 @@ def parameters(dtype):
         return jax.device_get(jax.tree.map(lambda leaf: leaf.astype(dtype), (policy, reference)))
 
 
-def make_plan(row_length, microbatch_rows, **index_options):
+def make_schedule(row_length, microbatch_rows, **index_options):
     index = make_index(BATCH, max_length=MAX_LENGTH, **index_options)
-    return index, Plan(
+    return index, Schedule(
         index, np.arange(BATCH), batch_size=BATCH, seed=3, epochs=1, row_length=row_length,
         microbatch_rows=microbatch_rows, completion_length=row_length, max_length=MAX_LENGTH,
     )  # fmt: skip
@@ -51,8 +52,8 @@ def naive(dtype):
     """z0, loss and gradient from the sequences themselves, one by one."""
     policy, reference = parameters(dtype)
     model = Model.create(CONFIG, dtype=dtype)
-    index, plan = make_plan(MAX_LENGTH, 8)
-    step = plan.step(0)
+    index, schedule = make_schedule(MAX_LENGTH, 8)
+    step = schedule.step(0)
 
     def sequences(prompts, completions):
         """Ids padded at the end [B, L], and which of the predicted tokens are the completion's [B, L - 1]."""
@@ -102,7 +103,7 @@ def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     policy, reference = (jax.device_put(params, layout) for params in parameters(dtype))
-    batch = make_plan(row_length, microbatch_rows)[1].batch(0)
+    batch = make_schedule(row_length, microbatch_rows)[1].batch(0)
     num_microbatches = int(batch.num_matched)
 
     @jax.jit
@@ -168,13 +169,13 @@ def one_step(num_prompts=None, dtype="float32", **changes):
         CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
     )
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
-    schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule)
+    learning_rate = make_learning_rate(config, 10)
+    optimizer = make_optimizer(config, learning_rate)
     policy, reference = jax.device_put(parameters("float32"), jax.devices()[0])
     state = create_state(policy, reference, optimizer, mesh, {})
     before = jax.device_get(state)
-    batch = dataclasses.replace(make_plan(96, 8, num_prompts=num_prompts)[1].batch(0), **changes)
-    after, figures = jit_train_step(model, OBJECTIVE, optimizer, schedule, ReferenceConfig())(
+    batch = dataclasses.replace(make_schedule(96, 8, num_prompts=num_prompts)[1].batch(0), **changes)
+    after, figures = jit_train_step(model, OBJECTIVE, optimizer, learning_rate, ReferenceConfig())(
         state, place_batch(mesh, batch)
     )
     return before, jax.device_get(after), jax.device_get(figures), model, batch
@@ -241,7 +242,7 @@ def test_flops_of_a_step_are_four_forward_passes_over_matched_rows_and_two_over_
 
 def test_flops_of_local_layers_are_those_of_what_each_token_sees():
     config = dataclasses.replace(CONFIG, window=7, local_layers=(True, False))
-    batch = make_plan(96, 8)[1].batch(0)
+    batch = make_schedule(96, 8)[1].batch(0)
     sft = make_objective(ObjectiveConfig(name="sft"), num_desirable=1, num_undesirable=1)
     expected = 3 * flops_of_a_forward_pass(config, batch.matched)
     assert float(work(Model.create(config), sft, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
@@ -253,7 +254,7 @@ def test_flops_of_local_layers_are_those_of_what_each_token_sees():
     ("bco", {}, (4, 0)), ("sft", {}, (3, 0)),
 ])  # fmt: skip
 def test_flops_count_the_passes_that_each_objective_makes(name, options, passes):
-    model, batch = Model.create(CONFIG), make_plan(96, 8)[1].batch(0)
+    model, batch = Model.create(CONFIG), make_schedule(96, 8)[1].batch(0)
     bco, sft = (
         make_objective(ObjectiveConfig(name=name), num_desirable=1, num_undesirable=1) for name in ("bco", "sft")
     )

@@ -66,7 +66,7 @@ def open_store(directory: Path, num_rows: int, num_steps: int, num_sequences: in
     Args:
       directory: its folder, named by its key.
       num_rows: rows of the index.
-      num_steps: steps of the plan.
+      num_steps: steps of the schedule.
       num_sequences: most sequences of a step.
 
     Raises:

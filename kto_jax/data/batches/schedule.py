@@ -1,4 +1,4 @@
-"""The plan: which rows a step trains on, who is paired with whom, and where each lies in the packed rows.
+"""The schedule: which rows a step trains on, who is paired with whom, and where each lies in the packed rows.
 
 Pure arithmetic over the index: no iterator has a state, so any step can be made at any time on any number of hosts.
 """
@@ -33,7 +33,7 @@ _NO_SUFFIX = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
+class StepSequences:
     """What a step reads.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Packed:
     unrelated: tuple[np.ndarray, np.ndarray]
 
 
-class Plan:
+class Schedule:
     """The steps of a run over some rows of an index.
 
     Args:
@@ -171,13 +171,13 @@ class Plan:
         parts = [*index, *order, self._max_length, self._max_prompt_length]
         return hashlib.sha256(json.dumps(parts).encode() + self._visits.digest()).hexdigest()
 
-    def with_reference_logps(self, reference: ReferenceLogps) -> Plan:
-        """The same plan, whose batches hold the reference's log-probabilities."""
-        plan = copy.copy(self)
-        plan._reference = reference
-        return plan
+    def with_reference_logps(self, reference: ReferenceLogps) -> Schedule:
+        """The same schedule, whose batches hold the reference's log-probabilities."""
+        schedule = copy.copy(self)
+        schedule._reference = reference
+        return schedule
 
-    def step(self, step: int) -> StepPlan:
+    def step(self, step: int) -> StepSequences:
         """Which rows a step reads, and their partners: a function of the index, the seed and the step alone.
 
         Args:
@@ -198,7 +198,7 @@ class Plan:
         sequences = self._sequences(rows)
         # Member m of a pair takes the completion of member m of the partner pair.
         partner_rows = np.where(partners[:, None] < 0, -1, sequences.reshape(-1, self._unit)[partners])
-        return StepPlan(sequences, partner_rows.reshape(-1), epoch)
+        return StepSequences(sequences, partner_rows.reshape(-1), epoch)
 
     def batch(self, step: int, rows: slice = slice(None)) -> FeedbackBatch:
         """The packed batch of a step.
@@ -209,30 +209,30 @@ class Plan:
 
         Returns:
           NumPy arrays. M is a power of two and the same for all but unusually long steps; that of `unmatched` is 0
-          where the plan leaves it out.
+          where the schedule leaves it out.
         """
-        plan = self.step(step)
-        packed = self._packed(plan)
+        schedule = self.step(step)
+        packed = self._packed(schedule)
         num_matched, num_unmatched = (self._num_microbatches(p) for p in (packed.matched, packed.unmatched))
         num_microbatches = max(power_of_two(max(num_matched, num_unmatched)), self._base)
         room = num_microbatches if self._unmatched else 0
         fill_rows = functools.partial(self._fill, shape=packed.shape, rows=rows)
         by_slot = functools.partial(self._by_slot, packed.matched, num_microbatches, rows)
         batch = FeedbackBatch(
-            matched=fill_rows(packed.matched, plan.rows, plan.rows, num_microbatches),
-            desirable=by_slot(self._index.desirable[plan.rows]),
-            weights=by_slot(self._weights(plan.rows)),
-            scores=by_slot(self._index.scores[plan.rows]),
+            matched=fill_rows(packed.matched, schedule.rows, schedule.rows, num_microbatches),
+            desirable=by_slot(self._index.desirable[schedule.rows]),
+            weights=by_slot(self._weights(schedule.rows)),
+            scores=by_slot(self._index.scores[schedule.rows]),
             unmatched=fill_rows(packed.unmatched, *packed.unrelated, room),
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
         )
         if self._reference is None:
             return batch
-        unrelated = self._reference.unmatched[step, : len(plan.rows)][plan.partners >= 0]
+        unrelated = self._reference.unmatched[step, : len(schedule.rows)][schedule.partners >= 0]
         return dataclasses.replace(
             batch,
-            matched_reference=by_slot(self._reference.matched[plan.rows]),
+            matched_reference=by_slot(self._reference.matched[schedule.rows]),
             unmatched_reference=self._by_slot(packed.unmatched, room, rows, unrelated),
         )
 
@@ -242,26 +242,28 @@ class Plan:
         Args:
           step: from 0 to num_steps - 1.
           matched: of the slots of `matched` [M, R, S]; of all hosts' rows.
-          unmatched: of those of `unmatched`, likewise; not read where the plan leaves it out.
+          unmatched: of those of `unmatched`, likewise; not read where the schedule leaves it out.
 
         Returns:
           The numbers of each sequence behind its own prompt and of each prompt's unrelated sequence, 0 where it has
           none, each [sequences].
         """
-        plan = self.step(step)
-        packed = self._packed(plan)
-        unrelated = np.zeros(len(plan.rows), matched.dtype)
+        schedule = self.step(step)
+        packed = self._packed(schedule)
+        unrelated = np.zeros(len(schedule.rows), matched.dtype)
         if self._unmatched:
-            unrelated[plan.partners >= 0] = _at_slots(unmatched, packed.unmatched)
+            unrelated[schedule.partners >= 0] = _at_slots(unmatched, packed.unmatched)
         return _at_slots(matched, packed.matched), unrelated
 
-    def _packed(self, plan: StepPlan) -> _Packed:
+    def _packed(self, schedule: StepSequences) -> _Packed:
         """Where each sequence of a step lies, in rows of the length that suits it."""
-        has_partner = plan.partners >= 0
-        unrelated = (plan.rows[has_partner], plan.partners[has_partner])
+        has_partner = schedule.partners >= 0
+        unrelated = (schedule.rows[has_partner], schedule.partners[has_partner])
         return min(
             (
-                _Packed(shape, self._pack(plan.rows, plan.rows, shape), self._pack(*unrelated, shape), unrelated)
+                _Packed(
+                    shape, self._pack(schedule.rows, schedule.rows, shape), self._pack(*unrelated, shape), unrelated
+                )
                 for shape in self._shapes
             ),
             key=self._cost,
@@ -358,7 +360,7 @@ class Plan:
         alone = int(np.sum(self._index.rejected[self._rows] < 0)) if self._unit == 2 else 0
         if alone:
             raise ConfigError(
-                f"{alone} of {len(self._rows)} rows have no rejected completion. A plan of pairs takes the rows of "
+                f"{alone} of {len(self._rows)} rows have no rejected completion. A schedule of pairs takes the rows of "
                 "chosen completions. Pass index.pairs(split)."
             )
 
@@ -443,7 +445,7 @@ def prefetch(
 
     Args:
       function: makes a step's batch, in one background thread; with loaders in their processes, to which it is pickled
-        (a plan's `batch` can be, a lambda cannot).
+        (a schedule's `batch` can be, a lambda cannot).
       steps: which steps, in order.
       finish: what is left to do in this process, in the background thread: placing the batch on devices.
       num_loaders: processes that make batches, each one ahead; 0 for none.

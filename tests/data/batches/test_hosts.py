@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.batches.test_schedule import make_paired_plan, make_plan, paired_index, random_index
+from tests.data.batches.test_schedule import make_paired_schedule, make_schedule, paired_index, random_index
 
 
 def plan_of(paired, seed=3, **changes):
-    """A plan as a host makes it, from an index of its own."""
+    """A schedule as a host makes it, from an index of its own."""
     if paired:
-        return make_paired_plan(paired_index(23, num_prompts=6), seed=seed, batch_size=8, **changes)
-    return make_plan(random_index(45, num_prompts=9), seed=seed, batch_size=16, **changes)
+        return make_paired_schedule(paired_index(23, num_prompts=6), seed=seed, batch_size=8, **changes)
+    return make_schedule(random_index(45, num_prompts=9), seed=seed, batch_size=16, **changes)
 
 
 @pytest.mark.parametrize("row_length", [128, (128, 144)])
@@ -24,10 +24,10 @@ def test_hosts_read_the_same_rows_and_their_slices_are_the_whole_batch(paired, n
     for step in range(one.num_steps):
         expected, whole = one.step(step), one.batch(step)
         for host in hosts:
-            plan = host.step(step)
-            assert plan.epoch == expected.epoch == step // one.steps_per_epoch
-            assert plan.rows.tolist() == expected.rows.tolist()
-            assert plan.partners.tolist() == expected.partners.tolist()
+            schedule = host.step(step)
+            assert schedule.epoch == expected.epoch == step // one.steps_per_epoch
+            assert schedule.rows.tolist() == expected.rows.tolist()
+            assert schedule.partners.tolist() == expected.partners.tolist()
         size = 4 // num_hosts
         parts = [host.batch(step, slice(h * size, (h + 1) * size)) for h, host in enumerate(hosts)]
         for part in parts:
@@ -39,11 +39,12 @@ def test_hosts_read_the_same_rows_and_their_slices_are_the_whole_batch(paired, n
 
 @pytest.mark.parametrize("paired", [False, True], ids=["thumbs", "pairs"])
 def test_two_epochs_visit_every_row_twice_and_in_another_order(paired):
-    plan = plan_of(paired, row_length=128)
+    schedule = plan_of(paired, row_length=128)
     rows = [
-        np.concatenate([plan.step(s).rows for s in range(plan.num_steps) if plan.step(s).epoch == e]) for e in (0, 1)
+        np.concatenate([schedule.step(s).rows for s in range(schedule.num_steps) if schedule.step(s).epoch == e])
+        for e in (0, 1)
     ]
     assert sorted(rows[0]) == sorted(rows[1]) == list(range(46 if paired else 45))
     assert rows[0].tolist() != rows[1].tolist()
     other = plan_of(paired, seed=4, row_length=128)
-    assert other.step(0).rows.tolist() != plan.step(0).rows.tolist()
+    assert other.step(0).rows.tolist() != schedule.step(0).rows.tolist()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_jax.data.batches.packing import RowShape, choose_row_lengths, pack
-from tests.data.batches.test_schedule import fake_index, make_plan, random_index, unpack
+from tests.data.batches.test_schedule import fake_index, make_schedule, random_index, unpack
 
 
 def log_normal(count, *, seed=0):
@@ -49,11 +49,11 @@ def choose(totals, **settings):
     return choose_row_lengths(totals - 1, np.ones_like(totals), **settings)
 
 
-def padding(plan, num_steps):
+def padding(schedule, num_steps):
     """Share of the tokens of the microbatches in use, matched and unmatched, that is padding."""
     real = room = 0
     for s in range(num_steps):
-        batch = plan.batch(s)
+        batch = schedule.batch(s)
         for packed, count in ((batch.matched, batch.num_matched), (batch.unmatched, batch.num_unmatched)):
             real += int((packed.segment_ids > 0).sum())
             room += packed.segment_ids[:count].size
@@ -66,18 +66,20 @@ def test_two_row_lengths_leave_under_eight_hundredths_where_one_cannot():
     lengths = choose_row_lengths(totals - totals // 3, totals // 3, batch_size=32, shortest=2048, num_lengths=2)
     assert len(lengths) == 2 and lengths[0] >= 2048
     shape = {"batch_size": 32, "microbatch_rows": 1, "completion_length": lengths[0], "max_length": 2048}
-    one, two = (padding(make_plan(index, row_length=length, **shape), 60) for length in (2048, lengths))
+    one, two = (padding(make_schedule(index, row_length=length, **shape), 60) for length in (2048, lengths))
     assert two < 0.08 < one
 
 
 def test_each_step_takes_the_row_length_that_passes_the_fewest_tokens_through_the_model():
     index = random_index(300)
     settings = {"batch_size": 8, "microbatch_rows": 1, "completion_length": 40}
-    plan = make_plan(index, row_length=(72, 64, 96), **settings)
-    alone = {n: make_plan(index, row_length=n, **settings | {"completion_length": 40 * n // 64}) for n in (64, 72, 96)}
+    schedule = make_schedule(index, row_length=(72, 64, 96), **settings)
+    alone = {
+        n: make_schedule(index, row_length=n, **settings | {"completion_length": 40 * n // 64}) for n in (64, 72, 96)
+    }
     taken = set()
-    for s in range(plan.steps_per_epoch):
-        batch = plan.batch(s)
+    for s in range(schedule.steps_per_epoch):
+        batch = schedule.batch(s)
         costs = {}
         for length, other in alone.items():
             packed = other.batch(s)

@@ -16,7 +16,7 @@ import pytest
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.prefetch import Loaders
-from kto_jax.data.batches.schedule import Plan, prefetch
+from kto_jax.data.batches.schedule import Schedule, prefetch
 from tests import ROOT
 
 SHAPE = {"row_length": 96, "microbatch_rows": 2, "completion_length": 96, "max_length": 48}
@@ -31,8 +31,8 @@ def index(make_index):
 
 
 @pytest.fixture
-def plan(index):
-    return Plan(index, index.rows("train"), batch_size=8, seed=1, epochs=2, **SHAPE)
+def schedule(index):
+    return Schedule(index, index.rows("train"), batch_size=8, seed=1, epochs=2, **SHAPE)
 
 
 def equal(first, second):
@@ -51,29 +51,29 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("num_loaders", [1, 2])
-def test_loaders_make_what_a_thread_makes_to_the_bit(plan, num_loaders):
-    steps = range(3, plan.num_steps)
+def test_loaders_make_what_a_thread_makes_to_the_bit(schedule, num_loaders):
+    steps = range(3, schedule.num_steps)
     assert len(steps) == 13
-    batches = list(prefetch(plan.batch, steps, num_loaders=num_loaders))
+    batches = list(prefetch(schedule.batch, steps, num_loaders=num_loaders))
     assert len(batches) == 13
-    assert all(equal(batch, plan.batch(step)) for step, batch in zip(steps, batches, strict=True))
+    assert all(equal(batch, schedule.batch(step)) for step, batch in zip(steps, batches, strict=True))
 
 
-def test_fewer_steps_than_loaders_are_made_too(plan):
-    assert equal(list(prefetch(plan.batch, [5], num_loaders=2)), [plan.batch(5)])
-    assert list(prefetch(plan.batch, [], num_loaders=1)) == []
+def test_fewer_steps_than_loaders_are_made_too(schedule):
+    assert equal(list(prefetch(schedule.batch, [5], num_loaders=2)), [schedule.batch(5)])
+    assert list(prefetch(schedule.batch, [], num_loaders=1)) == []
 
 
-def test_what_is_left_to_finish_is_done_here_and_in_order(plan):
-    finished = prefetch(plan.batch, range(4), num_loaders=2, finish=lambda batch: (os.getpid(), batch.num_matched))
-    assert list(finished) == [(os.getpid(), plan.batch(step).num_matched) for step in range(4)]
+def test_what_is_left_to_finish_is_done_here_and_in_order(schedule):
+    finished = prefetch(schedule.batch, range(4), num_loaders=2, finish=lambda batch: (os.getpid(), batch.num_matched))
+    assert list(finished) == [(os.getpid(), schedule.batch(step).num_matched) for step in range(4)]
 
 
-def test_a_plan_travels_without_the_columns_of_its_index(plan, index):
-    travelled = pickle.dumps(plan)
-    assert len(travelled) < len(pickle.dumps(index.manifest)) + 8 * plan.num_examples + 4096
+def test_a_plan_travels_without_the_columns_of_its_index(schedule, index):
+    travelled = pickle.dumps(schedule)
+    assert len(travelled) < len(pickle.dumps(index.manifest)) + 8 * schedule.num_examples + 4096
     copy = pickle.loads(travelled)
-    assert isinstance(copy._index.tokens, np.memmap) and equal(copy.batch(7), plan.batch(7))
+    assert isinstance(copy._index.tokens, np.memmap) and equal(copy.batch(7), schedule.batch(7))
     assert copy._index.manifest == index.manifest
 
 
@@ -155,16 +155,16 @@ def children_are_gone():
     return not any(b"spawn_main" in command for command in commands)
 
 
-def test_a_row_that_cannot_be_packed_is_named(plan, monkeypatch):
+def test_a_row_that_cannot_be_packed_is_named(schedule, monkeypatch):
     def prompt(self, row):
         if row == 17:
             raise ValueError("spoilt")
         return np.zeros(4, np.int32)
 
-    monkeypatch.setattr(type(plan._index), "prompt", prompt)
-    step = next(step for step in range(plan.num_steps) if 17 in plan.step(step).rows)
+    monkeypatch.setattr(type(schedule._index), "prompt", prompt)
+    step = next(step for step in range(schedule.num_steps) if 17 in schedule.step(step).rows)
     with pytest.raises(ValueError, match="spoilt") as caught:
-        plan.batch(step)
+        schedule.batch(step)
     assert caught.value.__notes__[0].endswith("train.jsonl:18")
 
 
@@ -201,7 +201,7 @@ def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
             next(iter(loaders))
 
 
-def test_signals_that_end_a_run_leave_loaders_at_work_until_the_run_ends(plan):
+def test_signals_that_end_a_run_leave_loaders_at_work_until_the_run_ends(schedule):
     results = prefetch(pid_of_step, range(9), num_loaders=2)
     pids = [next(results), next(results)]
     for pid in pids:

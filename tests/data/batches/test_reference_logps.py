@@ -8,7 +8,7 @@ import pytest
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.reference_logps import open_store
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from tests.synthetic import make_index
 
 
@@ -17,10 +17,10 @@ def named(index):
     return dataclasses.replace(index, manifest=index.manifest | {"content_sha256": "none"})
 
 
-def make_plan(index, *, paired=False, unmatched=True, batch_size=10, **options):
+def make_schedule(index, *, paired=False, unmatched=True, batch_size=10, **options):
     rows = np.arange(0, len(index.splits), 2 if paired else 1)
     shape = {"row_length": 80, "microbatch_rows": 2, "completion_length": 64, "max_length": 38} | options
-    return Plan(index, rows, batch_size=batch_size, seed=3, epochs=2, paired=paired, unmatched=unmatched, **shape)
+    return Schedule(index, rows, batch_size=batch_size, seed=3, epochs=2, paired=paired, unmatched=unmatched, **shape)
 
 
 def number(prompts, completions):
@@ -29,25 +29,25 @@ def number(prompts, completions):
 
 
 def fill(store, plan):
-    for step in range(plan.num_steps):
-        rows, partners = plan.step(step).rows, plan.step(step).partners
+    for step in range(schedule.num_steps):
+        rows, partners = schedule.step(step).rows, schedule.step(step).partners
         store.write(step, rows, number(rows, rows), np.where(partners < 0, 0, number(rows, partners)))
 
 
 @pytest.mark.parametrize("paired, unmatched", [(False, True), (False, False), (True, True)])
 def test_every_slot_holds_the_number_of_its_own_sequence(tmp_path, paired, unmatched):
     index = make_index(64, num_prompts=40, paired=paired)
-    plan = make_plan(index, paired=paired, unmatched=unmatched)
-    store = open_store(tmp_path / "store", 64, plan.num_steps, plan.max_sequences)
+    schedule = make_schedule(index, paired=paired, unmatched=unmatched)
+    store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
     fill(store, plan)
-    filled = plan.with_reference_logps(store)
-    for step in range(plan.num_steps):
-        batch, rows, partners = filled.batch(step), plan.step(step).rows, plan.step(step).partners
+    filled = schedule.with_reference_logps(store)
+    for step in range(schedule.num_steps):
+        batch, rows, partners = filled.batch(step), schedule.step(step).rows, schedule.step(step).partners
         assert np.all(batch.matched_reference[~batch.matched.filled] == 0)
         np.testing.assert_array_equal(
             np.sort(batch.matched_reference[batch.matched.filled]), np.sort(number(rows, rows))
         )
-        matched, unrelated = plan.by_sequence(step, batch.matched_reference, batch.unmatched_reference)
+        matched, unrelated = schedule.by_sequence(step, batch.matched_reference, batch.unmatched_reference)
         np.testing.assert_array_equal(matched, number(rows, rows))
         wanted = np.where(partners < 0, 0, number(rows, partners)) if unmatched else np.zeros(len(rows))
         np.testing.assert_array_equal(unrelated, wanted)
@@ -55,11 +55,11 @@ def test_every_slot_holds_the_number_of_its_own_sequence(tmp_path, paired, unmat
 
 def test_a_slot_of_the_batch_and_its_number_belong_to_the_same_tokens(tmp_path):
     index = make_index(64)
-    plan = make_plan(index)
-    store = open_store(tmp_path / "store", 64, plan.num_steps, plan.max_sequences)
+    schedule = make_schedule(index)
+    store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
     fill(store, plan)
-    batch = plan.with_reference_logps(store).batch(4)
-    by_number = {float(number(np.int64(row), np.int64(row))): row for row in plan.step(4).rows}
+    batch = schedule.with_reference_logps(store).batch(4)
+    by_number = {float(number(np.int64(row), np.int64(row))): row for row in schedule.step(4).rows}
     for m, r, s in np.argwhere(batch.matched.filled):
         row = by_number[float(batch.matched_reference[m, r, s])]
         targets = batch.matched.targets[m, r][batch.matched.target_segments[m, r] == s + 1]
@@ -67,10 +67,10 @@ def test_a_slot_of_the_batch_and_its_number_belong_to_the_same_tokens(tmp_path):
 
 
 def test_hosts_get_the_numbers_of_their_own_rows(tmp_path):
-    plan = make_plan(make_index(64))
-    store = open_store(tmp_path / "store", 64, plan.num_steps, plan.max_sequences)
+    schedule = make_schedule(make_index(64))
+    store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
     fill(store, plan)
-    filled = plan.with_reference_logps(store)
+    filled = schedule.with_reference_logps(store)
     whole, parts = filled.batch(1), [filled.batch(1, slice(i, i + 1)) for i in range(2)]
     for name in ("matched_reference", "unmatched_reference"):
         joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
@@ -111,10 +111,12 @@ def test_what_is_no_store_is_refused(tmp_path, damage):
 ])  # fmt: skip
 def test_what_decides_the_sequences_is_in_the_key(change):
     index = named(make_index(64, paired=True))
-    assert make_plan(index).key == make_plan(index).key
-    assert make_plan(index, **change).key != make_plan(index).key
+    assert make_schedule(index).key == make_schedule(index).key
+    assert make_schedule(index, **change).key != make_schedule(index).key
 
 
 def test_how_sequences_are_packed_is_not_in_the_key():
     index = named(make_index(64))
-    assert make_plan(index, row_length=160, microbatch_rows=1, completion_length=150).key == make_plan(index).key
+    assert (
+        make_schedule(index, row_length=160, microbatch_rows=1, completion_length=150).key == make_schedule(index).key
+    )

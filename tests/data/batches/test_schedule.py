@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.packing import RowShape, pack
-from kto_jax.data.batches.schedule import Plan, pair, prefetch
+from kto_jax.data.batches.schedule import Schedule, pair, prefetch
 from kto_jax.data.index.index import Index
 from kto_jax.data.permutation import permute
 from tests import synthetic
@@ -64,10 +64,10 @@ def random_index(count, *, num_prompts=None, seed=0):
     return fake_index(rng.integers((2, 2), (15, 25), (count, 2)).tolist(), prompts, seed=seed)
 
 
-def make_plan(index, **changes):
+def make_schedule(index, **changes):
     settings = {"batch_size": 8, "seed": 0, "epochs": 2, "row_length": 64, "microbatch_rows": 4}
     settings |= {"completion_length": 48, "max_length": 48} | changes
-    return Plan(index, settings.pop("rows", np.arange(len(index.desirable))), **settings)
+    return Schedule(index, settings.pop("rows", np.arange(len(index.desirable))), **settings)
 
 
 def unpack(packed, by_slot=None):
@@ -115,9 +115,9 @@ def test_the_order_looks_random_and_changes_with_seed_and_epoch():
 def test_each_epoch_visits_each_row_exactly_once_and_the_last_partial_batch_too():
     index = random_index(53)
     rows = np.arange(0, 53, 2)
-    plan = make_plan(index, rows=rows, epochs=3)
-    assert (plan.steps_per_epoch, plan.num_steps) == (4, 12)
-    steps = [plan.step(s) for s in range(12)]
+    schedule = make_schedule(index, rows=rows, epochs=3)
+    assert (schedule.steps_per_epoch, schedule.num_steps) == (4, 12)
+    steps = [schedule.step(s) for s in range(12)]
     assert [len(step.rows) for step in steps] == [8, 8, 8, 3] * 3
     epochs = [np.concatenate([s.rows for s in steps if s.epoch == e]) for e in range(3)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
@@ -125,18 +125,18 @@ def test_each_epoch_visits_each_row_exactly_once_and_the_last_partial_batch_too(
 
 
 def test_without_shuffling_rows_come_in_the_order_given():
-    plan = make_plan(random_index(10), rows=np.array([5, 3, 9, 1]), batch_size=3, shuffle=False)
-    assert [plan.step(s).rows.tolist() for s in range(2)] == [[5, 3, 9], [1]]
+    schedule = make_schedule(random_index(10), rows=np.array([5, 3, 9, 1]), batch_size=3, shuffle=False)
+    assert [schedule.step(s).rows.tolist() for s in range(2)] == [[5, 3, 9], [1]]
 
 
 def test_a_step_is_a_pure_function_of_seed_and_step():
     index = random_index(40, num_prompts=9)
-    forwards, backwards = make_plan(index), make_plan(index)
+    forwards, backwards = make_schedule(index), make_schedule(index)
     later = {s: backwards.batch(s) for s in reversed(range(backwards.num_steps))}
     for s in range(forwards.num_steps):
         same = jax.tree.map(np.array_equal, forwards.batch(s), later[s])
         assert all(jax.tree.leaves(same))
-    other = make_plan(index, seed=1)
+    other = make_schedule(index, seed=1)
     assert not np.array_equal(forwards.step(0).rows, other.step(0).rows)
 
 
@@ -156,19 +156,19 @@ def test_a_batch_of_one_or_of_one_prompt_has_no_partners():
     assert pair(np.array([7])).tolist() == [-1]
     assert pair(np.array([7, 7, 7])).tolist() == [-1, -1, -1]
     index = fake_index([(3, 4)] * 5, prompts=[0] * 5)
-    plan = make_plan(index, batch_size=2)
+    schedule = make_schedule(index, batch_size=2)
     for step, size in ((0, 2), (2, 1)):
-        batch = plan.batch(step)
-        assert plan.step(step).partners.tolist() == [-1] * size
+        batch = schedule.batch(step)
+        assert schedule.step(step).partners.tolist() == [-1] * size
         assert (batch.num_matched, batch.num_unmatched) == (1, 0)
         assert batch.matched.filled.sum() == size and not batch.unmatched.filled.any()
 
 
 def test_partners_are_row_ids_whose_prompt_differs():
     index = random_index(64, num_prompts=5)
-    plan = make_plan(index, batch_size=16)
-    for s in range(plan.num_steps):
-        step = plan.step(s)
+    schedule = make_schedule(index, batch_size=16)
+    for s in range(schedule.num_steps):
+        step = schedule.step(s)
         assert set(step.partners) <= set(step.rows)
         assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.rows]).all()
 
@@ -176,9 +176,9 @@ def test_partners_are_row_ids_whose_prompt_differs():
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 32])
 def test_unpacking_gives_back_exactly_the_sequences_with_their_labels(batch_size):
     index = random_index(33, num_prompts=6)
-    plan = make_plan(index, batch_size=batch_size)
-    for s in range(plan.steps_per_epoch):
-        step, batch = plan.step(s), plan.batch(s)
+    schedule = make_schedule(index, batch_size=batch_size)
+    for s in range(schedule.steps_per_epoch):
+        step, batch = schedule.step(s), schedule.batch(s)
         expected = sorted(
             (index.prompt(i).tolist(), index.completion(i).tolist(), (index.desirable[i], index.weights[i]))
             for i in step.rows
@@ -192,18 +192,18 @@ def test_unpacking_gives_back_exactly_the_sequences_with_their_labels(batch_size
 
 def test_an_unrelated_completion_that_does_not_fit_cuts_the_prompt_from_the_left():
     index = fake_index([(10, 2), (3, 14)], max_prompt_length=8)
-    plan = make_plan(index, batch_size=2, row_length=16, max_length=16, completion_length=16, shuffle=False)
+    schedule = make_schedule(index, batch_size=2, row_length=16, max_length=16, completion_length=16, shuffle=False)
     prompt = index.prompt(0)
-    unmatched = {len(completion): ids for ids, completion, _ in unpack(plan.batch(0).unmatched)}
+    unmatched = {len(completion): ids for ids, completion, _ in unpack(schedule.batch(0).unmatched)}
     assert unmatched[14] == [BOS, prompt[-1]] and unmatched[2] == index.prompt(1).tolist()
-    matched = {len(completion): ids for ids, completion, _ in unpack(plan.batch(0).matched)}
+    matched = {len(completion): ids for ids, completion, _ in unpack(schedule.batch(0).matched)}
     assert matched[2] == prompt.tolist() and matched[14] == [BOS, index.prompt(1)[-1]]
 
 
 def test_a_shorter_max_length_than_the_indexs_cuts_completions_too():
     index = fake_index([(4, 20), (3, 5)])
-    plan = make_plan(index, batch_size=2, max_length=8, shuffle=False)
-    found = sorted((prompt, completion) for prompt, completion, _ in unpack(plan.batch(0).matched))
+    schedule = make_schedule(index, batch_size=2, max_length=8, shuffle=False)
+    found = sorted((prompt, completion) for prompt, completion, _ in unpack(schedule.batch(0).matched))
     long = ([int(index.prompt(0)[-1])], index.completion(0)[:7].tolist())
     assert found == sorted([long, (index.prompt(1).tolist(), index.completion(1).tolist())])
 
@@ -223,7 +223,7 @@ def test_packing_respects_the_three_capacities(lengths, slots):
 
 def test_microbatches_are_full_but_for_the_last_and_the_count_says_how_many_hold_anything():
     index = random_index(64)
-    batch = make_plan(index, batch_size=64).batch(0)
+    batch = make_schedule(index, batch_size=64).batch(0)
     for packed, count in ((batch.matched, batch.num_matched), (batch.unmatched, batch.num_unmatched)):
         used = packed.filled.any(axis=-1)
         assert count.dtype == np.int32 and count > 2
@@ -234,20 +234,20 @@ def test_microbatches_are_full_but_for_the_last_and_the_count_says_how_many_hold
 
 def test_nearly_all_steps_have_one_shape():
     index = random_index(2000)
-    plan = make_plan(index, batch_size=32, epochs=1)
-    shapes = [plan.batch(s).matched.tokens.shape for s in range(plan.num_steps)]
+    schedule = make_schedule(index, batch_size=32, epochs=1)
+    shapes = [schedule.batch(s).matched.tokens.shape for s in range(schedule.num_steps)]
     assert len(set(shapes)) <= 2 and shapes.count(max(set(shapes), key=shapes.count)) >= 0.95 * len(shapes)
-    counts = [int(plan.batch(s).num_matched) for s in range(0, plan.num_steps, 8)]
+    counts = [int(schedule.batch(s).num_matched) for s in range(0, schedule.num_steps, 8)]
     assert 2 * max(counts) >= shapes[0][0] / 2
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_the_hosts_slices_concatenate_to_the_whole(num_hosts):
     index = random_index(40, num_prompts=9)
-    plan = make_plan(index, batch_size=32)
-    whole = plan.batch(0)
+    schedule = make_schedule(index, batch_size=32)
+    whole = schedule.batch(0)
     size = 4 // num_hosts
-    parts = [plan.batch(0, slice(h * size, (h + 1) * size)) for h in range(num_hosts)]
+    parts = [schedule.batch(0, slice(h * size, (h + 1) * size)) for h in range(num_hosts)]
     joined = jax.tree.map(lambda *p: p[0] if np.ndim(p[0]) == 0 else np.concatenate(p, axis=1), *parts)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, joined)))
 
@@ -257,7 +257,7 @@ def test_a_host_reads_only_the_rows_of_its_slice(monkeypatch):
     read = []
     completion = Index.completion
     monkeypatch.setattr(Index, "completion", lambda self, row: (read.append(row), completion(self, row))[1])
-    batch = make_plan(index, batch_size=32).batch(0, slice(0, 1))
+    batch = make_schedule(index, batch_size=32).batch(0, slice(0, 1))
     assert len(read) == batch.matched.filled.sum() + batch.unmatched.filled.sum() < 40
 
 
@@ -271,7 +271,7 @@ def test_a_host_reads_only_the_rows_of_its_slice(monkeypatch):
 )
 def test_a_plan_that_cannot_hold_its_rows_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        make_plan(fake_index([(3, 4)] * 5), **changes)
+        make_schedule(fake_index([(3, 4)] * 5), **changes)
 
 
 def test_prefetch_keeps_the_order_and_raises_what_the_function_raises():
@@ -304,15 +304,15 @@ def test_a_real_index_is_planned_and_packed(make_index, tokenizer):
         {"prompt": f"Question {i // 2}?", "completion": "Text. " * (i % 5 + 1), "label": i % 2 == 0} for i in range(20)
     ]
     index = make_index(rows, max_length=64)
-    plan = make_plan(index, max_length=64, completion_length=64, epochs=1)
-    completions = [c for s in range(plan.num_steps) for _, c, _ in unpack(plan.batch(s).matched)]
+    schedule = make_schedule(index, max_length=64, completion_length=64, epochs=1)
+    completions = [c for s in range(schedule.num_steps) for _, c, _ in unpack(schedule.batch(s).matched)]
     assert sorted(completions) == sorted(index.completion(i).tolist() for i in range(20))
     assert all(c[-1] == tokenizer.eos_id and c.count(tokenizer.eos_id) == 1 for c in completions)
 
 
-def make_paired_plan(index, **changes):
+def make_paired_schedule(index, **changes):
     settings = {"row_length": 128, "completion_length": 96, "paired": True, "rows": index.pairs("train")}
-    return make_plan(index, **settings | changes)
+    return make_schedule(index, **settings | changes)
 
 
 def pairs_of(packed):
@@ -336,10 +336,10 @@ def pairs_of(packed):
 def test_the_completions_of_a_pair_lie_in_one_row_in_neighbouring_slots(microbatch_rows, num_pairs, batch_size, seed):
     index = paired_index(num_pairs, num_prompts=5, lengths=(2, 20, 28), seed=seed)
     shape = {"batch_size": batch_size, "microbatch_rows": microbatch_rows, "row_length": 96, "completion_length": 60}
-    plan = make_paired_plan(index, seed=seed, **shape)
-    assert plan.num_slots % 2 == 0
-    for s in range(plan.steps_per_epoch):
-        step, batch = plan.step(s), plan.batch(s)
+    schedule = make_paired_schedule(index, seed=seed, **shape)
+    assert schedule.num_slots % 2 == 0
+    for s in range(schedule.steps_per_epoch):
+        step, batch = schedule.step(s), schedule.batch(s)
         text = [(index.prompt(i).tolist(), index.completion(i).tolist()) for i in step.rows]
         assert pairs_of(batch.matched) == sorted(zip(text[::2], text[1::2], strict=True))
         expected = sorted((*t, (index.desirable[i],)) for t, i in zip(text, step.rows, strict=True))
@@ -354,9 +354,9 @@ def test_the_completions_of_a_pair_lie_in_one_row_in_neighbouring_slots(microbat
 
 def test_a_step_of_pairs_lists_chosen_then_rejected_and_an_epoch_visits_every_pair_once():
     index = paired_index(53)
-    plan = make_paired_plan(index, epochs=3)
-    assert (plan.steps_per_epoch, plan.num_steps) == (7, 21)
-    steps = [plan.step(s) for s in range(7)]
+    schedule = make_paired_schedule(index, epochs=3)
+    assert (schedule.steps_per_epoch, schedule.num_steps) == (7, 21)
+    steps = [schedule.step(s) for s in range(7)]
     assert [len(step.rows) for step in steps] == [16] * 6 + [10]
     rows = np.concatenate([step.rows for step in steps]).reshape(-1, 2)
     assert sorted(rows[:, 0]) == list(range(0, 106, 2)) and (rows[:, 1] == rows[:, 0] + 1).all()
@@ -364,14 +364,14 @@ def test_a_step_of_pairs_lists_chosen_then_rejected_and_an_epoch_visits_every_pa
 
 def test_partners_of_pairs_never_share_the_prompt_and_keep_their_place_in_the_pair():
     index = paired_index(64, num_prompts=5)
-    plan = make_paired_plan(index, batch_size=16)
-    for s in range(plan.num_steps):
-        step = plan.step(s)
+    schedule = make_paired_schedule(index, batch_size=16)
+    for s in range(schedule.num_steps):
+        step = schedule.step(s)
         assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.rows]).all()
         assert (index.desirable[step.partners] == index.desirable[step.rows]).all()
         chosen, rejected = step.partners.reshape(-1, 2).T
         assert (rejected == chosen + 1).all()
-    alone = make_paired_plan(paired_index(5, num_prompts=1), batch_size=2)
+    alone = make_paired_schedule(paired_index(5, num_prompts=1), batch_size=2)
     assert alone.step(0).partners.tolist() == [-1] * 4 and not alone.batch(0).unmatched.filled.any()
 
 
@@ -381,8 +381,8 @@ def test_both_completions_of_a_pair_are_cut_to_the_same_prompt():
         column[1:] = np.arange(len(column) - 1) + 100
     index.prompt(1)[:], index.prompt(3)[:] = index.prompt(0), index.prompt(2)
     index.rejected[::2] = [1, 3]
-    plan = make_paired_plan(index, max_length=16, row_length=32, batch_size=2, shuffle=False)
-    batch = plan.batch(0)
+    schedule = make_paired_schedule(index, max_length=16, row_length=32, batch_size=2, shuffle=False)
+    batch = schedule.batch(0)
     (short, long), (one, other) = sorted(pairs_of(batch.matched), key=lambda pair: len(pair[1][1]), reverse=True)
     assert short[0] == long[0] == [BOS, 107, 108] and one[0] == other[0] == [BOS, 100, 101, 102]
     assert [len(completion) for _, completion in (short, long, one, other)] == [3, 13, 3, 5]
@@ -393,7 +393,7 @@ def test_both_completions_of_a_pair_are_cut_to_the_same_prompt():
 
 def test_every_slot_has_the_score_of_its_example_and_empty_slots_have_none():
     index = random_index(33)
-    batch = make_plan(index, batch_size=33).batch(0)
+    batch = make_schedule(index, batch_size=33).batch(0)
     expected = sorted((index.prompt(i).tolist(), index.completion(i).tolist(), (index.scores[i],)) for i in range(33))
     assert unpack(batch.matched, (batch.scores,)) == expected
     assert batch.scores.dtype == np.float32 and not batch.scores[~batch.matched.filled].any()
@@ -402,12 +402,12 @@ def test_every_slot_has_the_score_of_its_example_and_empty_slots_have_none():
 @pytest.mark.parametrize("paired", [False, True])
 def test_without_unmatched_no_partners_are_sought_and_nothing_of_them_is_packed(paired):
     index = paired_index(20)
-    plan = (make_paired_plan if paired else make_plan)(index, unmatched=False)
-    batch, whole = plan.batch(0, slice(1, 3)), plan.batch(0)
-    assert (plan.step(0).partners == -1).all() and batch.num_unmatched == 0 and batch.num_matched > 0
+    schedule = (make_paired_schedule if paired else make_schedule)(index, unmatched=False)
+    batch, whole = schedule.batch(0, slice(1, 3)), schedule.batch(0)
+    assert (schedule.step(0).partners == -1).all() and batch.num_unmatched == 0 and batch.num_matched > 0
     for name, array in vars(batch.unmatched).items():
         assert array.shape == (0, 2, getattr(whole.matched, name).shape[-1])
-    with_partners = (make_paired_plan if paired else make_plan)(index).batch(0)
+    with_partners = (make_paired_schedule if paired else make_schedule)(index).batch(0)
     same = jax.tree.map(np.array_equal, whole.matched, with_partners.matched)
     assert all(jax.tree.leaves(same)) and with_partners.num_unmatched > 0
 
@@ -417,12 +417,12 @@ SUFFIXES = (np.array([501, 502, 503]), np.array([504]))
 
 def test_a_suffix_ends_the_prompt_by_the_label_of_its_completion():
     index = random_index(33)
-    plan = make_plan(index, batch_size=33, unmatched=False, suffixes=SUFFIXES)
+    schedule = make_schedule(index, batch_size=33, unmatched=False, suffixes=SUFFIXES)
     expected = sorted(
         (index.prompt(i).tolist() + SUFFIXES[int(index.desirable[i])].tolist(), index.completion(i).tolist(), None)
         for i in range(33)
     )
-    batch = plan.batch(0)
+    batch = schedule.batch(0)
     assert unpack(batch.matched) == expected and batch.matched.tokens.dtype == np.int32
 
 
@@ -440,8 +440,8 @@ def test_a_suffix_is_never_cut_but_the_prompt_before_it_is_from_the_left(lengths
     index = fake_index([lengths], max_prompt_length=max_prompt_length)
     index.desirable[0] = False
     limits = {"row_length": 16, "completion_length": 16, "max_length": max_length}
-    plan = make_plan(index, batch_size=2, unmatched=False, suffixes=SUFFIXES, **limits)
-    ((prompt, completion, _),) = unpack(plan.batch(0).matched)
+    schedule = make_schedule(index, batch_size=2, unmatched=False, suffixes=SUFFIXES, **limits)
+    ((prompt, completion, _),) = unpack(schedule.batch(0).matched)
     original = index.prompt(0).tolist()
     expected = [BOS, *original[len(original) - kept + 1 :]] if kept > 1 else original[-1:]
     assert prompt == [*expected, 501, 502, 503] and completion == index.completion(0).tolist()
@@ -451,13 +451,13 @@ def test_a_suffix_that_leaves_no_token_of_the_prompt_is_refused():
     index = fake_index([(10, 8)])
     limits = {"row_length": 16, "completion_length": 16, "unmatched": False, "suffixes": SUFFIXES}
     index.desirable[0] = False
-    make_plan(index, max_length=12, **limits)
+    make_schedule(index, max_length=12, **limits)
     with pytest.raises(
         ConfigError, match=r"have 11 tokens, which leaves no prompt within data.max_length=11\. .*Raise"
     ):
-        make_plan(index, max_length=11, **limits)
+        make_schedule(index, max_length=11, **limits)
     index.desirable[0] = True
-    make_plan(index, max_length=11, **limits)
+    make_schedule(index, max_length=11, **limits)
 
 
 @pytest.mark.parametrize(
@@ -475,14 +475,14 @@ def test_a_suffix_that_leaves_no_token_of_the_prompt_is_refused():
 def test_a_plan_that_cannot_hold_its_pairs_is_refused(changes, message):
     index = fake_index([(3, 4)] * 10)
     index.rejected[::2] = np.arange(1, 10, 2)
-    make_paired_plan(index, row_length=96, completion_length=8)
+    make_paired_schedule(index, row_length=96, completion_length=8)
     with pytest.raises(ConfigError, match=message):
-        make_paired_plan(index, **changes)
+        make_paired_schedule(index, **changes)
 
 
 def test_nearly_all_steps_of_pairs_have_one_shape():
-    plan = make_paired_plan(paired_index(1500), batch_size=32, epochs=1)
-    shapes = [plan.batch(s).matched.tokens.shape for s in range(plan.num_steps)]
+    schedule = make_paired_schedule(paired_index(1500), batch_size=32, epochs=1)
+    shapes = [schedule.batch(s).matched.tokens.shape for s in range(schedule.num_steps)]
     assert len(set(shapes)) <= 2 and shapes.count(max(set(shapes), key=shapes.count)) >= 0.95 * len(shapes)
 
 
@@ -491,9 +491,11 @@ def test_a_short_last_step_has_the_shape_of_the_others_where_slots_run_out_first
     index = paired_index(61, lengths=(2, 3, 3))
     rows = index.pairs("train") if paired else np.arange(121)
     size = {"batch_size": 60 if paired else 120, "microbatch_rows": 1, "row_length": 1024, "completion_length": 1024}
-    plan = make_plan(index, paired=paired, rows=rows, **size)
-    assert plan.num_slots == 64 and [len(plan.step(s).rows) for s in range(2)] == ([120, 2] if paired else [120, 1])
-    assert [plan.batch(s).matched.tokens.shape for s in range(2)] == [(2, 1, 1024)] * 2
+    schedule = make_schedule(index, paired=paired, rows=rows, **size)
+    assert schedule.num_slots == 64 and [len(schedule.step(s).rows) for s in range(2)] == (
+        [120, 2] if paired else [120, 1]
+    )
+    assert [schedule.batch(s).matched.tokens.shape for s in range(2)] == [(2, 1, 1024)] * 2
 
 
 def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
@@ -510,7 +512,7 @@ def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
 def test_a_pair_weighs_the_geometric_mean_of_its_rows():
     index = synthetic.make_index(16, paired=True)
     index.weights[:] = np.tile([1.0, 4.0, 2.0, 0.0], 4)
-    batch = Plan(
+    batch = Schedule(
         index, np.arange(0, 16, 2), batch_size=8, seed=0, epochs=1, row_length=76, microbatch_rows=8,
         completion_length=76, max_length=38, paired=True,
     ).batch(0)  # fmt: skip

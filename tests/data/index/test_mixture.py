@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_jax.config import ConfigError, DataConfig, resolve
-from kto_jax.data.batches.schedule import Plan
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index import index as index_module
 from kto_jax.data.permutation import permute
 from kto_jax.data.rows.sources import Visits, sources_of, weights_of
 from kto_jax.models.config import TransformerConfig
 from kto_jax.training.run_folder import open_run
-from tests.data.batches.test_schedule import fake_index, make_plan, paired_index, random_index
+from tests.data.batches.test_schedule import fake_index, make_schedule, paired_index, random_index
 
 ARCHITECTURE = TransformerConfig(
     vocab_size=512, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, max_length=64
@@ -92,7 +92,7 @@ def test_rows_in_any_order_are_visited_by_their_source():
 def test_with_all_weights_one_the_order_is_that_without_weights(weights):
     index = random_index(37)
     index.places[:, 0] = 0 if weights is None else np.arange(37) * len(weights) // 37
-    plain, weighed = make_plan(index), make_plan(index, weights=weights)
+    plain, weighed = make_schedule(index), make_schedule(index, weights=weights)
     assert weighed.num_steps == plain.num_steps == 10
     for step in range(10):
         epoch, first = step // 5, step % 5 * 8
@@ -105,7 +105,8 @@ def test_the_order_of_weight_one_sources_is_kept_beside_a_weighted_one_over_any_
     index.places[20:, 0] = 1
     weights = np.array([1.0, 0.5])
     steps = [
-        [make_plan(index, weights=weights, batch_size=size).step(s).rows for s in range(30 // size)] for size in (5, 10)
+        [make_schedule(index, weights=weights, batch_size=size).step(s).rows for s in range(30 // size)]
+        for size in (5, 10)
     ]
     assert np.concatenate(steps[0]).tolist() == np.concatenate(steps[1]).tolist()
     rows = np.concatenate(steps[0])
@@ -119,16 +120,16 @@ def test_pairs_are_visited_by_the_weight_of_their_source_both_completions_side_b
     index = paired_index(12)
     index.places[8:, 0] = 1
     rows = np.arange(0, 24, 2)
-    plan = make_plan(
+    schedule = make_schedule(
         index, rows=rows, weights=np.array([2.0, 0.5]), paired=True, row_length=96, completion_length=96, batch_size=4
     )
-    assert plan.num_examples == 4 * 2 + 4 and plan.num_steps == 6
-    visited = np.concatenate([plan.step(step).rows for step in range(6)]).reshape(-1, 2)
+    assert schedule.num_examples == 4 * 2 + 4 and schedule.num_steps == 6
+    visited = np.concatenate([schedule.step(step).rows for step in range(6)]).reshape(-1, 2)
     assert (visited[:, 1] == visited[:, 0] + 1).all()
     counts = collections.Counter(visited[:, 0].tolist())
     assert counts == {row: 4 if row < 8 else 1 for row in rows.tolist()}
     for step in range(6):
-        batch, read = plan.batch(step), plan.step(step)
+        batch, read = schedule.batch(step), schedule.step(step)
         assert np.sum(batch.matched.filled) == len(read.rows)
         has = read.partners >= 0
         assert (index.prompt_hashes[read.rows[has]] != index.prompt_hashes[read.partners[has]]).all()
@@ -139,7 +140,7 @@ def test_a_row_that_the_first_epoch_does_not_visit_must_fit_too():
     room = int(index.completion_lengths.max()) - 1
     for seed in range(4):
         with pytest.raises(ConfigError, match="the longest completion has"):
-            make_plan(index, weights=np.array([0.2]), seed=seed, completion_length=room)
+            make_schedule(index, weights=np.array([0.2]), seed=seed, completion_length=room)
 
 
 def test_the_shape_of_a_step_is_that_of_the_rows_that_are_visited_often():
@@ -147,7 +148,7 @@ def test_the_shape_of_a_step_is_that_of_the_rows_that_are_visited_often():
     index.places[50:, 0] = 1
     settings = {"batch_size": 32, "microbatch_rows": 1, "epochs": 1}
     mixes = (None, np.array([0.1, 30.0]), np.array([30.0, 0.1]))
-    plain, long, short = (make_plan(index, weights=weights, **settings) for weights in mixes)
+    plain, long, short = (make_schedule(index, weights=weights, **settings) for weights in mixes)
     shapes = {long.batch(step).matched.tokens.shape[0] for step in range(long.num_steps - 1)}
     assert shapes == {32} and plain.batch(0).matched.tokens.shape[0] == 16
     assert {short.batch(step).matched.tokens.shape[0] for step in range(8)} == {4}
@@ -277,12 +278,12 @@ def test_held_out_sources_are_read_in_their_own_way_and_once_each(make_index, mi
 
 def test_an_epoch_of_a_mixture_is_planned_and_packed(make_index, mixed, tmp_path):
     index = make_index([], train=mixture(mixed, thumbs=0.5, scores=2.0), directory=tmp_path)
-    plan = Plan(
+    schedule = Schedule(
         index, index.rows("train"), batch_size=8, seed=3, epochs=2, weights=weights_of(index.manifest),
         row_length=128, microbatch_rows=2, completion_length=128, max_length=128,
     )  # fmt: skip
-    assert plan.num_examples == 6 + 16 + 20 + 4 + 3
-    read = [np.concatenate([plan.step(s).rows for s in range(e * 7, e * 7 + 7)]) for e in range(2)]
+    assert schedule.num_examples == 6 + 16 + 20 + 4 + 3
+    read = [np.concatenate([schedule.step(s).rows for s in range(e * 7, e * 7 + 7)]) for e in range(2)]
     counts = [np.bincount(index.places[rows, 0], minlength=5).tolist() for rows in read]
     assert counts == [[6, 16, 20, 4, 3]] * 2
     thumbs = np.concatenate([rows[index.places[rows, 0] == 0] for rows in read])

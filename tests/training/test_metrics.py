@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from kto_jax.training import figures as metrics
+from kto_jax.training import metrics as metrics
 
 everything = jnp.ones(200, bool)
 
