@@ -1,0 +1,84 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kto_jax.config import OptimizerConfig
+from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16
+
+
+def make_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the configured schedule until `num_steps`."""
+    peak, last = config.learning_rate, config.final_learning_rate
+    remaining = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, last, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining, alpha=last / peak),
+    }[config.schedule]
+    if config.warmup_steps == 0:
+        return after
+    # The first step already moves: warm-up counts from 1.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    learning_rate: optax.Schedule,
+    *,
+    value_head: bool = False,
+    param_dtype: str = "float32",
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp.
+
+    Args:
+      config: which, and what its moments are kept in.
+      learning_rate: by step.
+      value_head: whether the policy has one.
+      param_dtype: what the policy is kept in.
+      seed: decides how bfloat16 moments and parameters are rounded; see rounding.py.
+    """
+    clip = clip_by_global_norm(config.clip_norm)
+    if value_head:
+        groups = {"policy": clip, "scorer": clip_by_global_norm(config.value_clip_norm)}
+        clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
+    if config.name == "adamw":
+        update = optax.adamw(
+            learning_rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mu_dtype="float32",
+        )
+    else:
+        update = optax.chain(
+            optax.scale_by_rms(decay=0.99, eps=config.eps, eps_in_sqrt=False),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    if config.moments_dtype == "bfloat16":
+        update = keep_in_bfloat16(update, seed)
+    optimizer = optax.chain(clip, update)
+    return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales gradients whose norm, over all arrays, is above `most` down to it.
+
+    As optax's, but by a factor: XLA on CPU computes a product where it is read, and a quotient as an array of its own.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factor = jnp.minimum(1, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: x * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
