@@ -139,7 +139,7 @@ def settle(inputs, workdir, monkeypatch, compile_for, rows_before=None):
     if rows_before:
         (workdir / "config.json").write_text(json.dumps({"microbatch_rows": rows_before}))
     config, settled = fitting.settle_rows(*inputs, workdir)
-    assert config.microbatch_rows == settled.plan.microbatch_rows == settled.held_out.microbatch_rows
+    assert config.microbatch_rows == settled.schedule.microbatch_rows == settled.held_out.microbatch_rows
     return config.microbatch_rows, tried
 
 
@@ -160,8 +160,8 @@ def test_rows_are_found_by_compiling_for_the_longest_rows(inputs, tmp_path, monk
     assert settle(inputs, tmp_path, monkeypatch, with_little_room) == (8, [8, 16])
     small, large = compiled
     assert small.total < large.total and large.shape.rows == 16
-    lengths = [small.shape.row_length, inputs[1].plan.longest_row.length]
-    assert lengths[0] == lengths[1] >= inputs[1].plan.batch(0).matched.tokens.shape[-1]
+    lengths = [small.shape.row_length, inputs[1].schedule.longest_row.length]
+    assert lengths[0] == lengths[1] >= inputs[1].schedule.batch(0).matched.tokens.shape[-1]
     said = " ".join(capsys.readouterr().err.split())
     assert "microbatch_rows: 8, for which the step takes 0.00 of" in said and "; 16 would take" in said
 
