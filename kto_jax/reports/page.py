@@ -93,7 +93,7 @@ def render_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = importlib.resources.files("kto_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = importlib.resources.files("kto_jax.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=title,
         command=command,
