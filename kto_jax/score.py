@@ -32,6 +32,7 @@ from kto_jax.data.rows import files, records
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.truncation import cut_prompt, fit_lengths
+from kto_jax.data.workers import Workers
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.devices.sharding import make_mesh
@@ -175,7 +176,7 @@ def score_records(
       Every row in order, with its score, or a `Rejection`.
     """
     limits = tokenize.Limits(data.max_length, data.max_prompt_length, "reject", model.config.vocab_size)
-    with tokenize.Workers(1, tokenizer) as workers:
+    with Workers(1, tokenize.start_encoder, tokenizer) as workers:
         while chunk := list(itertools.islice(pairs, batch_size * _BATCHES_READ_AHEAD)):
             readable = [record for _, record in chunk if isinstance(record, records.Feedback)]
             encoded = workers.submit(tokenize.encode_feedback, readable, limits).result()

@@ -1,11 +1,42 @@
-"""Starting processes that know nothing of the program that starts them."""
+"""Spawned processes that know nothing of the program that starts them: neither its main module nor JAX."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import multiprocessing
+import os
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Workers:
+    """A pool of spawned processes. They end when this process ends, however it ends.
+
+    Args:
+      num_workers: most processes; they are started as work arrives.
+      start: called once in each process, with the arguments; a module-level function. None calls nothing.
+      *arguments: of `start`; they are pickled.
+    """
+
+    def __init__(self, num_workers: int, start: Callable[..., None] | None = None, *arguments: Any):
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(start, arguments)
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
+        """Runs a module-level function in a worker."""
+        with bare_main():
+            return self._pool.submit(function, *args)
 
 
 @contextlib.contextmanager
@@ -17,3 +48,17 @@ def bare_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start is not None:
+        start(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker once its parent has ended: a killed parent cannot, and the worker would wait forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

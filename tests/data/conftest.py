@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory):
 class InProcessWorkers:
     """Stands in for `Workers` without starting processes, which would take seconds for each index."""
 
-    def __init__(self, num_workers, tokenizer=None):
+    def __init__(self, num_workers, start, tokenizer):
         tokenize._encoder = self.encoder(tokenizer)
 
     encoder = staticmethod(functools.lru_cache(tokenize.make_encoder))

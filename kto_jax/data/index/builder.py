@@ -24,7 +24,8 @@ from kto_jax.data.rows import files
 from kto_jax.data.rows.files import Rejection, SourceFile
 from kto_jax.data.rows.records import Feedback, Preference, Record, Skipped, completions_of, records_of
 from kto_jax.data.rows.sources import Source
-from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, Workers, encode_feedback
+from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, encode_feedback, start_encoder
+from kto_jax.data.workers import Workers
 
 FORMAT = 4
 """Version of the index's files."""
@@ -98,7 +99,7 @@ class Builder:
         """Reads and tokenizes all sources, in order."""
         with (
             contextlib.ExitStack() as streams,
-            Workers(_num_workers(self._data.num_workers), self._tokenizer) as workers,
+            Workers(_num_workers(self._data.num_workers), start_encoder, self._tokenizer) as workers,
             _progress() as progress,
         ):
             for name in _STREAMED:

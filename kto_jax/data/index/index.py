@@ -37,7 +37,8 @@ from kto_jax.data.index.shared_store import IndexStore
 from kto_jax.data.rows import files
 from kto_jax.data.rows.files import SourceFile
 from kto_jax.data.rows.sources import Source, sources_of, with_weights
-from kto_jax.data.tokens.tokenizer import TokenizerInfo, Workers
+from kto_jax.data.tokens.tokenizer import TokenizerInfo
+from kto_jax.data.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)

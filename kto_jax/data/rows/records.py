@@ -40,7 +40,6 @@ from kto_jax.data.rows.turns import (
     with_tools,
 )
 
-__all__ = ["SAME_COMPLETIONS", "Feedback", "Message", "Preference", "Record", "Rejection", "Skipped"]
 _REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
 _LARGEST = 3.4e38
 """Weights and scores are kept as float32."""

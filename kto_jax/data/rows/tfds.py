@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_jax.config import ConfigError
-from kto_jax.data.tokens.tokenizer import Workers
+from kto_jax.data.workers import Workers
 from kto_jax.storage.fetch import cache_directory
 
 

@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_jax.data.rows.records import Message
-from kto_jax.data.rows.turns import TOOL_CALLS, TOOLS, Completion
+from kto_jax.data.rows.turns import TOOL_CALLS, TOOLS, Completion, Message
 
 _RENDER_SECONDS = 1.0
 _RENDER_BYTES = 512 << 20

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import multiprocessing
 import os
 import shutil
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError
-from kto_jax.data.rows.records import SAME_COMPLETIONS, Feedback, Message, Preference, completions_of
+from kto_jax.data.rows.records import Feedback, Preference, completions_of
+from kto_jax.data.rows.turns import SAME_COMPLETIONS, Message
+from kto_jax.data.tokens.encoder import Encoder, EncodingError
 from kto_jax.data.truncation import cut_prompt
-from kto_jax.data.workers import bare_main
+from kto_jax.data.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ def prepare_tokenizer(
       ConfigError: no fast tokenizer is there, it has no EOS or not the one asked for, or the chat template cannot be
         used.
     """
-    with Workers(1) as workers:
+    with Workers(1, _quieten_transformers) as workers:
         return workers.submit(_prepare, Path(model_path), Path(directory), chat_template, eos_token).result()
 
 
@@ -113,7 +112,7 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
     Raises:
       ConfigError: a prompt cannot be encoded.
     """
-    with Workers(1, tokenizer) as workers:
+    with Workers(1, start_encoder, tokenizer) as workers:
         return workers.submit(_encode_prompts, list(prompts)).result()
 
 
@@ -141,57 +140,26 @@ def _backend(path: Path) -> Any:
     return tokenizers.Tokenizer.from_file(str(path))
 
 
-class Workers:
-    """Spawned processes that can encode. They import neither the caller's main module nor JAX.
-
-    Args:
-      num_workers: most processes; they are started as work arrives.
-      tokenizer: what `encode_feedback` uses in them; None where it is not called.
-    """
-
-    def __init__(self, num_workers: int, tokenizer: TokenizerInfo | None = None):
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
-        )
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
-        """Runs a module-level function in a worker."""
-        with bare_main():
-            return self._pool.submit(function, *args)
-
-
 # Everything below runs in the workers.
 
 _encoder: Any = None
 
 
-def _start_worker(tokenizer: TokenizerInfo | None) -> None:
+def start_encoder(tokenizer: TokenizerInfo) -> None:
+    """Prepares a worker for `encode_feedback` and `_encode_prompts`."""
     global _encoder
+    _quieten_transformers()
+    _encoder = make_encoder(tokenizer)
+
+
+def _quieten_transformers() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = None if tokenizer is None else make_encoder(tokenizer)
 
 
-def _end_with_parent() -> None:
-    """A process that is killed cannot end its workers, which would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def make_encoder(tokenizer: TokenizerInfo) -> Any:
+def make_encoder(tokenizer: TokenizerInfo) -> Encoder:
     """An `Encoder` in this process, which then imports transformers where there is a chat template."""
-    from kto_jax.data.tokens.encoder import Encoder
-
     return Encoder(tokenizer.directory, tokenizer.bos_id, tokenizer.eos_id, tokenizer.has_chat_template)
 
 
@@ -205,8 +173,6 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
     Returns:
       The encoded rows, and the reasons of those that are rejected.
     """
-    from kto_jax.data.tokens.encoder import EncodingError
-
     reasons: list[str | None] = []
     accepted: list[tuple[np.ndarray, np.ndarray, int, int]] = []
     for row in rows:
@@ -232,8 +198,6 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
 
 def _encode_row(encoder: Any, row: Feedback, limits: Limits) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Ids of the prompt and of the completion as stored, hash of the prompt, hash of the pair."""
-    from kto_jax.data.tokens.encoder import EncodingError
-
     prompt, completion = encoder.encode_row(row.prompt, row.completion)
     largest = max(prompt.max(initial=0), completion.max(initial=0))
     if largest >= limits.vocab_size:
@@ -256,8 +220,6 @@ def _hash(ids: np.ndarray) -> int:
 
 
 def _encode_prompts(prompts: list[str | list[Message]]) -> list[np.ndarray]:
-    from kto_jax.data.tokens.encoder import EncodingError
-
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -370,8 +332,6 @@ def _ending_in(info: TokenizerInfo, turn_end: int) -> TokenizerInfo:
 
 def _try_template(info: TokenizerInfo, chat_template: str) -> int | None:
     """Refuses a template that cannot render two plain turns, before any row is read; returns what ends the second."""
-    from kto_jax.data.tokens.encoder import EncodingError
-
     encoder = make_encoder(info)
     try:
         encoder.encode_row("How are you?", "Fine.")

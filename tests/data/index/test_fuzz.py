@@ -137,7 +137,7 @@ def check(tokenizer, tmp_path_factory):
         assert (encoded.prompt_lengths < 64).all() and (encoded.completion_lengths < 64).all()
         return len(lines)
 
-    with InProcessWorkers(1, tokenizer):
+    with InProcessWorkers(1, None, tokenizer):
         yield run
 
 
