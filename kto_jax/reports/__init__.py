@@ -1,1 +1,1 @@
-"""What a run leaves for people to read."""
+"""Samples, model card and report: what a run leaves for people to read."""

@@ -1,6 +1,6 @@
-"""The curves of a run, as SVG to be inlined in a page.
+"""The curves of a run as inline SVG.
 
-Drawn by matplotlib, with CSS variables for colours, so that the curves follow the reader's light or dark scheme.
+matplotlib draws them with CSS variables as colours, so that they follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kto_jax.reports.captions import Captions
+
 Series = tuple[np.ndarray, np.ndarray]
 
-# Stand-ins that matplotlib accepts as colours; the page's style sheet gives them their values.
+# Placeholders that matplotlib accepts as colours; they become CSS variables, which the page's style sheet defines.
 _COLOURS = {
     name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "muted", "grid", "blue", "red", "green", "violet"), start=1)
 }
@@ -36,7 +38,7 @@ class _Line:
     points: bool = False
     """A few measurements, such as held-out ones: joined dots."""
     exact: bool = False
-    """Not noisy: never smoothed."""
+    """Free of noise: never smoothed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,83 +56,85 @@ class _Chart:
     from_zero: bool = False
 
 
-_CHARTS = (
-    _Chart(
-        "loss",
-        "Loss",
-        "KTO's loss starts at half the mean weight, where policy and reference agree, and falls as completions are told"
-        " apart.",
-        (_Line("loss", "training", "blue"), _Line("eval_loss", "held-out", "red", points=True)),
-    ),
-    _Chart(
-        "rewards",
-        "Rewards",
-        "β times the log-ratio of policy to reference, in nats. The shaded gap is the margin; what counts is that it"
-        " opens.",
-        (_Line("rewards_desirable", "desirable", "blue"), _Line("rewards_undesirable", "undesirable", "red")),
-        between=("rewards_desirable", "rewards_undesirable"),
-        level=0.0,
-    ),
-    _Chart(
-        "ranking",
-        "Telling thumbs-up from thumbs-down",
-        "AUC: the chance that a desirable completion has the higher reward. Accuracy: the share on the right side of"
-        " z0. Chance level is a half.",
-        (
-            _Line("auc", "AUC", "blue"),
-            _Line("accuracy", "accuracy", "violet"),
-            _Line("eval_auc", "held-out AUC", "red", points=True),
+def _charts(captions: Captions) -> tuple[_Chart, ...]:
+    """The charts of a report, in order."""
+    return (
+        _Chart(
+            "loss",
+            "Loss",
+            captions.loss,
+            (_Line("loss", "training", "blue"), _Line("eval_loss", "held-out", "red", points=True)),
         ),
-        level=0.5,
-        unit_interval=True,
-    ),
-    _Chart(
-        "kl",
-        "Distance from the reference",
-        "The KL estimate over unrelated pairs, in nats, ± its standard error in one step; z0 is the estimate clamped"
-        " at 0, the point that gains and losses are counted from.",
-        (_Line("kl", "KL estimate", "blue"), _Line("z0", "z0", "ink", dashed=True)),
-        band=("kl", "kl_standard_error"),
-        level=0.0,
-    ),
-    _Chart(
-        "gradient",
-        "Gradient norm",
-        "Before clipping. Spikes that stay are a sign of too high a learning rate.",
-        (_Line("grad_norm", "gradient norm", "blue"),),
-        from_zero=True,
-    ),
-    _Chart(
-        "saturated",
-        "Saturated examples",
-        "Share of examples so far from z0 that they hardly teach any more.",
-        (_Line("saturated", "saturated share", "violet"),),
-        from_zero=True,
-    ),
-    _Chart(
-        "rate",
-        "Learning rate",
-        "After warm-up and schedule.",
-        (_Line("learning_rate", "learning rate", "green", exact=True),),
-        from_zero=True,
-    ),
-    _Chart(
-        "speed",
-        "Speed",
-        "Tokens per second that passed through the policy; a dip is an evaluation, a checkpoint or a busy machine.",
-        (_Line("tokens_per_second", "tokens per second", "green"),),
-        from_zero=True,
-    ),
-)
+        _Chart(
+            "rewards",
+            "Rewards",
+            captions.rewards,
+            (
+                _Line("rewards_desirable", captions.positive, "blue"),
+                _Line("rewards_undesirable", captions.negative, "red"),
+            ),
+            between=("rewards_desirable", "rewards_undesirable"),
+            level=0.0,
+        ),
+        _Chart(
+            "ranking",
+            f"{captions.positive.capitalize()} against {captions.negative}",
+            captions.ranking,
+            (
+                _Line("auc", "AUC", "blue"),
+                _Line("accuracy", "accuracy", "violet"),
+                _Line("eval_auc", "held-out AUC", "red", points=True),
+            ),
+            level=0.5,
+            unit_interval=True,
+        ),
+        _Chart(
+            "kl",
+            "Distance from the reference",
+            captions.kl,
+            (_Line("kl", "KL estimate", "blue"), _Line("z0", "z0", "ink", dashed=True)),
+            band=("kl", "kl_standard_error"),
+            level=0.0,
+        ),
+        _Chart(
+            "gradient",
+            "Gradient norm",
+            "Before clipping. If spikes persist, the learning rate is too high.",
+            (_Line("grad_norm", "gradient norm", "blue"),),
+            from_zero=True,
+        ),
+        _Chart(
+            "saturated",
+            "Saturated examples",
+            captions.saturated,
+            (_Line("saturated", "saturated share", "violet"),),
+            from_zero=True,
+        ),
+        _Chart(
+            "rate",
+            "Learning rate",
+            "After warm-up and schedule.",
+            (_Line("learning_rate", "learning rate", "green", exact=True),),
+            from_zero=True,
+        ),
+        _Chart(
+            "speed",
+            "Speed",
+            "Tokens per second of matched rows, padding left out. A dip is an evaluation, a checkpoint or a busy "
+            "machine.",
+            (_Line("tokens_per_second", "tokens per second", "green"),),
+            from_zero=True,
+        ),
+    )
 
 
 def is_number(value: Any) -> bool:
-    """Whether a metric can be drawn: a finite int or float."""
+    """Returns whether a metric can be drawn: a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> Series:
-    """Steps [n] and values [len(keys), n] of the rows where all keys hold finite numbers."""
+    """Returns steps [n] and values [len(keys), n] of the rows in which all keys hold finite numbers."""
     chosen = [row for row in rows if all(is_number(row.get(key)) for key in keys)]
     steps = np.asarray([row["step"] for row in chosen], dtype=np.float64)
     values = np.asarray([[row[key] for row in chosen] for key in keys], dtype=np.float64)
@@ -138,7 +142,7 @@ def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> Series:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> Series:
-    """Means over equal bins, so that a run of any length stays a small file."""
+    """Averages over equal bins, so that a long run stays a small file."""
     if len(steps) <= _MAX_POINTS:
         return steps, values
     bins = np.array_split(np.arange(len(steps)), _MAX_POINTS)
@@ -149,24 +153,25 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> Series:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fifteenth of the run; at the ends, over the neighbours that there are."""
+    """Returns the centred running mean over a fifteenth of the run; the window is cut off at both ends."""
     window = np.ones(max(1, len(values) // 15) // 2 * 2 + 1)
     if len(window) > len(values):
         return values
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def draw_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def draw_charts(rows: Sequence[Mapping[str, Any]], captions: Captions) -> list[dict[str, str]]:
     """Draws every chart that the run has metrics for.
 
     Args:
-      rows: one mapping of metrics per step, in order; values that are missing or not finite leave a gap.
+      rows: one mapping of metrics per step, in order; a value that is missing or not finite leaves a gap.
+      captions: the words that depend on the objective.
 
     Returns:
       Charts as `{title, caption, svg}`; the SVG is safe to inline: it holds no text of the run.
     """
     drawn = []
-    for chart in _CHARTS:
+    for chart in _charts(captions):
         svg = _draw(chart, rows)
         if svg:
             drawn.append({"title": chart.title, "caption": chart.caption, "svg": svg})
@@ -174,7 +179,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The chart as inline SVG; empty where the run has none of its metrics."""
+    """Returns the chart as inline SVG, empty if the run has none of its metrics."""
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
     if not any([_draw_line(axes, line, rows) for line in chart.lines]):
@@ -208,8 +213,8 @@ def _draw_line(axes: Axes, line: _Line, rows: Sequence[Mapping[str, Any]]) -> bo
 
 def _dress(axes: Axes, chart: _Chart) -> None:
     muted = _COLOURS["muted"]
-    figure_is_named_by_its_title = len(axes.get_legend_handles_labels()[1]) == 1
-    if not figure_is_named_by_its_title:
+    title_names_the_only_line = len(axes.get_legend_handles_labels()[1]) == 1
+    if not title_names_the_only_line:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
@@ -241,14 +246,14 @@ def _dress(axes: Axes, chart: _Chart) -> None:
 
 def _to_svg(figure: Figure, chart: _Chart) -> str:
     buffer = io.StringIO()
-    # Text stays text, so that it takes the page's font; the salt makes the same run give the same bytes.
+    # Text stays text and takes the page's font. The salt makes identifiers, and so the bytes, deterministic.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}):
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Identifiers are global to the page, and every matplotlib figure has its `axes_1`.
+    # Identifiers are global to the page, and every matplotlib figure has an `axes_1`.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.name}-", svg)
     for name, stand_in in _COLOURS.items():
         svg = svg.replace(stand_in, f"var(--{name})")

@@ -1,10 +1,11 @@
-"""The report of a run: one HTML file that needs nothing else, for a reader who was not there.
+"""The report of a run: one self-contained HTML file.
 
-All text passes through Jinja's escaping; the only markup that does not is our own curves.
+Jinja escapes all text; the only markup inserted as it is are our own curves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import os
@@ -16,96 +17,94 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from kto_jax.reports.captions import Captions
 from kto_jax.reports.charts import draw_charts, is_number, series
 
 _SHOWN_SAMPLES = 6
+_REFERENCE_ERROR = {
+    "completions": "completions measured",
+    "logps_mean": "error of a completion's log-probability, mean (nats)",
+    "logps_max": "error of a completion's log-probability, largest (nats)",
+    "rewards_mean": "error of a reward, mean",
+    "rewards_max": "error of a reward, largest",
+}
 
 
-def write_report(
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    command: str,
-    config: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]] = (),
-    verdicts: Sequence[Mapping[str, Any]] = (),
-    figures: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> None:
-    """Writes the report of a run as one HTML file; a reader never sees a half-written one.
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the report of a run shows.
 
-    Args:
-      path: where; the folder must exist.
+    Attributes:
       title: heading, for example the run's name.
-      command: the command that made the run.
+      command: the command that started the run.
       config: the resolved configuration, nested.
-      manifest: what the index says of the data. Its `rejections.histogram` (reason -> count) is drawn.
-      metrics: rows of metrics.jsonl, each with a `step`. Rows of one step are merged and the last wins, so that steps
-        repeated after a resume count once. Values that are missing or not finite leave a gap. Drawn, where present:
-        loss, rewards_desirable, rewards_undesirable, margin, accuracy, auc, kl, kl_standard_error, z0, grad_norm,
-        saturated, learning_rate, tokens_per_second, and eval_loss, eval_margin, eval_auc. Summed for the summary:
-        examples, tokens, seconds.
+      manifest: the data's manifest. Its `rejections.histogram` (reason -> count) is drawn.
+      metrics: rows of metrics.jsonl, each with a `step`. Rows of the same step are merged and the last wins, so that
+        steps repeated after a resume count once. A value that is missing or not finite leaves a gap. docs/metrics.md
+        explains the names.
+      captions: the words that depend on the objective.
       samples: `{prompt, before, after}`; the prompt is text or chat messages, the completions are text.
       verdicts: `{judge, figure, before, after}`, as `kto_jax.judges.judges.compare` makes them; `before` or `after` may
-        be None. A figure whose name holds "share" is shown in per cent.
-      figures: more tiles for the summary, name -> text or number; a name already there is replaced.
+        be None. A figure whose name contains "share" is shown as a percentage.
+      reference_error: what rounding the reference did on the first batch, as in reference_error.json; empty if the
+        reference was not rounded.
+      figures: more tiles for the summary, name -> text or number; a tile of the same name is replaced.
       notes: sentences for the reader, for example warnings.
+    """
+
+    title: str
+    command: str
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    captions: Captions = dataclasses.field(default_factory=Captions)
+    samples: Sequence[Mapping[str, Any]] = ()
+    verdicts: Sequence[Mapping[str, Any]] = ()
+    reference_error: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> None:
+    """Writes the report as one HTML file, which readers never see half-written.
+
+    Args:
+      path: the file; its folder must exist.
+      report: what it shows.
 
     Raises:
       OSError: the file cannot be written.
     """
-    text = render_report(
-        title=title,
-        command=command,
-        config=config,
-        manifest=manifest,
-        metrics=metrics,
-        samples=samples,
-        verdicts=verdicts,
-        figures=figures,
-        notes=notes,
-    )
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(render_report(report), encoding="utf-8")
     partial.replace(path)
 
 
-def render_report(
-    *,
-    title: str,
-    command: str,
-    config: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]] = (),
-    verdicts: Sequence[Mapping[str, Any]] = (),
-    figures: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> str:
-    """The HTML that `write_report` writes, for a destination that is no local file. Arguments as there."""
-    rows = _merge_steps(metrics)
-    verdict_rows = [_verdict_row(verdict) for verdict in verdicts]
-    tiles = _summary(rows, verdict_rows) | {name: _text(value) for name, value in (figures or {}).items()}
-    sample_rows = [{**sample, "prompt": _prompt_text(sample["prompt"])} for sample in samples]
+def render_report(report: Report) -> str:
+    """Returns the report's HTML."""
+    rows = _merge_steps(report.metrics)
+    verdicts = [_verdict_row(verdict) for verdict in report.verdicts]
+    samples = [{**sample, "prompt": _prompt_text(sample["prompt"])} for sample in report.samples]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = importlib.resources.files("kto_jax.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        title=title,
-        command=command,
-        tiles=tiles,
-        verdicts=verdict_rows,
-        samples=sample_rows[:_SHOWN_SAMPLES],
-        more_samples=sample_rows[_SHOWN_SAMPLES:],
-        charts=[{**chart, "svg": Markup(chart["svg"])} for chart in draw_charts(rows)],
-        rejections=_rejection_bars(manifest.get("rejections", {}).get("histogram", {})),
-        config=_flatten(config),
-        manifest=_flatten(manifest),
-        notes=list(notes),
+        title=report.title,
+        command=report.command,
+        tiles=_summary(rows, verdicts) | {name: _text(value) for name, value in report.figures.items()},
+        verdicts=verdicts,
+        samples=samples[:_SHOWN_SAMPLES],
+        more_samples=samples[_SHOWN_SAMPLES:],
+        charts=[{**chart, "svg": Markup(chart["svg"])} for chart in draw_charts(rows, report.captions)],
+        reference_error=[
+            (_REFERENCE_ERROR.get(name, name), _text(value)) for name, value in report.reference_error.items()
+        ],
+        rejections=_rejection_bars(report.manifest.get("rejections", {}).get("histogram", {})),
+        config=_flatten(report.config),
+        manifest=_flatten(report.manifest),
+        notes=list(report.notes),
     )
 
 
@@ -141,7 +140,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, 
 
 
 def _verdict_row(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the judges' table: its figures as text, and as places on a bar where they are shares."""
+    """Returns a row of the judges' table: its figures as text, and shares also as positions on a bar."""
     before, after = verdict["before"], verdict["after"]
     share = "share" in verdict["figure"]
     known = is_number(before) and is_number(after)
@@ -178,7 +177,7 @@ def _rejection_bars(rejections: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Rows of a nested mapping: dotted name, and the value as JSON would write it."""
+    """Returns rows of (dotted name, value as JSON) of a nested mapping."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

@@ -1,20 +1,22 @@
-"""What a finished run leaves: the policy in Hugging Face format, completions before and after, the report."""
+"""The results of a run: the policy in Hugging Face format, completions before and after training, the report."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import Config, to_dict
-from kto_jax.data.rows.sources import sources_of
 from kto_jax.devices import processes
 from kto_jax.models.model import Model
 from kto_jax.models.weights.huggingface import save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.reports import samples
-from kto_jax.reports.page import write_report
+from kto_jax.reports.captions import captions_of
+from kto_jax.reports.model_card import model_card
+from kto_jax.reports.page import Report, write_report
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console, read_metrics
 from kto_jax.training.run_folder import RunFolder
@@ -22,9 +24,9 @@ from kto_jax.training.state import TrainState
 
 
 def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config) -> None:
-    """Completes the held-out prompts with the policy, and keeps them as samples_NAME.json.
+    """Completes the held-out prompts with the policy and writes samples_NAME.json.
 
-    What the run has written already stays, so that a run that is continued compares with its true beginning.
+    An existing file is kept, so that a resumed run still compares with the policy before its first step.
     """
     path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
@@ -33,7 +35,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
     console.print(f"completing {len(prompts)} held-out prompts")
-    # A reference that moves is no measure of what changed.
+    # Perplexities under a reference that moves cannot be compared.
     reference = {} if config.reference.sync_every else state.reference
     policy = model.policy(state.policy, state.reference)
     written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
@@ -44,7 +46,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
 def write_results(
     model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
 ) -> None:
-    """Writes policy/, of low-rank adapters also adapter/, and report.html, and says what the judges found."""
+    """Writes policy/, adapter/ if adapters were trained, and report.html, and prints the judges' verdicts."""
     folder = run.path
     card = model_card(folder.name, config, inputs)
     save_hugging_face(
@@ -69,37 +71,45 @@ def write_results(
     write_samples("after", model, state, inputs, run, config)
     if processes.is_first():
         _write_report(inputs, run, config, command)
-    # However long the judges take, nobody leaves before the report is written.
+    # No process exits before the first one has written the report, however long the judges take.
     processes.tell("written")
 
 
 def _base(path: str) -> str:
-    """Where others find the frozen weights: a folder by its whole path."""
+    """Returns where others find the frozen weights: the absolute path of a folder, or the Hub id."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
     folder = run.path
     verdicts, notes, rows = _compare(inputs, run, config)
-    write_report(
-        folder / "report.html",
+    report = Report(
         title=folder.name,
         command=command,
         config=to_dict(config),
         manifest=inputs.index.manifest,
         metrics=read_metrics(folder / "metrics.jsonl"),
+        captions=captions_of(config.objective.name, inputs.objective),
         samples=rows,
         verdicts=verdicts,
+        reference_error=_reference_error(folder),
         notes=notes,
     )
+    write_report(folder / "report.html", report)
     for verdict in verdicts:
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
+
+
+def _reference_error(folder: Path) -> dict[str, Any]:
+    """Returns what rounding the reference did on the first batch; empty if the reference was not rounded."""
+    path = folder / "reference_error.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _compare(
     inputs: Inputs, run: RunFolder, config: Config
 ) -> tuple[list[dict[str, Any]], list[str], list[dict[str, str]]]:
-    """Verdicts of the judges, notes on them, and completions side by side; nothing where no samples were asked for."""
+    """Returns the judges' verdicts, notes on them, and completions side by side; all empty without samples."""
     paths = [run.path / f"samples_{name}.json" for name in ("before", "after")]
     if not all(path.exists() for path in paths):
         return [], [], []
@@ -107,58 +117,3 @@ def _compare(
     verdicts, notes = samples.judge(inputs.index, run.tokenizer, config.samples.judges, before, after)
     triples = zip(before.prompts, before.completions, after.completions, strict=True)
     return verdicts, notes, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
-
-
-def _of_adapters(config: Config) -> list[str]:
-    """What the model card says of low-rank adapters."""
-    lora, kept = config.lora, config.reference.param_dtype
-    rounded = f", rounded to {kept} while they were trained: policy/ is the sum with those" if kept != "float32" else ""
-    return [
-        f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}, beside frozen "
-        f"weights{rounded}"
-    ]
-
-
-def model_card(name: str, config: Config, inputs: Inputs) -> str:
-    """README.md of the policy: what was trained, on what, by which configuration."""
-    objective = config.objective.name
-    task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
-    options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
-    reference = f"reference: `{config.reference.path or config.model.path}`" if inputs.objective.uses_reference else ""
-    if config.reference.sync_every:
-        reference += f", moved by {config.reference.sync_mix} to the policy every {config.reference.sync_every} steps"
-    sources = ", ".join(
-        f"`{source.path}`" + (f" (weight {source.weight:g})" if source.weight != 1 else "")
-        for source in sources_of(config.data)
-        if source.split == "train"
-    )
-    facts = [
-        f"options: {options}",
-        f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}, {config.optimizer.schedule} "
-        f"schedule, {config.optimizer.warmup_steps} warm-up steps, clipped at {config.optimizer.clip_norm}",
-        *([reference] if reference else []),
-        *(_of_adapters(config) if config.lora.rank else []),
-        f"seed {config.seed}",
-        *([f"sample behind `{config.objective.good_control}`, after the template"] if inputs.controls else []),
-    ]
-    return (
-        f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [{objective}, kto_jax]
----
-
-# {name}
-
-`{config.model.path}`, trained with {objective.upper()} by kto_jax: {inputs.num_steps} steps of {config.batch_size}
-{inputs.objective.examples} from {sources}, an epoch of which has {inputs.num_desirable} desirable and
-{inputs.num_undesirable} undesirable completions of {inputs.index.manifest["splits"]["train"]["prompts"]} prompts (index
-{inputs.index.manifest["key"][:16]}).
-
-"""
-        + "".join(f"- {fact}\n" for fact in facts)
-        + """
-Method of KTO: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ICML 2024, arXiv
-2402.01306. config.json, manifest.json and metrics.jsonl of the run hold the rest. The licence is the base model's.
-"""
-    )

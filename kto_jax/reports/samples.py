@@ -1,4 +1,4 @@
-"""Completions before and after training, and what judges say of them."""
+"""Completions before and after training, and what the judges say about them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from kto_jax.shapes import PackedRows
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.run_folder import write_json
 
-# Prompts that are completed at once: on CPU a step of decoding costs little more for many rows than for one.
-_PROMPTS = 64
+# Prompts completed at once: on CPU a decoding step costs little more for many rows than for one.
+_SAMPLING_BATCH = 64
 # Rows whose perplexity is computed at once.
 _ROWS = 8
 
@@ -36,7 +36,7 @@ class Samples:
     Attributes:
       prompts: decoded, without the tokenizer's control tokens.
       completions: decoded.
-      perplexity: of all completion tokens together under the reference; None where there is no reference.
+      perplexity: under the reference, of all completion tokens together; None without a reference.
     """
 
     prompts: list[str]
@@ -45,7 +45,7 @@ class Samples:
 
 
 def held_out_prompts(index: Index, count: int) -> list[np.ndarray]:
-    """Ids of the first `count` distinct prompts that are held out from training, in source order."""
+    """Returns the ids of the first `count` distinct held-out prompts, in source order."""
     rows = index.rows("eval")
     _, first = np.unique(np.asarray(index.prompt_hashes)[rows], return_index=True)
     return [np.asarray(index.prompt(row)) for row in rows[np.sort(first)[:count]]]
@@ -60,7 +60,7 @@ def write_samples(
     config: SamplesConfig,
     seed: int,
 ) -> Samples:
-    """Completes the prompts with the policy, and measures how likely the reference, if any, finds the completions."""
+    """Completes the prompts with the policy and computes the completions' perplexity under the reference, if any."""
     completions = sample(
         model,
         policy,
@@ -71,7 +71,7 @@ def write_samples(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
-        batch_size=min(len(prompts), _PROMPTS),
+        batch_size=min(len(prompts), _SAMPLING_BATCH),
     )
     return Samples(
         prompts=[decode(tokenizer, ids) for ids in prompts],
@@ -81,7 +81,7 @@ def write_samples(
 
 
 def perplexity(model: Model, params: Params, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> float:
-    """exp of the mean negative log-probability, in nats, of all completion tokens given their prompts."""
+    """Returns exp of the mean negative log-probability (nats) of all completion tokens given their prompts."""
     length = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
     score = jax.jit(lambda params, rows: jnp.sum(packed_logps(model, params, rows)))
     total = 0.0
@@ -92,7 +92,7 @@ def perplexity(model: Model, params: Params, prompts: Sequence[np.ndarray], comp
 
 
 def _one_per_row(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> PackedRows:
-    """Rows of one example each, padded at the end to `length`; rows that are left over are padding."""
+    """Returns rows of one example each, right-padded to `length`; unused rows are all padding."""
     tokens, segment_ids, predictors, targets, target_segments = np.zeros((5, _ROWS, length), np.int32)
     for row, (prompt, completion) in enumerate(examples):
         ids = np.concatenate([prompt, completion])
@@ -107,7 +107,7 @@ def _one_per_row(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int)
 def judge(
     index: Index, tokenizer: TokenizerInfo, names: Sequence[str], before: Samples, after: Samples
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Verdicts of the judges and the perplexities, as the report shows them, and how far the judges can be trusted."""
+    """Returns the verdicts (judges and perplexity) for the report, and notes on how reliable the judges are."""
     rows = index.rows("judge")
     texts = [decode(tokenizer, index.completion(row)) for row in rows] if "feedback" in names else []
     labels = np.asarray(index.desirable)[rows[: len(texts)]]
@@ -119,8 +119,8 @@ def judge(
         verdicts += judges.compare(name, fitted, before.completions, after.completions)
         if fitted.quality:
             notes.append(
-                f"The judge {name} was fitted on {fitted.quality['examples']:.0f} labelled completions that did not "
-                f"train; on prompts it has not seen it agrees with {fitted.quality['accuracy']:.0%} of the labels (AUC "
+                f"The judge {name} was fitted on {fitted.quality['examples']:.0f} labelled completions outside the "
+                f"training set; on unseen prompts it agrees with {fitted.quality['accuracy']:.0%} of the labels (AUC "
                 f"{fitted.quality['auc']:.2f})."
             )
     if before.perplexity is not None:
@@ -130,10 +130,10 @@ def judge(
 
 
 def save_samples(path: Path, samples: Samples) -> None:
-    """Keeps samples in the run's folder, for a report that is written after a restart."""
+    """Writes samples to the run's folder, so that a report can be written after a restart."""
     write_json(path, dataclasses.asdict(samples))
 
 
 def load_samples(path: Path) -> Samples:
-    """Reads what `save_samples` wrote."""
+    """Reads a file that `save_samples` wrote."""
     return Samples(**json.loads(path.read_text(encoding="utf-8")))

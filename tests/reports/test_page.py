@@ -1,4 +1,4 @@
-"""The report: every section is there, text is text, and a run without steps has one too."""
+"""The report has every section, escapes all text, and can be written for a run without steps."""
 
 import html.parser
 import math
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kto_jax.reports import page as report
+from kto_jax.reports.page import Report, render_report, write_report
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -37,9 +37,13 @@ def metrics(num_steps=40):
     return rows
 
 
-def arguments(**changes):
-    """A whole report's arguments."""
-    return {
+def render(**changes):
+    """The HTML of a complete report."""
+    return render_report(make_report(**changes))
+
+
+def make_report(**changes):
+    values = {
         "title": "a run",
         "command": "python -m kto_jax.train",
         "config": {"seed": 0, "objective": {"beta": 0.1}},
@@ -50,11 +54,12 @@ def arguments(**changes):
         "metrics": metrics(),
         "samples": [{"prompt": "Review it.", "before": "A triumph.", "after": "A mess."}],
         "verdicts": [{"judge": "feedback", "figure": "judged desirable (share)", "before": 0.17, "after": 0.87}],
-    } | changes
+    }
+    return Report(**(values | changes))
 
 
 class Tags(html.parser.HTMLParser):
-    """Collects tags and identifiers, and holds every opened tag to be closed."""
+    """Collects tags and identifiers and checks that every opened tag is closed."""
 
     VOID = frozenset({"meta", "br", "link", "img", "path", "use", "circle", "rect", "line"})
 
@@ -80,7 +85,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def test_every_section_is_rendered():
-    text = report.render_report(**arguments())
+    text = render()
     for expected in ("a run", "python -m kto_jax.train", "A triumph.", "A mess.", "label is missing", "objective.beta"):
         assert expected in text
     for title in ("Loss", "Rewards", "Distance from the reference", "Gradient norm", "Learning rate", "Speed"):
@@ -90,7 +95,7 @@ def test_every_section_is_rendered():
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_outside():
-    tags = Tags(report.render_report(**arguments()))
+    tags = Tags(render())
     assert tags.open == []
     assert tags.addresses, "the curves refer to their own markers and clip paths"
     assert all(address.startswith("#") for address in tags.addresses)
@@ -100,32 +105,31 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside():
 
 
 def test_clip_paths_of_the_curves_are_found():
-    text = report.render_report(**arguments())
+    text = render()
     used = set(re.findall(r"url\(#([^)]+)\)", text))
     assert used
     assert used <= set(Tags(text).identifiers)
 
 
-def test_no_text_of_the_run_is_taken_for_markup():
-    text = report.render_report(
-        **arguments(
-            title=EVIL,
-            command=EVIL,
-            config={EVIL: EVIL},
-            manifest={"rejections": {"histogram": {EVIL: 1}, "first": [{"place": EVIL, "reason": EVIL}]}},
-            samples=[{"prompt": EVIL, "before": EVIL, "after": EVIL}],
-            verdicts=[{"judge": EVIL, "figure": EVIL, "before": 0.1, "after": 0.2}],
-            figures={EVIL: EVIL},
-            notes=[EVIL],
-        )
+def test_text_of_the_run_is_escaped():
+    text = render(
+        title=EVIL,
+        command=EVIL,
+        config={EVIL: EVIL},
+        manifest={"rejections": {"histogram": {EVIL: 1}, "first": [{"place": EVIL, "reason": EVIL}]}},
+        samples=[{"prompt": EVIL, "before": EVIL, "after": EVIL}],
+        verdicts=[{"judge": EVIL, "figure": EVIL, "before": 0.1, "after": 0.2}],
+        reference_error={EVIL: EVIL},
+        figures={EVIL: EVIL},
+        notes=[EVIL],
     )
     assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 12
+    assert text.count("&lt;script&gt;") >= 14
     assert Tags(text).open == []
 
 
 def test_line_breaks_of_a_completion_are_kept():
-    text = report.render_report(**arguments(samples=[{"prompt": "p", "before": "one\n\ntwo", "after": ""}]))
+    text = render(samples=[{"prompt": "p", "before": "one\n\ntwo", "after": ""}])
     assert '<div class="text">one\n\ntwo</div>' in text
     assert re.search(r"\.text \{[^}]*white-space: pre-wrap", text)
     assert "the completion is empty" in text
@@ -133,24 +137,24 @@ def test_line_breaks_of_a_completion_are_kept():
 
 def test_chat_prompts_are_shown_with_their_roles():
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Review it."}]
-    text = report.render_report(**arguments(samples=[{"prompt": prompt, "before": "a", "after": "b"}]))
+    text = render(samples=[{"prompt": prompt, "before": "a", "after": "b"}])
     assert "system: Be brief.\nuser: Review it." in text
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 2000])
 def test_runs_of_any_length_render(num_steps):
-    text = report.render_report(**arguments(metrics=metrics(num_steps)))
+    text = render(metrics=metrics(num_steps))
     assert text.count("<svg ") == (8 if num_steps else 0)
     assert len(text) < 500_000
     assert f"<dd>{num_steps:,}</dd>" in text
 
 
 def test_an_empty_run_renders():
-    text = report.render_report(title="t", command="c", config={}, manifest={}, metrics=[])
+    text = render_report(Report(title="t", command="c", config={}, manifest={}, metrics=[]))
     assert "No step was taken." in text
     assert "No samples were written" in text
-    assert "No judge was asked" in text
+    assert "No judges were configured" in text
     assert "No row was rejected." in text
 
 
@@ -161,7 +165,7 @@ def test_values_that_are_not_finite_or_missing_leave_a_gap():
     del rows[5]["kl_standard_error"]
     for row in rows:
         row["grad_norm"] = math.inf
-    text = report.render_report(**arguments(metrics=rows))
+    text = render(metrics=rows)
     assert "nan" not in text[text.index("<body>") :].lower()
     assert "<h3>Loss</h3>" in text
     assert "<h3>Gradient norm</h3>" not in text
@@ -169,15 +173,15 @@ def test_values_that_are_not_finite_or_missing_leave_a_gap():
 
 def test_steps_repeated_after_a_resume_count_once_and_the_last_wins():
     repeated = [row | {"margin": 100.0} for row in metrics(20)[10:]]
-    text = report.render_report(**arguments(metrics=repeated + metrics(20)))
+    text = render(metrics=repeated + metrics(20))
     assert "<dd>20</dd>" in text
     assert "<dd>320</dd>" in text  # examples
     assert "<dd>0.37</dd>" in text  # margin: mean of the last two steps
 
 
-def test_held_out_figures_stand_in_rows_of_their_own_or_beside_the_steps():
+def test_held_out_figures_are_shown_from_rows_of_their_own():
     rows = [*metrics(20), {"step": 19, "eval_loss": 0.4, "eval_margin": 1.25, "eval_auc": 0.75}]
-    text = report.render_report(**arguments(metrics=rows))
+    text = render(metrics=rows)
     assert "reward margin, held-out" in text
     assert "<dd>1.25</dd>" in text
     assert "<dd>0.75</dd>" in text
@@ -185,24 +189,24 @@ def test_held_out_figures_stand_in_rows_of_their_own_or_beside_the_steps():
 
 
 def test_the_summary_adds_up_the_steps_and_takes_more_figures():
-    text = report.render_report(**arguments(figures={"perplexity": 14.256, "training time": "an age"}))
+    text = render(figures={"perplexity": 14.256, "training time": "an age"})
     assert "<dt>examples</dt><dd>640</dd>" in text
     assert "<dt>tokens</dt><dd>40,000</dd>" in text
     assert "<dt>perplexity</dt><dd>14.3</dd>" in text
     assert "<dt>training time</dt><dd>an age</dd>" in text
-    assert "10 min 10 s" in report.render_report(**arguments())
+    assert "10 min 10 s" in render()
     assert "17\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}87\N{NO-BREAK SPACE}%" in text
 
 
 def test_a_verdict_without_a_before_or_after_shows_what_is_known():
     verdict = {"judge": "vader", "figure": "compound", "before": None, "after": -0.25}
-    text = report.render_report(**arguments(verdicts=[verdict]))
+    text = render(verdicts=[verdict])
     assert "-0.25" in text
     assert 'class="change"' not in text
 
 
 def test_the_rejections_histogram_is_in_proportion_and_in_order():
-    text = report.render_report(**arguments())
+    text = render()
     assert text.index("label is missing") < text.index("completion is empty")
     assert "width:100.0%" in text
     assert "width:25.0%" in text
@@ -210,6 +214,19 @@ def test_the_rejections_histogram_is_in_proportion_and_in_order():
 
 def test_the_same_run_gives_the_same_bytes_in_one_file(tmp_path):
     for name in ("one.html", "two.html"):
-        report.write_report(tmp_path / name, **arguments())
+        write_report(tmp_path / name, make_report())
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.html", "two.html"]
+
+
+def test_the_reference_error_is_shown_if_the_reference_was_rounded():
+    errors = {"completions": 16.0, "logps_mean": 0.0551, "rewards_max": 0.022, "another_figure": 0.5}
+    text = render(reference_error=errors)
+    section = text[text.index('<section id="reference">') : text.index('<section id="data">')]
+    for name, value in (
+        ("log-probability, mean (nats)", "0.0551"),
+        ("reward, largest", "0.022"),
+        ("another_figure", "0.5"),
+    ):
+        assert re.search(rf"{re.escape(name)}</code></td><td><code>{value}</code>", section)
+    assert 'id="reference"' not in render()

@@ -1,0 +1,79 @@
+"""README.md of an exported policy."""
+
+from __future__ import annotations
+
+from kto_jax.config import Config
+from kto_jax.data.rows.sources import sources_of
+from kto_jax.training.inputs import Inputs
+
+
+def model_card(name: str, config: Config, inputs: Inputs) -> str:
+    """Returns the model card: what was trained, on what data, with which configuration."""
+    objective = config.objective.name
+    task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
+    return (
+        f"""---
+library_name: transformers
+pipeline_tag: {task}
+tags: [{objective}, kto_jax]
+---
+
+# {name}
+
+`{config.model.path}`, trained with {objective.upper()} by kto_jax: {inputs.num_steps} steps of {config.batch_size}
+{inputs.objective.examples} from {_sources(config)}. An epoch has {inputs.num_desirable} desirable and
+{inputs.num_undesirable} undesirable completions of {inputs.index.manifest["splits"]["train"]["prompts"]} prompts (index
+{inputs.index.manifest["key"][:16]}).
+
+"""
+        + "".join(f"- {fact}\n" for fact in _facts(config, inputs))
+        + """
+Method of KTO: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ICML 2024, arXiv
+2402.01306. The run's config.json, manifest.json and metrics.jsonl have the details. The licence is the base model's.
+"""
+    )
+
+
+def _sources(config: Config) -> str:
+    return ", ".join(
+        f"`{source.path}`" + (f" (weight {source.weight:g})" if source.weight != 1 else "")
+        for source in sources_of(config.data)
+        if source.split == "train"
+    )
+
+
+def _facts(config: Config, inputs: Inputs) -> list[str]:
+    options = ", ".join(f"{name} {value}" for name, value in inputs.objective.options.items()) or "none"
+    optimizer = config.optimizer
+    facts = [
+        f"options: {options}",
+        f"{optimizer.name}, learning rate {optimizer.learning_rate}, {optimizer.schedule} schedule, "
+        f"{optimizer.warmup_steps} warm-up steps, gradient clipped at norm {optimizer.clip_norm}",
+    ]
+    if inputs.objective.uses_reference:
+        facts.append(_reference(config))
+    if config.lora.rank:
+        facts.append(_adapters(config))
+    facts.append(f"seed {config.seed}")
+    if inputs.controls:
+        facts.append(f"sample with `{config.objective.good_control}` after the chat template's generation prompt")
+    return facts
+
+
+def _reference(config: Config) -> str:
+    text = f"reference: `{config.reference.path or config.model.path}`"
+    if config.reference.sync_every:
+        text += (
+            f", synced every {config.reference.sync_every} steps: {config.reference.sync_mix} · policy + "
+            f"{1 - config.reference.sync_mix:g} · reference"
+        )
+    return text
+
+
+def _adapters(config: Config) -> str:
+    lora, dtype = config.lora, config.reference.param_dtype
+    rounded = f", rounded to {dtype} during training; policy/ has them rounded too" if dtype != "float32" else ""
+    return (
+        f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; the base's "
+        f"weights are frozen{rounded}"
+    )
