@@ -64,6 +64,7 @@ def write_model(directory: Path, num_layers: int, num_files: int) -> int:
     """Random float32 weights in `num_files` files; gives their bytes."""
     import safetensors.numpy
 
+    from kto_jax.models.families.config_json import write_config_json
     from kto_jax.models.weights.huggingface import expected_shapes
 
     config = architecture(num_layers)
@@ -78,7 +79,7 @@ def write_model(directory: Path, num_layers: int, num_files: int) -> int:
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    (directory / "config.json").write_text(json.dumps(write_config_json(config)))
     return total
 
 

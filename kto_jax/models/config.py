@@ -1,13 +1,10 @@
-"""What a decoder is made of: read from a Hugging Face config.json, and written back as one."""
+"""The architecture of a decoder: sizes and options, independent of any file format."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from kto_jax.config import ConfigError
-from kto_jax.models.families import FAMILIES, find_family
 from kto_jax.models.rope import Scaling
 
 
@@ -112,73 +109,6 @@ class TransformerConfig:
         """For each layer, whether it sees only its window."""
         return self.local_layers or (self.window is not None,) * self.num_layers
 
-    @classmethod
-    def from_hugging_face(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Reads the contents of a config.json.
-
-        Args:
-          values: the parsed file. What it leaves out is what transformers takes for it. Rotary settings may be spelled
-            `rope_theta` and `rope_scaling`, or `rope_parameters`.
-
-        Raises:
-          ConfigError: the architecture or one of its options is not one that is built here, or a field is missing.
-        """
-        family = find_family(values)
-        values = {**family.defaults, **values}
-        missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                     "intermediate_size") if values.get(name) is None]  # fmt: skip
-        if missing:
-            raise ConfigError(
-                f"The model's config.json lacks {', '.join(missing)}. A config.json of a {family.name} has them all. "
-                "Download the file again."
-            )
-        num_heads = values["num_attention_heads"]
-        eos = values.get("eos_token_id")
-        return cls(
-            vocab_size=values["vocab_size"],
-            embed_dim=values["hidden_size"],
-            num_layers=values["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=_first(values.get("num_key_value_heads"), num_heads),
-            head_dim=_first(values.get("head_dim"), values["hidden_size"] // num_heads),
-            mlp_dim=values["intermediate_size"],
-            max_length=_first(values.get("max_position_embeddings"), 2048),
-            norm_eps=float(_first(values.get("rms_norm_eps"), 1e-6)),
-            tied_head=bool(values.get("tie_word_embeddings", False)),
-            initializer_range=float(_first(values.get("initializer_range"), 0.02)),
-            bos_id=values.get("bos_token_id"),
-            eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-            family=family.name,
-            **family.read(values),
-        )
-
-    def to_hugging_face(self) -> dict[str, Any]:
-        """The contents of a config.json that transformers, vLLM and `from_hugging_face` read as this model.
-
-        The rotary settings take the older spelling, which both older and newer readers know.
-        """
-        family = FAMILIES[self.family]
-        values = {
-            "architectures": [family.causal_lm],
-            "model_type": family.name,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.embed_dim,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.mlp_dim,
-            "max_position_embeddings": self.max_length,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied_head,
-            "initializer_range": self.initializer_range,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id,
-        } | family.write(self)
-        # A field that the family's files have no word for would be lost in silence.
-        assert self.from_hugging_face(values) == self, f"no config.json of a {self.family} describes {self}"
-        return values
-
     def num_params(self) -> int:
         """Number of parameters, norms and biases included; a tied head counts once."""
         norms = (4 if self.post_norms else 2) * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
@@ -209,7 +139,3 @@ class TransformerConfig:
     def _layer_matmul_weights(self) -> int:
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return attention + 3 * self.embed_dim * self.mlp_dim
-
-
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
 from kto_jax.devices import processes
-from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.lora import laid_upon
 from kto_jax.models.model import Model, Params
 from kto_jax.training.state import TrainState
@@ -210,4 +210,4 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
         reference = workdir / "checkpoints" / "reference"
         frozen = ocp.load(reference, jax.tree.map(abstract, ocp.metadata(reference).metadata))
         policy = laid_upon(frozen, policy, lora.alpha / lora.rank)
-    return Model.create(TransformerConfig.from_hugging_face(values), dtype=dtype), policy, workdir / "tokenizer"
+    return Model.create(read_config_json(values), dtype=dtype), policy, workdir / "tokenizer"

@@ -25,6 +25,7 @@ from kto_jax.data.index.index import Index
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.config_json import read_config_json, write_config_json
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
 # they amount to is held by the index, as of the EOS.
@@ -149,7 +150,7 @@ def _claim(
     lock.write(str(os.getpid()))
     lock.flush()
     write_json(path / "manifest.json", index.manifest)
-    write_json(path / "model.json", architecture.to_hugging_face())
+    write_json(path / "model.json", write_config_json(architecture))
     write_json(path / "config.json", to_dict(config))  # last: with it the folder is a run
     return RunFolder(path, copy, lock)
 
@@ -178,14 +179,14 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         config_before, model_before, manifest_before = (
             json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")
         )
-        model_before = TransformerConfig.from_hugging_face(model_before).to_hugging_face() | model_before
+        model_before = write_config_json(read_config_json(model_before)) | model_before
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
         ) from None
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
         ("config", _completed(config_before, _as_json(Config())), _as_json(config)),
-        ("model", model_before, architecture.to_hugging_face()),
+        ("model", model_before, write_config_json(architecture)),
         ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
     ]
     changes = [

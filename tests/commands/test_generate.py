@@ -16,6 +16,7 @@ import pytest
 from kto_jax import generate
 from kto_jax.config import CheckpointConfig, ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.weights import huggingface
 from kto_jax.training.checkpoints import Checkpoints
@@ -148,7 +149,7 @@ def test_a_runs_newest_checkpoint_is_taken_until_its_policy_is_exported(tmp_path
 
 def save_checkpoint(workdir, policy):
     """A run's folder that holds a checkpoint of `policy` alone, and no export yet."""
-    write_json(workdir / "model.json", huggingface.read_config(TINY).to_hugging_face())
+    write_json(workdir / "model.json", write_config_json(huggingface.read_config(TINY)))
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     state = types.SimpleNamespace(
         step=jnp.int32(1), policy=policy, opt_state={"mean": jnp.zeros(2)}, num_bad_steps=jnp.int32(0),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kto_jax.config import LoraConfig
-from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.lora import init_adapters, laid_upon
 from kto_jax.models.model import Model
 from kto_jax.models.weights.huggingface import save_hugging_face
@@ -46,7 +46,7 @@ def drawn(model, lora):
 @pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=4.0), LoraConfig(rank=8, targets=("value", "down"))])
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2"])
 def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft, name, lora, tmp_path):
-    model = Model.create(TransformerConfig.from_hugging_face(FILES[name]), remat="none")
+    model = Model.create(read_config_json(FILES[name]), remat="none")
     params, adapters = drawn(model, lora)
     save_hugging_face(tmp_path / "base", model, params, tokenizer_dir=None, model_card="")
     save_adapters(
@@ -73,7 +73,7 @@ def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft
 def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, transformers, peft, tmp_path):
     """Upon the language model that the reward model was trained from."""
     lora = LoraConfig(rank=3, alpha=4.0)
-    config = TransformerConfig.from_hugging_face(FILES["mistral"])
+    config = read_config_json(FILES["mistral"])
     language_model, model = Model.create(config, remat="none"), Model.create(config, remat="none", scorer="reward")
     params, adapters = drawn(language_model, lora)
     scorer = {"scorer": {"weight": 0.5 * jax.random.normal(jax.random.key(3), (32,))}}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.rope import Llama3Scaling
 from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
@@ -144,7 +145,7 @@ def test_a_reward_model_scores_in_transformers_as_here(torch, transformers, tmp_
 
 
 def test_a_bfloat16_model_of_transformers_is_read_exactly(torch, transformers, tmp_path):
-    config = transformers.LlamaConfig(**TINY.to_hugging_face())
+    config = transformers.LlamaConfig(**write_config_json(TINY))
     theirs = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()

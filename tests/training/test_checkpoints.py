@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.int8 import kept_as
 from kto_jax.models.model import Model
 from kto_jax.training.checkpoints import Checkpoints, load_policy
@@ -178,7 +179,7 @@ def test_a_reference_written_for_another_model_is_refused(tmp_path):
 def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None])
     checkpoints.close()
-    write_json(tmp_path / "model.json", ARCHITECTURE.to_hugging_face())
+    write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
     model, params, tokenizer = load_policy(tmp_path)
     assert model.config == ARCHITECTURE
     assert equal(params, advance(jax.device_put(first)).policy)
@@ -189,6 +190,6 @@ def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
 def test_a_folder_without_a_run_or_checkpoint_is_said(tmp_path):
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         load_policy(tmp_path)
-    write_json(tmp_path / "model.json", ARCHITECTURE.to_hugging_face())
+    write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         load_policy(tmp_path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import either_spelling, read_rope
-
-if TYPE_CHECKING:
-    from kto_jax.models.config import TransformerConfig
 
 Values = Mapping[str, Any]
 

@@ -7,14 +7,12 @@ rotary embedding of their own; every query and key head has a norm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
 from kto_jax.models.rope import either_spelling, read_rope
-
-if TYPE_CHECKING:
-    from kto_jax.models.config import TransformerConfig
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _LOCAL_THETA, _GLOBAL_THETA, _PATTERN = 10000.0, 1000000.0, 6

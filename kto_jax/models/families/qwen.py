@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
-
-if TYPE_CHECKING:
-    from kto_jax.models.config import TransformerConfig
 
 
 def _read_shared(values: Values) -> dict[str, Any]:

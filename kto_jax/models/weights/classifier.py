@@ -14,6 +14,7 @@ from typing import Any
 
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
+from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.weights.safetensors_files import read_json
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
@@ -21,7 +22,7 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 def classifier_values(config: TransformerConfig, pad_id: int) -> dict[str, Any]:
     """The contents of a reward model's config.json."""
-    return config.to_hugging_face() | {
+    return write_config_json(config) | {
         "architectures": [FAMILIES[config.family].classifier],
         "num_labels": 1,
         "id2label": {"0": "reward"},

@@ -24,6 +24,7 @@ from jaxtyping import Array, Key
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS
+from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.models.heads import init_scorer
 from kto_jax.models.int8 import INT8, as_matrices, quantise
 from kto_jax.models.lora import as_adapted
@@ -73,7 +74,7 @@ def read_config(path: str | Path) -> TransformerConfig:
         raise ConfigError(
             f"{path} has no config.json. A model is a Hugging Face directory or a .gguf file. Check model.path."
         )
-    return TransformerConfig.from_hugging_face(read_json(file))
+    return read_config_json(read_json(file))
 
 
 def is_reward_model(path: str | Path) -> bool:
@@ -384,7 +385,7 @@ def _write_small_files(
         write_padding(directory, pad_token)
         values = classifier_values(model.config, pad_id)
     else:
-        values = model.config.to_hugging_face()
+        values = write_config_json(model.config)
         ends = list(dict.fromkeys((*model.config.eos_ids, *stop_ids)))
         generation: dict[str, Any] = {} if model.config.bos_id is None else {"bos_token_id": model.config.bos_id}
         generation |= {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}

@@ -10,8 +10,8 @@ from flax import nnx
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import PARAMETER_RULES
 from kto_jax.models.attention.dense import dense_attention, rotary_frequencies
-from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
+from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.rope import LinearScaling
 from kto_jax.models.transformer import Linear, RMSNorm
@@ -22,7 +22,7 @@ from tests.models.families.family_files import FILES, WINDOW
 
 ARCHITECTURES = ROOT / "configs" / "architectures"
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-read = TransformerConfig.from_hugging_face
+read = read_config_json
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def drawn():
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_each_family_survives_being_read_and_written(name):
     config = read(FILES[name])
-    written = config.to_hugging_face()
+    written = write_config_json(config)
     assert read(written) == config
     assert (written["architectures"], written["model_type"]) == (
         FILES[name]["architectures"],
@@ -106,7 +106,7 @@ def test_which_layers_are_local(name, change, local):
     config = read(FILES[name] | change)
     assert config.layers_are_local == local
     assert (config.window is not None) is any(local)
-    assert read(config.to_hugging_face()) == config
+    assert read(write_config_json(config)) == config
 
 
 def test_what_a_file_leaves_out_is_what_transformers_takes_for_it():
@@ -187,7 +187,7 @@ def test_what_is_not_built_of_a_family_is_refused_by_name(name, change, message)
 def test_a_config_that_its_family_has_no_words_for_is_not_written():
     config = dataclasses.replace(read(FILES["qwen3"]), final_softcap=30.0)
     with pytest.raises(AssertionError, match=r"no config.json of a qwen3 describes"):
-        config.to_hugging_face()
+        write_config_json(config)
 
 
 def test_flops_count_of_local_layers_only_what_they_see():

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.devices.sharding import make_mesh, shardings
+from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.heads import init_scorer
 from kto_jax.models.model import Model
 from kto_jax.models.weights import huggingface
@@ -33,7 +34,7 @@ def draw_weights(config, dtype=np.float32):
 
 def write_model(directory, config, weights=None):
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    (directory / "config.json").write_text(json.dumps(write_config_json(config)))
     safetensors.numpy.save_file(draw_weights(config) if weights is None else weights, directory / "model.safetensors")
     return directory
 
@@ -309,7 +310,7 @@ def test_a_tensor_in_two_files_is_refused(directory):
 
 
 def test_pickled_weights_are_refused_unopened(config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    (tmp_path / "config.json").write_text(json.dumps(write_config_json(config)))
     with pytest.raises(ConfigError, match=r"holds no model\.safetensors"):
         load(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
