@@ -19,7 +19,6 @@ def get_config():
     config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.reference.param_dtype = "bfloat16"
     config.data.train = "feedback.jsonl"
     config.data.max_length = 2048
     config.data.max_prompt_length = 1024

@@ -52,9 +52,13 @@ class ReferenceConfig:
 
     path: str = ""
     """As `model.path`; empty for the policy's own initial weights."""
-    param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """What its weights are kept in. int8 is of its matrices alone, with a scale for each output channel; what that does
-    to rewards is measured on the first batch and said, where it is known what they would have been."""
+    param_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """The dtype that its weights are stored in. "auto": the dtype of the weights' own file, which loses nothing. int8
+    quantizes its matrices alone, with a scale for each output channel. The effect of fewer bits on the first batch's
+    rewards is measured and reported, unless `path` names another model than the policy's."""
+    max_error: float = 0.05
+    """Mean absolute error of the first batch's rewards, which are β-scaled, above which a rounded reference is refused.
+    Without rounding they are all 0; 1 is about where a loss of a sigmoid bends, so 0.05 is 5 % of its scale."""
     precompute: bool = False
     """Compute its log-probabilities of all that the run will read once, before training, and then hold no reference.
     They are kept in the cache, for other runs on the same feedback. The report then has no perplexity under it.
@@ -523,6 +527,7 @@ def _check(config: Config) -> None:
         ),
         ("data.max_rejected", config.data.max_rejected, 0 <= config.data.max_rejected <= 1, "between 0 and 1"),
         ("data.num_loaders", config.data.num_loaders, config.data.num_loaders >= 0, "0 (a thread) or more"),
+        ("reference.max_error", config.reference.max_error, config.reference.max_error >= 0, "0 or more"),
         ("reference.sync_every", config.reference.sync_every, config.reference.sync_every >= 0, "0 (never) or more"),
         ("reference.sync_mix", config.reference.sync_mix, 0 < config.reference.sync_mix <= 1, "above 0, at most 1"),
         ("lora.rank", config.lora.rank, config.lora.rank >= 0, "0 (no adapters) or more"),

@@ -40,6 +40,7 @@ from kto_jax.training.logs import MetricsLog, console
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import INTERRUPTED, Preemption, ending_at_once
+from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, write_json
 from kto_jax.training.state import TrainState
 from kto_jax.training.step import jit_train_step
@@ -85,6 +86,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
     console.quiet = not processes.is_first()
     with tempfile.TemporaryDirectory() as scratch:
         # ------------------------------------------------- what is read, and the devices
+        config = processes.together(lambda: choose_dtype(config, workdir))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)
@@ -120,7 +122,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
         state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
         console.print(f"weights read in {time.monotonic() - clock:.1f} s", highlight=False)
 
-        if int(state.step) == 0 and _reference_is_rounded(config, inputs):
+        if int(state.step) == 0 and is_rounded(config):
             _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
 
         # ------------------------------------------------- the steps
@@ -273,22 +275,11 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
         )
 
 
-def _reference_is_rounded(config: Config, inputs: Inputs) -> bool:
-    """Whether the reference is the policy's first weights, in fewer bits than the policy is kept in."""
-    kept = config.reference.param_dtype
-    rounded = kept == "int8" or (kept == "bfloat16" and config.model.param_dtype == "float32")
-    return inputs.objective.uses_reference and not config.reference.path and not config.lora.rank and rounded
-
-
 def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) -> None:
-    console.print(
-        f"the reference in {config.reference.param_dtype}: on the {errors['completions']:.0f} completions of the first "
-        f"batch log-probabilities are off by {errors['logps_mean']:.3g} nats in the mean and {errors['logps_max']:.3g} "
-        f"at most; rewards by {errors['rewards_mean']:.3g} and {errors['rewards_max']:.3g}",
-        highlight=False,
-    )
+    console.print(describe_error(config, errors), highlight=False)
     if processes.is_first():
         write_json(run.path / "reference_error.json", errors)
+    check_error(config, errors)
 
 
 def _short(value: object) -> str:

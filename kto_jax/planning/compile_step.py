@@ -27,6 +27,7 @@ from kto_jax.storage.fetch import local_path
 from kto_jax.training.first_state import make_abstract_state, make_model
 from kto_jax.training.inputs import check_together
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.reference import choose_dtype
 from kto_jax.training.step import jit_train_step, work
 
 _NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which changes nothing else of it.
@@ -259,6 +260,7 @@ def compile_for(
     Raises:
       ConfigError: mesh, rows or model do not fit together.
     """
+    config = choose_dtype(config)
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
     check_lengths([shape.row_length], dict(mesh.shape))

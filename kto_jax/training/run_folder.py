@@ -43,6 +43,7 @@ _FREE = (
     "data.eos_token",
     "mesh",
     "processes",
+    "reference.max_error",
     "evaluation",
     "checkpoint",
     "samples.judges",

@@ -1,0 +1,46 @@
+"""The dtype that holds a model's stored weights without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+
+from kto_jax.config import ConfigError
+from kto_jax.models.weights.safetensors_files import read_json, weight_files
+
+
+def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
+    """The narrower of float32 and bfloat16 that holds every weight of a model exactly.
+
+    Everything but a model of bfloat16 weights alone is "float32": float16 has more digits than bfloat16, and so have
+    the dequantised weights of a .gguf file.
+
+    Args:
+      path: a Hugging Face directory or a .gguf file. A directory without weights (`plan` fetches no more than
+        config.json) is judged by the dtype that its config.json states.
+
+    Raises:
+      ConfigError: a weights file is damaged, or config.json is missing.
+    """
+    if path.is_file():
+        return "float32"
+    if any(path.glob("*.safetensors")):
+        return "bfloat16" if set(_dtypes(weight_files(path))) == {"BF16"} else "float32"
+    values = read_json(path / "config.json")
+    stated = [part.get(name) for part in (values, values.get("text_config", {})) for name in ("dtype", "torch_dtype")]
+    return "bfloat16" if "bfloat16" in stated else "float32"
+
+
+def _dtypes(files: Iterable[Path]) -> Iterable[str]:
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                names = list(opened.keys())
+                yield from (opened.get_slice(name).get_dtype() for name in names)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{file} is damaged ({error}). Its header must describe all of it. Download it again."
+            ) from error

@@ -1,0 +1,105 @@
+"""The dtype that the reference is kept in, and what rounding it to fewer bits does to the first batch's rewards.
+
+Before the first step the policy and the reference are the same model, so every reward is 0. A reference with fewer bits
+than the weights it comes from breaks that: after a short SFT, rounding to bfloat16 takes back most of what was learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.models.weights.stored_dtype import stored_dtype
+from kto_jax.objectives import check_objective
+from kto_jax.storage.fetch import local_path
+
+
+def choose_dtype(config: Config, workdir: Path | None = None) -> Config:
+    """The run with `reference.param_dtype="auto"` replaced by a dtype that holds the reference exactly.
+
+    A run that is resumed keeps the dtype in its config.json.
+
+    Args:
+      config: the run.
+      workdir: the run's folder; None where there is no run, and a model of the Hub is judged by its config.json.
+
+    Raises:
+      ConfigError: the objective or the model cannot be used.
+    """
+    if config.reference.param_dtype != "auto":
+        return config
+    dtype = _recorded(workdir) if workdir else None
+    if dtype is None and (config.lora.rank or check_objective(config.objective).uses_reference):
+        # It becomes a mix with the policy where it is synced.
+        moves = config.reference.sync_every > 0
+        dtype = config.model.param_dtype if moves else _source_dtype(config, only_config=workdir is None)
+    if dtype is None:
+        return config
+    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=cast(Any, dtype)))
+
+
+def _recorded(workdir: Path) -> str | None:
+    """The reference's dtype in the config.json of a run; None if there is no run."""
+    try:
+        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        return str(values["reference"]["param_dtype"])
+    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a config.json that is broken
+        return None
+
+
+def _source_dtype(config: Config, *, only_config: bool = False) -> str:
+    """The narrowest dtype that holds the weights that the reference is made from exactly."""
+    if not config.reference.path and (config.model.init == "random" or config.model.param_dtype == "bfloat16"):
+        return config.model.param_dtype
+    path = config.reference.path or config.model.path
+    return stored_dtype(local_path(path, hub_files=("config.json",) if only_config else None))
+
+
+def is_rounded(config: Config) -> bool:
+    """Whether the reference begins as the policy's first weights, but in fewer bits.
+
+    Args:
+      config: the run, its dtype chosen.
+
+    Raises:
+      ConfigError: the objective or the model cannot be used.
+    """
+    if config.reference.path or config.lora.rank or not check_objective(config.objective).uses_reference:
+        return False
+    kept = config.reference.param_dtype
+    return kept == "int8" or (kept == "bfloat16" and _source_dtype(config) == "float32")
+
+
+def describe_error(config: Config, errors: dict[str, float]) -> str:
+    """What rounding the reference did on the first batch, and what to do about it.
+
+    Args:
+      config: the run.
+      errors: from `step.reference_error`.
+    """
+    kept = config.reference.param_dtype
+    return (
+        f"the reference is rounded to {kept}: on the {errors['completions']:.0f} completions of the first batch, "
+        f"log-probabilities are off by {errors['logps_mean']:.3g} nats on average and {errors['logps_max']:.3g} at "
+        f"most, and rewards by {errors['rewards_mean']:.3g} and {errors['rewards_max']:.3g}; without rounding all "
+        'rewards would be 0. config.reference.param_dtype="auto" does not round'
+    )
+
+
+def check_error(config: Config, errors: dict[str, float]) -> None:
+    """Refuses a reference whose rounding moves rewards by more than `reference.max_error` on average.
+
+    Raises:
+      ConfigError: with the error, the limit and the remedies.
+    """
+    kept, limit = config.reference.param_dtype, config.reference.max_error
+    if not errors["rewards_mean"] <= limit:
+        raise ConfigError(
+            f"config.reference.param_dtype={kept!r} moves the rewards of the first batch, which are 0 without "
+            f"rounding, by {errors['rewards_mean']:.3g} on average. Allowed: up to "
+            f'config.reference.max_error={limit:g}. Set config.reference.param_dtype to "auto" and choose another '
+            "--workdir, or accept the error with a larger config.reference.max_error."
+        )
