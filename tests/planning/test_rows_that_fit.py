@@ -74,7 +74,7 @@ def test_devices_that_share_a_row_get_the_only_number_there_is():
 
 
 def test_what_another_process_has_no_room_for_does_not_fit(monkeypatch):
-    monkeypatch.setattr(fitting.hosts, "tell", lambda word: [word, "False"])
+    monkeypatch.setattr(fitting.processes, "tell", lambda word: [word, "False"])
     assert find(lambda rows: program(rows, GIB, 9))[0] == 2
 
 
@@ -177,12 +177,12 @@ def test_a_continued_run_keeps_its_rows_where_it_can(before, rows, tried, inputs
 
 
 def test_all_processes_take_the_rows_that_the_first_one_remembers(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting.hosts, "tell", lambda word: ["8" if word == "24" else word, word])
+    monkeypatch.setattr(fitting.processes, "tell", lambda word: ["8" if word == "24" else word, word])
     assert settle(inputs, tmp_path, monkeypatch, growing, 24) == (8, [8])
 
 
 def test_processes_on_one_host_share_its_memory(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting.hosts, "tell", lambda word: [word, word])
+    monkeypatch.setattr(fitting.processes, "tell", lambda word: [word, word])
     assert settle(inputs, tmp_path, monkeypatch, growing) == (16, [8, 16, 32])
 
 

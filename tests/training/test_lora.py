@@ -78,6 +78,7 @@ def test_the_step_needs_memory_for_adapters_and_no_gradient_of_the_weights():
                 "model": {"path": str(ROOT / "configs/architectures/llama_3_2_1b"), "dtype": "float32"},
                 "data": {"train": "feedback.jsonl", "max_length": 64, "max_prompt_length": 32},
                 "lora": {"rank": rank}, "batch_size": 8, "mesh": {"data": 1, "fsdp": 8},
+                "reference": {"param_dtype": "float32"},
             }
         )  # fmt: skip
         return compile_step(config, read_subject(config), open_topology("local"), Lengths(64, 32))

@@ -26,6 +26,7 @@ from kto_jax.training.reference import check_error, choose_dtype, is_rounded
 from tests import ROOT
 
 TINY = ROOT / "configs" / "tiny_model"
+PUBLISHED = str(ROOT / "configs/architectures/llama_3_1_8b")
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evaluation.max_examples=16"]
 
@@ -36,6 +37,14 @@ def resolved(recipe):
 
 def with_reference(recipe):
     return check_objective(resolved(recipe).objective).uses_reference
+
+
+QUICK_RECIPES = ("kto_llama", "dpo_llama")
+CASES = [
+    pytest.param(recipe, marks=() if recipe.stem in QUICK_RECIPES else pytest.mark.slow)
+    for recipe in RECIPES
+    if with_reference(recipe)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +95,7 @@ def first_row(workdir):
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
 
 
-@pytest.mark.parametrize("recipe", [each for each in RECIPES if with_reference(each)], ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", CASES, ids=lambda recipe: recipe.stem)
 def test_at_the_first_step_of_every_recipe_all_rewards_are_0_after_sft(recipe, tuned, data, tmp_path):
     own, tiny = resolved(recipe), resolved(ROOT / "configs" / "tiny.py")
     reads = check_objective(own.objective).reads
@@ -171,17 +180,17 @@ def config(init="pretrained", path=str(TINY), **reference):
     return Config(model=model, reference=ReferenceConfig(**reference))
 
 
-@pytest.mark.parametrize("made, expected", [
-    (config(), "float32"),
-    (config(init="random"), "float32"),
-    (config(init="random", policy="bfloat16"), "bfloat16"),
-    (config(policy="bfloat16"), "bfloat16"),
-    (config(path=str(ROOT / "configs/architectures/llama_3_1_8b")), "bfloat16"),
-    (config(path=str(ROOT / "configs/architectures/llama_3_1_8b"), sync_every=4), "float32"),
-    (config(param_dtype="int8"), "int8"),
-], ids=str)  # fmt: skip
-def test_auto_loses_nothing_of_what_the_policy_begins_with(made, expected):
-    assert choose_dtype(made).reference.param_dtype == expected
+@pytest.mark.parametrize("options, expected", [
+    ({}, "float32"),
+    ({"init": "random"}, "float32"),
+    ({"init": "random", "policy": "bfloat16"}, "bfloat16"),
+    ({"policy": "bfloat16"}, "bfloat16"),
+    ({"path": PUBLISHED}, "bfloat16"),
+    ({"path": PUBLISHED, "sync_every": 4}, "float32"),
+    ({"path": PUBLISHED, "param_dtype": "int8"}, "int8"),
+])  # fmt: skip
+def test_auto_loses_nothing_of_what_the_policy_begins_with(options, expected):
+    assert choose_dtype(config(**options)).reference.param_dtype == expected
 
 
 def test_without_a_reference_or_adapters_there_is_no_dtype_to_choose():
