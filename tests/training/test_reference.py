@@ -127,7 +127,7 @@ def test_rounding_what_sft_taught_is_refused_with_a_remedy_unless_the_error_is_a
     errors = json.loads((tmp_path / "run" / "reference_error.json").read_text())
     assert errors["rewards_mean"] > 0.0001
     assert first_row(tmp_path / "run")["margin"] != 0
-    assert "the reference is rounded to bfloat16" in (tmp_path / "run" / "report.html").read_text()
+    assert "The rounded reference" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_bfloat16_reference_of_a_bfloat16_base_is_exact(base, tmp_path):
