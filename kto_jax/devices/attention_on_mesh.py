@@ -11,7 +11,10 @@ the segments. docs/design.md says why.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +23,32 @@ from jaxtyping import Array
 
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import ACTIVATION_RULES, copies_of_kv_heads, num_parts
+from kto_jax.models.attention import splash, triton
 from kto_jax.models.attention.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention
-from kto_jax.models.attention.splash import splash_attention
-from kto_jax.models.attention.triton import triton_attention
 
-# What "auto" takes on each platform, and where each kernel runs; the rest runs everywhere.
-BEST = {"tpu": "splash", "gpu": "triton"}
-PLATFORMS = {"splash": "tpu", "triton": "gpu"}
+
+class Kernel(NamedTuple):
+    """An attention kernel for one kind of device, imported only when a run uses it.
+
+    Attributes:
+      platform: where it runs.
+      attend: called as `dense_attention` is.
+      supports: whether it can compute attention of these queries, window and soft-cap; otherwise "chunked" does.
+      is_installed: whether the installed JAX has it.
+    """
+
+    platform: str
+    attend: Callable[..., Array]
+    supports: Callable[..., bool]
+    is_installed: Callable[[], bool]
+
+
+# "auto" takes the first kernel of the platform that is installed. "dense" and "chunked" run everywhere.
+KERNELS = {
+    "splash": Kernel("tpu", splash.splash_attention, splash.supports, splash.is_installed),
+    "triton": Kernel("gpu", triton.triton_attention, triton.supports, triton.is_installed),
+}
 # Tokens of a block of "chunked" where there are more units to fill than on a CPU.
 LARGE_BLOCK = 512
 _ROWS, _LENGTH, _HEADS = (ACTIVATION_RULES[axis] for axis in ("rows", "length", "heads"))
@@ -68,12 +89,11 @@ class MeshAttention:
             )
         return attend(*arrays)[:rows, :length]
 
-    def _attend(self, *heads: Array, window=None, softcap=None, precision=None, **options: Any) -> Array:
-        if self.name == "triton" and window is None and softcap is None and heads[0].dtype == jnp.bfloat16:
-            return triton_attention(*heads, **options)
-        options |= {"window": window, "softcap": softcap, "precision": precision}
-        if self.name == "splash":
-            return splash_attention(*heads, **options)
+    def _attend(self, *heads: Array, window: int | None = None, softcap: float | None = None, **options: Any) -> Array:
+        options |= {"window": window, "softcap": softcap}
+        kernel = KERNELS.get(self.name)
+        if kernel is not None and kernel.supports(heads[0], window=window, softcap=softcap):
+            return kernel.attend(*heads, **options)
         if self.name == "dense":
             return dense_attention(*heads, **options)
         block = BLOCK if self.mesh.devices.flat[0].platform == "cpu" else LARGE_BLOCK
@@ -97,20 +117,40 @@ def _part_of_rows(x: Array, sequence: int) -> Array:
 
 
 def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton"], mesh: Mesh) -> MeshAttention:
-    """The attention that a model upon this mesh takes.
+    """The attention that a model on this mesh uses.
 
-    "auto" is splash on TPU, triton on GPU and chunked elsewhere. Where triton was chosen, what its kernel does not know
-    (windows, soft-caps, other dtypes than bfloat16) is left to chunked.
+    "auto" is the kernel for the mesh's devices (splash on TPU, triton on GPU), and chunked where there is none or the
+    installed JAX has none, which is logged. Where triton was chosen, chunked does what its kernel cannot: windows,
+    soft-caps and dtypes other than bfloat16.
 
     Raises:
-      ConfigError: the mesh's devices cannot run it.
+      ConfigError: the mesh's devices cannot run it, or the installed JAX does not have it.
     """
+    if name in ("dense", "chunked"):
+        return MeshAttention(mesh, name)
     platform = mesh.devices.flat[0].platform
-    chosen: str = BEST.get(platform, "chunked") if name == "auto" else name
-    if PLATFORMS.get(chosen, platform) != platform:
-        raise ConfigError(
-            f"config.model.attention={chosen!r} is a kernel for {PLATFORMS[chosen]} devices, and these are {platform}. "
-            f"Allowed here: auto, dense, chunked{f', {BEST[platform]}' if platform in BEST else ''}. "
-            "Set config.model.attention."
+    known = [kernel for kernel in KERNELS if KERNELS[kernel].platform == platform]
+    installed = [kernel for kernel in known if KERNELS[kernel].is_installed()]
+    if name in installed:
+        return MeshAttention(mesh, name)
+    if name == "auto":
+        if known and not installed:
+            _log_fallback(known[0])
+        return MeshAttention(mesh, (*installed, "chunked")[0])
+    reason = f"JAX {jax.__version__} does not have"
+    if name not in known:
+        reason = f"runs on {KERNELS[name].platform} devices, and these are {platform}"
+    raise ConfigError(
+        f"config.model.attention={name!r} is a kernel that {reason}. Allowed here: "
+        f"{', '.join(('auto', 'dense', 'chunked', *installed))}. Set config.model.attention."
+    )
+
+
+@functools.cache
+def _log_fallback(kernel: str) -> None:
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).warning(
+            'JAX %s has no kernel %r for attention; config.model.attention="auto" uses "chunked" instead',
+            jax.__version__,
+            kernel,
         )
-    return MeshAttention(mesh, chosen)

@@ -2,7 +2,11 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
+import textwrap
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.attention import measure, memory
 from kto_jax.config import ConfigError, MeshConfig
+from kto_jax.devices import attention_on_mesh
 from kto_jax.devices.attention_on_mesh import MeshAttention, choose_attention
 from kto_jax.devices.sharding import make_mesh
+from kto_jax.models.attention import splash, triton
 from kto_jax.models.attention.blockwise import blockwise_attention
 from kto_jax.planning.topology import open_topology
+from tests import ROOT
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -93,9 +100,57 @@ def test_rows_that_their_devices_cannot_share_equally_attend_as_on_one():
 
 def test_a_kernel_is_refused_where_its_devices_are_not():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    message = r"attention='splash' is a kernel for tpu .* these are cpu.*Allowed here: auto, dense, chunked\. Set"
+    message = r"attention='splash' is a kernel that runs on tpu .* these are cpu.*here: auto, dense, chunked\. Set"
     with pytest.raises(ConfigError, match=message):
         choose_attention("splash", mesh)
+
+
+class GpuMesh:
+    """A mesh of one device that calls itself a GPU."""
+
+    devices = np.array([SimpleNamespace(platform="gpu")])
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A JAX from which the kernels have been removed."""
+    for module in (splash, triton):
+        module._kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.attention", None)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.tpu.splash_attention", None)
+    attention_on_mesh._log_fallback.cache_clear()
+
+
+def test_auto_falls_back_to_chunked_and_logs_it_once_if_jax_has_no_kernel(without_kernels, caplog):
+    assert [choose_attention("auto", GpuMesh()).name for _ in range(2)] == ["chunked"] * 2
+    assert len(caplog.messages) == 1 and "has no kernel 'triton'" in caplog.text and '"chunked" instead' in caplog.text
+
+
+def test_a_kernel_that_jax_does_not_have_is_refused_by_name(without_kernels):
+    with pytest.raises(
+        ConfigError, match=r"attention='triton' is a kernel that JAX .* does not have.*dense, chunked\."
+    ):
+        choose_attention("triton", GpuMesh())
+
+
+def test_auto_is_triton_on_a_gpu_where_chunked_does_what_triton_cannot():
+    attend = choose_attention("auto", GpuMesh())
+    assert attend.name == "triton"
+    supports = attention_on_mesh.KERNELS["triton"].supports
+    assert supports(jnp.zeros(1, jnp.bfloat16), window=None, softcap=None)
+    assert not supports(jnp.zeros(1), window=None, softcap=None)
+    assert not supports(jnp.zeros(1, jnp.bfloat16), window=3, softcap=None)
+    assert not supports(jnp.zeros(1, jnp.bfloat16), window=None, softcap=2.0)
+
+
+def test_no_kernel_is_imported_before_it_is_chosen():
+    program = """
+        import sys
+        import kto_jax.devices.attention_on_mesh, kto_jax.models.model
+        print([name for name in sys.modules if name.startswith("jax.experimental.pallas.ops")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_what_is_measured_of_attention_agrees_with_dense_and_grows_with_the_length_alone():

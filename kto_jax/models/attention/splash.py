@@ -1,29 +1,49 @@
-"""Attention over packed rows on TPU: JAX's own Pallas kernel, splash attention.
+"""Flash attention over packed rows on TPU: splash attention, the Pallas kernel that comes with JAX.
 
-Blocks above the diagonal and outside of the window are left out when the kernel is built. Segments are known only while
-it runs: they mask scores, and skip nothing.
+Blocks above the diagonal and outside the window are skipped when the kernel is built. Segments are known only while it
+runs: they mask scores and skip nothing. The kernel is imported only when a run uses it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    LocalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-)
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import scaled
 
 # Tokens of a block, from the fastest on: the kernel wants multiples of 128.
 BLOCKS = (512, 384, 256, 128)
+
+
+def is_installed() -> bool:
+    """Whether this JAX has the kernel."""
+    try:
+        _kernel()
+    except ImportError:
+        return False
+    return True
+
+
+def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
+    """Whether the kernel can compute this attention: it always can."""
+    del query, window, softcap
+    return True
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    """JAX's module of the kernel.
+
+    Raises:
+      ImportError: this JAX has none.
+    """
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
 
 
 def splash_attention(
@@ -63,12 +83,13 @@ def splash_attention(
     length, num_heads = query_RLNH.shape[1:3]
     block, padded = block_and_length(length)
     shape = (padded, padded)
-    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
-    kernel = make_splash_mha(
-        MultiHeadMask([mask] * num_heads),
+    splash = _kernel()
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=BlockSizes(*(block,) * 8),
+        block_sizes=splash.BlockSizes(*(block,) * 8),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
@@ -78,7 +99,7 @@ def splash_attention(
 
     segments = jnp.pad(segment_ids_RL, ((0, 0), (0, padded - length)))
     heads = (heads_first(scaled(query_RLNH, scale)), heads_first(key_RLKH), heads_first(value_RLKH))
-    mixed = _with_precision(jax.vmap(kernel), precision)(*heads, SegmentIds(segments, segments))
+    mixed = _with_precision(jax.vmap(kernel), precision)(*heads, splash.SegmentIds(segments, segments))
     return mixed.swapaxes(1, 2)[:, :length]
 
 

@@ -1,14 +1,50 @@
-"""Attention over packed rows on NVIDIA GPUs: JAX's own Pallas kernel, which it compiles through Triton."""
+"""Flash attention over packed rows on NVIDIA GPUs: the Pallas kernel that comes with JAX, compiled by Triton.
+
+JAX 0.11 deprecated this kernel. It is imported only when a run uses it, and `is_installed` tells whether this JAX still
+has it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jaxtyping import Array, Float, Int
 
 BLOCK = 128
+
+
+def is_installed() -> bool:
+    """Whether this JAX has the kernel."""
+    try:
+        _kernel()
+    except ImportError:
+        return False
+    return True
+
+
+def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
+    """Whether the kernel can compute this attention: no window, no soft-cap, and bfloat16."""
+    return window is None and softcap is None and query.dtype == jnp.bfloat16
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    """JAX's module of the kernel.
+
+    Raises:
+      ImportError: this JAX has none.
+    """
+    with warnings.catch_warnings():
+        # Deprecated in favour of tokamax since JAX 0.11. Nobody has to act: without it, `choose_attention` falls back.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
 
 
 def triton_attention(
@@ -18,13 +54,16 @@ def triton_attention(
     *,
     segment_ids_RL: Int[Array, "R L"],
     positions_RL: Int[Array, "R L"],
+    window: None = None,
+    softcap: None = None,
     scale: float | None = None,
+    precision: jax.lax.Precision | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R L N H"]:
     """As `attention` of the same tokens as queries and keys, where the positions of every segment rise along the row.
 
-    The kernel knows neither windows nor soft-caps, nor heads that share keys, which are therefore repeated. On a GPU
-    its products are not those of float32: it is for bfloat16.
+    The kernel has no windows, no soft-caps, no grouped heads and, on a GPU, no float32 products. Keys and values are
+    therefore repeated for each query head; `supports` tells the rest.
 
     Args:
       query_RLNH: queries, rotated.
@@ -32,13 +71,17 @@ def triton_attention(
       value_RLKH: values.
       segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
       positions_RL: not read.
+      window: must be None.
+      softcap: must be None.
       scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
+      precision: not read.
       interpret: runs the kernel without a GPU, to test it.
 
     Returns:
       The mixed values, in the dtype of `value_RLKH`.
     """
-    del positions_RL
+    del positions_RL, precision
+    assert window is None and softcap is None, "see `supports`"
     length, num_heads, head_dim = query_RLNH.shape[1:]
     padding = -length % BLOCK
 
@@ -47,7 +90,7 @@ def triton_attention(
         repeated = jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[2], axis=2).astype(x.dtype)
         return jnp.pad(repeated, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
-    mixed = mha(
+    mixed = _kernel().mha(
         padded(query_RLNH),
         padded(key_RLKH),
         padded(value_RLKH),
@@ -60,7 +103,7 @@ def triton_attention(
     return mixed[:, :length]
 
 
-def _block_sizes(head_dim: int) -> BlockSizes:
-    """JAX's own, but of wide heads smaller ones: a block of keys and one of values must fit a core's own memory."""
-    sizes = BlockSizes.get_default()
+def _block_sizes(head_dim: int) -> Any:
+    """JAX's default blocks, halved for wide heads: a block of keys and one of values must fit in shared memory."""
+    sizes = _kernel().BlockSizes.get_default()
     return sizes if head_dim <= 128 else dataclasses.replace(sizes, block_q=BLOCK // 2, block_k=BLOCK // 2)
