@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks.packing import Lengths, make_index
 from kto_jax.config import Config, ModelConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.packing import RowLimits
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.sharding import place_batch, shardings
 from kto_jax.models.int8 import kept_as
@@ -102,10 +103,8 @@ def _schedule(config: Config, vocab_size: int, steps: int) -> Schedule:
     index = make_index(Lengths("filled rows", length - completion, completion, length, ()))
     tokens = np.random.default_rng(0).integers(3, vocab_size, len(index.tokens)).astype(np.int32)
     index = dataclasses.replace(index, tokens=tokens, weights=np.ones(count, np.float32))
-    return Schedule(
-        index, np.arange(count), batch_size=config.batch_size, seed=0, epochs=1, row_length=length,
-        microbatch_rows=int(config.microbatch_rows), completion_length=length // 2, max_length=length,
-    )  # fmt: skip
+    limits = RowLimits((length,), length // 2, int(config.microbatch_rows), max_length=length)
+    return Schedule(index, np.arange(count), Order(config.batch_size, seed=0), limits)
 
 
 def take(options: argparse.Namespace, length: int) -> dict[str, Any] | None:

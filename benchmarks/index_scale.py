@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import DataConfig
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.packing import RowLimits
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index, open_index
 from kto_jax.data.rows.records import Feedback
@@ -140,10 +141,10 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, float]:
     timed("reopen_seconds", open_index, index.directory)
     timed("find_and_reopen_seconds", build_index, data, tokenizer, **settings)
     with memory.watched():
-        rows = timed("rows_seconds", index.rows, "train")
-        shape = {"row_length": 256, "microbatch_rows": 1, "completion_length": 256, "max_length": 64}
-        schedule = timed("plan_seconds", Schedule, index, rows, batch_size=256, seed=0, epochs=1, **shape)
-    figures["plan_private_bytes"] = max(memory.private, 0)
+        train = timed("sequences_seconds", index.sequences, "train")
+        limits = RowLimits((256,), completion_length=256, microbatch_rows=1, max_length=64)
+        schedule = timed("schedule_seconds", Schedule, index, train, Order(256, seed=0), limits)
+    figures["schedule_private_bytes"] = max(memory.private, 0)
     for name, function in (("step", schedule.step), ("batch", schedule.batch)):
         function(0)
         steps = np.linspace(0, schedule.num_steps - 1, 50).astype(int)

@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.packing import log_normal_lengths, make_index
 from configs import quickstart, tiny
 from kto_jax.config import Config, resolve
-from kto_jax.data.batches.packing import Packing, RowShape, fill
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.inspect import read_feedback
 from kto_jax.objectives import make_objective
@@ -82,8 +82,8 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
     if index is None:
         with tempfile.TemporaryDirectory() as scratch:
             index, _ = read_feedback(config, Path(scratch))
-    rows = index.rows("train")
-    labels = np.asarray(index.desirable)[rows]
+    sequences = index.sequences("train")
+    labels = np.asarray(index.desirable)[sequences]
     options = make_objective(
         config.objective, num_desirable=int(labels.sum()), num_undesirable=int((~labels).sum())
     ).options
@@ -94,19 +94,15 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
         objective=dataclasses.replace(config.objective, **weights),
         optimizer=dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0),
     )
-    row_lengths = choose_lengths(config, index, rows, paired=False)
-    schedule = Schedule(
-        index,
-        rows,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epochs=1,
-        row_length=row_lengths,
-        microbatch_rows=config.microbatch_rows,
+    row_lengths = choose_lengths(config, index, sequences, paired=False)
+    limits = RowLimits(
+        row_lengths,
         completion_length=round(row_lengths[0] * config.completion_share),
+        microbatch_rows=int(config.microbatch_rows),
         max_length=config.data.max_length,
     )
-    return FeedbackSet(config, schedule, plain_remat)
+    order = Order(config.batch_size, config.seed)
+    return FeedbackSet(config, Schedule(index, sequences, order, limits), plain_remat)
 
 
 def sequences(rows: PackedRows) -> Sequences:

@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.packing import log_normal_lengths, make_index
-from kto_jax.data.batches.schedule import Schedule, prefetch
+from kto_jax.data.batches.packing import RowLimits
+from kto_jax.data.batches.prefetch import prefetch
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index.builder import COLUMNS, FORMAT
 from kto_jax.data.index.index import Index, open_index
 
@@ -78,10 +80,9 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as directory:
         index = written(make_index(lengths), Path(directory))
-        shape = {"row_length": 2048, "completion_length": 2048, "max_length": 2048, "microbatch_rows": 8}
-        schedule = Schedule(
-            index, np.arange(len(lengths.prompt)), batch_size=options.batch_size, seed=0, epochs=9, **shape
-        )
+        limits = RowLimits((2048,), completion_length=2048, microbatch_rows=8, max_length=2048)
+        order = Order(options.batch_size, seed=0, epochs=9)
+        schedule = Schedule(index, np.arange(len(lengths.prompt)), order, limits)
         size = sum(array.nbytes for array in _arrays(schedule.batch(0)))
         for name, step in steps.items():
             for num_loaders in (0, 1, 2):

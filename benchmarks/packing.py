@@ -24,8 +24,8 @@ from rich.table import Table
 
 from configs import quickstart
 from kto_jax.config import resolve
-from kto_jax.data.batches.packing import choose_row_lengths
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.packing import RowLimits, choose_row_lengths
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.inspect import read_feedback
@@ -51,9 +51,9 @@ def quickstart_lengths() -> Lengths:
     config = resolve(quickstart.get_config())
     with tempfile.TemporaryDirectory() as scratch:
         index, _ = read_feedback(config, Path(scratch))
-    rows = index.rows("train")
+    train = index.sequences("train")
     settings = ((config.batch_size, 1), (config.batch_size, int(config.microbatch_rows)), (32, 1), (256, 1), (256, 8))
-    return Lengths("quickstart", index.prompt_lengths[rows], index.completion_lengths[rows], 128, settings)
+    return Lengths("quickstart", index.prompt_lengths[train], index.completion_lengths[train], 128, settings)
 
 
 def chitchat_lengths() -> Lengths:
@@ -128,7 +128,7 @@ def measure(schedule: Schedule, num_steps: int, index: Index, lengths: Lengths) 
             real += int((packed.segment_ids > 0).sum())
             room += packed.segment_ids[:count].size
         step = schedule.step(s)
-        for prompts, completions in ((step.rows, step.rows), (step.rows, step.partners)):
+        for prompts, completions in ((step.ids, step.ids), (step.ids, step.partners)):
             totals = sum(
                 fit_lengths(
                     index.prompt_lengths[prompts],
@@ -168,21 +168,13 @@ def main() -> None:
             max_prompt_length=lengths.max_length // 2,
         )
         for batch_size, rows in lengths.settings:
-            shape = {"batch_size": batch_size, "microbatch_rows": rows}
-            chosen = [choose_row_lengths(*kept, shortest=lengths.max_length, num_lengths=n, **shape) for n in (1, 2)]
+            size = {"batch_size": batch_size, "microbatch_rows": rows}
+            chosen = [choose_row_lengths(*kept, shortest=lengths.max_length, num_lengths=n, **size) for n in (1, 2)]
             for row_length in dict.fromkeys([(lengths.max_length,), *chosen]):
-                schedule = Schedule(
-                    index,
-                    np.arange(len(lengths.prompt)),
-                    seed=0,
-                    epochs=1,
-                    row_length=row_length,
-                    completion_length=row_length[0],
-                    max_length=lengths.max_length,
-                    **shape,
-                )
+                limits = RowLimits(row_length, row_length[0], rows, lengths.max_length)
+                schedule = Schedule(index, np.arange(len(lengths.prompt)), Order(batch_size, seed=0), limits)
                 figures = measure(schedule, options.steps, index, lengths)
-                results.append({"set": lengths.name, **shape, "row_length": row_length, **figures})
+                results.append({"set": lengths.name, **size, "row_length": row_length, **figures})
                 table.add_row(
                     lengths.name,
                     str(batch_size),

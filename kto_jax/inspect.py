@@ -105,7 +105,7 @@ def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, 
     for table in _tables(manifest):
         console.print(table)
     console.print(_weights(*count_visits(index), config), soft_wrap=True)
-    rows = index.rows("train")
+    rows = index.sequences("train")
     prompt, completion = _kept(index, rows, config)
     console.print(histogram("tokens of a row to train on: prompt and completion", prompt + completion))
     console.print(histogram("tokens of its completion", completion))

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
-from kto_jax.data.batches.schedule import prefetch
+from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
@@ -262,8 +262,8 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
     console.print(
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
         f"{inputs.objective.examples} from {inputs.schedule.num_examples} ({inputs.num_desirable} desirable and "
-        f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.rows('eval'))} held out; {mesh.size} × "
-        f"{jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
+        f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.sequences('eval'))} held out; "
+        f"{mesh.size} × {jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
         f"{choose_attention(config.model.attention, mesh).name} attention; {peak}",
         highlight=False,
     )
@@ -287,7 +287,7 @@ def _short(value: object) -> str:
 
 
 def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
-    rows = ", ".join(inputs.index.place(row) for row in inputs.schedule.step(step - 1).rows)
+    rows = ", ".join(inputs.index.place(sequence) for sequence in inputs.schedule.step(step - 1).ids)
     console.print(
         f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
         "Such steps change nothing; the newest checkpoint is finite. Look at these rows, or lower "

@@ -1,9 +1,11 @@
-"""An index of random rows, made in memory, for tests of everything behind it."""
+"""An index of random sequences, made in memory, and schedules over it, for tests of everything behind them."""
 
 from pathlib import Path
 
 import numpy as np
 
+from kto_jax.data.batches.packing import RowLimits
+from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index.index import Index
 
 
@@ -47,3 +49,14 @@ def make_index(
         splits=np.zeros(num_rows, np.uint8),
         places=np.stack([np.zeros(num_rows), np.arange(num_rows)], axis=1).astype(np.int64),
     )
+
+
+def make_schedule(
+    index, ids=None, *, batch_size, seed=0, epochs=1, shuffle=True, weights=None, row_length, completion_length=None,
+    microbatch_rows, max_length, **options,
+) -> Schedule:  # fmt: skip
+    """A schedule over all sequences, or some, from the fields of its records; completions may fill a row by default."""
+    lengths = (row_length,) if isinstance(row_length, int) else tuple(sorted(set(row_length)))
+    order = Order(batch_size, seed, epochs, shuffle, weights)
+    limits = RowLimits(lengths, completion_length or lengths[0], microbatch_rows, max_length)
+    return Schedule(index, np.arange(len(index.desirable)) if ids is None else ids, order, limits, **options)

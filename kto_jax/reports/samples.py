@@ -46,7 +46,7 @@ class Samples:
 
 def held_out_prompts(index: Index, count: int) -> list[np.ndarray]:
     """Returns the ids of the first `count` distinct held-out prompts, in source order."""
-    rows = index.rows("eval")
+    rows = index.sequences("eval")
     _, first = np.unique(np.asarray(index.prompt_hashes)[rows], return_index=True)
     return [np.asarray(index.prompt(row)) for row in rows[np.sort(first)[:count]]]
 
@@ -108,7 +108,7 @@ def judge(
     index: Index, tokenizer: TokenizerInfo, names: Sequence[str], before: Samples, after: Samples
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the verdicts (judges and perplexity) for the report, and notes on how reliable the judges are."""
-    rows = index.rows("judge")
+    rows = index.sequences("judge")
     texts = [decode(tokenizer, index.completion(row)) for row in rows] if "feedback" in names else []
     labels = np.asarray(index.desirable)[rows[: len(texts)]]
     prompts = np.asarray(index.prompt_hashes)[rows[: len(texts)]]

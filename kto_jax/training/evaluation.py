@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kto_jax.data.batches.schedule import Schedule, prefetch
+from kto_jax.data.batches.prefetch import prefetch
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices import processes
 from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.models.model import Model

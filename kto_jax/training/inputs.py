@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.data.batches.packing import choose_row_lengths
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.cutting import Controls
+from kto_jax.data.batches.packing import RowLimits, choose_row_lengths
+from kto_jax.data.batches.schedule import Order, Schedule
+from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index.index import Index, build_index
+from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
-from kto_jax.data.rows.sources import Visits, sources_of, weights_of
+from kto_jax.data.rows.sources import sources_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.devices import processes
@@ -118,65 +121,67 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
 
 
 def count_visits(index: Index) -> tuple[int, int]:
-    """Desirable and undesirable completions that an epoch over the rows to train on visits, in the mean of epochs."""
-    visits = Visits(index.rows("train"), index.places[:, 0], weights_of(index.manifest), seed=0)
+    """Desirable and undesirable completions that an epoch visits, on average over epochs."""
+    visits = Visits(index.sequences("train"), index.places[:, 0], weights_of(index.manifest), seed=0)
     desirable = np.asarray(index.desirable)
     return round(visits.total(desirable)), round(visits.total(~desirable))
 
 
 def make_schedules(
-    config: Config, index: Index, objective: Objective, controls: tuple[np.ndarray, np.ndarray] | None
+    config: Config, index: Index, objective: Objective, controls: Controls | None
 ) -> tuple[Schedule, Schedule | None]:
-    """What each step reads, and each evaluation; None where nothing that counts is held out."""
-    if config.microbatch_rows == "auto":  # not found yet: see fitting.py
-        config = dataclasses.replace(config, microbatch_rows=1)
+    """What each step reads, and each evaluation; None if nothing that counts is held out."""
     paired = objective.reads == "pairs"
-    rows = _rows_to_train(index, objective)
-    weights = weights_of(index.manifest)
-    visits = Visits(rows, index.places[:, 0], weights, seed=config.seed)
-    row_lengths = choose_lengths(config, index, visits.at(np.arange(len(visits)), 0), paired)
-    shape: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "row_length": row_lengths,
-        "microbatch_rows": config.microbatch_rows,
-        "completion_length": max(1, round(row_lengths[0] * config.completion_share)),
-        "max_length": config.data.max_length,
-        "paired": paired,
-        "unmatched": objective.first_pass == "unmatched",
-    }
-    schedule = Schedule(index, rows, epochs=config.epochs, weights=weights, suffixes=controls, **shape)
-    held_out = index.pairs("eval") if paired else index.rows("eval")
-    # Files are often sorted by prompt or label: the first rows would be no fair draw, and find no partners.
-    held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
-    held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
-    measured = objective.evaluated_as or objective
-    if not np.any(measured.counts(np.ones(len(held_out), bool), np.asarray(index.desirable)[held_out])):
+    train, weights = _sequences_to_train(index, objective), weights_of(index.manifest)
+    visits = Visits(train, index.places[:, 0], weights, seed=config.seed)
+    limits = _row_limits(config, index, visits.at(np.arange(len(visits)), 0), paired)
+    kind: dict[str, Any] = {"paired": paired, "unmatched": objective.first_pass == "unmatched"}
+    order = Order(config.batch_size, config.seed, config.epochs, weights=weights)
+    schedule = Schedule(index, train, order, limits, controls=controls, **kind)
+    held_out = _sequences_to_evaluate(config, index, objective)
+    if not len(held_out):
         return schedule, None
+    once = Order(config.batch_size, config.seed, shuffle=False)
     good = controls and (controls[1], controls[1])
-    return schedule, Schedule(index, held_out, epochs=1, shuffle=False, suffixes=good, **shape)
+    return schedule, Schedule(index, held_out, once, limits, controls=good, **kind)
 
 
-def choose_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool) -> tuple[int, ...]:
+def _row_limits(config: Config, index: Index, visited: np.ndarray, paired: bool) -> RowLimits:
+    # "auto" rows are found later (planning/rows_that_fit.py), by compiling schedules of one row and more.
+    rows = 1 if config.microbatch_rows == "auto" else config.microbatch_rows
+    config = dataclasses.replace(config, microbatch_rows=rows)
+    lengths = choose_lengths(config, index, visited, paired)
+    return RowLimits(
+        lengths,
+        completion_length=max(1, round(lengths[0] * config.completion_share)),
+        microbatch_rows=rows,
+        max_length=config.data.max_length,
+    )
+
+
+def choose_lengths(config: Config, index: Index, visited: np.ndarray, paired: bool) -> tuple[int, ...]:
     """Tokens of a packed row: as configured, what the longest example needs, or the few that leave the least padding.
 
     Args:
       config: the run.
       index: of its feedback.
-      rows: row ids that an epoch visits; of pairs, those of the chosen.
+      visited: sequences that an epoch visits; with `paired`, the chosen ones.
       paired: whether they are pairs.
+
+    Returns:
+      The lengths, shortest first.
     """
-    shortest = config.data.max_length * (2 if paired else 1)
+    unit = 2 if paired else 1
+    shortest = config.data.max_length * unit
     if config.row_length != "auto":
         return (config.row_length or shortest,)
-    sequences = np.stack([rows, np.asarray(index.rejected)[rows]], axis=1).reshape(-1) if paired else rows
+    sequences = np.stack([visited, np.asarray(index.rejected)[visited]], axis=1).reshape(-1) if paired else visited
     lengths = fit_lengths(
         index.prompt_lengths[sequences],
         index.completion_lengths[sequences],
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
     )
-    unit = 2 if paired else 1
     return choose_row_lengths(
         *(length.reshape(-1, unit).sum(axis=1) for length in lengths),
         batch_size=config.batch_size,
@@ -188,32 +193,44 @@ def choose_lengths(config: Config, index: Index, rows: np.ndarray, paired: bool)
     )
 
 
-def _rows_to_train(index: Index, objective: Objective) -> np.ndarray:
-    """Row ids that an epoch visits: all, the desirable ones, or the chosen ones of pairs.
+def _sequences_to_train(index: Index, objective: Objective) -> np.ndarray:
+    """The sequences that an epoch visits: all, the desirable ones, or the chosen ones of pairs.
 
     Raises:
-      ConfigError: there are none, or they are all of one label where both are needed.
+      ConfigError: there are none, or they are all of one label although both are needed.
     """
-    rows = index.rows("train")
-    desirable = np.asarray(index.desirable)[rows]
+    train = index.sequences("train")
+    desirable = np.asarray(index.desirable)[train]
     if objective.reads == "pairs":
         if len(pairs := index.pairs("train")):
             return pairs
         raise ConfigError(
-            f"config.objective.name reads pairs, and none of {len(rows)} rows to train on make one. A pair is a chosen "
-            'and a rejected completion of one prompt: data.format "pairs", or a prompt with both labels (without '
-            "data.one_per_prompt). Set config.data, or an objective that reads thumbs, such as kto."
+            f"config.objective.name reads pairs, and none of {len(train)} completions to train on make one. A pair is "
+            'a chosen and a rejected completion of one prompt: data.format "pairs", or a prompt with both labels '
+            "(without data.one_per_prompt). Set config.data, or an objective that reads thumbs, such as kto."
         )
     if objective.reads == "desirable" and desirable.any():
-        return rows[desirable]
+        return train[desirable]
     if objective.reads == "thumbs" and (not objective.needs_both_labels or len(set(desirable.tolist())) == 2):
-        return rows
+        return train
     only = "desirable" if desirable.any() else "undesirable"
-    needed = "desirable rows" if objective.reads == "desirable" else "both labels"
+    needed = "desirable completions" if objective.reads == "desirable" else "both labels"
     raise ConfigError(
-        f"all {len(rows)} rows to train on are {only}. The objective needs {needed}. Check config.data.label_field and "
-        "label_map, of scores score_rule and score_threshold, or set config.objective.name to sft for demonstrations."
+        f"all {len(train)} completions to train on are {only}. The objective needs {needed}. Check "
+        "config.data.label_field and label_map, of scores score_rule and score_threshold, or set config.objective.name "
+        "to sft for demonstrations."
     )
+
+
+def _sequences_to_evaluate(config: Config, index: Index, objective: Objective) -> np.ndarray:
+    """The held-out sequences that an evaluation reads; none if none of them counts for what is measured."""
+    held_out = index.pairs("eval") if objective.reads == "pairs" else index.sequences("eval")
+    # Files are often sorted by prompt or label: the first ones would be no fair draw, and find no partners.
+    held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
+    held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
+    measured = objective.evaluated_as or objective
+    counts = measured.counts(np.ones(len(held_out), bool), np.asarray(index.desirable)[held_out])
+    return held_out if np.any(counts) else held_out[:0]
 
 
 def _encode_controls(

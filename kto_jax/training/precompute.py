@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 from rich.progress import track
 
 from kto_jax.config import Config, ConfigError
+from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.data.batches.reference_logps import ReferenceLogps, open_store
-from kto_jax.data.batches.schedule import Schedule, prefetch
+from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.devices import processes
 from kto_jax.devices.sharding import local_rows, place_batch, shardings
@@ -88,12 +89,12 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
             batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
             shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
             for step, batch in zip(steps, shown, strict=True):
-                rows = schedule.step(step).rows
-                matched, unmatched = _compute(schedule, step, batch, read, reads_matched=unknown[rows].any())
-                unknown[rows] = False
+                sequences = schedule.step(step).ids
+                matched, unmatched = _compute(schedule, step, batch, read, reads_matched=unknown[sequences].any())
+                unknown[sequences] = False
                 for logps in (matched, unmatched):
-                    _check_finite(logps, rows, inputs.index)
-                store.write(step, rows, matched, unmatched)
+                    _check_finite(logps, sequences, inputs.index)
+                store.write(step, sequences, matched, unmatched)
                 if processes.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
                     sys.exit(PREEMPTED)
     schedules = [schedule.with_reference_logps(store) for store, (_, schedule, _) in zip(stores, tasks, strict=True)]
@@ -154,10 +155,10 @@ def _compute(
     return matched if reads_matched else matched[:0], unmatched
 
 
-def _check_finite(logps: np.ndarray, rows: np.ndarray, index: Index) -> None:
-    broken = rows[: len(logps)][~np.isfinite(logps)]
+def _check_finite(logps: np.ndarray, sequences: np.ndarray, index: Index) -> None:
+    broken = sequences[: len(logps)][~np.isfinite(logps)]
     if len(broken):
-        places = ", ".join(index.place(row) for row in broken[:5])
+        places = ", ".join(index.place(sequence) for sequence in broken[:5])
         raise ConfigError(
             f"the reference gives {len(broken)} completions a log-probability that is not finite, among them {places}. "
             "Every number must be finite. Look at these rows, or at config.reference.path and model.dtype."

@@ -13,18 +13,14 @@ import pytest
 from benchmarks import kto
 from benchmarks.kto_sets import as_lists, pad_batch, padding, sequences
 from benchmarks.peers.jax_turn import load_batch, save_batch
-from kto_jax.data.batches.schedule import Schedule
 from tests import ROOT
-from tests.synthetic import make_index
+from tests.synthetic import make_index, make_schedule
 
 
 @pytest.fixture
 def batch():
     index = make_index(16, max_length=40)
-    return Schedule(
-        index, np.arange(16), batch_size=16, seed=0, epochs=1,
-        row_length=64, microbatch_rows=2, completion_length=64, max_length=40,
-    ).batch(0)  # fmt: skip
+    return make_schedule(index, batch_size=16, row_length=64, microbatch_rows=2, max_length=40).batch(0)
 
 
 def test_xla_counts_the_operations_that_the_formula_counts():

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kto_jax import curves, losses, values
-from kto_jax.data.batches.schedule import pair
+from kto_jax.data.batches.partners import find_partners
 from tests.losses import oracle
 
 WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
@@ -228,13 +228,13 @@ def no_row_is_paired_with_its_own_prompt():
     rng = np.random.default_rng(9)
     num_pairs = num_own = num_left_out = 0
     for size in (2, 3, 5, 8, 64):
-        neighbours = pair(np.arange(size)).tolist() == [(i + 1) % size for i in range(size)]
+        neighbours = find_partners(np.arange(size)).tolist() == [(i + 1) % size for i in range(size)]
         if not neighbours:
             return False, f"{size} different prompts are not paired each with the next one"
         for num_prompts in (1, 2, 3, size):
             for _ in range(20):
                 prompts = rng.integers(0, num_prompts, size)
-                partners = pair(prompts)
+                partners = find_partners(prompts)
                 has_partner = partners >= 0
                 num_pairs += has_partner.sum()
                 num_own += (prompts[partners] == prompts)[has_partner].sum()

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.processes import gather, is_first, join
 from kto_jax.devices.sharding import constrainer, local_rows, make_mesh, place_batch, shardings
@@ -21,7 +20,7 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.state import create_state
 from kto_jax.training.step import jit_train_step
-from tests.synthetic import make_index
+from tests.synthetic import make_index, make_schedule
 
 NUM_STEPS, BATCH, MAX_LENGTH, ROWS = 10, 32, 38, 8
 # Everything that a mesh splits divides by 8, and query heads share keys and values.
@@ -60,10 +59,9 @@ def ten_steps(name, mesh_config, devices):
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
     # Devices that share a row read one at a time. How many rows there are does not change the numbers.
     rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] if mesh.shape["sequence"] > 1 else ROWS
-    plan = Schedule(
-        make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH), np.arange(5 * BATCH),
-        batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once,
-        completion_length=80, max_length=MAX_LENGTH,
+    plan = make_schedule(
+        make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH),
+        batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once, max_length=MAX_LENGTH,
     )  # fmt: skip
     assert plan.num_steps == NUM_STEPS
     step = jit_train_step(model, OBJECTIVE, optimizer, optax.constant_schedule(0.0), ReferenceConfig())
@@ -72,7 +70,7 @@ def ten_steps(name, mesh_config, devices):
         state, figures = step(state, place_batch(mesh, plan.batch(number, local_rows(mesh, rows_at_once))))
         log.append([float(figures[key]) for key in ("loss", "z0", "grad_norm")])
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
-    rows = [[plan.step(number).rows, plan.step(number).partners] for number in range(NUM_STEPS)]
+    rows = [[plan.step(number).ids, plan.step(number).partners] for number in range(NUM_STEPS)]
     return {"log": np.array(log), "rows": np.array(rows), "before": flat(before), "after": flat(gather(state.policy))}
 
 

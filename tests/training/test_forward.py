@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ObjectiveConfig
-from kto_jax.data.batches.schedule import Schedule
 from kto_jax.losses import token_logps
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
@@ -14,7 +13,7 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.forward import completion_states, packed_logps, packed_rewards, read_completions
 from tests.losses.test_logprobs import equations
-from tests.synthetic import make_index
+from tests.synthetic import make_index, make_schedule
 
 CONFIG = TransformerConfig(
     vocab_size=98, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, tied_head=True
@@ -24,11 +23,10 @@ CONFIG = TransformerConfig(
 def microbatch(row_length=80):
     """The index, and rows, labels and scores of one microbatch that holds all of it."""
     index = make_index(16, paired=True)
-    plan = Schedule(
-        index, np.arange(16), batch_size=16, seed=0, epochs=1, row_length=row_length, microbatch_rows=16,
-        completion_length=row_length, max_length=38, shuffle=False,
-    )  # fmt: skip
-    batch = plan.batch(0)
+    schedule = make_schedule(
+        index, batch_size=16, row_length=row_length, microbatch_rows=16, max_length=38, shuffle=False
+    )
+    batch = schedule.batch(0)
     return index, *jax.tree.map(lambda x: x[0], (batch.matched, batch.desirable, batch.scores))
 
 

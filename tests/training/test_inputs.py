@@ -48,8 +48,8 @@ def test_an_evaluation_is_a_fair_draw_even_where_the_file_is_sorted_by_prompt():
     _, held_out = make_schedules(config(), index, KTO, None)
     batch = held_out.batch(0)
     assert np.sum(batch.unmatched.filled) == 16
-    assert len({int(index.prompt_hashes[row]) for row in held_out.step(0).rows}) > 8
-    assert held_out.step(0).rows.tolist() == make_schedules(config(seed=5), index, KTO, None)[1].step(0).rows.tolist()
+    assert len({int(index.prompt_hashes[row]) for row in held_out.step(0).ids}) > 8
+    assert held_out.step(0).ids.tolist() == make_schedules(config(seed=5), index, KTO, None)[1].step(0).ids.tolist()
 
 
 def test_without_held_out_rows_there_is_no_evaluation():
@@ -86,9 +86,9 @@ def labelled(desirable):
 
 def test_thumbs_need_both_labels_and_demonstrations_the_desirable_one():
     for name in ("kto", "bco", "csft", "ppo_offline"):
-        with pytest.raises(ConfigError, match=r"all 40 rows to train on are desirable.* needs both labels"):
+        with pytest.raises(ConfigError, match=r"all 40 completions to train on are desirable.* needs both labels"):
             make_schedules(config(), labelled(True), objective(name), None)
-    with pytest.raises(ConfigError, match=r"are undesirable.* needs desirable rows"):
+    with pytest.raises(ConfigError, match=r"are undesirable.* needs desirable completions"):
         make_schedules(config(), labelled(False), objective("sft"), None)
     assert make_schedules(config(), labelled(True), objective("sft"), None)[0].num_steps == 3
     scored = objective("ppo_offline", rewards="scores")  # a score says more than its label
@@ -99,9 +99,9 @@ def test_demonstrations_are_the_desirable_rows_and_are_measured_beside_the_other
     index = make_index(40)
     index.splits[20:] = 1
     schedule, held_out = make_schedules(config(), index, objective("sft"), None)
-    visited = np.concatenate([schedule.step(step).rows for step in range(schedule.num_steps)])
+    visited = np.concatenate([schedule.step(step).ids for step in range(schedule.num_steps)])
     assert sorted(visited) == np.flatnonzero(index.desirable[:20]).tolist()
-    assert sorted(np.concatenate([held_out.step(step).rows for step in range(held_out.num_steps)])) == [*range(20, 40)]
+    assert sorted(np.concatenate([held_out.step(step).ids for step in range(held_out.num_steps)])) == [*range(20, 40)]
     index.desirable[20:] = False
     assert make_schedules(config(), index, objective("sft"), None)[1] is None  # no demonstration is held out
 
@@ -112,8 +112,8 @@ def test_pairs_are_visited_by_their_chosen_rows_in_rows_twice_as_long():
     schedule, held_out = make_schedules(config(), index, objective("dpo"), None)
     assert schedule.batch(0).matched.tokens.shape[-1] == 2 * 38
     assert schedule.num_steps == 1
-    assert len(held_out.step(0).rows) == 10
-    with pytest.raises(ConfigError, match="reads pairs, and none of 40 rows to train on make one"):
+    assert len(held_out.step(0).ids) == 10
+    with pytest.raises(ConfigError, match="reads pairs, and none of 40 completions to train on make one"):
         make_schedules(config(), make_index(40), objective("dpo"), None)
 
 
@@ -124,7 +124,7 @@ def test_a_source_is_visited_by_its_weight_and_held_out_rows_once_each():
     index.manifest["sources"] = [{"weight": 0.5}, {"weight": 3.0}]
     schedule, _ = make_schedules(config(), index, KTO, None)
     assert schedule.num_examples == 15 + 30
-    read = np.concatenate([schedule.step(step).rows for step in range(schedule.num_steps)])
+    read = np.concatenate([schedule.step(step).ids for step in range(schedule.num_steps)])
     assert np.bincount(read[read >= 30], minlength=40)[30:].tolist() == [3] * 10
     index.splits[25:] = 1
     schedule, held_out = make_schedules(config(), index, KTO, None)

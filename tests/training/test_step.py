@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.batches.schedule import Schedule
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
@@ -19,6 +18,7 @@ from kto_jax.objectives import make_objective
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import TrainState, create_state
 from kto_jax.training.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point, work
+from tests import synthetic
 from tests.losses import oracle
 from tests.synthetic import make_index
 
@@ -42,10 +42,9 @@ def parameters(dtype):
 
 def make_schedule(row_length, microbatch_rows, **index_options):
     index = make_index(BATCH, max_length=MAX_LENGTH, **index_options)
-    return index, Schedule(
-        index, np.arange(BATCH), batch_size=BATCH, seed=3, epochs=1, row_length=row_length,
-        microbatch_rows=microbatch_rows, completion_length=row_length, max_length=MAX_LENGTH,
-    )  # fmt: skip
+    return index, synthetic.make_schedule(
+        index, batch_size=BATCH, seed=3, row_length=row_length, microbatch_rows=microbatch_rows, max_length=MAX_LENGTH
+    )
 
 
 def naive(dtype):
@@ -73,11 +72,11 @@ def naive(dtype):
         chosen = jnp.take_along_axis(dense[:, :-1], ids[:, 1:, None], 2)[..., 0]
         return jnp.sum(jnp.where(where, chosen, 0), axis=1)
 
-    unmatched, matched = sequences(step.rows, step.partners), sequences(step.rows, step.rows)
+    unmatched, matched = sequences(step.ids, step.partners), sequences(step.ids, step.ids)
     z0 = oracle.reference_point(logps(policy, *unmatched), logps(reference, *unmatched), [True] * BATCH)
     matched_logps = np.asarray(logps(policy, *matched)), np.asarray(logps(reference, *matched))
-    weights = index.weights[step.rows]
-    losses, slopes = oracle.kto(*matched_logps, index.desirable[step.rows], z0, 0.3, 1.5, 1.0)
+    weights = index.weights[step.ids]
+    losses, slopes = oracle.kto(*matched_logps, index.desirable[step.ids], z0, 0.3, 1.5, 1.0)
     gradient = jax.grad(lambda params: jnp.sum(slopes * weights / BATCH * logps(params, *matched)))(policy)
     return z0, float(np.mean(losses * weights)), gradient, np.subtract(*matched_logps)
 

@@ -21,11 +21,32 @@ _MAX_SLOTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What a packed row has room for: L tokens, C completion tokens, S examples."""
+    """What a packed row has room for: L tokens, C completion tokens, S sequences."""
 
     length: int
     completion_length: int
     slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLimits:
+    """What the packed rows of a run must hold.
+
+    Attributes:
+      lengths: tokens of a packed row (L), shortest first; the training step is compiled for each.
+      completion_length: completion tokens that a row of the shortest length has room for (C).
+      microbatch_rows: packed rows of a microbatch, over all hosts (R).
+      max_length: most tokens of a sequence, prompt and completion together.
+    """
+
+    lengths: tuple[int, ...]
+    completion_length: int
+    microbatch_rows: int
+    max_length: int
+
+    def shapes(self, slots: int) -> list[RowShape]:
+        """The shape of a row of each length, with room for so many sequences."""
+        return [RowShape(n, round(self.completion_length * n / self.lengths[0]), slots) for n in self.lengths]
 
 
 @dataclasses.dataclass(frozen=True)

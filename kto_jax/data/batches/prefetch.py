@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import io
 import itertools
@@ -33,6 +34,52 @@ T = TypeVar("T")
 _AHEAD = 2
 _ALIGNMENT = 64
 """Bytes; where each array begins."""
+
+
+def prefetch(
+    function: Callable[[int], Any],
+    steps: Iterable[int],
+    *,
+    finish: Callable[[Any], Any] = lambda batch: batch,
+    num_loaders: int = 0,
+    depth: int = 2,
+) -> Iterator[Any]:
+    """Computes `finish(function(step))` for each step ahead of time.
+
+    Args:
+      function: makes a step's batch, in one background thread; with loaders in their processes, to which it is pickled
+        (a schedule's `batch` can be, a lambda cannot).
+      steps: which steps, in order.
+      finish: what is left to do in this process, in the background thread: placing the batch on devices.
+      num_loaders: processes that make batches, each one ahead; 0 for none.
+      depth: how many finished results are kept ahead.
+
+    Yields:
+      The results in order. What either function raises is raised here, in its turn.
+    """
+    with contextlib.ExitStack() as stack:
+        batches: Iterator[Any] = map(function, steps)
+        if num_loaders:
+            batches = iter(stack.enter_context(contextlib.closing(Loaders(function, steps, num_loaders))))
+        end = object()
+
+        def make() -> Any:
+            batch = next(batches, end)
+            return end if batch is end else finish(batch)
+
+        # The thread ends before the loaders: it may be waiting for one.
+        thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch"))
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            while True:
+                while len(pending) < depth:
+                    pending.append(thread.submit(make))
+                if (result := pending.popleft().result()) is end:
+                    return
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 class Loaders(Generic[T]):

@@ -32,11 +32,11 @@ import numpy as np
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.index.build_folder import provide
 from kto_jax.data.index.builder import COLUMNS, FORMAT, Builder, settings
-from kto_jax.data.index.manifest import SPLITS, check
+from kto_jax.data.index.manifest import SPLITS, check, with_weights
 from kto_jax.data.index.shared_store import IndexStore
 from kto_jax.data.rows import files
 from kto_jax.data.rows.files import SourceFile
-from kto_jax.data.rows.sources import Source, sources_of, with_weights
+from kto_jax.data.rows.sources import Source, sources_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
 
@@ -73,14 +73,14 @@ class Index:
     splits: np.ndarray
     places: np.ndarray
 
-    def rows(self, split: str) -> np.ndarray:
-        """Row ids of "train", "eval", "judge" or "unused", in source order, int64."""
+    def sequences(self, split: str) -> np.ndarray:
+        """Ids of the sequences of "train", "eval", "judge" or "unused", in source order, int64."""
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
     def pairs(self, split: str) -> np.ndarray:
-        """Row ids of the chosen completions of a split's pairs, in source order, int64."""
-        rows = self.rows(split)
-        return rows[self.rejected[rows] >= 0]
+        """Ids of the chosen sequences of a split's pairs, in source order, int64."""
+        ids = self.sequences(split)
+        return ids[self.rejected[ids] >= 0]
 
     def prompt(self, row: int) -> np.ndarray:
         """Ids of a row's prompt, closed by the generation prompt."""

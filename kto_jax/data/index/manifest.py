@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,36 @@ def by_source(columns: dict[str, np.ndarray], num_sources: int) -> list[dict[str
     }
     counts = {name: np.bincount(columns["sources"][where], minlength=num_sources) for name, where in kinds.items()}
     return [{name: int(count[number]) for name, count in counts.items()} for number in range(num_sources)]
+
+
+def with_weights(manifest: dict[str, Any], settings: dict[str, Any], weights: list[float]) -> dict[str, Any]:
+    """A manifest that says how a run weighs what was built; the index itself does not depend on it.
+
+    Args:
+      manifest: of an index.
+      settings: of the run's data, as the manifest holds them.
+      weights: of each of the manifest's sources.
+
+    Returns:
+      A copy, in which each source has its weight and the share of an epoch's visits that go to it, of completions and
+      of pairs.
+    """
+    sources = []
+    counts = [source.get("train", {"desirable": 0, "undesirable": 0, "pairs": 0}) for source in manifest["sources"]]
+    kinds = {
+        "completions": [count["desirable"] + count["undesirable"] for count in counts],
+        "pairs": [count["pairs"] for count in counts],
+    }
+    visits = {kind: np.array(numbers) * np.array(weights) for kind, numbers in kinds.items()}
+    for i, source in enumerate(manifest["sources"]):
+        share = {kind: round(float(each[i] / max(each.sum(), 1e-9)), 6) for kind, each in visits.items()}
+        sources.append({**source, "weight": weights[i], "share": share})
+    return {**manifest, "data": settings, "sources": sources}
+
+
+def weights_of(manifest: Mapping[str, Any]) -> np.ndarray:
+    """How often an epoch visits each row of each source, float64 [sources]."""
+    return np.array([source.get("weight", 1.0) for source in manifest.get("sources", ())])
 
 
 def _num_unique(values: np.ndarray) -> int:

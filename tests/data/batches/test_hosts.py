@@ -26,7 +26,7 @@ def test_hosts_read_the_same_rows_and_their_slices_are_the_whole_batch(paired, n
         for host in hosts:
             schedule = host.step(step)
             assert schedule.epoch == expected.epoch == step // one.steps_per_epoch
-            assert schedule.rows.tolist() == expected.rows.tolist()
+            assert schedule.ids.tolist() == expected.ids.tolist()
             assert schedule.partners.tolist() == expected.partners.tolist()
         size = 4 // num_hosts
         parts = [host.batch(step, slice(h * size, (h + 1) * size)) for h, host in enumerate(hosts)]
@@ -41,10 +41,10 @@ def test_hosts_read_the_same_rows_and_their_slices_are_the_whole_batch(paired, n
 def test_two_epochs_visit_every_row_twice_and_in_another_order(paired):
     schedule = plan_of(paired, row_length=128)
     rows = [
-        np.concatenate([schedule.step(s).rows for s in range(schedule.num_steps) if schedule.step(s).epoch == e])
+        np.concatenate([schedule.step(s).ids for s in range(schedule.num_steps) if schedule.step(s).epoch == e])
         for e in (0, 1)
     ]
     assert sorted(rows[0]) == sorted(rows[1]) == list(range(46 if paired else 45))
     assert rows[0].tolist() != rows[1].tolist()
     other = plan_of(paired, seed=4, row_length=128)
-    assert other.step(0).rows.tolist() != schedule.step(0).rows.tolist()
+    assert other.step(0).ids.tolist() != schedule.step(0).ids.tolist()

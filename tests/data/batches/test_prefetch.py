@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.data.batches.prefetch import Loaders
-from kto_jax.data.batches.schedule import Schedule, prefetch
-from tests import ROOT
+from kto_jax.data.batches.prefetch import Loaders, prefetch
+from tests import ROOT, synthetic
 
-SHAPE = {"row_length": 96, "microbatch_rows": 2, "completion_length": 96, "max_length": 48}
+SHAPE = {"row_length": 96, "microbatch_rows": 2, "max_length": 48}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def index(make_index):
 
 @pytest.fixture
 def schedule(index):
-    return Schedule(index, index.rows("train"), batch_size=8, seed=1, epochs=2, **SHAPE)
+    return synthetic.make_schedule(index, index.sequences("train"), batch_size=8, seed=1, epochs=2, **SHAPE)
 
 
 def equal(first, second):
@@ -162,7 +161,7 @@ def test_a_row_that_cannot_be_packed_is_named(schedule, monkeypatch):
         return np.zeros(4, np.int32)
 
     monkeypatch.setattr(type(schedule._index), "prompt", prompt)
-    step = next(step for step in range(schedule.num_steps) if 17 in schedule.step(step).rows)
+    step = next(step for step in range(schedule.num_steps) if 17 in schedule.step(step).ids)
     with pytest.raises(ValueError, match="spoilt") as caught:
         schedule.batch(step)
     assert caught.value.__notes__[0].endswith("train.jsonl:18")
@@ -220,7 +219,7 @@ def test_a_caller_that_goes_away_early_leaves_no_process():
 
 RUN = """
 import sys
-from kto_jax.data.batches.schedule import prefetch
+from kto_jax.data.batches.prefetch import prefetch
 from tests.data.batches.test_prefetch import pid_of_step
 
 results = prefetch(pid_of_step, range(1000), num_loaders=2)

@@ -8,7 +8,7 @@ import pytest
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.reference_logps import open_store
-from kto_jax.data.batches.schedule import Schedule
+from tests import synthetic
 from tests.synthetic import make_index
 
 
@@ -20,7 +20,8 @@ def named(index):
 def make_schedule(index, *, paired=False, unmatched=True, batch_size=10, **options):
     rows = np.arange(0, len(index.splits), 2 if paired else 1)
     shape = {"row_length": 80, "microbatch_rows": 2, "completion_length": 64, "max_length": 38} | options
-    return Schedule(index, rows, batch_size=batch_size, seed=3, epochs=2, paired=paired, unmatched=unmatched, **shape)
+    order = {"batch_size": batch_size, "seed": 3, "epochs": 2}
+    return synthetic.make_schedule(index, rows, paired=paired, unmatched=unmatched, **order, **shape)
 
 
 def number(prompts, completions):
@@ -28,9 +29,9 @@ def number(prompts, completions):
     return (-(1000.0 * prompts + completions + 1)).astype(np.float32)
 
 
-def fill(store, plan):
+def fill(store, schedule):
     for step in range(schedule.num_steps):
-        rows, partners = schedule.step(step).rows, schedule.step(step).partners
+        rows, partners = schedule.step(step).ids, schedule.step(step).partners
         store.write(step, rows, number(rows, rows), np.where(partners < 0, 0, number(rows, partners)))
 
 
@@ -39,10 +40,10 @@ def test_every_slot_holds_the_number_of_its_own_sequence(tmp_path, paired, unmat
     index = make_index(64, num_prompts=40, paired=paired)
     schedule = make_schedule(index, paired=paired, unmatched=unmatched)
     store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
-    fill(store, plan)
+    fill(store, schedule)
     filled = schedule.with_reference_logps(store)
     for step in range(schedule.num_steps):
-        batch, rows, partners = filled.batch(step), schedule.step(step).rows, schedule.step(step).partners
+        batch, rows, partners = filled.batch(step), schedule.step(step).ids, schedule.step(step).partners
         assert np.all(batch.matched_reference[~batch.matched.filled] == 0)
         np.testing.assert_array_equal(
             np.sort(batch.matched_reference[batch.matched.filled]), np.sort(number(rows, rows))
@@ -57,9 +58,9 @@ def test_a_slot_of_the_batch_and_its_number_belong_to_the_same_tokens(tmp_path):
     index = make_index(64)
     schedule = make_schedule(index)
     store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
-    fill(store, plan)
+    fill(store, schedule)
     batch = schedule.with_reference_logps(store).batch(4)
-    by_number = {float(number(np.int64(row), np.int64(row))): row for row in schedule.step(4).rows}
+    by_number = {float(number(np.int64(row), np.int64(row))): row for row in schedule.step(4).ids}
     for m, r, s in np.argwhere(batch.matched.filled):
         row = by_number[float(batch.matched_reference[m, r, s])]
         targets = batch.matched.targets[m, r][batch.matched.target_segments[m, r] == s + 1]
@@ -69,7 +70,7 @@ def test_a_slot_of_the_batch_and_its_number_belong_to_the_same_tokens(tmp_path):
 def test_hosts_get_the_numbers_of_their_own_rows(tmp_path):
     schedule = make_schedule(make_index(64))
     store = open_store(tmp_path / "store", 64, schedule.num_steps, schedule.max_sequences)
-    fill(store, plan)
+    fill(store, schedule)
     filled = schedule.with_reference_logps(store)
     whole, parts = filled.batch(1), [filled.batch(1, slice(i, i + 1)) for i in range(2)]
     for name in ("matched_reference", "unmatched_reference"):

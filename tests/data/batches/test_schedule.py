@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.packing import RowShape, pack
-from kto_jax.data.batches.schedule import Schedule, pair, prefetch
+from kto_jax.data.batches.partners import find_partners
+from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.data.index.index import Index
 from kto_jax.data.permutation import permute
 from tests import synthetic
@@ -67,7 +68,7 @@ def random_index(count, *, num_prompts=None, seed=0):
 def make_schedule(index, **changes):
     settings = {"batch_size": 8, "seed": 0, "epochs": 2, "row_length": 64, "microbatch_rows": 4}
     settings |= {"completion_length": 48, "max_length": 48} | changes
-    return Schedule(index, settings.pop("rows", np.arange(len(index.desirable))), **settings)
+    return synthetic.make_schedule(index, settings.pop("ids", None), **settings)
 
 
 def unpack(packed, by_slot=None):
@@ -115,18 +116,18 @@ def test_the_order_looks_random_and_changes_with_seed_and_epoch():
 def test_each_epoch_visits_each_row_exactly_once_and_the_last_partial_batch_too():
     index = random_index(53)
     rows = np.arange(0, 53, 2)
-    schedule = make_schedule(index, rows=rows, epochs=3)
+    schedule = make_schedule(index, ids=rows, epochs=3)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (4, 12)
     steps = [schedule.step(s) for s in range(12)]
-    assert [len(step.rows) for step in steps] == [8, 8, 8, 3] * 3
-    epochs = [np.concatenate([s.rows for s in steps if s.epoch == e]) for e in range(3)]
+    assert [len(step.ids) for step in steps] == [8, 8, 8, 3] * 3
+    epochs = [np.concatenate([s.ids for s in steps if s.epoch == e]) for e in range(3)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
 
 
 def test_without_shuffling_rows_come_in_the_order_given():
-    schedule = make_schedule(random_index(10), rows=np.array([5, 3, 9, 1]), batch_size=3, shuffle=False)
-    assert [schedule.step(s).rows.tolist() for s in range(2)] == [[5, 3, 9], [1]]
+    schedule = make_schedule(random_index(10), ids=np.array([5, 3, 9, 1]), batch_size=3, shuffle=False)
+    assert [schedule.step(s).ids.tolist() for s in range(2)] == [[5, 3, 9], [1]]
 
 
 def test_a_step_is_a_pure_function_of_seed_and_step():
@@ -137,7 +138,7 @@ def test_a_step_is_a_pure_function_of_seed_and_step():
         same = jax.tree.map(np.array_equal, forwards.batch(s), later[s])
         assert all(jax.tree.leaves(same))
     other = make_schedule(index, seed=1)
-    assert not np.array_equal(forwards.step(0).rows, other.step(0).rows)
+    assert not np.array_equal(forwards.step(0).ids, other.step(0).ids)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 64])
@@ -146,15 +147,15 @@ def test_no_row_is_paired_with_its_own_prompt(size, num_prompts):
     rng = np.random.default_rng(size)
     for _ in range(20):
         prompts = rng.integers(0, num_prompts, size)
-        partners = pair(prompts)
+        partners = find_partners(prompts)
         for i in range(size):
             following = [(i + k) % size for k in range(1, size) if prompts[(i + k) % size] != prompts[i]]
             assert partners[i] == (following[0] if following else -1)
 
 
 def test_a_batch_of_one_or_of_one_prompt_has_no_partners():
-    assert pair(np.array([7])).tolist() == [-1]
-    assert pair(np.array([7, 7, 7])).tolist() == [-1, -1, -1]
+    assert find_partners(np.array([7])).tolist() == [-1]
+    assert find_partners(np.array([7, 7, 7])).tolist() == [-1, -1, -1]
     index = fake_index([(3, 4)] * 5, prompts=[0] * 5)
     schedule = make_schedule(index, batch_size=2)
     for step, size in ((0, 2), (2, 1)):
@@ -169,8 +170,8 @@ def test_partners_are_row_ids_whose_prompt_differs():
     schedule = make_schedule(index, batch_size=16)
     for s in range(schedule.num_steps):
         step = schedule.step(s)
-        assert set(step.partners) <= set(step.rows)
-        assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.rows]).all()
+        assert set(step.partners) <= set(step.ids)
+        assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.ids]).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 32])
@@ -181,10 +182,10 @@ def test_unpacking_gives_back_exactly_the_sequences_with_their_labels(batch_size
         step, batch = schedule.step(s), schedule.batch(s)
         expected = sorted(
             (index.prompt(i).tolist(), index.completion(i).tolist(), (index.desirable[i], index.weights[i]))
-            for i in step.rows
+            for i in step.ids
         )
         assert unpack(batch.matched, (batch.desirable, batch.weights)) == expected
-        pairs = [(i, j) for i, j in zip(step.rows, step.partners, strict=True) if j >= 0]
+        pairs = [(i, j) for i, j in zip(step.ids, step.partners, strict=True) if j >= 0]
         expected = sorted((index.prompt(i).tolist(), index.completion(j).tolist(), None) for i, j in pairs)
         assert unpack(batch.unmatched) == expected
         assert not batch.weights[~batch.matched.filled].any() and not batch.desirable[~batch.matched.filled].any()
@@ -266,7 +267,7 @@ def test_a_host_reads_only_the_rows_of_its_slice(monkeypatch):
     [
         ({"max_length": 65}, "max_length=65 does not fit a row of row_length=64"),
         ({"completion_length": 3}, "the longest completion has 4 tokens"),
-        ({"rows": np.zeros(0, np.int64)}, "the split is empty"),
+        ({"ids": np.zeros(0, np.int64)}, "the split is empty"),
     ],
 )
 def test_a_plan_that_cannot_hold_its_rows_is_refused(changes, message):
@@ -311,7 +312,7 @@ def test_a_real_index_is_planned_and_packed(make_index, tokenizer):
 
 
 def make_paired_schedule(index, **changes):
-    settings = {"row_length": 128, "completion_length": 96, "paired": True, "rows": index.pairs("train")}
+    settings = {"row_length": 128, "completion_length": 96, "paired": True, "ids": index.pairs("train")}
     return make_schedule(index, **settings | changes)
 
 
@@ -340,13 +341,13 @@ def test_the_completions_of_a_pair_lie_in_one_row_in_neighbouring_slots(microbat
     assert schedule.num_slots % 2 == 0
     for s in range(schedule.steps_per_epoch):
         step, batch = schedule.step(s), schedule.batch(s)
-        text = [(index.prompt(i).tolist(), index.completion(i).tolist()) for i in step.rows]
+        text = [(index.prompt(i).tolist(), index.completion(i).tolist()) for i in step.ids]
         assert pairs_of(batch.matched) == sorted(zip(text[::2], text[1::2], strict=True))
-        expected = sorted((*t, (index.desirable[i],)) for t, i in zip(text, step.rows, strict=True))
+        expected = sorted((*t, (index.desirable[i],)) for t, i in zip(text, step.ids, strict=True))
         assert unpack(batch.matched, (batch.desirable,)) == expected
         unrelated = [
             (index.prompt(i).tolist(), index.completion(j).tolist())
-            for i, j in zip(step.rows, step.partners, strict=True)
+            for i, j in zip(step.ids, step.partners, strict=True)
             if j >= 0
         ]
         assert pairs_of(batch.unmatched) == sorted(zip(unrelated[::2], unrelated[1::2], strict=True))
@@ -357,8 +358,8 @@ def test_a_step_of_pairs_lists_chosen_then_rejected_and_an_epoch_visits_every_pa
     schedule = make_paired_schedule(index, epochs=3)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (7, 21)
     steps = [schedule.step(s) for s in range(7)]
-    assert [len(step.rows) for step in steps] == [16] * 6 + [10]
-    rows = np.concatenate([step.rows for step in steps]).reshape(-1, 2)
+    assert [len(step.ids) for step in steps] == [16] * 6 + [10]
+    rows = np.concatenate([step.ids for step in steps]).reshape(-1, 2)
     assert sorted(rows[:, 0]) == list(range(0, 106, 2)) and (rows[:, 1] == rows[:, 0] + 1).all()
 
 
@@ -367,8 +368,8 @@ def test_partners_of_pairs_never_share_the_prompt_and_keep_their_place_in_the_pa
     schedule = make_paired_schedule(index, batch_size=16)
     for s in range(schedule.num_steps):
         step = schedule.step(s)
-        assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.rows]).all()
-        assert (index.desirable[step.partners] == index.desirable[step.rows]).all()
+        assert (index.prompt_hashes[step.partners] != index.prompt_hashes[step.ids]).all()
+        assert (index.desirable[step.partners] == index.desirable[step.ids]).all()
         chosen, rejected = step.partners.reshape(-1, 2).T
         assert (rejected == chosen + 1).all()
     alone = make_paired_schedule(paired_index(5, num_prompts=1), batch_size=2)
@@ -412,14 +413,14 @@ def test_without_unmatched_no_partners_are_sought_and_nothing_of_them_is_packed(
     assert all(jax.tree.leaves(same)) and with_partners.num_unmatched > 0
 
 
-SUFFIXES = (np.array([501, 502, 503]), np.array([504]))
+CONTROLS = (np.array([501, 502, 503]), np.array([504]))
 
 
-def test_a_suffix_ends_the_prompt_by_the_label_of_its_completion():
+def test_a_control_ends_the_prompt_by_the_label_of_its_completion():
     index = random_index(33)
-    schedule = make_schedule(index, batch_size=33, unmatched=False, suffixes=SUFFIXES)
+    schedule = make_schedule(index, batch_size=33, unmatched=False, controls=CONTROLS)
     expected = sorted(
-        (index.prompt(i).tolist() + SUFFIXES[int(index.desirable[i])].tolist(), index.completion(i).tolist(), None)
+        (index.prompt(i).tolist() + CONTROLS[int(index.desirable[i])].tolist(), index.completion(i).tolist(), None)
         for i in range(33)
     )
     batch = schedule.batch(0)
@@ -429,27 +430,27 @@ def test_a_suffix_ends_the_prompt_by_the_label_of_its_completion():
 @pytest.mark.parametrize(
     ("lengths", "max_length", "max_prompt_length", "kept"),
     [
-        ((10, 4), 12, 11, 5),  # 12 - 4 - 3 of the suffix
-        ((10, 4), 12, 6, 3),  # 6 - 3 of the suffix
-        ((10, 4), 12, 2, 1),  # the suffix is longer than max_prompt_length, and stays
+        ((10, 4), 12, 11, 5),  # 12 - 4 - 3 of the control
+        ((10, 4), 12, 6, 3),  # 6 - 3 of the control
+        ((10, 4), 12, 2, 1),  # the control is longer than max_prompt_length, and stays
         ((10, 8), 12, 6, 1),
         ((5, 4), 12, 2, 5),  # all fits together
     ],
 )
-def test_a_suffix_is_never_cut_but_the_prompt_before_it_is_from_the_left(lengths, max_length, max_prompt_length, kept):
+def test_a_control_is_never_cut_but_the_prompt_before_it_is_from_the_left(lengths, max_length, max_prompt_length, kept):
     index = fake_index([lengths], max_prompt_length=max_prompt_length)
     index.desirable[0] = False
     limits = {"row_length": 16, "completion_length": 16, "max_length": max_length}
-    schedule = make_schedule(index, batch_size=2, unmatched=False, suffixes=SUFFIXES, **limits)
+    schedule = make_schedule(index, batch_size=2, unmatched=False, controls=CONTROLS, **limits)
     ((prompt, completion, _),) = unpack(schedule.batch(0).matched)
     original = index.prompt(0).tolist()
     expected = [BOS, *original[len(original) - kept + 1 :]] if kept > 1 else original[-1:]
     assert prompt == [*expected, 501, 502, 503] and completion == index.completion(0).tolist()
 
 
-def test_a_suffix_that_leaves_no_token_of_the_prompt_is_refused():
+def test_a_control_that_leaves_no_token_of_the_prompt_is_refused():
     index = fake_index([(10, 8)])
-    limits = {"row_length": 16, "completion_length": 16, "unmatched": False, "suffixes": SUFFIXES}
+    limits = {"row_length": 16, "completion_length": 16, "unmatched": False, "controls": CONTROLS}
     index.desirable[0] = False
     make_schedule(index, max_length=12, **limits)
     with pytest.raises(
@@ -468,8 +469,8 @@ def test_a_suffix_that_leaves_no_token_of_the_prompt_is_refused():
             r"pair of data.max_length=48 does not fit .*row_length=95 .*96 tokens\. Set config.row_len",
         ),
         ({"completion_length": 7}, "the longest pair's completions have 8 tokens, and a row has room for 7"),
-        ({"rows": np.arange(10)}, r"5 of 10 rows have no rejected completion\. .*Pass index.pairs"),
-        ({"rows": np.zeros(0, np.int64)}, "the split is empty"),
+        ({"ids": np.arange(10)}, r"5 of 10 sequences have no rejected completion\. .*Pass index.pairs"),
+        ({"ids": np.zeros(0, np.int64)}, "the split is empty"),
     ],
 )
 def test_a_plan_that_cannot_hold_its_pairs_is_refused(changes, message):
@@ -491,8 +492,8 @@ def test_a_short_last_step_has_the_shape_of_the_others_where_slots_run_out_first
     index = paired_index(61, lengths=(2, 3, 3))
     rows = index.pairs("train") if paired else np.arange(121)
     size = {"batch_size": 60 if paired else 120, "microbatch_rows": 1, "row_length": 1024, "completion_length": 1024}
-    schedule = make_schedule(index, paired=paired, rows=rows, **size)
-    assert schedule.num_slots == 64 and [len(schedule.step(s).rows) for s in range(2)] == (
+    schedule = make_schedule(index, paired=paired, ids=rows, **size)
+    assert schedule.num_slots == 64 and [len(schedule.step(s).ids) for s in range(2)] == (
         [120, 2] if paired else [120, 1]
     )
     assert [schedule.batch(s).matched.tokens.shape for s in range(2)] == [(2, 1, 1024)] * 2
@@ -512,9 +513,9 @@ def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
 def test_a_pair_weighs_the_geometric_mean_of_its_rows():
     index = synthetic.make_index(16, paired=True)
     index.weights[:] = np.tile([1.0, 4.0, 2.0, 0.0], 4)
-    batch = Schedule(
-        index, np.arange(0, 16, 2), batch_size=8, seed=0, epochs=1, row_length=76, microbatch_rows=8,
-        completion_length=76, max_length=38, paired=True,
-    ).batch(0)  # fmt: skip
+    schedule = synthetic.make_schedule(
+        index, np.arange(0, 16, 2), batch_size=8, row_length=76, microbatch_rows=8, max_length=38, paired=True
+    )
+    batch = schedule.batch(0)
     weights = batch.weights[batch.matched.filled]
     assert sorted(weights.tolist()) == [0.0] * 8 + [2.0] * 8

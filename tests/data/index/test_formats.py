@@ -169,9 +169,9 @@ def test_scores_that_give_no_label_are_unused_and_counted(make_index, rule, pivo
     index = make_index(rows, format="scores", score_rule=rule)
     unused = 0 if rule == "bernoulli" else 4
     assert [(scores["pivot"], scores["unused"]) for scores in index.manifest["scores"]] == [(pivot, unused)]
-    assert index.manifest["unused"] == len(index.rows("unused")) == unused
-    assert not len(set(index.rows("unused")) - {1, 4, 7, 10})
-    assert len(index.rows("train")) == 12 - unused and index.manifest["accepted"] == 12
+    assert index.manifest["unused"] == len(index.sequences("unused")) == unused
+    assert not len(set(index.sequences("unused")) - {1, 4, 7, 10})
+    assert len(index.sequences("train")) == 12 - unused and index.manifest["accepted"] == 12
     train = index.manifest["splits"]["train"]
     assert train["desirable"] + train["undesirable"] == 12 - unused
 
@@ -209,9 +209,9 @@ def test_demonstrations_are_all_desirable_and_have_no_pairs(make_index):
 def test_one_completion_of_each_prompt_is_kept_and_the_others_are_unused(make_index, kind):
     rows = [{**row, "completion": row["chosen"], "label": i % 3 > 0, "score": i} for i, row in enumerate(pair_rows(40))]
     index = make_index(rows, format=kind, one_per_prompt=True, holdout=0.3)
-    used = np.concatenate([index.rows("train"), index.rows("eval")])
+    used = np.concatenate([index.sequences("train"), index.rows("eval")])
     assert len(used) == 20 == len(np.unique(index.prompt_hashes[used]))
-    assert len(index.rows("unused")) == index.manifest["unused"] == len(index.desirable) - 20
+    assert len(index.sequences("unused")) == index.manifest["unused"] == len(index.desirable) - 20
     assert (index.rejected == -1).all() and not any(index.manifest["pairs"].values())
     again = make_index(rows, format=kind, one_per_prompt=True, holdout=0.3, seed=1)
     assert not np.array_equal(again.splits, index.splits)
@@ -221,7 +221,7 @@ def test_an_unused_copy_of_a_held_out_row_is_no_overlap(make_index):
     rows = [{"prompt": f"Question {i}?", "completion": "Text.", "label": True} for i in range(4)]
     copies = [{"prompt": "New?", "completion": "Yes.", "label": True}] * 3
     index = make_index(rows, copies, one_per_prompt=True)
-    assert len(index.rows("eval")) == 1 and len(index.rows("unused")) == 2
+    assert len(index.sequences("eval")) == 1 and len(index.rows("unused")) == 2
     with pytest.raises(ConfigError, match=r"also in data\.train"):
         make_index(rows, rows[:1], one_per_prompt=True)
 

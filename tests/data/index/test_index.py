@@ -37,7 +37,7 @@ def test_rows_lie_in_source_order_with_their_labels_weights_and_places(index, to
 
 
 def test_splits_are_disjoint_by_prompt_and_cover_all_rows(index):
-    splits = {name: index.rows(name) for name in ("train", "eval", "judge")}
+    splits = {name: index.sequences(name) for name in ("train", "eval", "judge")}
     assert sorted(np.concatenate(list(splits.values()))) == list(range(120))
     prompts = [set(index.prompt_hashes[rows].tolist()) for rows in splits.values()]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 40
@@ -105,7 +105,7 @@ def test_the_content_does_not_depend_on_how_many_workers_tokenize(make_index, mo
 
 def test_held_out_feedback_of_its_own_is_never_trained_on(make_index):
     index = make_index(toy_rows(), [{"prompt": "New?", "completion": "Yes.", "label": True}], holdout=0.5)
-    assert len(index.rows("train")) == 120 and index.rows("eval").tolist() == [120]
+    assert len(index.sequences("train")) == 120 and index.sequences("eval").tolist() == [120]
     assert index.place(120).endswith("eval.jsonl:1")
     overlap = [{"prompt": "Question 3?", "completion": "Text 3 1.", "label": True}]
     with pytest.raises(ConfigError, match=r"1 rows of data.eval .* also in data.train"):
@@ -162,4 +162,4 @@ def test_the_tiny_feedback_set_is_accepted_whole(tokenizer, tmp_path):
     data = DataConfig(train=str(TINY_MODEL.parent / "tiny_feedback.jsonl"), max_length=128, num_workers=1, holdout=0.1)
     index = build_index(data, tokenizer, vocab_size=512, directory=tmp_path)
     assert index.manifest["accepted"] == 240 and not index.manifest["contradictory"]
-    assert len(index.rows("eval")) and json.dumps(index.manifest)
+    assert len(index.sequences("eval")) and json.dumps(index.manifest)

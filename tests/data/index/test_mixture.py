@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_jax.config import ConfigError, DataConfig, resolve
-from kto_jax.data.batches.schedule import Schedule
+from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index import index as index_module
+from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
-from kto_jax.data.rows.sources import Visits, sources_of, weights_of
+from kto_jax.data.rows.sources import sources_of
 from kto_jax.models.config import TransformerConfig
 from kto_jax.training.run_folder import open_run
+from tests import synthetic
 from tests.data.batches.test_schedule import fake_index, make_schedule, paired_index, random_index
 
 ARCHITECTURE = TransformerConfig(
@@ -97,7 +99,7 @@ def test_with_all_weights_one_the_order_is_that_without_weights(weights):
     for step in range(10):
         epoch, first = step // 5, step % 5 * 8
         expected = permute(np.arange(first, min(first + 8, 37)), 37, (0, epoch)).tolist()
-        assert weighed.step(step).rows.tolist() == plain.step(step).rows.tolist() == expected
+        assert weighed.step(step).ids.tolist() == plain.step(step).ids.tolist() == expected
 
 
 def test_the_order_of_weight_one_sources_is_kept_beside_a_weighted_one_over_any_batch_size():
@@ -105,7 +107,7 @@ def test_the_order_of_weight_one_sources_is_kept_beside_a_weighted_one_over_any_
     index.places[20:, 0] = 1
     weights = np.array([1.0, 0.5])
     steps = [
-        [make_schedule(index, weights=weights, batch_size=size).step(s).rows for s in range(30 // size)]
+        [make_schedule(index, weights=weights, batch_size=size).step(s).ids for s in range(30 // size)]
         for size in (5, 10)
     ]
     assert np.concatenate(steps[0]).tolist() == np.concatenate(steps[1]).tolist()
@@ -121,18 +123,18 @@ def test_pairs_are_visited_by_the_weight_of_their_source_both_completions_side_b
     index.places[8:, 0] = 1
     rows = np.arange(0, 24, 2)
     schedule = make_schedule(
-        index, rows=rows, weights=np.array([2.0, 0.5]), paired=True, row_length=96, completion_length=96, batch_size=4
+        index, ids=rows, weights=np.array([2.0, 0.5]), paired=True, row_length=96, completion_length=96, batch_size=4
     )
     assert schedule.num_examples == 4 * 2 + 4 and schedule.num_steps == 6
-    visited = np.concatenate([schedule.step(step).rows for step in range(6)]).reshape(-1, 2)
+    visited = np.concatenate([schedule.step(step).ids for step in range(6)]).reshape(-1, 2)
     assert (visited[:, 1] == visited[:, 0] + 1).all()
     counts = collections.Counter(visited[:, 0].tolist())
     assert counts == {row: 4 if row < 8 else 1 for row in rows.tolist()}
     for step in range(6):
         batch, read = schedule.batch(step), schedule.step(step)
-        assert np.sum(batch.matched.filled) == len(read.rows)
+        assert np.sum(batch.matched.filled) == len(read.ids)
         has = read.partners >= 0
-        assert (index.prompt_hashes[read.rows[has]] != index.prompt_hashes[read.partners[has]]).all()
+        assert (index.prompt_hashes[read.ids[has]] != index.prompt_hashes[read.partners[has]]).all()
 
 
 def test_a_row_that_the_first_epoch_does_not_visit_must_fit_too():
@@ -272,18 +274,18 @@ def test_the_manifest_says_what_share_of_an_epoch_each_source_makes(make_index, 
 def test_held_out_sources_are_read_in_their_own_way_and_once_each(make_index, mixed, tmp_path):
     train, held_out = mixture(mixed, pairs=2.0)[1:2], mixture(mixed)[:1]
     index = make_index([], train=train, eval=held_out, directory=tmp_path)
-    assert len(index.rows("train")) == 16 and len(index.rows("eval")) == 12
+    assert len(index.sequences("train")) == 16 and len(index.sequences("eval")) == 12
     assert [source["share"]["completions"] for source in index.manifest["sources"]] == [1.0, 0.0]
 
 
 def test_an_epoch_of_a_mixture_is_planned_and_packed(make_index, mixed, tmp_path):
     index = make_index([], train=mixture(mixed, thumbs=0.5, scores=2.0), directory=tmp_path)
-    schedule = Schedule(
-        index, index.rows("train"), batch_size=8, seed=3, epochs=2, weights=weights_of(index.manifest),
-        row_length=128, microbatch_rows=2, completion_length=128, max_length=128,
+    schedule = synthetic.make_schedule(
+        index, index.sequences("train"), batch_size=8, seed=3, epochs=2, weights=weights_of(index.manifest),
+        row_length=128, microbatch_rows=2, max_length=128,
     )  # fmt: skip
     assert schedule.num_examples == 6 + 16 + 20 + 4 + 3
-    read = [np.concatenate([schedule.step(s).rows for s in range(e * 7, e * 7 + 7)]) for e in range(2)]
+    read = [np.concatenate([schedule.step(s).ids for s in range(e * 7, e * 7 + 7)]) for e in range(2)]
     counts = [np.bincount(index.places[rows, 0], minlength=5).tolist() for rows in read]
     assert counts == [[6, 16, 20, 4, 3]] * 2
     thumbs = np.concatenate([rows[index.places[rows, 0] == 0] for rows in read])
