@@ -13,7 +13,7 @@ from kto_jax.data.rows.sources import sources_of
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
-BLOCKS = re.findall(r"^```json(.*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
+BLOCKS = re.findall(r'^```json title="(.*)"\n((?:.*\n)*?)```$', PAGE, re.MULTILINE)
 TABLES = [
     [cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")
 ]
