@@ -49,7 +49,8 @@ from kto_jax.devices.chips import peak_flops
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face, weights_digest
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params, read_config, weights_digest
 from kto_jax.objectives import make_objective
 from kto_jax.storage.fetch import cache_directory, local_path
 from kto_jax.training.step import work

@@ -65,7 +65,7 @@ def write_model(directory: Path, num_layers: int, num_files: int) -> int:
     import safetensors.numpy
 
     from kto_jax.models.families.config_json import write_config_json
-    from kto_jax.models.weights.huggingface import expected_shapes
+    from kto_jax.models.weights.tensors import expected_shapes
 
     config = architecture(num_layers)
     shapes = expected_shapes(config)
@@ -91,7 +91,8 @@ def work(directory: Path, num_layers: int) -> None:
     from kto_jax.devices.processes import join
     from kto_jax.devices.sharding import constrainer, make_mesh, shardings
     from kto_jax.models.model import Model
-    from kto_jax.models.weights.huggingface import load_params, save_hugging_face
+    from kto_jax.models.weights.export import save_hugging_face
+    from kto_jax.models.weights.load import load_params
 
     join(ProcessesConfig())
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())

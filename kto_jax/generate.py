@@ -28,7 +28,7 @@ from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights import huggingface
+from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.sampling import sample as rollout
 from kto_jax.storage import fetch as sources
 from kto_jax.training import checkpoints as checkpoint
@@ -72,13 +72,13 @@ def open_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
         source = source / "policy"
     elif (source / "checkpoints").is_dir():
         return checkpoint.load_policy(source, dtype=dtype)
-    if huggingface.is_reward_model(source):
+    if is_reward_model(source):
         raise ConfigError(
             f"{source} is a reward model, which gives a completion a number and writes none. A language model is needed"
             " here. Choose another --model, or score completions with python -m kto_jax.score."
         )
-    model = Model.create(huggingface.read_config(source), dtype=dtype, remat="none")
-    return model, huggingface.load_params(model, source, param_dtype=dtype), source
+    model = Model.create(read_config(source), dtype=dtype, remat="none")
+    return model, load_params(model, source, param_dtype=dtype), source
 
 
 def read_prompts(path: str) -> list[Prompt]:

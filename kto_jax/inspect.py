@@ -27,7 +27,7 @@ from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, prepare_tokenizer
 from kto_jax.data.truncation import cut_prompt, fit_lengths
-from kto_jax.models.weights.huggingface import read_config
+from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import auto_weights
 from kto_jax.storage.fetch import cache_directory, local_path
 from kto_jax.train import UNUSABLE, read_command

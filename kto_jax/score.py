@@ -37,7 +37,7 @@ from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.devices.sharding import make_mesh
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights import huggingface
+from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.storage import fetch as sources
 from kto_jax.train import read_command
 
@@ -69,15 +69,15 @@ def open_reward_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
             f"{source} is a run without a policy/ yet. A run is scored with once it has ended. Let it end, or give a "
             "directory of a sequence classification, such as a LlamaForSequenceClassification."
         )
-    if not huggingface.is_reward_model(source):
+    if not is_reward_model(source):
         raise ConfigError(
             f"{source} is no reward model. Allowed: a run of the reward objective, or a directory whose config.json "
             "names a sequence classification, such as LlamaForSequenceClassification. Choose another --model."
         )
     attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
-    config = huggingface.read_config(source)
+    config = read_config(source)
     model = Model.create(config, dtype=dtype, remat="none", scorer="reward", packed_attention=attention)
-    return model, huggingface.load_params(model, source, param_dtype=dtype), source
+    return model, load_params(model, source, param_dtype=dtype), source
 
 
 def score_sequences(

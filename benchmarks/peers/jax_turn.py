@@ -16,7 +16,7 @@ from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.compilation import give_back_memory
 from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights.huggingface import load_params, read_config
+from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.shapes import FeedbackBatch, PackedRows
 
 

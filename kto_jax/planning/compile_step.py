@@ -18,7 +18,7 @@ from kto_jax.data.batches.packing import num_slots, power_of_two
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import read_config
+from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology

@@ -11,7 +11,7 @@ import numpy as np
 from kto_jax.config import Config, to_dict
 from kto_jax.devices import processes
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.reports import samples
 from kto_jax.reports.captions import captions_of

@@ -18,7 +18,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import INT8, kept_as
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights.huggingface import load_params
+from kto_jax.models.weights.load import load_params
 from kto_jax.objectives import Objective
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.inputs import Inputs

@@ -22,7 +22,7 @@ from kto_jax.data.truncation import fit_lengths
 from kto_jax.devices import processes
 from kto_jax.judges import judges
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.weights.huggingface import is_reward_model, read_config
+from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
 from kto_jax.storage.fetch import cache_directory, local_path
 

@@ -18,7 +18,8 @@ from kto_jax.config import CheckpointConfig, ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.model import Model
-from kto_jax.models.weights import huggingface
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import read_config
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.run_folder import write_json
 from tests import ROOT
@@ -30,10 +31,10 @@ TINY = ROOT / "configs" / "tiny_model"
 def exported(tmp_path_factory):
     """A run's folder with a policy as training exports it, and its model, parameters and tokenizer."""
     run = tmp_path_factory.mktemp("run")
-    model = Model.create(huggingface.read_config(TINY))
+    model = Model.create(read_config(TINY))
     params = model.init_params(jax.random.key(0), "float32")
     tokenizer = tokenize.prepare_tokenizer(TINY, run / "tokenizer", chat_template="auto")
-    huggingface.save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")
+    save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")
     return run, model, params, tokenizer
 
 
@@ -149,7 +150,7 @@ def test_a_runs_newest_checkpoint_is_taken_until_its_policy_is_exported(tmp_path
 
 def save_checkpoint(workdir, policy):
     """A run's folder that holds a checkpoint of `policy` alone, and no export yet."""
-    write_json(workdir / "model.json", write_config_json(huggingface.read_config(TINY)))
+    write_json(workdir / "model.json", write_config_json(read_config(TINY)))
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     state = types.SimpleNamespace(
         step=jnp.int32(1), policy=policy, opt_state={"mean": jnp.zeros(2)}, num_bad_steps=jnp.int32(0),
@@ -160,13 +161,13 @@ def save_checkpoint(workdir, policy):
 
 
 def test_a_reward_model_is_refused_before_its_weights_are_read(tmp_path):
-    model = Model.create(huggingface.read_config(TINY), scorer="reward")
+    model = Model.create(read_config(TINY), scorer="reward")
     params = model.init_params(jax.random.key(0), "float32")
     save_checkpoint(tmp_path, params)
     refusal = r"a reward model, which .* language model is needed here\. Choose .* python -m kto_jax\.score"
     with pytest.raises(ConfigError, match=refusal):
         generate.open_model(str(tmp_path), dtype="float32")
-    huggingface.save_hugging_face(tmp_path / "policy", model, params, tokenizer_dir=None, model_card="")
+    save_hugging_face(tmp_path / "policy", model, params, tokenizer_dir=None, model_card="")
     (tmp_path / "policy" / "model.safetensors").unlink()
     for path in (tmp_path, tmp_path / "policy"):
         with pytest.raises(ConfigError, match=refusal):

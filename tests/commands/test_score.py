@@ -19,7 +19,8 @@ from kto_jax.data.rows import records
 from kto_jax.data.rows.files import Rejection
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.models.model import Model
-from kto_jax.models.weights import huggingface
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import read_config
 from tests import ROOT
 
 TINY = ROOT / "configs" / "tiny_model"
@@ -35,11 +36,11 @@ ROWS = [
 def exported(tmp_path_factory):
     """A run's folder with a reward model as training exports it, and its model, parameters and tokenizer."""
     run = tmp_path_factory.mktemp("run")
-    config = dataclasses.replace(huggingface.read_config(TINY), initializer_range=0.2)
+    config = dataclasses.replace(read_config(TINY), initializer_range=0.2)
     model = Model.create(config, scorer="reward", remat="none")
     params = model.init_params(jax.random.key(0), "float32")
     tokenizer = tokenize.prepare_tokenizer(TINY, run / "tokenizer", chat_template="auto")
-    huggingface.save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")
+    save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")
     return run, model, params, tokenizer
 
 

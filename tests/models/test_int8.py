@@ -9,7 +9,8 @@ from kto_jax.config import MeshConfig
 from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.int8 import Int8Matrix, as_matrices, quantised
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import load_params, save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 
 TOKENS = draw_tokens(0, 4, 16)

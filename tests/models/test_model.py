@@ -12,7 +12,7 @@ from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import PARAMETER_RULES
 from kto_jax.models.heads import init_scorer
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import load_params, read_config
+from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.storage.fetch import local_path
 from tests import ROOT
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows

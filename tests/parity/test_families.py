@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kto_jax.models.weights.tensor_names import tensor_names
 
 from kto_jax.config import ConfigError
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
-from kto_jax.models.weights.tensor_names import tensor_names
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params, read_config
 from tests.models.families.family_files import FILES, WINDOW
 from tests.parity.test_transformers import greedy, their_logits
 

@@ -8,7 +8,7 @@ from kto_jax.config import LoraConfig
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.lora import init_adapters, laid_upon
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
 from tests.models.families.family_files import FILES
 from tests.parity.test_families import close

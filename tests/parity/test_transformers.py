@@ -11,7 +11,8 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.rope import Llama3Scaling
-from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.storage.fetch import local_path
 from tests import TINY_MODEL
 

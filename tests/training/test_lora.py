@@ -14,7 +14,7 @@ from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model
-from kto_jax.models.weights.huggingface import load_params
+from kto_jax.models.weights.load import load_params
 from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
 from kto_jax.planning.topology import open_topology
 from kto_jax.train import main

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config.json is read and written, in terms of TransformerConfig's fields."""
+"""What a family of models is: how its config.json is read and written, and what its tensors are called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families.tensors import Tensor
 from kto_jax.models.rope import either_spelling, read_rope
 
 Values = Mapping[str, Any]
@@ -23,6 +24,7 @@ class Family:
       classifier: transformers' class of the same decoder under a linear map to one number: a reward model.
       read: fields of TransformerConfig that not all families share, from a config.json that `defaults` have completed.
       write: entries of a config.json that not all families share.
+      tensors: what its tensors are called: see tensors.py.
       defaults: what transformers takes where a config.json says nothing.
       options: entries that must have one of these values, or be absent; others are not built here.
     """
@@ -32,6 +34,7 @@ class Family:
     classifier: str
     read: Callable[[Values], dict[str, Any]]
     write: Callable[[TransformerConfig], dict[str, Any]]
+    tensors: Mapping[str, Tensor]
     defaults: Values = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 

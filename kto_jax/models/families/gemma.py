@@ -12,6 +12,7 @@ from typing import Any
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
+from kto_jax.models.families.tensors import DECODER, LAYER, QK_NORMS, Tensor
 from kto_jax.models.rope import either_spelling, read_rope
 
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -100,6 +101,12 @@ def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     return values | ({"sliding_window_pattern": pattern} if regular else {})
 
 
+# Gemma's "post_attention" norm stands behind attention; that of other families stands before the feed-forward layer.
+_POST_NORMS = {
+    "layers.attention_post_norm.scale": Tensor(LAYER + "post_attention_layernorm.weight"),
+    "layers.mlp_norm.scale": Tensor(LAYER + "pre_feedforward_layernorm.weight"),
+    "layers.mlp_post_norm.scale": Tensor(LAYER + "post_feedforward_layernorm.weight"),
+}
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
     "bos_token_id": 2, "eos_token_id": 1,
@@ -111,6 +118,7 @@ GEMMA1 = Family(
     classifier="GemmaForSequenceClassification",
     read=_read_gemma1,
     write=_write_gemma1,
+    tensors=DECODER,
     defaults={**_DEFAULTS, "num_key_value_heads": 16},
     # "gelu" stands in the first release's files, whose models were trained with the approximation.
     options={**_OPTIONS, "hidden_act": (_ACTIVATION, "gelu"), "hidden_activation": (_ACTIVATION,)},
@@ -121,6 +129,7 @@ GEMMA2 = Family(
     classifier="Gemma2ForSequenceClassification",
     read=_read_gemma2,
     write=_write_gemma2,
+    tensors=DECODER | _POST_NORMS,
     defaults={
         **_DEFAULTS,
         "query_pre_attn_scalar": 256,
@@ -136,6 +145,7 @@ GEMMA3 = Family(
     classifier="Gemma3TextForSequenceClassification",
     read=_read_gemma3,
     write=_write_gemma3,
+    tensors=DECODER | _POST_NORMS | QK_NORMS,
     defaults={**_DEFAULTS, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096},
     # transformers' Gemma 3 does not bend its scores, whatever the file says.
     options={**_OPTIONS, "hidden_activation": (_ACTIVATION,), "attn_logit_softcapping": (None,)},

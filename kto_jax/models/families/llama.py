@@ -6,6 +6,7 @@ from typing import Any
 
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_one_rope, write_one_rope
+from kto_jax.models.families.tensors import DECODER
 
 
 def _write_llama(config: TransformerConfig) -> dict[str, Any]:
@@ -27,6 +28,7 @@ LLAMA = Family(
     classifier="LlamaForSequenceClassification",
     read=read_one_rope,
     write=_write_llama,
+    tensors=DECODER,
     defaults=_DEFAULTS,
     options={"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu",)},
 )
@@ -36,6 +38,7 @@ MISTRAL = Family(
     classifier="MistralForSequenceClassification",
     read=_read_mistral,
     write=_write_mistral,
+    tensors=DECODER,
     defaults={**_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     options={"hidden_act": ("silu",), "layer_types": (None,)},
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
+from kto_jax.models.families.tensors import DECODER, QK_NORMS, QKV_BIASES
 
 
 def _read_shared(values: Values) -> dict[str, Any]:
@@ -47,6 +48,7 @@ QWEN2 = Family(
     classifier="Qwen2ForSequenceClassification",
     read=_read_qwen2,
     write=_write_shared,
+    tensors=DECODER | QKV_BIASES,
     defaults=_DEFAULTS,
     options={"hidden_act": ("silu",)},
 )
@@ -56,6 +58,7 @@ QWEN3 = Family(
     classifier="Qwen3ForSequenceClassification",
     read=_read_qwen3,
     write=_write_qwen3,
+    tensors=DECODER | QK_NORMS,
     defaults=_DEFAULTS | {"head_dim": 128},
     options={"hidden_act": ("silu",), "attention_bias": (False,)},
 )

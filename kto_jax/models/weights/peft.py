@@ -17,11 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kto_jax.config import LoraConfig
+from kto_jax.models.families import FAMILIES
+from kto_jax.models.gather import gather
 from kto_jax.models.lora import GROUPS
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights.huggingface import copy_tokenizer, replace_directory
+from kto_jax.models.weights.export import copy_tokenizer, replace_directory
 from kto_jax.models.weights.safetensors_files import write_safetensors
-from kto_jax.models.weights.tensor_names import tensor_names
 
 _PREFIX = "base_model.model."
 
@@ -70,25 +71,20 @@ def save_adapters(
 
 def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor by the name that peft gives it; theirs lie as [out, in]."""
-    names = tensor_names(model.config)
+    tensors = FAMILIES[model.config.family].tensors
     for group, matrices in adapters["layers"].items():
         for name, pair in matrices.items():
-            theirs = _PREFIX + names[f"layers.{group}.{name}.weight"][0].removesuffix("weight")
+            theirs = _PREFIX + tensors[f"layers.{group}.{name}.weight"].name.removesuffix("weight")
             for part in ("a", "b"):
-                for layer, values in enumerate(_whole(pair["weight"][part])):
+                for layer, values in enumerate(gather(pair["weight"][part])):
                     yield f"{theirs.format(layer)}lora_{part.upper()}.weight", np.ascontiguousarray(values.T)
     if model.scorer == "reward":
-        yield f"{_PREFIX}score.weight", _whole(adapters["scorer"]["weight"])[None]
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    local = x.is_fully_addressable
-    return np.asarray(x) if local else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        yield f"{_PREFIX}score.weight", gather(adapters["scorer"]["weight"])[None]
 
 
 def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, object]:
-    names = tensor_names(model.config)
-    theirs = (names[f"layers.{GROUPS[name]}.{name}.weight"][0].split(".")[-2] for name in lora.targets)
+    tensors = FAMILIES[model.config.family].tensors
+    theirs = (tensors[f"layers.{GROUPS[name]}.{name}.weight"].name.split(".")[-2] for name in lora.targets)
     is_reward = model.scorer == "reward"
     return {
         "peft_type": "LORA",

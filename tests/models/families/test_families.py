@@ -15,7 +15,9 @@ from kto_jax.models.families.config_json import read_config_json, write_config_j
 from kto_jax.models.model import Model
 from kto_jax.models.rope import LinearScaling
 from kto_jax.models.transformer import Linear, RMSNorm
-from kto_jax.models.weights.huggingface import expected_shapes, load_params, read_config, save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params, read_config
+from kto_jax.models.weights.tensors import expected_shapes
 from tests import ROOT
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 from tests.models.families.family_files import FILES, WINDOW

@@ -10,7 +10,8 @@ from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.model import Model
 from kto_jax.models.rope import Llama3Scaling
 from kto_jax.models.weights.gguf import GgufWeights
-from kto_jax.models.weights.huggingface import expected_shapes, load_params, read_config
+from kto_jax.models.weights.load import load_params, read_config
+from kto_jax.models.weights.tensors import expected_shapes
 
 SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 GGUF_NAMES = {

@@ -6,7 +6,7 @@ import sys
 
 import safetensors.numpy
 
-from tests.models.weights.test_huggingface import draw_weights, write_model
+from tests.models.weights.directories import draw_weights, write_model
 
 WORKER = """
 import sys
@@ -15,7 +15,8 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_
 import json
 from pathlib import Path
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kto_jax.models.weights.huggingface import load_params, read_config, save_hugging_face
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.models.model import Model
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
 

@@ -1,0 +1,76 @@
+"""What the tensors of a Hugging Face directory are called: the parts of these tables that families share.
+
+A table maps the name of a parameter here, "a.b.c" for params["a"]["b"]["c"], to a `Tensor`. It may name parameters that
+a particular model does not have, such as the output head of a model whose head is tied.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+LAYER = "model.layers.{}."
+
+
+class Tensor(NamedTuple):
+    """A tensor of a Hugging Face directory, and how it differs from the parameter here.
+
+    Attributes:
+      name: its name; "{}" stands for the number of the layer.
+      transposed: whether it is stored as [out, in], and is [in, out] here.
+      is_row: whether it is stored as [1, n], and is [n] here.
+    """
+
+    name: str
+    transposed: bool = False
+    is_row: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether every layer has one; here they are stacked."""
+        return "{}" in self.name
+
+    def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor, from that of the parameter (of one layer)."""
+        return (1, *shape) if self.is_row else shape[::-1] if self.transposed else shape
+
+    def index_in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a part of the parameter (of one layer) is in the tensor."""
+        return (slice(0, 1), *index) if self.is_row else index[::-1] if self.transposed else index
+
+    def from_file(self, values: np.ndarray) -> np.ndarray:
+        """A part of the tensor as the parameter has it."""
+        return values[0] if self.is_row else values.T if self.transposed else values
+
+    def to_file(self, values: np.ndarray) -> np.ndarray:
+        """The parameter (of one layer) as the tensor has it."""
+        return values[None] if self.is_row else values.T if self.transposed else values
+
+
+DECODER = {
+    "embed.table": Tensor("model.embed_tokens.weight"),
+    "final_norm.scale": Tensor("model.norm.weight"),
+    "head.weight": Tensor("lm_head.weight", transposed=True),
+    "layers.attention_norm.scale": Tensor(LAYER + "input_layernorm.weight"),
+    "layers.attention.query.weight": Tensor(LAYER + "self_attn.q_proj.weight", transposed=True),
+    "layers.attention.key.weight": Tensor(LAYER + "self_attn.k_proj.weight", transposed=True),
+    "layers.attention.value.weight": Tensor(LAYER + "self_attn.v_proj.weight", transposed=True),
+    "layers.attention.output.weight": Tensor(LAYER + "self_attn.o_proj.weight", transposed=True),
+    "layers.mlp_norm.scale": Tensor(LAYER + "post_attention_layernorm.weight"),
+    "layers.mlp.gate.weight": Tensor(LAYER + "mlp.gate_proj.weight", transposed=True),
+    "layers.mlp.up.weight": Tensor(LAYER + "mlp.up_proj.weight", transposed=True),
+    "layers.mlp.down.weight": Tensor(LAYER + "mlp.down_proj.weight", transposed=True),
+    "scorer.weight": Tensor("score.weight", is_row=True),
+}
+"""A decoder with one norm before attention and one before the feed-forward layer."""
+
+QKV_BIASES = {
+    "layers.attention.query.bias": Tensor(LAYER + "self_attn.q_proj.bias"),
+    "layers.attention.key.bias": Tensor(LAYER + "self_attn.k_proj.bias"),
+    "layers.attention.value.bias": Tensor(LAYER + "self_attn.v_proj.bias"),
+}
+QK_NORMS = {
+    "layers.attention.query_norm.scale": Tensor(LAYER + "self_attn.q_norm.weight"),
+    "layers.attention.key_norm.scale": Tensor(LAYER + "self_attn.k_norm.weight"),
+}

@@ -1,0 +1,205 @@
+"""Loads architectures and weights from Hugging Face directories and GGUF files.
+
+Every device reads only the bytes of its own part of each tensor. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from kto_jax.config import ConfigError
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families import CLASSIFIERS, FAMILIES
+from kto_jax.models.families.config_json import read_config_json
+from kto_jax.models.families.tensors import Tensor
+from kto_jax.models.heads import init_scorer
+from kto_jax.models.int8 import INT8, quantise
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.gguf import open_gguf
+from kto_jax.models.weights.safetensors_files import SafetensorsWeights, listed, read_json, weight_files
+from kto_jax.models.weights.tensors import expected_shapes
+from kto_jax.storage.fetch import file_digest
+
+# Rows of a tied head that are held against the embedding: those that training seldom touches may be equal by chance.
+_TIED_ROWS = 64
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of a tensor."""
+
+
+def read_config(path: str | Path) -> TransformerConfig:
+    """Reads the architecture of a Hugging Face directory or a .gguf file.
+
+    Raises:
+      ConfigError: nothing readable is there, or the architecture is not one that is built here.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path).config
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{path} has no config.json. A model is a Hugging Face directory or a .gguf file. Check model.path."
+        )
+    return read_config_json(read_json(file))
+
+
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a directory's config.json names a reward model: a decoder that gives a sequence one number.
+
+    Raises:
+      ConfigError: the config.json is broken.
+    """
+    file = Path(path) / "config.json"
+    named = read_json(file).get("architectures") if file.is_file() else None
+    return isinstance(named, list) and named[:1] != [] and named[0] in CLASSIFIERS
+
+
+def load_params(
+    model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None, key: Key[Array, ""] | None = None
+) -> Params:
+    """Reads a model's parameters, each device only its own part.
+
+    A scorer is drawn, unless the model is a reward model and `path` is one too.
+
+    Args:
+      model: the model; its config must be that of `path`.
+      path: Hugging Face directory with safetensors, or a .gguf file.
+      param_dtype: what the parameters are kept in; values are converted as they are read, to int8 matrix by matrix.
+      shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device. Whole parts
+        (embed, layers, scorer ...) that it does not name are not read.
+      key: decides a scorer that is drawn; None is `jax.random.key(0)`.
+
+    Raises:
+      ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there;
+        or they are a reward model's, and `model` is none.
+    """
+    weights, tensors = open_weights(Path(path)), FAMILIES[model.config.family].tensors
+    _check_names(weights, model, path)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
+    abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
+    abstract = {name: abstract[name] for name in shardings}
+
+    def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        if isinstance(sharding, dict):  # of a matrix that becomes int8
+            return quantise(key_path[-1].key, load(key_path, leaf, sharding["int8"]), sharding)
+        name = ".".join(part.key for part in key_path)
+        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
+
+    drawn: Params = {}
+    if "scorer" in abstract and "score.weight" not in weights.shapes:
+        del abstract["scorer"]
+        key = jax.random.key(0) if key is None else key
+        drawn = {"scorer": _draw_scorer(model, key, param_dtype, shardings["scorer"])}
+    return jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract}) | drawn
+
+
+def _draw_scorer(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:
+    def draw(key: Array) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_scorer(model.scorer, model.config, key))
+
+    return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def weights_digest(path: Path) -> str:
+    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors.
+
+    Raises:
+      ConfigError: there are no weights.
+    """
+    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)]
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+
+
+def open_weights(path: Path) -> Weights:
+    """Opens a .gguf file or the safetensors of a directory; reads headers, no weights.
+
+    Raises:
+      ConfigError: there are none, or they are damaged or unsafe.
+    """
+    return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else SafetensorsWeights(path)
+
+
+def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
+    """Refuses weights that are not exactly those of the model; a reward model may be read from a language model."""
+    config, is_reward = model.config, model.scorer == "reward"
+    expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)
+    if is_reward:
+        found.pop("lm_head.weight", None)
+        if "score.weight" not in found:
+            del expected["score.weight"]
+    elif "score.weight" in found:
+        raise ConfigError(
+            f"{path} is a reward model: it has score.weight, and no output head to write text with. A language model "
+            "is needed here. Choose the model that it was trained from."
+        )
+    for name in list(found):
+        if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports; it follows from the config.
+            del found[name]
+    if config.tied_head and found.pop("lm_head.weight", None) is not None:
+        _check_tied(weights, config, path)
+    problems = [f"missing: {listed(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
+    problems += [f"unexpected: {listed(found.keys() - expected.keys())}"] if found.keys() - expected.keys() else []
+    wrong = [
+        f"{name} {found[name]} (expected {shape})"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems += [f"of another shape: {listed(wrong)}"] if wrong else []
+    if problems:
+        raise ConfigError(
+            f"{path}: its weights are not those that its config.json describes. {'; '.join(problems)}. "
+            "Names and shapes must match. Download the model again, or mend its config.json."
+        )
+
+
+def _check_tied(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
+    """Refuses a copy of a tied head that is not the embedding, by rows spread over the vocabulary."""
+    embedding, shape = "model.embed_tokens.weight", (config.vocab_size, config.embed_dim)
+    if weights.shapes.get(embedding) != shape:
+        return  # It is missing or wrong itself, which is said with all else that is.
+    rows = np.linspace(0, config.vocab_size - 1, _TIED_ROWS, dtype=int)
+    same = weights.shapes["lm_head.weight"] == shape and all(
+        np.array_equal(weights.read("lm_head.weight", index), weights.read(embedding, index))
+        for index in ((slice(row, row + 1), slice(None)) for row in rows)
+    )
+    if not same:
+        raise ConfigError(
+            f"{path}: config.json says tie_word_embeddings=true, but lm_head.weight differs from the embedding. A "
+            "tied head is the embedding. Set tie_word_embeddings to false."
+        )
+
+
+def _reader(weights: Weights, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
+    """What `jax.make_array_from_callback` calls with the part of a parameter that a device holds."""
+    # Devices that hold the same part share one reading.
+    cache: dict[tuple, np.ndarray] = {}
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if bounds not in cache:
+            part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            layers, inner = (range(*bounds[0]), bounds[1:]) if tensor.is_stacked else ((0,), bounds)
+            wanted = tensor.index_in_file(tuple(slice(*bound) for bound in inner))
+            for place, layer in enumerate(layers):
+                values = tensor.from_file(weights.read(tensor.name.format(layer), wanted))
+                part[place if tensor.is_stacked else ...] = values
+            cache[bounds] = part
+        return cache[bounds]
+
+    return read_part

@@ -1,0 +1,59 @@
+"""Which tensors a Hugging Face directory of an architecture holds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families import FAMILIES
+from kto_jax.models.families.tensors import Tensor
+from kto_jax.models.model import Model
+
+
+class Expected(NamedTuple):
+    """A tensor that a directory holds.
+
+    Attributes:
+      parameter: name of the parameter here that it is, or whose layer it is.
+      layer: number of the layer; None where the parameter is not stacked over layers.
+      tensor: how it is stored.
+      shape: its shape there.
+    """
+
+    parameter: str
+    layer: int | None
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+
+def expected_tensors(config: TransformerConfig, *, reward: bool = False) -> dict[str, Expected]:
+    """Every tensor that a Hugging Face directory of this architecture holds, by name, in the order of the layers.
+
+    Args:
+      config: the architecture.
+      reward: whether it is a reward model, which has no output head.
+    """
+    shapes, tensors = _parameter_shapes(config, reward), FAMILIES[config.family].tensors
+    assert shapes.keys() <= tensors.keys(), f"{config.family} has no name for {shapes.keys() - tensors.keys()}"
+    stacked = [name for name in tensors if name in shapes and tensors[name].is_stacked]
+    places: list[tuple[str, int | None]] = [("embed.table", None)]
+    places += [(name, layer) for layer in range(config.num_layers) for name in stacked]
+    places += [(name, None) for name in ("final_norm.scale", "head.weight", "scorer.weight") if name in shapes]
+    expected = {}
+    for name, layer in places:
+        tensor, shape = tensors[name], shapes[name] if layer is None else shapes[name][1:]
+        expected[tensor.name.format(layer)] = Expected(name, layer, tensor, tensor.shape_in_file(shape))
+    return expected
+
+
+def expected_shapes(config: TransformerConfig, *, reward: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of `expected_tensors`."""
+    return {name: expected.shape for name, expected in expected_tensors(config, reward=reward).items()}
+
+
+def _parameter_shapes(config: TransformerConfig, reward: bool) -> dict[str, tuple[int, ...]]:
+    abstract = Model.create(config, scorer="reward" if reward else "none").abstract_params("float32")
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    return {".".join(key.key for key in key_path): leaf.shape for key_path, leaf in leaves}

@@ -1,0 +1,92 @@
+"""Weights written to a Hugging Face directory."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kto_jax.config import ConfigError
+from kto_jax.models.model import Model
+from kto_jax.models.weights import export
+from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.weights.load import read_config
+from tests.models.weights.directories import CARD, assert_equal, load, write_model
+
+
+@pytest.mark.parametrize(("tied", "max_shard_bytes"), [(True, 4_000_000), (False, 20_000)])
+def test_a_model_survives_export_and_import_bitwise(config, tmp_path, tied, max_shard_bytes):
+    config = dataclasses.replace(config, tied_head=tied)
+    params = load(write_model(tmp_path / "model", config))
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "secret.txt").write_text("not to be copied")
+    save = partial(save_hugging_face, tmp_path / "out", Model.create(config), params, tokenizer_dir=tokenizer)
+    save(model_card=CARD, max_shard_bytes=max_shard_bytes)
+    out = tmp_path / "out"
+    assert_equal(load(out), params)
+    assert read_config(out) == config
+    names = {file.name for file in out.iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        "tokenizer.json",
+    } <= names and "secret.txt" not in names
+    assert (out / "README.md").read_text() == CARD
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) == 1) is tied and all(file.stat().st_size < max_shard_bytes + 4000 for file in files)
+    # A second export replaces the first and leaves nothing beside it.
+    save(model_card="# Another\n", stop_ids=(7, 2))
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 7]}
+    assert (out / "README.md").read_text() == "# Another\n" and len(list(out.glob("*.safetensors"))) == 1
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_export_in_bfloat16_holds_rounded_weights(config, directory, weights, tmp_path):
+    model = Model.create(config)
+    options = {"tokenizer_dir": None, "model_card": CARD}
+    save_hugging_face(tmp_path / "out", model, load(directory), dtype="bfloat16", **options)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for name, values in weights.items():
+        assert written[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(written[name], values.astype(ml_dtypes.bfloat16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out"))} == {"float32"}
+
+
+def test_a_failed_export_leaves_the_earlier_one_whole(config, directory, tmp_path, monkeypatch):
+    save = partial(save_hugging_face, tmp_path / "out", Model.create(config), tokenizer_dir=None, model_card=CARD)
+    params = load(directory)
+    save(params)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export, "write_safetensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(params)
+    assert_equal(load(tmp_path / "out"), params)
+
+
+def test_an_export_never_replaces_what_is_not_a_model(config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="new or empty directory"):
+        save_hugging_face(tmp_path, Model.create(config), {}, tokenizer_dir=None, model_card=CARD)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_an_export_of_sharded_parameters_equals_that_of_whole_ones(config, directory, weights, tmp_path):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"))  # noqa: E731
+    model = Model.create(config)
+    params = load(directory, shardings=jax.tree.map(spread, model.abstract_params("float32")))
+    save_hugging_face(tmp_path / "out", model, params, tokenizer_dir=None, model_card=CARD)
+    assert_equal(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), weights)
