@@ -38,6 +38,7 @@ from kto_jax.devices.compilation import keep_compiled
 from kto_jax.devices.sharding import make_mesh
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
+from kto_jax.shapes import power_of_two
 from kto_jax.storage import fetch as sources
 from kto_jax.train import read_command
 
@@ -97,7 +98,7 @@ def score_sequences(
     found = np.zeros(len(sequences), jnp.promote_types(model.dtype, jnp.float32))
     groups: dict[int, list[int]] = {}
     for row, ids in enumerate(sequences):
-        groups.setdefault(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), []).append(row)
+        groups.setdefault(max(_SHORTEST, power_of_two(len(ids))), []).append(row)
     for length, group in sorted(groups.items()):
         for start in range(0, len(group), batch_size):
             rows = group[start : start + batch_size]

@@ -26,6 +26,11 @@ import jax
 from jaxtyping import Bool, Float, Int
 
 
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count` and at least 1: rounded sizes compile fewer programs."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:

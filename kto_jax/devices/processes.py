@@ -19,6 +19,7 @@ from jax._src import distributed  # its service alone lets processes talk withou
 from jax.experimental import multihost_utils
 
 from kto_jax.config import ConfigError, ProcessesConfig
+from kto_jax.models.gather import gather as gather_array
 
 T = TypeVar("T")
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -171,4 +172,4 @@ def gather(tree: Any) -> Any:
     """Arrays that lie over all devices, as NumPy arrays on every process."""
     if num_processes() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(gather_array, tree)

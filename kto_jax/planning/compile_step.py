@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.data.batches.packing import num_slots, power_of_two
+from kto_jax.data.batches.packing import num_slots
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
@@ -22,7 +22,7 @@ from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology
-from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
 from kto_jax.storage.fetch import local_path
 from kto_jax.training.first_state import make_abstract_state, make_model
 from kto_jax.training.inputs import check_together

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import ACTIVATION_RULES, num_parts
 from kto_jax.models.model import Model, Params
+from kto_jax.shapes import power_of_two
 
 _SMALLEST_BUCKET = 32
 
@@ -221,7 +222,7 @@ def _complete(
 def _pad(ids: list[np.ndarray], rows: list[int], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens [B, bucket], lengths [B] and row numbers [B] of a batch; rows that fill it up have length 0."""
     longest = max(len(ids[row]) for row in rows)
-    bucket = max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
+    bucket = max(_SMALLEST_BUCKET, power_of_two(longest))
     tokens_BL = np.zeros((batch_size, bucket), np.int32)
     lengths_B, rows_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
     for place, row in enumerate(rows):

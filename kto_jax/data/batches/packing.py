@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kto_jax.data.permutation import permute
-from kto_jax.shapes import PackedRows
+from kto_jax.shapes import PackedRows, power_of_two
 
 _EIGHTHS = (8, 9, 10, 11, 12, 14, 16, 24, 32)
 """Row lengths to try, in eighths of the shortest."""
@@ -158,11 +158,6 @@ def num_slots(totals: np.ndarray, row_length: int, batch_size: int) -> int:
     """
     short = max(1.0, float(np.percentile(totals, 10)))
     return min(_MAX_SLOTS, power_of_two(math.ceil(row_length / short)), power_of_two(batch_size))
-
-
-def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`, and at least 1."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _round_up(value: float, multiple: int) -> int:

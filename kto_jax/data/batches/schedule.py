@@ -16,13 +16,13 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.cutting import Controls, Cutter
-from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill, num_slots, pack, power_of_two
+from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill, num_slots, pack
 from kto_jax.data.batches.partners import find_partners
 from kto_jax.data.batches.reference_logps import ReferenceLogps
 from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index.index import Index
 from kto_jax.data.permutation import permute
-from kto_jax.shapes import FeedbackBatch, PackedRows
+from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
