@@ -1,83 +1,106 @@
-"""The order of the folders, inside and out, without cycles."""
+"""The order of the folders and of the modules inside each folder, without import cycles."""
 
-import ast
-import graphlib
 import re
 
 import pytest
 
+from benchmarks.structure import PACKAGE, cycles, find_modules, import_graph, imported_names, unit
 from tests import ROOT
 
-FOLDERS = [
-    {"shapes", "config"},
-    {"losses", "storage"},
-    {"values", "models", "data", "judges"},
-    {"objectives", "devices"},
-    {"training", "sampling"},
-    {"planning", "reports"},
-    {"command"},
-    {"train", "generate", "score", "curves", "inspect", "plan"},
-]
-"""A file imports from its own folder and from folders on lines above it, and from nothing else of the package."""
+ORDER = {
+    "kto_jax": [
+        "shapes config losses",
+        "storage values judges",
+        "models data objectives",
+        "devices",
+        "training sampling",
+        "planning reports",
+        "train generate score curves inspect plan",
+    ],
+    "kto_jax.data": ["permutation truncation workers", "rows", "tokens", "index", "batches"],
+    "kto_jax.data.batches": ["cutting packing partners prefetch reference_logps visits", "schedule"],
+    "kto_jax.data.index": ["manifest shared_store", "build_folder conversions", "builder", "index"],
+    "kto_jax.data.rows": ["sources tfds turns", "files", "layouts", "records"],
+    "kto_jax.data.tokens": ["encoder gguf_tokenizer", "tokenizer"],
+    "kto_jax.devices": ["chips compilation processes sharding", "attention_on_mesh"],
+    "kto_jax.judges": ["judges"],
+    "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo ppo reward sft simpo slic", "grpo"],
+    "kto_jax.models": ["int8 rope", "config lora", "attention families heads", "transformer", "model", "weights"],
+    "kto_jax.models.attention": ["dense triton", "blockwise splash"],
+    "kto_jax.models.families": ["family", "gemma llama qwen", "config_json"],
+    "kto_jax.models.weights": ["gguf safetensors_files tensor_names", "classifier stored_dtype", "huggingface", "peft"],
+    "kto_jax.objectives": ["record", "algorithms"],
+    "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
+    "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
+    "kto_jax.sampling": ["sample"],
+    "kto_jax.storage": ["fetch"],
+    "kto_jax.training": [
+        "forward inputs logs metrics preemption reference rounding run_folder state",
+        "checkpoints optimizer step",
+        "evaluation first_state",
+        "precompute",
+    ],
+}
+"""For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside
+functions. A folder's __init__ may import everything in its folder."""
 EXCEPTIONS = {
-    ("values", "losses"): "a value is a loss read as a function of the reward",
-    ("models", "losses"): "the output head computes log-probabilities in chunks",
-    ("inspect", "train"): "", ("score", "train"): "", ("plan", "train"): "",
-}  # fmt: skip
-LAYER = {name: number for number, names in enumerate(FOLDERS, start=1) for name in names}
-# Only these may know these packages.
+    ("kto_jax.inspect", "kto_jax.train"): "both read a config from the command line",
+    ("kto_jax.score", "kto_jax.train"): "both read a config from the command line",
+    ("kto_jax.plan", "kto_jax.train"): "both read a config from the command line",
+    ("kto_jax.models.families.config_json", "kto_jax.models.families"): "it reads the table of families",
+}
+"""Imports against the order, each with its reason."""
 CONFINED = {"orbax": {"training"}, "transformers": {"data"}, "datasets": {"data"}, "flax": {"models"}}
-FILES = sorted(
-    path for path in (ROOT / "kto_jax").rglob("*.py") if path.parent.name != "kto_jax" or path.stem != "__init__"
-)
+"""Packages that only these may import."""
+OF_LOSSES = {"__future__", "jax", "jaxtyping", "functools", "collections", "typing", "dataclasses", "math", PACKAGE}
+"""All that losses may import."""
+MODULES = find_modules(ROOT)
+GRAPH = import_graph(MODULES)
+LINES = {
+    f"{folder}.{name}": number for folder, lines in ORDER.items() for number, line in enumerate(lines)
+    for name in line.split()
+}  # fmt: skip
 
 
-def imports(path):
-    """Every module that a file imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "kto_jax")
+def parents(name):
+    """The folders that hold a module, from the package down, and the module itself."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def unit(path):
-    return path.relative_to(ROOT / "kto_jax").parts[0].removesuffix(".py")
+def in_order(importer, imported):
+    """Whether the first stands below the second in the folder that holds both, or is that folder's __init__."""
+    one, other = parents(importer), parents(imported)
+    depth = next((d for d, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    if depth is None:  # one of the two is the __init__ of a folder that holds the other
+        return len(one) < len(other)
+    return LINES[other[depth]] < LINES[one[depth]]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_folders_above_its_own(path):
-    own = unit(path)
-    assert own in LAYER, f"{own} has no layer: add it to LAYERS and to the README's map"
-    for module in imports(path):
-        parts = module.split(".")
-        if parts[0] == "kto_jax" and len(parts) > 1 and parts[1] != own:
-            assert LAYER[parts[1]] < LAYER[own] or (own, parts[1]) in EXCEPTIONS, f"{own} imports {module}"
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_lines_above_its_own(name):
+    for parent in parents(name)[1:]:
+        assert parent in LINES, f"{parent} has no line: add it to ORDER"
+    found = [other for other in GRAPH[name] if not in_order(name, other) and (name, other) not in EXCEPTIONS]
+    assert not found, f"{name} imports {found}, which are not above it in ORDER"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_packages_stay_where_they_belong(path):
-    for module in imports(path):
-        package = module.split(".")[0]
-        assert unit(path) in CONFINED.get(package, {unit(path)}), f"{path} imports {package}"
-    if unit(path) == "losses":
-        assert {module.split(".")[0] for module in imports(path)} <= {
-            "__future__", "jax", "jaxtyping", "functools", "collections", "typing", "dataclasses", "math", "kto_jax",
-        }  # fmt: skip
-
-
-def modules():
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in (ROOT / "kto_jax").rglob("*.py")
-    }
+def test_every_exception_and_every_line_is_needed():
+    assert [pair for pair in EXCEPTIONS if pair[1] not in GRAPH[pair[0]] or in_order(*pair)] == []
+    assert [name for name in LINES if name not in MODULES] == []
 
 
 def test_no_module_imports_itself_through_others():
-    paths = modules()
-    graph = {name: {module for module in imports(path) if module in paths} - {name} for name, path in paths.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())
+    assert cycles(GRAPH) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_stay_where_they_belong(name):
+    packages = {module.split(".")[0] for module, _ in imported_names(MODULES[name])}
+    for package in packages:
+        assert unit(name) in CONFINED.get(package, {unit(name)}), f"{name} imports {package}"
+    if unit(name) == "losses":
+        assert packages <= OF_LOSSES
 
 
 FORBIDDEN = [
@@ -87,7 +110,7 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)
-def test_nothing_that_runs_what_it_reads_is_in_the_tree(pattern):
-    for path in [*(ROOT / "kto_jax").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]:
+def test_no_file_may_run_code_that_it_reads(pattern):
+    for path in [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "configs").rglob("*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert not re.search(pattern, line), f"{path}:{number}: {line}"
