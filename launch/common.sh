@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Shared by the scripts of this folder: arguments, errors in three parts, dry runs, signals, restarts. Only sourced.
+# Sourced by the scripts in this folder: arguments, errors in three parts, dry runs, signals, restarts.
 
-# The exit codes of kto_jax.train that a launcher acts on: 0 finished, 75 preempted (run the same command again). Any
-# other (1 failed, 2 unusable, 130 interrupted) ends the launch with that code.
+# Exit codes of kto_jax.train: 0 finished, 75 preempted (run the same command again). Any other code (1 failed, 2
+# unusable, 130 interrupted) ends the launch with that code.
 readonly PREEMPTED=75 UNUSABLE=2
 
 say() { printf 'kto_jax: %s\n' "$*" >&2; }
 
-# fail GIVEN ALLOWED REMEDY: says what was given, what is allowed and what to do, and ends the script.
+# fail GIVEN ALLOWED REMEDY: prints what was given, what is allowed and what to do, and exits.
 fail() {
   printf 'error: %s %s %s\n' "$1" "$2" "$3" >&2
   exit "$UNUSABLE"
@@ -17,10 +17,10 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
   fail "This is bash $BASH_VERSION." "Allowed: 5.1 or newer." "Install a newer bash and call it by name."
 fi
 
-# usage: prints the comment at the head of the script.
+# usage: prints the comment at the top of the script.
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# parse ARGS...: sets DRY_RUN, WORDS (what stands before --) and COMMAND (what stands after it).
+# parse ARGS...: sets DRY_RUN, WORDS (the arguments before --) and COMMAND (those after it).
 parse() {
   DRY_RUN=0 WORDS=() COMMAND=()
   while (($#)); do
@@ -55,7 +55,7 @@ need() {
   [[ -n ${!1:-} ]] || fail "$1 is not set." "Allowed: a value such as $2." "Set it: export $1=$2"
 }
 
-# need_number NAME LEAST: the setting NAME must be a whole number of at least LEAST.
+# need_number NAME LEAST: the setting NAME must be an integer of at least LEAST.
 need_number() {
   if [[ ! ${!1} =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < $2)); then
     fail "$1 is '${!1}'." "Allowed: a whole number of at least $2." "Correct it, for example to $2."
@@ -82,10 +82,10 @@ run() {
   fi
 }
 
-# secret_names: those names of KTO_SECRETS that are set. Values are read only where they are handed over.
+# secret_names: prints the names in KTO_SECRETS that are set. Values are read only where they are passed on.
 secret_names() {
   local - name
-  # Not even bash -x shows a secret.
+  # So that bash -x does not print a secret.
   set +x
   for name in ${KTO_SECRETS-HF_TOKEN WANDB_API_KEY}; do
     [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "KTO_SECRETS has something that is no name (not shown)." \
@@ -95,34 +95,34 @@ secret_names() {
 }
 
 STOPPED=0
-# run_and_forward ARGS...: runs a command in a process group of its own, hands it every SIGTERM and Ctrl-C that reaches
-# this script, and returns its exit code. STOPPED is 1 afterwards if there was a signal.
+# run_and_forward ARGS...: runs a command in its own process group, forwards every SIGTERM and Ctrl-C to it, and returns
+# its exit code. Sets STOPPED to 1 if there was a signal.
 run_and_forward() {
   local child='' code early=''
-  # Before the child is there, so that no signal ends this script and leaves the child alone.
+  # Set before the child starts: no signal may end this script and leave the child running.
   trap 'STOPPED=1; if [[ $child ]]; then kill -TERM -- "-$child" 2>/dev/null || true; else early=TERM; fi' TERM
   trap 'STOPPED=1; if [[ $child ]]; then kill -INT -- "-$child" 2>/dev/null || true; else early=INT; fi' INT
-  # Job control: a group of its own, and Ctrl-C not ignored in it, as it is in a plain background command.
+  # Job control gives the child its own group. A plain background command would ignore Ctrl-C.
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  # What came before it had a number.
+  # For signals that arrived before the child had a process id.
   [[ -z $early ]] || kill -s "$early" -- "-$child" 2>/dev/null || true
   while true; do
     code=0
     wait "$child" || code=$?
-    # A signal ends wait before its time; the child is waited for again.
+    # A signal interrupts wait; wait for the child again.
     kill -0 "$child" 2>/dev/null || break
   done
   trap - TERM INT
-  # A signal and the child's end may come together: wait's code is the signal's then, and the child's still to be had.
+  # If a signal and the child's exit coincide, wait returns the signal's code; ask for the child's again.
   wait "$child" 2>/dev/null && return 0 || child=$?
   if ((child != 127)); then code=$child; fi
   return "$code"
 }
 
-# read_restart_settings PAUSE: how often and how soon a preempted run is started again.
+# read_restart_settings PAUSE: reads how often and how soon a preempted run is restarted.
 read_restart_settings() {
   KTO_MAX_RESTARTS=${KTO_MAX_RESTARTS:-20} KTO_PAUSE_SECONDS=${KTO_PAUSE_SECONDS:-$1}
   KTO_RESET_SECONDS=${KTO_RESET_SECONDS:-1800}
@@ -131,8 +131,8 @@ read_restart_settings() {
   need_number KTO_RESET_SECONDS 1
 }
 
-# restart_while_preempted ARGS...: runs a command again while it ends with 75, KTO_PAUSE_SECONDS later, at most
-# KTO_MAX_RESTARTS times in a row; a try that lasted KTO_RESET_SECONDS begins a new row. Returns the last exit code.
+# restart_while_preempted ARGS...: reruns a command while it exits with 75, after KTO_PAUSE_SECONDS, at most
+# KTO_MAX_RESTARTS times in a row. A run of KTO_RESET_SECONDS resets the count. Returns the last exit code.
 restart_while_preempted() {
   local code started row=0
   while true; do

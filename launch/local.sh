@@ -4,12 +4,11 @@
 #   launch/local.sh [--dry-run] N -- COMMAND ARGUMENTS...
 #   launch/local.sh 2 -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=runs/mine
 #
-# Each process finds JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment. SIGTERM and
-# Ctrl-C go to all of them. When one fails the others are ended: with SIGTERM, and SIGKILL after KTO_GRACE_SECONDS (30);
-# after a 75 (preempted) or a signal they have that long to end by themselves first. The exit code is that of the first
-# that failed.
+# Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment. SIGTERM and Ctrl-C
+# are forwarded to all. If one fails, the others get SIGTERM, and SIGKILL after KTO_GRACE_SECONDS (30). After a 75
+# (preempted) or a signal they first have that long to exit by themselves. The exit code is that of the first that failed.
 #
-# KTO_PORT: the coordinator's port (a free one is looked for).
+# KTO_PORT: the coordinator's port (default: a free one).
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -26,7 +25,7 @@ need_command "$0 N"
 listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 if [[ -z ${KTO_PORT:-} ]]; then
-  # Below the range that the kernel itself hands out.
+  # Below the kernel's range of ephemeral ports.
   KTO_PORT=$((20000 + RANDOM % 12000))
   while listening "$KTO_PORT"; do KTO_PORT=$((20000 + RANDOM % 12000)); done
 fi
@@ -42,7 +41,7 @@ signal_all() {
   for child in "${!rank_of[@]}"; do kill -s "$1" -- "-$child" 2>/dev/null || true; done
 }
 
-# end_others CODE: ends what still runs after a process ended with CODE, without waiting for it here.
+# end_others CODE: ends the remaining processes after one exited with CODE, without waiting here.
 end_others() {
   (
     if (($1 == PREEMPTED || SIGNALLED)); then sleep "$KTO_GRACE_SECONDS"; fi
@@ -55,12 +54,12 @@ end_others() {
 
 # shellcheck disable=SC2329 # the trap calls it
 leave() {
-  # Nothing outlives this script, however it ends.
+  # No process outlives this script.
   signal_all KILL
   [[ -z $watchdog ]] || kill -KILL -- "-$watchdog" 2>/dev/null || true
 }
 
-# Job control gives every process a group, so that its own children are signalled with it.
+# Job control gives every process its own group, so that its children are signalled, too.
 set -m
 trap leave EXIT
 trap 'SIGNALLED=1; signal_all TERM' TERM
@@ -80,7 +79,7 @@ first=0
 while ((${#rank_of[@]})); do
   code=0
   wait -n -p ended "${!rank_of[@]}" || code=$?
-  # Without a process, it was a signal that ended the wait.
+  # Without a process id, a signal ended the wait.
   [[ -n ${ended:-} ]] || continue
   if ((code)); then
     say "process ${rank_of[$ended]} ended with exit code $code"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Submits a training command to Slurm; what stands before -- goes to sbatch:
+# Submits a training command to Slurm; arguments before -- are passed to sbatch:
 #
 #   launch/slurm.sh [--dry-run] [SBATCH OPTIONS] -- COMMAND ARGUMENTS...
 #   launch/slurm.sh --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --time=24:00:00 -- \
 #     python -m kto_jax.train --config=configs/kto_llama.py --workdir=/shared/runs/mine
 #
-# As many tasks as GPUs a node: under Slurm, jax.distributed gives each process one. 300 s before the time is up every
-# task gets SIGTERM, saves and ends with 75; the job is then requeued, and at no other code.
+# Ask for as many tasks as GPUs per node: under Slurm, jax.distributed gives each process one. 300 s before the time limit
+# every task gets SIGTERM, saves and exits with 75. The job is then requeued, and after no other code.
 #
-# KTO_MAX_RESTARTS    requeues in the life of the job (20)          KTO_PAUSE_SECONDS  pause before each (10)
+# KTO_MAX_RESTARTS    requeues over the job's life (20)             KTO_PAUSE_SECONDS  pause before each (10)
 
 #SBATCH --job-name=kto_jax
 #SBATCH --output=%x-%j.log
@@ -17,7 +17,7 @@
 #SBATCH --signal=TERM@300
 
 set -euo pipefail
-# Slurm runs a copy of this file from a folder of its own, so the first run names the folder for the second.
+# Slurm runs a copy of this file from its own folder, so the first run passes on the original folder.
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   KTO_LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fi
@@ -35,7 +35,7 @@ read_restart_settings 10
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   need_program sbatch "it comes with Slurm; run this on a login node"
-  # The job takes over this environment, secrets included, which is Slurm's default and shows in no command line.
+  # The job inherits this environment, secrets included: Slurm's default, and invisible on command lines.
   run sbatch "${WORDS[@]}" --export=ALL "$KTO_LAUNCH/slurm.sh" -- "${COMMAND[@]}"
   exit
 fi
@@ -44,13 +44,13 @@ if [[ -n ${SLURM_GPUS_PER_TASK:-} ]]; then
   fail "--gpus-per-task=$SLURM_GPUS_PER_TASK was given." "Allowed: --gpus-per-node with as many --ntasks-per-node." \
     "With it each task sees one GPU, of which jax.distributed would take the second on the second task."
 fi
-# srun does not take it over from sbatch by itself.
+# srun does not inherit it from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 code=0
-# A task that ends, saved and with 75, must not have the others killed while they save; one that dies, after 10 minutes.
+# After a task exits with 75, the others must not be killed while they save. After a task dies, they get 10 minutes.
 run_and_forward srun --kill-on-bad-exit=0 --wait=600 "${COMMAND[@]}" || code=$?
 ((code == PREEMPTED)) || exit "$code"
-# After scancel the tasks end with 75 as well, but the job is no longer running, and is not wanted back.
+# After scancel the tasks exit with 75 as well, but the job is no longer running and must not be requeued.
 [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit "$code"
 requeues=${SLURM_RESTART_COUNT:-0}
 if ((requeues >= KTO_MAX_RESTARTS)); then

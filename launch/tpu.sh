@@ -7,22 +7,22 @@
 #   export KTO_TPU_NAME=mine KTO_TPU_ZONE=us-west4-a KTO_TPU_TYPE=v5litepod-16 KTO_TPU_RUNTIME=v2-alpha-tpuv5-lite
 #   launch/tpu.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/mnt/runs/mine
 #
-# run asks for the TPU unless it is there, waits until it is ACTIVE, copies the project at KTO_REVISION to all workers,
-# installs it, starts the command on all of them and follows worker 0. When the run is preempted (exit code 75, or the
-# TPU was taken away) it starts again, on a new TPU if need be; no other exit code restarts. The command does not hang
-# on this connection: after a Ctrl-C here it goes on, and the same run command follows it again.
+# run requests the TPU if there is none, waits until it is ACTIVE, copies the project at KTO_REVISION to all workers,
+# installs it, starts the command on all of them and follows worker 0. If the run is preempted (exit code 75, or the TPU
+# is gone), it is restarted, on a new TPU if necessary; no other exit code restarts it. The command does not depend on
+# this connection: after a Ctrl-C here it continues, and the same run command follows it again.
 #
-# KTO_TPU_NAME        of the queued resource          KTO_TPU_ZONE       such as us-west4-a
+# KTO_TPU_NAME        name of the queued resource     KTO_TPU_ZONE       such as us-west4-a
 # KTO_TPU_TYPE        such as v5litepod-16            KTO_TPU_RUNTIME    such as v2-alpha-tpuv5-lite
 # KTO_TPU_SLICES      slices of that type (1)         KTO_TPU_SPOT       1: spot (default), 0: on demand
-# KTO_TPU_PROJECT     instead of gcloud's own         KTO_TPU_WAIT       give the request up after this long, such as 6h
-# KTO_TPU_SETUP       a shell command that each worker runs before the first start: mount the folder of the runs there
+# KTO_TPU_PROJECT     instead of gcloud's default     KTO_TPU_WAIT       give up the request after this long, such as 6h
+# KTO_TPU_SETUP       a shell command that each worker runs before the first start, to mount the folder of the runs
 # KTO_TPU_DELETE      1: delete the TPU when the run has ended (0)
 # KTO_REVISION        the git revision to train with (HEAD)
-# KTO_SECRETS         names of variables to hand over (HF_TOKEN WANDB_API_KEY), in a file that only you can read
-# KTO_POLL_SECONDS    between two looks at the TPU (30)
+# KTO_SECRETS         names of variables to pass on (HF_TOKEN WANDB_API_KEY), in a file that only you can read
+# KTO_POLL_SECONDS    seconds between polls of the TPU (30)
 # KTO_MAX_RESTARTS    restarts in a row (20)          KTO_PAUSE_SECONDS  pause before each (60)
-# KTO_RESET_SECONDS   a run that lasted this long (1800) begins a new row
+# KTO_RESET_SECONDS   a run that lasted this long (1800) resets the count
 
 set -euo pipefail
 LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -47,7 +47,7 @@ read_settings() {
 
 queued_resource() { run gcloud compute tpus queued-resources "$1" "$KTO_TPU_NAME" "${@:2}" "${where[@]}"; }
 on_workers() { queued_resource ssh --node=all --worker=all "--command=bash .kto_jax/tpu_worker.sh $1"; }
-# ServerAlive: a TPU that was taken away does not close its connections.
+# ServerAlive: a TPU that is taken away does not close its connections.
 follow() {
   queued_resource ssh --node=0 --worker=0 --ssh-flag=-oServerAliveInterval=30 \
     "--command=bash .kto_jax/tpu_worker.sh follow"
@@ -66,7 +66,7 @@ create() {
   queued_resource create "${flags[@]}"
 }
 
-# read_state: prints the state of the queued resource, ABSENT where there is none.
+# read_state: prints the state of the queued resource, ABSENT if there is none.
 read_state() {
   local tries state
   for tries in 1 2 3 4 5; do
@@ -85,7 +85,7 @@ read_state() {
   return 1
 }
 
-# ensure_active: waits for an ACTIVE queued resource; 75 after removing one that will never be.
+# ensure_active: waits for an ACTIVE queued resource; returns 75 after deleting one that never will be.
 ensure_active() {
   local state
   if ((DRY_RUN)); then
@@ -108,7 +108,7 @@ ensure_active() {
   done
 }
 
-# taken_away: whether the TPU was preempted. A queued resource may still be ACTIVE a while after its nodes are gone.
+# taken_away: whether the TPU was preempted. A queued resource may stay ACTIVE for a while after its nodes are gone.
 taken_away() {
   local state node nodes=("$KTO_TPU_NAME")
   state=$(read_state) || return 1
@@ -125,10 +125,10 @@ taken_away() {
   return 1
 }
 
-# write_bundle: lays out in $bundle what every worker gets.
+# write_bundle: writes to $bundle what every worker gets.
 write_bundle() {
   local - name names
-  # As in secret_names.
+  # As in secret_names: not even bash -x prints a secret.
   set +x
   mkdir -m 700 "$bundle"
   git -C "$LAUNCH/.." archive --format=tar.gz "--output=$bundle/source.tar.gz" "$KTO_REVISION"
@@ -146,7 +146,7 @@ start() {
     on_workers install && on_workers start
 }
 
-# exit_code: reads the workers' states and prints the code of the whole run. A worker that is lost was restarted.
+# exit_code: reads the workers' states and prints the exit code of the whole run. A lost worker's machine restarted.
 exit_code() {
   local what code worst=0
   while read -r _ what code; do
@@ -156,7 +156,7 @@ exit_code() {
   printf '%s\n' "$worst"
 }
 
-# watch: follows the run until it has ended on all workers, and returns its exit code; 75 if the TPU is gone.
+# watch: follows the run until it has ended on all workers; returns its exit code, or 75 if the TPU is gone.
 watch() {
   local states code
   while true; do
@@ -169,7 +169,7 @@ watch() {
     if states=$(on_workers state | grep '^kto_jax-state: ') && ! grep -q running <<<"$states"; then
       code=$(exit_code <<<"$states")
       ((code != 0 && code != PREEMPTED)) || return "$code"
-      # A worker may have failed because another was taken away, which shows a little later.
+      # A worker may have failed because another was taken away, which becomes visible a little later.
       sleep "$KTO_POLL_SECONDS"
       if taken_away; then return "$PREEMPTED"; fi
       return "$code"
@@ -189,7 +189,7 @@ attempt() {
   fi
   local code=0
   watch || code=$?
-  # What was taken away still holds its name.
+  # A preempted resource still occupies its name.
   if ((code == PREEMPTED)) && taken_away; then delete || return 1; fi
   return "$code"
 }

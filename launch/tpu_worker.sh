@@ -3,7 +3,7 @@
 #
 #   tpu_worker.sh install | start | follow | state
 #
-# state prints one line: "kto_jax-state: " and new, running, ended CODE, or lost (the machine restarted under the run).
+# state prints one line: "kto_jax-state: " and new, running, ended CODE, or lost (the machine restarted during the run).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 running() { [[ -s pid ]] && grep -q tpu_worker.sh "/proc/$(<pid)/cmdline" 2>/dev/null; }
 
 install() {
-  # The system's Python may be older than 3.11, so uv brings one.
+  # The system's Python may be older than 3.11, so uv installs one.
   rm -rf source && mkdir source && tar -xzf source.tar.gz -C source
   python3 -m pip install --user --quiet uv==0.13.8
   [[ -x venv/bin/python ]] || python3 -m uv venv --quiet --python=3.11 venv
@@ -25,14 +25,14 @@ start() {
   if running; then return; fi
   rm -f ended
   [[ ! -e log ]] || mv log log.previous
-  # A session of its own: it outlives this connection.
+  # In its own session it outlives this connection.
   nohup setsid bash "$PWD/tpu_worker.sh" train </dev/null >log 2>&1 &
   printf '%s\n' "$!" >pid
 }
 
 train() {
   local code=0 home=$PWD
-  # At a shutdown every process gets SIGTERM; this one must live on to write the run's exit code down.
+  # At shutdown every process gets SIGTERM; this one must stay alive to record the run's exit code.
   trap : TERM
   set -a
   # shellcheck source=/dev/null

@@ -8,28 +8,28 @@
 #     KTO_GKE_TOPOLOGY=4x4 KTO_GKE_HOSTS=4 KTO_GKE_CHIPS=4 KTO_GKE_CLAIM=runs
 #   launch/gke/jobset.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/runs/mine
 #
-# The cluster restarts the run after exit code 75 or the loss of a node, and after no other. --dry-run prints the YAML.
+# The cluster restarts the run after exit code 75 or the loss of a node, and nothing else. --dry-run prints the YAML.
 #
-# KTO_GKE_NAME        of the JobSet                   KTO_GKE_IMAGE      made of launch/Dockerfile.tpu
-# KTO_GKE_ACCELERATOR the node label                  KTO_GKE_TOPOLOGY   of one slice, such as 4x4
+# KTO_GKE_NAME        name of the JobSet              KTO_GKE_IMAGE      built from launch/Dockerfile.tpu
+# KTO_GKE_ACCELERATOR the node label                  KTO_GKE_TOPOLOGY   topology of one slice, such as 4x4
 # KTO_GKE_HOSTS       nodes of one slice              KTO_GKE_CHIPS      chips of one node
-# KTO_GKE_CLAIM       a volume claim that all pods may write to; it is /runs in them
+# KTO_GKE_CLAIM       a volume claim that all pods can write to, mounted at /runs
 # KTO_GKE_SLICES      slices (1)                      KTO_GKE_SPOT       1: spot nodes (default), 0: any
-# KTO_GKE_SECRET      a Kubernetes secret whose entries become variables, if it exists (kto-jax-secrets)
-# KTO_MAX_RESTARTS    restarts in the life of the JobSet (20)
+# KTO_GKE_SECRET      a Kubernetes secret whose entries become environment variables, if it exists (kto-jax-secrets)
+# KTO_MAX_RESTARTS    restarts over the JobSet's life (20)
 
 set -euo pipefail
 GKE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 source "$GKE/../common.sh"
 
-# quoted TEXT: the text as a JSON string, which is YAML too.
+# quoted TEXT: prints the text as a JSON string, which is also YAML.
 quoted() {
   local text=${1//\\/\\\\}
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-# render: prints the JobSet. Values are put in by the shell and never run.
+# render: prints the JobSet. The shell inserts values and never runs them.
 render() {
   local line name word command=
   declare -A values=(
@@ -84,7 +84,7 @@ need_program kubectl "https://cloud.google.com/kubernetes-engine/docs/how-to/clu
 case ${WORDS[0]} in
   run) run_command ;;
   logs)
-    # The first pod of the first slice: process 0, which writes the log.
+    # The first pod of the first slice is process 0, which writes the log.
     labels=jobset.sigs.k8s.io/jobset-name=$KTO_GKE_NAME,jobset.sigs.k8s.io/job-index=0
     labels+=,batch.kubernetes.io/job-completion-index=0
     run kubectl logs --follow --tail=-1 --container=train "--selector=$labels"
