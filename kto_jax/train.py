@@ -43,7 +43,7 @@ from kto_jax.training.preemption import INTERRUPTED, Preemption, ending_at_once
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, write_json
 from kto_jax.training.state import TrainState
-from kto_jax.training.step import jit_train_step
+from kto_jax.training.step import Recipe, jit_train_step
 
 FAILED, UNUSABLE = 1, 2
 
@@ -112,7 +112,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
             seed=config.seed,
         )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-        take_step = Program(jit_train_step(model, inputs.objective, optimizer, learning_rate, config.reference))
+        take_step = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
         first_step = checkpoints.latest_step or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))

@@ -35,8 +35,9 @@ ORDER = {
     "kto_jax.sampling": ["sample"],
     "kto_jax.storage": ["fetch"],
     "kto_jax.training": [
-        "forward inputs logs metrics preemption reference rounding run_folder state",
-        "checkpoints optimizer step",
+        "forward inputs logs metrics microbatches preemption reference rounding run_folder state work",
+        "accumulate checkpoints optimizer sync",
+        "step",
         "evaluation first_state",
         "precompute",
     ],
