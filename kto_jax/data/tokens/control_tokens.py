@@ -27,6 +27,7 @@ _EMITTED = re.compile(
     r"think|thought|reason|reflect|scratch_?pad|solution|answer|tool[_▁ ]?(?:call|sep)|function|TOOL_CALLS|python_tag",
     re.IGNORECASE,
 )
+_MARKS_BEGINNINGS = re.compile(r'"type": "Prepend"|"prepend_scheme": "(?:always|first)"|"add_prefix_space": true')
 _RECEIVED = re.compile(r"response|result|output|available", re.IGNORECASE)
 
 
@@ -48,6 +49,8 @@ class ControlTokens:
         definition["truncation"] = definition["padding"] = None
         added = definition["added_tokens"]
         self._full = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        # SentencePiece's way: a text by itself begins with a mark of a space that it does not have behind other text.
+        self._marks_beginnings = bool(_MARKS_BEGINNINGS.search(json.dumps(definition)))
         # Added tokens that are only white space are ordinary text; all others are control tokens.
         self.ids: dict[str, int] = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}
         self._id_set = frozenset(self.ids.values())
@@ -98,25 +101,41 @@ class ControlTokens:
         """The text before it was masked."""
         return re.sub(f"{mark}([0-9]+){mark}", lambda match: self._names[int(match[1])], text)
 
-    def encode(self, text: str, mark: str) -> list[int]:
+    def encode(self, text: str, mark: str, before: str = "") -> list[int]:
         """Ids of a masked text: control strings become control tokens, and masked ones the tokens that spell them.
+
+        Args:
+          text: the text.
+          mark: what it is masked with.
+          before: masked text that it continues.
 
         Raises:
           EncodingError: other text would become a control token.
         """
-        ids: list[int] = []
-        for i, section in enumerate(re.split(f"{mark}([0-9]+){mark}", text)):
-            if i % 2:
-                piece = self._plain.encode(self._names[int(section)], add_special_tokens=False).ids
-                num_controls = 0
-            else:
-                piece = self._full.encode(section, add_special_tokens=False).ids
-                num_controls = len(self.pattern.findall(section))
-            # A normaliser could turn other text into a control string.
-            if sum(token in self._id_set for token in piece) != num_controls:
-                raise EncodingError("text turns into a control token")
-            ids += piece
+        sections = re.split(f"{mark}([0-9]+){mark}", text)
+        ids = self._encode_section(sections[0], self._open_text(before, mark))
+        for number, section in zip(sections[1::2], sections[2::2], strict=True):
+            ids += self._plain.encode(self._names[int(number)], add_special_tokens=False).ids
+            ids += self._encode_section(section)
         return ids
+
+    def _encode_section(self, section: str, before: str = "") -> list[int]:
+        ids = self._full.encode(section, add_special_tokens=False).ids
+        # A normaliser could turn other text into a control string.
+        if sum(token in self._id_set for token in ids) != len(self.pattern.findall(section)):
+            raise EncodingError("text turns into a control token")
+        if before and section:
+            context = self._full.encode(before, add_special_tokens=False).ids
+            both = self._full.encode(before + section, add_special_tokens=False).ids
+            if both[: len(context)] == context:
+                return both[len(context) :]
+        return ids
+
+    def _open_text(self, before: str, mark: str) -> str:
+        """The text behind the last control string, where it changes how what follows is encoded."""
+        if not self._marks_beginnings:
+            return ""
+        return self.pattern.split(re.split(f"{mark}[0-9]+{mark}", before)[-1])[-1]
 
     def count(self, text: str) -> collections.Counter[str]:
         """How often each emitted control token occurs in a text."""

@@ -141,15 +141,16 @@ class Encoder:
             texts = [self._plain_completion(reply, mark) for reply in replies]
             counts["rule", "rendered" if self._is_rendered(prompt) else "plain"] += len(texts)
             prompt_ids = canonical = self.encode_prompt(prompt)
+            before = self._controls.mask(prompt, mark) if isinstance(prompt, str) else ""
         else:
             settings = self._thinking(replies)
-            opened = self._prompt_text(prompt, mark, settings)
+            opened = before = self._prompt_text(prompt, mark, settings)
             texts = [self._completion(prompt, reply, mark, opened, settings, counts) for reply in replies]
             prompt_ids = np.asarray(self._prompt_ids(opened, mark), np.int32)
             canonical = self._canonical(prompt, mark, opened, prompt_ids)
         encoded = []
         for text in texts:
-            encoded.append(np.asarray([*self._controls.encode(text, mark), self._eos_id], np.int32))
+            encoded.append(np.asarray([*self._controls.encode(text, mark, before), self._eos_id], np.int32))
             counts.update({("token", name): n for name, n in self._controls.count(text).items()})
         return EncodedRecord(prompt_ids, canonical, encoded, counts)
 
@@ -254,9 +255,8 @@ class Encoder:
             raise EncodingError(
                 "the chat template does not take a system turn: data.fold_system=True puts it into the user's turn"
             )
-        if self._template is not None and any(REASONING in message for message in messages):
-            if not self._template.shows_reasoning and not self._opens_thoughts:
-                raise EncodingError(f"the chat template does not show the field {REASONING!r} of the prompt")
+        if any(REASONING in message for message in messages) and not self._shows_thoughts:
+            raise EncodingError(f"the chat template does not show the field {REASONING!r} of the prompt")
         return [self._masked(message, mark) for message in messages]
 
     def _masked(self, message: Message, mark: str) -> dict[str, Any]:
@@ -364,10 +364,11 @@ class Encoder:
         return None
 
     @functools.cached_property
-    def _opens_thoughts(self) -> bool:
-        """Whether prompts end inside a thought that they open."""
+    def _shows_thoughts(self) -> bool:
+        """Whether thoughts in a field of their own are written, or prompts end inside a thought that they open."""
         assert self._template is not None
-        return any(self._opened_thought(end) is not None for end in self._template.prompt_ends)
+        opens = any(self._opened_thought(end) is not None for end in self._template.prompt_ends)
+        return opens or self._template.shows_reasoning
 
     def _plain_completion(self, reply: Message, mark: str) -> str:
         if TOOL_CALLS in reply:

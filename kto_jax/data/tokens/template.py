@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, TOOLS
 
@@ -176,13 +177,14 @@ class ChatTemplate:
 
         try:
             with _showing(self._moment), _limits():
-                (text,), _ = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     conversations=[messages],
                     tools=tools,
                     chat_template=self.source,
                     add_generation_prompt=add_generation_prompt,
                     **{**self._special_tokens, **self.settings, **settings},
                 )
+            text = rendered[0][0]
         except Exception as error:
             # Whatever a template raises is the record's or the template's fault.
             raise EncodingError(f"chat template: {type(error).__name__}: {str(error)[:100]}") from error
@@ -202,12 +204,8 @@ def _showing(moment: datetime.datetime) -> Iterator[None]:
         def now(cls, tz: Any = None) -> datetime.datetime:  # type: ignore[override]
             return moment
 
-    before = module.datetime
-    module.datetime = Pinned
-    try:
+    with mock.patch.object(module, "datetime", Pinned):
         yield
-    finally:
-        module.datetime = before
 
 
 @contextlib.contextmanager

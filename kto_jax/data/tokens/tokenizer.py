@@ -228,7 +228,7 @@ def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limi
     completions = completions_of(record)
     encoded = encoder.encode(completions[0].prompt, [each.completion for each in completions])
     # Text that differs may be the same once the chat template has trimmed it.
-    if len(completions) == 2 and np.array_equal(*encoded.completions):
+    if len(completions) == 2 and np.array_equal(encoded.completions[0], encoded.completions[1]):
         raise EncodingError(SAME_COMPLETIONS)
     prompt, canonical = encoded.prompt, encoded.canonical
     stored = []
