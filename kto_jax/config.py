@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """The configuration, or the data or model it names, cannot be used. The command ends with exit code 2."""
 
 
+class TransientError(RuntimeError):
+    """A failure that waiting may cure: exit code 75."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The policy, and how it computes."""
@@ -294,8 +298,20 @@ class CheckpointConfig:
 
     every: int = 200
     """Steps between checkpoints; an evaluation, the last step and a SIGTERM save in any case."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints, beside `every`; 0 counts steps only."""
     keep: int = 2
     """How many of the newest to keep; the one with the lowest held-out loss is kept beside them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that JAX's profiler traces into RUN/profile, for XProf and Perfetto."""
+
+    start: int = 0
+    """Steps before the first one that is traced."""
+    steps: int = 0
+    """How many steps to trace; 0 traces none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +359,9 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+    profile: ProfileConfig = ProfileConfig()
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Experiment trackers."""
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,81 +1,158 @@
-"""Where the figures of a run go: metrics.jsonl, TensorBoard, and a progress bar with the time left."""
+"""What a run shows and records: messages, the progress bar, metrics.jsonl and the trackers."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-console = Console(stderr=True)
+from kto_jax.training.trackers import Tracker, grouped
 
-# What the progress bar shows of a step, with the format of each.
-_SHOWN = {"loss": ".4f", "margin": "+.3f", "z0": ".2f", "auc": ".2f", "tokens_per_second": ".0f"}
+
+class _Messages(Console):
+    """Messages on stderr: for people at a terminal, and as a log, one line each with the time, elsewhere."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, of plain text."""
+        if not self.is_terminal and all(isinstance(text, str) for text in objects):
+            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            objects = (now, *(" ".join(text.splitlines()) for text in objects))
+        super().print(*objects, **({"soft_wrap": True} | options))
+
+    @contextlib.contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Shows what happens while the context is open, with a spinner at a terminal, and then how long it took."""
+        started = time.monotonic()
+        if self.is_terminal and not self.quiet:
+            with self.status(f"{text} …"):
+                yield
+        else:
+            self.print(f"{text} …")
+            yield
+        self.print(f"{text}: {time.monotonic() - started:.1f} s")
+
+
+console = _Messages(stderr=True, markup=False, highlight=False, emoji=False)
+
+# What the progress bar shows of a step, by importance, with the format of each, and what a log line adds.
+_SHOWN = {"loss": ".4f", "margin": "+.3f", "auc": ".2f"}
+_LOGGED = _SHOWN | {"z0": ".2f", "tokens_per_second": ".0f"}
 
 
 class MetricsLog:
-    """Writes one row per step, on the first process alone; a row is on disk before the next step begins."""
+    """Writes one row per step to metrics.jsonl, at once, and to the trackers; on the first process alone."""
 
-    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, enabled: bool) -> None:
+    def __init__(
+        self, folder: Path, first_step: int, num_steps: int, *, trackers: Sequence[Tracker] = (), enabled: bool = True
+    ) -> None:
         """Opens the logs of a run.
 
         Args:
-          workdir: the run's folder.
+          folder: the run's folder.
           first_step: steps already taken; rows beyond them, left by a run that was killed, are dropped.
           num_steps: steps of the whole run.
+          trackers: where figures go besides.
           enabled: False on all processes but the first, which then write nothing.
         """
-        self._enabled = enabled
+        self._enabled, self._trackers = enabled, list(trackers)
+        self._num_steps, self._last_step = num_steps, first_step
         if not enabled:
             return
-        path = workdir / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("training", total=num_steps, completed=first_step, figures="")
-        self._progress.start()
+        self._progress = progress_bar(console)
+        self._task = self._progress.add_task("", total=num_steps, completed=first_step, figures="")
+
+    def __enter__(self) -> MetricsLog:
+        if self._enabled:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Logs the figures of a step; one that is not finite becomes null in metrics.jsonl."""
         if not self._enabled:
             return
-        row = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._last_step = step
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        row = {name: finite.get(name) for name in figures}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        for name, value in figures.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        if "loss" in figures:
-            known = {name: figures[name] for name in _SHOWN if math.isfinite(figures.get(name, math.nan))}
-            shown = " ".join(f"{name} {value:{_SHOWN[name]}}" for name, value in known.items())
-            self._progress.update(self._task, completed=step, figures=shown)
-            if not console.is_terminal:
-                console.print(f"step {step}: {shown}", highlight=False)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, grouped(finite))
+            except Exception as error:  # A tracker's server may fail in any way; the run goes on.
+                self._drop(tracker, error)
+        self._progress.update(self._task, completed=step, figures=_listed(finite, _SHOWN))
+        if not console.is_terminal:
+            console.print(f"step {step}/{self._num_steps}: {_listed(finite, _LOGGED)}")
+
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
+        self._trackers.remove(tracker)
+        console.print(
+            f"warning: the tracker {type(tracker).__name__} failed and gets no more figures ({error}). "
+            "metrics.jsonl has all of them.",
+            style="yellow",
+        )
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
-        if self._enabled:
-            self._progress.stop()
-            self._board.close()
-            self._file.close()
+        """Ends the progress bar and closes the files and the trackers."""
+        if not self._enabled:
+            return
+        self._progress.stop()
+        self._file.close()
+        for tracker in list(self._trackers):
+            try:
+                tracker.close(finished=self._last_step == self._num_steps)
+            except Exception as error:
+                self._drop(tracker, error)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, and the word where there is room for it."""
+
+    def __init__(self, shown_on: Console) -> None:
+        super().__init__(compact=True, table_column=Column(no_wrap=True, min_width=7))
+        self._shown_on = shown_on
+
+    def render(self, task: Task) -> Text:
+        """As rich's."""
+        text = super().render(task)
+        return text.append(" left") if self._shown_on.width >= 76 else text
+
+
+def progress_bar(shown_on: Console) -> Progress:
+    """A bar with step n/N, the time left and the figures of the last step, which fits a terminal of 60 columns."""
+    return Progress(
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+        _TimeLeft(shown_on),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=shown_on,
+        disable=not shown_on.is_terminal,
+        expand=True,
+        speed_estimate_period=float("inf"),  # over the last 1000 steps; rich's 30 s hold no two slow steps
+    )
+
+
+def _listed(figures: Mapping[str, float], formats: Mapping[str, str]) -> str:
+    return " ".join(f"{name} {figures[name]:{style}}" for name, style in formats.items() if name in figures)
 
 
 def read_metrics(path: Path) -> list[dict]:
