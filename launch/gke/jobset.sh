@@ -8,7 +8,8 @@
 #     KTO_GKE_TOPOLOGY=4x4 KTO_GKE_HOSTS=4 KTO_GKE_CHIPS=4 KTO_GKE_CLAIM=runs
 #   launch/gke/jobset.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/runs/mine
 #
-# The cluster restarts the run after exit code 75 or the loss of a node, and nothing else. --dry-run prints the YAML.
+# The cluster restarts the run after exit code 75, after 134 (JAX lost another process) or after the loss of a node, and
+# after nothing else. --dry-run prints the YAML.
 #
 # KTO_GKE_NAME        name of the JobSet              KTO_GKE_IMAGE      built from launch/Dockerfile.tpu
 # KTO_GKE_ACCELERATOR the node label                  KTO_GKE_TOPOLOGY   topology of one slice, such as 4x4

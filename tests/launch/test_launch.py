@@ -614,15 +614,16 @@ def test_jobset_holds_a_job_that_kubernetes_would_take(machine):
         kubernetes_validate.validate(document | {"spec": job | {"backofLimit": 0}}, "1.37", strict=True)
 
 
-def test_jobset_restarts_after_75_or_a_lost_node_and_after_nothing_else(machine):
+def test_jobset_restarts_after_75_an_abort_or_a_lost_node_and_after_nothing_else(machine):
     spec = jobset(machine, KTO_MAX_RESTARTS="7")["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     lost, failed = job["podFailurePolicy"]["rules"]
     # The rules are tried in order. Without retries of its own a job fails at the first pod that counts.
     assert lost == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert failed["action"] == "FailJob"
-    assert failed["onExitCodes"] == {"containerName": "train", "operator": "NotIn", "values": [75]}
+    assert failed["onExitCodes"] == {"containerName": "train", "operator": "NotIn", "values": [75, 134]}
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["template"]["spec"]["shareProcessNamespace"] is True  # else the abort of process 1 ends with 139
     assert spec["failurePolicy"]["maxRestarts"] == 7
     assert [(rule["action"], rule.get("onJobFailureReasons")) for rule in spec["failurePolicy"]["rules"]] == [
         ("FailJobSet", ["PodFailurePolicy"]),
