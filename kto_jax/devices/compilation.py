@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and made ready while other things happen."""
+"""Compiled programs: cached between runs, and compiled in the background."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import jax
 from kto_jax.storage.fetch import cache_directory
 
 _LARGEST_CACHE = 16 * 2**30
-"""Bytes of kept programs; the ones that were not used for longest go first."""
+"""Bytes of cached programs; the least recently used are deleted first."""
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the cache directory, so that the next run of the same shapes begins at once.
+    """Caches compiled programs in the cache directory, so that the next run of the same shapes starts at once.
 
-    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR chooses another folder (a bucket is one too), and
+    JAX's own settings take precedence: JAX_COMPILATION_CACHE_DIR chooses another folder (a bucket is one too), and
     JAX_ENABLE_COMPILATION_CACHE=false keeps none.
     """
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (the attribute is made when it runs)
@@ -31,14 +31,14 @@ def keep_compiled() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the system; the C library would keep the hundreds of megabytes that compiling took."""
+    """Returns freed memory to the system; the C library would keep the hundreds of megabytes used for compiling."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
 
 
 def _processor() -> str:
-    """Names what the host's processor can do: a program for one CPU may not run on another that shares the folder."""
+    """Names the processor's features: a program for one CPU may not run on another that shares the folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -61,7 +61,7 @@ class Program:
         self.compile_seconds = 0.0
 
     def begin(self, state: Any, batch: Any) -> None:
-        """Starts to compile in the background, for arguments like these.
+        """Starts to compile in the background for arguments of these shapes.
 
         Args:
           state: abstract, with shardings.
@@ -71,8 +71,14 @@ class Program:
         self._begun = thread.submit(self._compile, state, batch)
         thread.shutdown(wait=False)
 
+    def is_ready(self, batch: Any) -> bool:
+        """Whether a call with this batch need not wait for a program."""
+        if self._begun:
+            return self._begun.done()
+        return _shapes(batch) in self._programs
+
     def __call__(self, state: Any, batch: Any) -> Any:
-        """The function's results, once its program is ready."""
+        """Calls the function, once its program is compiled."""
         shapes = _shapes(batch)
         if self._begun or shapes not in self._programs:
             started = time.perf_counter()

@@ -1,42 +1,45 @@
 """The processes of a run: how they find each other, and how they agree.
 
 Every process runs the same program on its own devices. A process that does something alone, or decides by what only it
-can see, leaves the others waiting: files are written by the first, and decisions are agreed on here.
+can see, leaves the others waiting: files are written by the first process, and decisions are agreed on here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # its service alone lets processes talk without devices
+from jax._src import distributed  # only its service lets processes talk without devices
 from jax.experimental import multihost_utils
 
-from kto_jax.config import ConfigError, ProcessesConfig
+from kto_jax.config import ConfigError, ProcessesConfig, TransientError
 from kto_jax.models.gather import gather as gather_array
 
 T = TypeVar("T")
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_FAILED = "failed"
+_FAILED, _FAILED_FOR_NOW = "failed", "failed for now"
 _TURNS = itertools.count()
-"""All processes talk in one order; the number of the turn tells their words apart."""
+"""All processes exchange words in the same order; the number of the exchange keeps them apart."""
 
 
 def join(config: ProcessesConfig) -> None:
-    """Joins the other processes of the run, where there are any; nothing may have touched a device before.
+    """Joins the other processes of the run, if there are any; no device may have been touched before.
 
     They are found by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or, without these, as
     JAX finds them: on Cloud TPU and GKE, and in a Slurm step of several tasks.
 
     Raises:
-      ConfigError: the variables are not all there or are no numbers, the others cannot be reached, or there are not as
-        many processes as `config.count` says.
+      ConfigError: the variables are incomplete or not numbers, or the number of processes is not `config.count`.
+      TransientError: the others cannot be reached.
     """
     given = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
     alone = config.count == 1 and not given
@@ -61,11 +64,12 @@ def _initialize(address: str | None, count: int | None, number: int | None, *, t
         )
     except (RuntimeError, ValueError) as error:
         if address is None and "coordinator_address should be defined" in str(error):
-            return  # a TPU of its own, outside of any cluster
-        raise ConfigError(
+            return  # a TPU host outside of any cluster
+        raise TransientError(
             f"the processes of the run do not find each other: {str(error).splitlines()[0].rstrip('.')}. Each needs "
-            "the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Set them; where "
-            "they are right, raise config.processes.timeout_seconds; for one process, config.processes.count=1."
+            "the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Start all of "
+            "them again; if they are set correctly, raise config.processes.timeout_seconds; for one process, set "
+            "config.processes.count=1."
         ) from None
 
 
@@ -91,41 +95,43 @@ def _in_cluster() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and messages."""
     return num_processes() == 1 or jax.process_index() == 0
 
 
 def num_processes() -> int:
-    """Processes of the run; touches no device where there is one."""
+    """Processes of the run; touches no device if there is only one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def together(function: Callable[[], T]) -> T:
-    """Calls the function, and waits until all processes have; where it fails on one, all end.
+    """Calls the function and waits until all processes have; if it fails on one, all end.
 
     The one that fails raises at once; the others when they come here.
 
     Raises:
-      ConfigError: the function's own, or that another process has failed.
+      ConfigError: the function's own, or another process has failed.
+      TransientError: likewise, if running the same command again may help.
     """
     try:
         result = function()
-    except BaseException:
+    except BaseException as error:
         if num_processes() > 1:
-            _put(_FAILED)
+            _put(_FAILED_FOR_NOW if isinstance(error, TransientError) else _FAILED)
         raise
-    failed = [number for number, word in enumerate(tell("done")) if word == _FAILED]
-    if failed:
-        raise ConfigError(
-            f"process {failed[0]} of {num_processes()} cannot go on. All must. Its own message says what to do."
-        )
+    for number, word in enumerate(tell("done")):
+        if word != "done":
+            kind = TransientError if word == _FAILED_FOR_NOW else ConfigError
+            raise kind(
+                f"process {number} of {num_processes()} has failed. All processes are needed. See its own message."
+            )
     return result
 
 
 def tell(word: str) -> list[str]:
     """Tells all processes a word, and waits, however long, for theirs.
 
-    It takes no device: those time out where one process has more to do than the others.
+    It uses no device: collectives time out when one process takes much longer than the others.
 
     Returns:
       The words, by process.
@@ -133,7 +139,7 @@ def tell(word: str) -> list[str]:
     if num_processes() == 1:
         return [word]
     turn = _put(word)
-    return [_get(f"kto_jax/{turn}/{number}") for number in range(num_processes())]
+    return [_get(turn, number) for number in range(num_processes())]
 
 
 def _put(word: str) -> int:
@@ -142,11 +148,11 @@ def _put(word: str) -> int:
     return turn
 
 
-def _get(key: str) -> str:
+def _get(turn: int, number: int) -> str:
     while True:
         try:
-            # In pieces, so that a signal is heard.
-            return _service().blocking_key_value_get(key, 2000)
+            # In short waits, so that signals are handled.
+            return _service().blocking_key_value_get(f"kto_jax/{turn}/{number}", 2000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -157,19 +163,69 @@ def _service() -> Any:
 
 
 def as_first_says(value: bool) -> bool:
-    """The first process's value, on all."""
+    """The first process's value, on all processes, once all have asked."""
     return tell(str(value))[0] == "True"
 
 
+def number_of_first(value: int) -> int:
+    """The first process's number, on all processes; the first does not wait for the others."""
+    if num_processes() == 1:
+        return value
+    if is_first():
+        _put(str(value))
+        return value
+    return int(_get(next(_TURNS), 0))
+
+
+@contextlib.contextmanager
+def ending_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
+    """Ends this process at once if an error inside the context comes from the death of another one.
+
+    A collective fails on every process when one of them dies. To leave in good order would mean to wait for the dead
+    one, in JAX's own shutdown and in Orbax's barriers.
+
+    A process that waits for an accelerator, and one whose first process is lost, get no error: JAX's service aborts
+    them with SIGABRT after the heartbeat timeout, and jaxlib 0.10.2 to 0.12.0 has no way to prevent that from Python
+    (`missed_heartbeat_callback` fails with std::bad_cast). Launch scripts restart such an end too.
+
+    Args:
+      exit_code: to end with.
+      timeout: seconds without an answer after which a process is lost; less than the heartbeat timeout.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not isinstance(error, ConfigError) and num_processes() > 1 and (lost := _silent(timeout)):
+            text = f"error: process {lost[0]} of {num_processes()} is lost ({str(error).splitlines()[0]}). "
+            print(f"{text}All processes are needed. Run the same command again to resume.", file=sys.stderr, flush=True)
+            os._exit(exit_code)
+        raise
+
+
+def _silent(timeout: float) -> list[int]:
+    """The processes that do not call this too within the timeout, in seconds."""
+    service, lost = _service(), []
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        service.key_value_set(f"kto_jax/alive/{jax.process_index()}", "")
+    deadline = time.monotonic() + timeout
+    for number in range(num_processes()):
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            service.blocking_key_value_get(f"kto_jax/alive/{number}", int(1000 * left))
+        except jax.errors.JaxRuntimeError:
+            lost.append(number)
+    return lost
+
+
 def where_any(mask: np.ndarray) -> np.ndarray:
-    """Where the mask of any process is set; masks of all processes have one shape."""
+    """Where the mask of any process is set; the masks of all processes have one shape."""
     if num_processes() == 1:
         return mask
     return np.any(multihost_utils.process_allgather(mask), axis=0)
 
 
 def gather(tree: Any) -> Any:
-    """Arrays that lie over all devices, as NumPy arrays on every process."""
+    """Arrays sharded over all devices, as NumPy arrays on every process."""
     if num_processes() == 1:
         return jax.device_get(tree)
     return jax.tree.map(gather_array, tree)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from rich.progress import track
@@ -36,8 +36,7 @@ from kto_jax.training.first_state import load_reference
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
-from kto_jax.training.microbatches import map_microbatches
-from kto_jax.training.preemption import PREEMPTED
+from kto_jax.training.preemption import PREEMPTED, agreed
 from kto_jax.training.run_folder import write_json
 
 _FORMAT = 2
@@ -75,7 +74,7 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     }
     places = " and ".join(str(store.directory) for store in stores)
     num_missing = sum(int(np.sum(steps)) for steps in missing.values())
-    console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}", highlight=False)
+    console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}")
     if num_missing:
         kept = config.reference.param_dtype
         layout = shardings(mesh, plain.logical_axes(kept), plain.abstract_params(kept))
@@ -95,7 +94,7 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
                 for logps in (matched, unmatched):
                     _check_finite(logps, sequences, inputs.index)
                 store.write(step, sequences, matched, unmatched)
-                if processes.num_processes() > 1 and multihost_utils.reached_preemption_sync_point(step):
+                if processes.num_processes() > 1 and agreed():
                     sys.exit(PREEMPTED)
     schedules = [schedule.with_reference_logps(store) for store, (_, schedule, _) in zip(stores, tasks, strict=True)]
     return dataclasses.replace(inputs, schedule=schedules[0], held_out=schedules[1] if inputs.held_out else None)
@@ -129,7 +128,12 @@ def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
     """The compiled function: (parameters, rows, microbatches that are used) -> log-probabilities [M, R, S]."""
 
     def read(params: Params, rows: PackedRows, count: Int[Array, ""]) -> Float[Array, "M R S"]:
-        return map_microbatches(functools.partial(packed_logps, model, params), rows, count)
+        def body(index: Int[Array, ""], logps: Array) -> Array:
+            microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
+            return logps.at[index].set(packed_logps(model, params, microbatch))
+
+        dtype = jnp.promote_types(model.dtype, jnp.float32)
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(rows.filled.shape, dtype))
 
     return jax.jit(read)
 

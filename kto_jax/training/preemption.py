@@ -1,10 +1,14 @@
-"""Notice of preemption: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,47 +16,108 @@ import jax
 from jax.experimental import multihost_utils
 
 # Exit codes: a launch script restarts a run that ends with PREEMPTED, and no other.
+FAILED = 1
 PREEMPTED = 75
 INTERRUPTED = 130
 
-
-@contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """SIGTERM ends the process with PREEMPTED: for all around the steps, which is begun again or gone on with."""
-    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(PREEMPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+_SHOW_CURSOR = "\x1b[?25h"
+_SYNC_POINTS = itertools.count()
+"""Numbers every question to JAX's preemption service, which compares the numbers of all processes for equality."""
 
 
 class Preemption:
-    """Remembers a signal until the loop can act on it; a second Ctrl-C ends the process at once."""
+    """Handles the signals of a run while the context is open.
+
+    Outside the steps a signal ends the process where it is: the next run starts again or resumes. During the steps
+    (`deferred`) it is only remembered, and the loop asks for it after every step. A thread answers every Ctrl-C in
+    words at once, and a second one ends the process at once, even while the main thread is inside compiled code.
+
+    With several processes JAX's preemption service receives SIGTERM and agrees on a step at which all processes stop.
+    Nothing agrees on a Ctrl-C, so it ends each process where it is.
+    """
 
     def __init__(self) -> None:
         self._signal: int | None = None
-        # With several processes JAX's own service receives the SIGTERM and agrees on a step among them; nothing agrees
-        # on a Ctrl-C, which ends them as they are.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._former = {number: signal.signal(number, self._remember) for number in numbers}
+        self._deferred = False
+        self._former: dict[int, object] = {}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
+    def __enter__(self) -> Preemption:
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Python writes the number of every signal there at once; handlers wait for the main thread.
+        self._former_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        return self
 
-    def requested(self, step: int) -> bool:
-        """Whether the run should save and end after this step; the same answer on all processes."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
-
-    def stop_listening(self) -> None:
-        """Gives the signals back to whoever had them: from here on they end the process."""
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self._former_descriptor)
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._theirs.close()
+        self._listener.join()
+        self._ours.close()
+
+    def _listen(self) -> None:
+        """Answers Ctrl-C; the handler cannot, while the main thread waits for compiled code."""
+        presses = 0
+        while numbers := self._ours.recv(64):
+            for number in numbers:
+                if number == signal.SIGINT:
+                    presses += 1
+                    self._answer(presses)
+
+    def _answer(self, presses: int) -> None:
+        at_terminal = sys.stderr.isatty()
+        if presses > 1:
+            _say(f"{_SHOW_CURSOR if at_terminal else ''}stopped at once")
+            os._exit(INTERRUPTED)
+        saves = self._deferred and not _several_processes()
+        _say("stopping after this step; press again to stop now" if saves else "stopping; press again to stop now")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if self._deferred and not _several_processes():
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(PREEMPTED)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Remembers signals, for `requested`, instead of ending the process."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def requested(self) -> bool:
+        """Whether the run should save and stop; all processes ask together and get the same answer."""
+        return agreed() if _several_processes() else self._signal is not None
 
     @property
     def exit_code(self) -> int:
         """What to end the process with after a requested stop."""
         return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
+
+
+def agreed() -> bool:
+    """Whether JAX's preemption service wants all processes to stop here.
+
+    All processes must call this equally often.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
+
+
+def _several_processes() -> bool:
+    # Asks no device: those may not have been touched yet.
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _say(text: str) -> None:
+    """Writes a line to stderr, past Python's buffers, whose locks the main thread may hold."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), f"\r{text}\n".encode() if sys.stderr.isatty() else f"{text}\n".encode())

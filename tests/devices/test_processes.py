@@ -2,7 +2,7 @@
 
 import pytest
 
-from kto_jax.config import ConfigError, ProcessesConfig
+from kto_jax.config import ConfigError, ProcessesConfig, TransientError
 from kto_jax.devices import processes
 
 NONE = dict.fromkeys(
@@ -62,7 +62,7 @@ def test_one_process_can_be_asked_for(join):
 
 @pytest.mark.parametrize("variables", [GIVEN, STEP])
 def test_processes_that_do_not_come_are_missed(join, variables):
-    with pytest.raises(ConfigError, match=r"each other: no barrier\. Each needs .* raise config.processes.timeout"):
+    with pytest.raises(TransientError, match=r"each other: no barrier\. Each needs .* raise config.processes.timeout"):
         join(variables, error=RuntimeError("no barrier.\nand more"))
 
 
@@ -74,6 +74,7 @@ def test_fewer_processes_than_there_must_be_are_refused(join):
 def test_alone_every_word_is_ones_own():
     assert processes.tell("word") == ["word"]
     assert processes.as_first_says(True) and not processes.as_first_says(False)
+    assert processes.number_of_first(7) == 7
     assert processes.together(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         processes.together(lambda: 1 / 0)

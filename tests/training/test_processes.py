@@ -152,11 +152,11 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_alone(alo
     wait_for_step(workdir, 3, processes)
     processes[1].kill()
     killed = time.monotonic()
-    codes, _ = finish(processes)
-    # Its heartbeat and its leave-taking each wait 20 s at most; the rest is for a busy machine.
+    codes, messages = finish(processes)
+    # The other one waits 5 s for an answer; the rest is for a busy machine.
     assert time.monotonic() - killed < 100
-    assert codes[1] == -9
-    assert codes[0] not in (0, 75)
+    assert codes == [75, -9]
+    assert "process 1 of 2 is lost" in " ".join(messages[0].split())
     assert_same(train(cache, workdir, 1), rows(alone))
     assert_same_policy(workdir, alone)
 
@@ -176,7 +176,7 @@ def test_what_one_process_alone_cannot_do_ends_the_others_too(cache, tmp_path):
     processes = start(cache, tmp_path / "run", 2, of_second={"KTO_JAX_CACHE": str(broken)})
     codes, messages = finish(processes)
     assert codes[0] == 2, messages[0]
-    assert "process 1 of 2 cannot go on" in " ".join(messages[0].split())
+    assert "process 1 of 2 has failed" in " ".join(messages[0].split())
     assert codes[1] in (1, 2)
     assert "no folder" in messages[1]
 
@@ -229,7 +229,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
     codes, messages = finish(processes)
     assert codes == [2, 2], "\n".join(messages)
     assert "this one does not see it" in " ".join(messages[1].split())
-    assert "process 1 of 2 cannot go on" in " ".join(messages[0].split())
+    assert "process 1 of 2 has failed" in " ".join(messages[0].split())
 
 
 @pytest.mark.parametrize("variables, arguments, why", [
