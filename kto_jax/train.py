@@ -7,27 +7,32 @@ data or the model cannot be used, 75 preempted (run again), 130 interrupted from
 from __future__ import annotations
 
 import contextlib
-import functools
+import os
 import resource
 import shlex
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # The imports below take seconds.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print("importing JAX …", file=sys.stderr, flush=True)
 
 import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from kto_jax.config import Config, ConfigError, check_overrides, default_config, resolve
-from kto_jax.data.batches.prefetch import prefetch
+from kto_jax.config import Config, ConfigError, TransientError, check_overrides, default_config, resolve
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.compilation import Program, keep_compiled
-from kto_jax.devices.sharding import abstract_batch, check_lengths, local_rows, place_batch
+from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
 from kto_jax.objectives import defaults
 from kto_jax.planning.rows_that_fit import settle_rows
@@ -36,16 +41,17 @@ from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.first_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
-from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.logs import console
+from kto_jax.training.loop import Recipe, take_steps
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
-from kto_jax.training.preemption import INTERRUPTED, Preemption, ending_at_once
+from kto_jax.training.preemption import INTERRUPTED, PREEMPTED, Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
-from kto_jax.training.run_folder import RunFolder, check_folder, open_run, write_json
-from kto_jax.training.state import TrainState
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
+from kto_jax.training.step import jit_train_step
+from kto_jax.training.trackers import check_trackers
 
-FAILED, UNUSABLE = 1, 2
+UNUSABLE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,36 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         config, workdir = read_command(argv)
-        with ending_at_once():
-            return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]))
+        with Preemption() as preemption:
+            return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]), preemption)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except ConfigError as error:
+    except (ConfigError, TransientError) as error:
         console.quiet = False
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return UNUSABLE
+        console.print(f"error: {error}", style="red")
+        return UNUSABLE if isinstance(error, ConfigError) else PREEMPTED
 
 
-def train(config: Config, workdir: Path, command: str) -> int:
+def train(config: Config, workdir: Path, command: str, preemption: Preemption) -> int:
     """Trains a policy, from reading the feedback to the report.
 
     Args:
       config: the run.
       workdir: its folder; a run found there is continued.
       command: what the report says made it.
+      preemption: handles the signals of this process.
 
     Returns:
       The exit code.
 
     Raises:
       ConfigError: the configuration, the data or the model cannot be used.
+      TransientError: running the same command again may help.
     """
     started = time.monotonic()
+    check_trackers(config.trackers)
     keep_compiled()
     processes.join(config.processes)
     console.quiet = not processes.is_first()
     with tempfile.TemporaryDirectory() as scratch:
         # ------------------------------------------------- what is read, and the devices
+        console.print("reading the configuration of the model and the feedback …")
         config = processes.together(lambda: choose_dtype(config, workdir))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
@@ -98,6 +108,7 @@ def train(config: Config, workdir: Path, command: str) -> int:
     with (
         run.lock,
         contextlib.closing(Checkpoints(run.path, config.checkpoint, reference_moves=moves)) as checkpoints,
+        processes.ending_if_one_is_lost(PREEMPTED, config.processes.timeout_seconds / 4),
     ):
         if config.reference.precompute:
             inputs = precompute(config, inputs, model, mesh, run.path)
@@ -112,39 +123,38 @@ def train(config: Config, workdir: Path, command: str) -> int:
             seed=config.seed,
         )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-        take_step = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
+        take_step = Program(jit_train_step(model, inputs.objective, optimizer, learning_rate, config.reference))
         first_step = checkpoints.latest_step or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
 
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
-        clock = time.monotonic()
-        state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
-        console.print(f"weights read in {time.monotonic() - clock:.1f} s", highlight=False)
-
-        if int(state.step) == 0 and is_rounded(config):
+        with console.phase("reading weights"):
+            state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
+        if first_step == 0 and is_rounded(config):
             _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
+        write_samples("before", model, state, inputs, run, config)
 
         # ------------------------------------------------- the steps
-        write_samples("before", model, state, inputs, run, config)
-        evaluate = make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None
+        if processes.is_first():
+            record_part(run.path, first_step, config)
         peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
-        state, exit_code = take_steps(
-            config, inputs, run, mesh, peak * mesh.size, take_step, evaluate, checkpoints, state
+        recipe = Recipe(
+            config=config,
+            inputs=inputs,
+            mesh=mesh,
+            take_step=take_step,
+            evaluate=make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None,
+            peak=peak * mesh.size,
+            peak_is_measured=source == "measured",
         )
+        state, exit_code = take_steps(recipe, run.path, checkpoints, preemption, state)
 
         # ------------------------------------------------- the result
         if exit_code == 0:
             write_results(model, state, inputs, run, config, command)
-            minutes, seconds = divmod(round(time.monotonic() - started), 60)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            console.print(
-                f"finished in {minutes} min {seconds} s with {source} {peak / 1e9:.0f} GFLOP/s; host memory at most "
-                f"{memory:.1f} GiB; see {workdir}/report.html and {workdir}/policy",
-                highlight=False,
-                soft_wrap=True,
-            )
+            _tell_what_next(workdir, inputs, time.monotonic() - started)
     return exit_code
 
 
@@ -159,70 +169,6 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     mesh, model = make_model(config, inputs)
     check_lengths(inputs.schedule.row_lengths, dict(mesh.shape))
     return inputs, mesh, model
-
-
-def take_steps(
-    config: Config,
-    inputs: Inputs,
-    run: RunFolder,
-    mesh: Mesh,
-    peak: float,
-    take_step: Program,
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
-    checkpoints: Checkpoints,
-    state: TrainState,
-) -> tuple[TrainState, int]:
-    """Takes the steps that are left; returns the last state and an exit code, 0 where all were taken.
-
-    `peak` is the FLOP/s of all devices together.
-    """
-    first, num_steps = int(state.step), inputs.num_steps
-    preemption = Preemption()
-    log = MetricsLog(run.path, first_step=first, num_steps=num_steps, enabled=processes.is_first())
-    batches = prefetch(
-        functools.partial(inputs.schedule.batch, rows=local_rows(mesh, inputs.schedule.microbatch_rows)),
-        range(first, num_steps),
-        finish=functools.partial(place_batch, mesh),
-        num_loaders=config.data.num_loaders,
-    )
-    exit_code = 0
-    waiting_since = time.perf_counter()
-    for step, batch in enumerate(batches, start=first + 1):
-        clock, compiling = time.perf_counter(), take_step.compile_seconds
-        with jax.transfer_guard("disallow"):
-            state, device_figures = take_step(state, batch)
-        figures = {name: float(value) for name, value in jax.device_get(device_figures).items()}
-        compiling = take_step.compile_seconds - compiling
-        seconds = time.perf_counter() - clock - compiling
-        figures["seconds"] = seconds
-        if compiling:
-            rows = " × ".join(map(str, batch.matched.tokens.shape))
-            console.print(f"compiled for rows of {rows} tokens; the step waited {compiling:.1f} s", highlight=False)
-            figures["compile_seconds"] = compiling
-        figures["wait_seconds"] = clock - waiting_since
-        figures["tokens_per_second"] = figures["tokens"] / seconds
-        figures["mfu"] = figures["flops"] / seconds / peak
-        if figures["num_bad_steps"] >= config.max_bad_steps:
-            _report_bad_steps(config, inputs, step)
-            exit_code = FAILED
-            break
-        stopping, last = preemption.requested(step), step == num_steps
-        if evaluate and (last or _due(step, config.evaluation.every)):
-            figures |= evaluate(state)
-        log.write(step, figures)
-        if last or stopping or "eval_loss" in figures or _due(step, config.checkpoint.every):
-            # Losses against references that differ say nothing of which policy is best.
-            comparable = not config.reference.sync_every
-            checkpoints.save(step, state, figures.get("eval_loss") if comparable else None)
-        if stopping and not last:
-            console.print(f"stopped by a signal after step {step}; the same command continues")
-            exit_code = preemption.exit_code
-            break
-        waiting_since = time.perf_counter()
-    checkpoints.wait()
-    log.close()
-    preemption.stop_listening()
-    return state, exit_code
 
 
 def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
@@ -251,10 +197,6 @@ def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
     return resolve(config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
     usual = defaults(config.objective.name)
     chosen = {name: value for name, value in inputs.objective.options.items() if value != usual.get(name)}
@@ -265,7 +207,6 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
         f"{inputs.num_undesirable} undesirable completions); {len(inputs.index.sequences('eval'))} held out; "
         f"{mesh.size} × {jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
         f"{choose_attention(config.model.attention, mesh).name} attention; {peak}",
-        highlight=False,
     )
     if config.optimizer.warmup_steps >= inputs.num_steps:
         console.print(
@@ -276,7 +217,7 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
 
 
 def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) -> None:
-    console.print(describe_error(config, errors), highlight=False)
+    console.print(describe_error(config, errors))
     if processes.is_first():
         write_json(run.path / "reference_error.json", errors)
     check_error(config, errors)
@@ -286,14 +227,13 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
-    rows = ", ".join(inputs.index.place(sequence) for sequence in inputs.schedule.step(step - 1).ids)
+def _tell_what_next(workdir: Path, inputs: Inputs, seconds: float) -> None:
+    minutes, seconds = divmod(round(seconds), 60)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")
+    use = "score --data=FILE" if inputs.objective.scorer == "reward" else "generate"
     console.print(
-        f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
-        "Such steps change nothing; the newest checkpoint is finite. Look at these rows, or lower "
-        "config.optimizer.learning_rate.",
-        style="red",
-        highlight=False,
+        f"see {workdir}/report.html and {workdir}/policy; next: python -m kto_jax.{use} --model={workdir}/policy"
     )
 
 

@@ -35,11 +35,10 @@ ORDER = {
     "kto_jax.sampling": ["sample"],
     "kto_jax.storage": ["fetch"],
     "kto_jax.training": [
-        "forward inputs logs metrics microbatches preemption reference rounding run_folder state work",
-        "accumulate checkpoints optimizer sync",
-        "step",
-        "evaluation first_state",
-        "precompute",
+        "forward inputs metrics preemption reference rounding run_folder save_timer state trackers",
+        "checkpoints logs optimizer step",
+        "evaluation first_state in_flight",
+        "loop precompute",
     ],
 }
 """For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside

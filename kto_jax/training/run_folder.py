@@ -4,9 +4,12 @@ config.json      the resolved configuration     metrics.jsonl   one row per step
 manifest.json    what the data was              checkpoints/    Orbax
 model.json       the architecture               policy/         the result, in Hugging Face format
 tokenizer/       the tokenizer                  report.html     curves, samples, verdicts
-adapter/         low-rank adapters, where they were trained, as peft reads them
-reference_error.json   what rounding the reference did to log-probabilities and rewards, where it was rounded
-reference.json   digest of its weights, where the reference's log-probabilities were computed once
+config_history.jsonl   the configuration of each part of a run that was resumed, and the step it began after
+adapter/         low-rank adapters as peft reads them, if they were trained
+tensorboard/, wandb/, wandb.json, mlflow.json   what experiment trackers keep here
+profile/         traces of JAX's profiler, if config.profile asks for them
+reference_error.json   the error of log-probabilities and rewards, if the reference is rounded
+reference.json   digest of the reference's weights, if its log-probabilities are precomputed
 """
 
 from __future__ import annotations
@@ -46,9 +49,12 @@ _FREE = (
     "reference.max_error",
     "evaluation",
     "checkpoint",
+    "profile",
+    "trackers",
     "samples.judges",
 )
 
+_HISTORY = "config_history.jsonl"
 # What of a manifest must be equal: its inputs, and the tokens that they became.
 _CONTENT = ("key", "content_sha256")
 # What a start that was killed before config.json was written may have left.
@@ -150,17 +156,44 @@ def _claim(
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
+    _begin_history(path)
     write_json(path / "manifest.json", index.manifest)
     write_json(path / "model.json", write_config_json(architecture))
     write_json(path / "config.json", to_dict(config))  # last: with it the folder is a run
     return RunFolder(path, copy, lock)
 
 
+def _begin_history(path: Path) -> None:
+    """Keeps the configuration of a run's first part, if that was begun before there was a history."""
+    history, config = path / _HISTORY, path / "config.json"
+    if config.exists() and not history.exists():
+        _write_text(history, _history_line(0, json.loads(config.read_text(encoding="utf-8"))))
+
+
+def record_part(folder: Path, first_step: int, config: Config) -> None:
+    """Adds the configuration that the rows of metrics.jsonl beyond `first_step` are made with to the history.
+
+    What was recorded for these rows before, by a part that was killed, is dropped as they are.
+    """
+    history = folder / _HISTORY
+    lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+    kept = [line + "\n" for line in lines if json.loads(line)["first_step"] < first_step]
+    _write_text(history, "".join(kept) + _history_line(first_step, to_dict(config)))
+
+
+def _history_line(first_step: int, config: Mapping[str, Any]) -> str:
+    return json.dumps({"first_step": first_step, "config": config}) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file that a reader never sees half-written."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    _write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def check_folder(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:

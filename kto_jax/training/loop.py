@@ -1,0 +1,199 @@
+"""The steps of a run: dispatch one, log the one before, evaluate and save when due.
+
+    host      dispatch 1 | dispatch 2, log 1 | dispatch 3, log 2 | ... | dispatch n, log n - 1, log n, evaluate, save
+    devices   [------ step 1 ------][------ step 2 ------][------ step 3 ------]
+
+The host reads the figures of a step only after it has dispatched the next one, so the devices need not wait for it. At
+a step that evaluates, saves or ends the run, all rows are written first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kto_jax.config import Config, ProfileConfig
+from kto_jax.data.batches.prefetch import prefetch
+from kto_jax.devices import processes
+from kto_jax.devices.compilation import Program
+from kto_jax.devices.sharding import local_rows, place_batch
+from kto_jax.shapes import FeedbackBatch
+from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.in_flight import StepsInFlight
+from kto_jax.training.inputs import Inputs
+from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.preemption import FAILED, Preemption
+from kto_jax.training.save_timer import SaveTimer
+from kto_jax.training.state import TrainState
+from kto_jax.training.trackers import open_trackers
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the loop runs.
+
+    Attributes:
+      config: the run.
+      inputs: what it reads.
+      mesh: the devices.
+      take_step: the training step, (state, batch) -> (state, figures).
+      evaluate: measures a state on the held-out feedback; None if nothing is held out.
+      peak: FLOP/s of all devices together.
+      peak_is_measured: whether that was measured rather than published.
+    """
+
+    config: Config
+    inputs: Inputs
+    mesh: Mesh
+    take_step: Program
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    peak: float
+    peak_is_measured: bool
+
+
+def take_steps(
+    recipe: Recipe, folder: Path, checkpoints: Checkpoints, preemption: Preemption, state: TrainState
+) -> tuple[TrainState, int]:
+    """Takes the steps that are left.
+
+    Args:
+      recipe: what to run.
+      folder: the run's folder.
+      checkpoints: where to save.
+      preemption: asked after every step whether to stop.
+      state: the state to start from; its memory is reused.
+
+    Returns:
+      The last state and an exit code, which is 0 if all steps were taken.
+    """
+    config, num_steps, first = recipe.config, recipe.inputs.num_steps, int(state.step)
+    writes = processes.is_first()
+    with contextlib.ExitStack() as stack:
+        trackers = open_trackers(config, folder, first) if writes else []
+        log = stack.enter_context(MetricsLog(folder, first, num_steps, trackers=trackers, enabled=writes))
+        in_flight = stack.enter_context(StepsInFlight(recipe.peak, peak_is_measured=recipe.peak_is_measured))
+        profile = stack.enter_context(Profile(folder / "profile", config.profile))
+        batches: Any = _batches(recipe, range(first, num_steps))
+        stack.callback(batches.close)
+        stack.enter_context(preemption.deferred())
+        numbered = enumerate(in_flight.arriving(batches), start=first + 1)
+        state, exit_code = _run(recipe, numbered, state, in_flight, log, profile, checkpoints, preemption)
+        checkpoints.wait()
+    return state, exit_code
+
+
+def _run(
+    recipe: Recipe,
+    batches: Iterable[tuple[int, FeedbackBatch]],
+    state: TrainState,
+    in_flight: StepsInFlight,
+    log: MetricsLog,
+    profile: Profile,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
+) -> tuple[TrainState, int]:
+    config = recipe.config
+    save_timer = SaveTimer(config.checkpoint.every_minutes)
+    for step, batch in batches:
+        profile.before(step)
+        state = in_flight.dispatch(step, recipe.take_step, state, batch)
+        stopping, last = preemption.requested(), step == recipe.inputs.num_steps
+        evaluating = recipe.evaluate is not None and (last or _due(step, config.evaluation.every))
+        timed = save_timer.due(step)
+        saving = last or stopping or evaluating or timed or _due(step, config.checkpoint.every)
+        figures: dict[str, float] = {}
+        while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
+            number, figures = in_flight.read()
+            failed = figures["num_bad_steps"] >= config.max_bad_steps
+            if number == step and recipe.evaluate and evaluating and not failed:
+                figures |= recipe.evaluate(state)
+            log.write(number, figures)
+            if failed:
+                _report_bad_steps(config, recipe.inputs, number)
+                return state, FAILED
+        profile.after(step)
+        if saving:
+            # Losses against references that differ do not say which policy is best.
+            comparable = not config.reference.sync_every
+            checkpoints.save(step, state, figures.get("eval_loss") if comparable else None)
+            save_timer.restart(step)
+        if stopping and not last:
+            console.print(f"stopped by a signal after step {step}; run the same command to resume")
+            return state, preemption.exit_code
+        if not in_flight:
+            in_flight.resume()
+    return state, 0
+
+
+def _batches(recipe: Recipe, steps: range) -> Iterator[FeedbackBatch]:
+    """The batches of these steps, on the devices, made ahead of time."""
+    schedule, mesh = recipe.inputs.schedule, recipe.mesh
+    return prefetch(
+        functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows)),
+        steps,
+        finish=functools.partial(place_batch, mesh),
+        num_loaders=recipe.config.data.num_loaders,
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Profile:
+    """Traces a range of steps with JAX's profiler, on the first process, while nothing else is in flight.
+
+    Args:
+      folder: where to; XProf and TensorBoard open it, and Perfetto its perfetto_trace.json.gz.
+      config: which steps.
+    """
+
+    def __init__(self, folder: Path, config: ProfileConfig) -> None:
+        self._folder = folder
+        self._steps = range(config.start + 1, config.start + 1 + (config.steps if processes.is_first() else 0))
+        self._edges = {config.start, config.start + config.steps} if config.steps else set()
+        self._tracing = False
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def waits_after(self, step: int) -> bool:
+        """Whether the step must complete before the next one is dispatched."""
+        return step in self._edges
+
+    def before(self, step: int) -> None:
+        """Begins the trace, if it begins with this step or the run resumes within the range."""
+        if step in self._steps and not self._tracing:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._tracing = True
+
+    def after(self, step: int) -> None:
+        """Ends the trace, if it ends with this step."""
+        if self._steps and step == self._steps[-1]:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            console.print(f"traced steps {self._steps[0]} to {self._steps[-1]}: see {self._folder}")
+
+
+def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
+    rows = ", ".join(inputs.index.place(sequence) for sequence in inputs.schedule.step(step - 1).ids)
+    console.print(
+        f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
+        "Such steps change nothing, and the newest checkpoint is finite. Look at these rows, or lower "
+        "config.optimizer.learning_rate.",
+        style="red",
+    )

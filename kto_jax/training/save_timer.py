@@ -1,0 +1,63 @@
+"""Checkpoints by the clock, at steps on which all processes agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kto_jax.devices import processes
+
+_LONGEST_SILENCE = 100
+"""Steps between questions, at most: the pace may change."""
+
+
+class SaveTimer:
+    """Says when enough minutes have passed since the last save.
+
+    The first process decides by its clock and tells the others. To ask it after every step would cost each of them a
+    message per step, so its answer also says after how many steps to ask again: half as many as the time left has room
+    for, at the pace of the steps since the last save, at most as many as those were, and at most 100.
+
+    Args:
+      minutes: between saves; 0 for never.
+      clock: seconds from any beginning.
+      ask: the first process's number, on all processes.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ask: Callable[[int], int] = processes.number_of_first,
+    ) -> None:
+        self._period = 60 * minutes
+        self._clock = clock
+        self._ask = ask
+        self._since = clock()
+        self._since_step: int | None = None
+        self._next_question = 0
+
+    def restart(self, step: int) -> None:
+        """Counts from this step on; called after every save."""
+        self._since, self._since_step = self._clock(), step
+        self._next_question = step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; all processes must call it for the same steps."""
+        if not self._period or step < self._next_question:
+            return False
+        steps_left = self._ask(self._steps_until_question(step))
+        self._next_question = step + steps_left
+        return steps_left == 0
+
+    def _steps_until_question(self, step: int) -> int:
+        """0 if a save is due; only the first process's answer counts."""
+        if self._since_step is None:
+            self._since_step = step - 1
+        elapsed = self._clock() - self._since
+        if elapsed >= self._period:
+            return 0
+        taken = max(step - self._since_step, 1)
+        share_left = (self._period - elapsed) / max(elapsed, 1e-9)
+        return max(min(int(taken * min(share_left / 2, 1)), _LONGEST_SILENCE), 1)

@@ -1,0 +1,225 @@
+"""The loop: what is written, saved and reported when; with a real run of the tiny model where that matters."""
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import types
+
+import pytest
+
+import kto_jax.training.loop
+from kto_jax.config import CheckpointConfig, Config, EvaluationConfig, ProfileConfig
+from kto_jax.train import main
+from kto_jax.training.loop import Profile, Recipe, take_steps
+from tests import ROOT
+
+NUM_STEPS = 6
+
+
+class World:
+    """Records what happens, in order; takes the place of devices, checkpoints and signals."""
+
+    def __init__(self, monkeypatch, tmp_path, *, bad_from=None, stop_at=None, **config):
+        self.events = []
+        self.folder = tmp_path
+        self.bad_from, self.stop_at = bad_from, stop_at
+        self.config = dataclasses.replace(
+            Config(), trackers=(), max_bad_steps=2, **{"checkpoint": CheckpointConfig(every=100)} | config
+        )
+        monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda recipe, steps: self.batches(steps))
+        monkeypatch.setattr(kto_jax.training.loop, "_report_bad_steps", lambda *_: self.events.append("bad"))
+        write = kto_jax.training.loop.MetricsLog.write
+        monkeypatch.setattr(
+            kto_jax.training.loop.MetricsLog, "write",
+            lambda log, step, row: (self.events.append(f"log {step}"), write(log, step, row)),
+        )  # fmt: skip
+
+    def batches(self, steps):
+        try:
+            for _ in steps:
+                yield types.SimpleNamespace(matched=types.SimpleNamespace(tokens=types.SimpleNamespace(shape=(1,))))
+        finally:
+            self.events.append("batches closed")
+
+    # The program.
+    compile_seconds = 0.0
+
+    def is_ready(self, batch):
+        return True
+
+    def __call__(self, state, batch):
+        step = state.step + 1
+        self.events.append(f"dispatch {step}")
+        bad = 0 if self.bad_from is None else max(0, step - self.bad_from + 1)
+        figures = {"loss": 1.0, "tokens": 1.0, "flops": 1.0, "num_bad_steps": float(bad)}
+        return types.SimpleNamespace(step=step), figures
+
+    # The checkpoints.
+    def save(self, step, state, eval_loss):
+        assert state.step == step
+        self.events.append(f"save {step} {eval_loss}" if eval_loss is not None else f"save {step}")
+
+    def wait(self):
+        self.events.append("saved")
+
+    # The signals.
+    exit_code = 75
+
+    @contextlib.contextmanager
+    def deferred(self):
+        yield
+
+    def requested(self):
+        dispatched = [event for event in self.events if event.startswith("dispatch")]
+        return self.stop_at is not None and len(dispatched) >= self.stop_at
+
+    def evaluate(self, state):
+        self.events.append(f"evaluate {state.step}")
+        return {"eval_loss": 0.5}
+
+    def run(self, *, evaluate=False, first=0):
+        recipe = Recipe(
+            self.config, types.SimpleNamespace(num_steps=NUM_STEPS), None, self, self.evaluate if evaluate else None,
+            1.0, False,
+        )  # fmt: skip
+        return take_steps(recipe, self.folder, self, self, types.SimpleNamespace(step=first))[1]
+
+    def rows(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    return lambda **options: World(monkeypatch, tmp_path, **options)
+
+
+def test_a_row_is_written_after_the_next_step_is_dispatched_and_the_last_before_the_run_ends(world):
+    run = world()
+    assert run.run() == 0
+    expected = ["dispatch 1"]
+    for step in range(2, NUM_STEPS + 1):
+        expected += [f"dispatch {step}", f"log {step - 1}"]
+    assert run.events == [*expected, f"log {NUM_STEPS}", f"save {NUM_STEPS}", "batches closed", "saved"]
+    assert [row["step"] for row in run.rows()] == list(range(1, NUM_STEPS + 1))
+
+
+def test_all_rows_are_written_before_a_save_and_those_of_earlier_steps_before_an_evaluation(world):
+    run = world(evaluation=EvaluationConfig(every=3), checkpoint=CheckpointConfig(every=2))
+    assert run.run(evaluate=True) == 0
+    order = run.events.index
+    assert order("log 2") < order("save 2") < order("dispatch 3")
+    assert order("log 2") < order("dispatch 3") < order("evaluate 3") < order("log 3") < order("save 3 0.5")
+    assert order("save 3 0.5") < order("dispatch 4")
+    assert [row["step"] for row in run.rows() if "eval_loss" in row] == [3, 6]
+
+
+def test_a_run_ends_by_bad_steps_with_their_rows_and_without_a_save(world):
+    run = world(bad_from=3)
+    assert run.run() == 1
+    assert [row["num_bad_steps"] for row in run.rows()] == [0, 0, 1, 2]
+    assert run.events[-4:] == ["log 4", "bad", "saved", "batches closed"]
+    assert "dispatch 6" not in run.events  # one step late at most
+    assert not [event for event in run.events if event.startswith("save ")]
+
+
+def test_bad_steps_at_a_step_that_would_be_saved_are_not_saved(world):
+    run = world(bad_from=3, checkpoint=CheckpointConfig(every=4), evaluation=EvaluationConfig(every=4))
+    assert run.run(evaluate=True) == 1
+    assert "evaluate 4" not in run.events
+    assert not [event for event in run.events if event.startswith("save ")]
+    assert run.rows()[-1]["step"] == 4
+
+
+def test_a_signal_saves_after_the_step_with_all_rows(world, capsys):
+    run = world(stop_at=3)
+    assert run.run() == 75
+    assert run.events[-6:] == ["dispatch 3", "log 2", "log 3", "save 3", "saved", "batches closed"]
+    assert "stopped by a signal after step 3; run the same command to resume" in capsys.readouterr().err
+
+
+def test_minutes_between_checkpoints_save_beside_the_steps_between_them(world, monkeypatch):
+    class Timer:
+        def __init__(self, minutes):
+            assert minutes == 1.5
+
+        def due(self, step):
+            return step == 4
+
+        def restart(self, step):
+            run.events.append(f"restart {step}")
+
+    monkeypatch.setattr(kto_jax.training.loop, "SaveTimer", Timer)
+    run = world(checkpoint=CheckpointConfig(every=3, every_minutes=1.5))
+    assert run.run() == 0
+    saves = [event for event in run.events if event.startswith(("save ", "restart "))]
+    assert saves == ["save 3", "restart 3", "save 4", "restart 4", "save 6", "restart 6"]
+
+
+@pytest.mark.parametrize("where", ["save", "__call__", "evaluate"])
+def test_whatever_goes_wrong_the_log_and_the_batches_are_closed_and_the_rows_before_are_on_disk(
+    world, where, monkeypatch
+):
+    run = world(evaluation=EvaluationConfig(every=3), checkpoint=CheckpointConfig(every=3))
+    method = getattr(World, where)
+
+    def fail(self, *arguments):
+        if "dispatch 3" in self.events:
+            raise RuntimeError("no space left")
+        return method(self, *arguments)
+
+    monkeypatch.setattr(World, where, fail)
+    closed = []
+    close = kto_jax.training.loop.MetricsLog.close
+    monkeypatch.setattr(kto_jax.training.loop.MetricsLog, "close", lambda log: (closed.append(True), close(log)))
+    with pytest.raises(RuntimeError, match="no space left"):
+        run.run(evaluate=True)
+    assert closed == [True]
+    assert run.events[-1] == "batches closed"
+    assert "saved" not in run.events  # Whoever failed is not waited for.
+    assert {row["step"] for row in run.rows()} >= {1, 2}
+
+
+class Profiler:
+    def __init__(self, monkeypatch):
+        self.events = []
+        monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: self.events.append("start"))
+        monkeypatch.setattr("jax.profiler.stop_trace", lambda: self.events.append("stop"))
+
+
+@pytest.mark.parametrize(
+    "start, first, steps, traced", [(2, 0, 2, [3, 4]), (0, 0, 1, [1]), (2, 3, 3, [4, 5]), (9, 0, 2, [])]
+)
+def test_a_profile_traces_its_steps_with_nothing_else_in_flight(world, monkeypatch, start, first, steps, traced):
+    profiler = Profiler(monkeypatch)
+    run = world(profile=ProfileConfig(start=start, steps=steps))
+    profiler.events = run.events
+    assert run.run(first=first) == 0
+    if not traced:
+        assert "start" not in run.events
+        return
+    begin, end = run.events.index("start"), run.events.index("stop")
+    inside = run.events[begin:end]
+    assert [event for event in inside if event.startswith("dispatch")] == [f"dispatch {step}" for step in traced]
+    assert f"log {traced[-1]}" in inside  # it has completed
+    assert traced[0] == first + 1 or f"log {traced[0] - 1}" in run.events[:begin]
+
+
+def test_a_profile_that_the_run_ends_in_is_still_written(monkeypatch, tmp_path):
+    profiler = Profiler(monkeypatch)
+    with contextlib.suppress(ZeroDivisionError), Profile(tmp_path, ProfileConfig(start=0, steps=100)) as profile:
+        profile.before(1)
+        raise ZeroDivisionError
+    assert profiler.events == ["start", "stop"]
+
+
+def test_a_run_leaves_traces_that_perfetto_and_xprof_open(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))
+    options = ["--config.max_steps=4", "--config.profile.start=2", "--config.profile.steps=1", "--config.trackers="]
+    assert main(["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *options]) == 0
+    (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "step" in names  # the annotation of the step
+    assert list(trace.parent.glob("*.xplane.pb"))
+    assert not (tmp_path / "run" / "tensorboard").exists()
