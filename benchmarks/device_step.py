@@ -40,7 +40,7 @@ from kto_jax.planning.compile_step import Subject
 from kto_jax.training.first_state import make_model
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
-from kto_jax.training.step import jit_train_step
+from kto_jax.training.step import Recipe, jit_train_step
 
 ROOT = Path(__file__).parent.parent
 _GIB = 2**30
@@ -72,7 +72,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     state = create_state(policy, kept_as(policy, kept), optimizer, mesh, objective.initial_state)
     del policy
     schedule = _schedule(config, architecture.vocab_size, steps=1 + job["steps"])
-    step: Any = jit_train_step(model, objective, optimizer, learning_rate, config.reference)
+    step: Any = jit_train_step(Recipe(model, objective, optimizer, learning_rate, config.reference))
     program, seconds, figures = None, [], {}
     for number in range(1 + job["steps"]):
         batch = place_batch(mesh, schedule.batch(number))

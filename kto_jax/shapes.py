@@ -67,6 +67,24 @@ class PackedRows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LabelledRows:
+    """Packed rows, and what the data says about the completion in each slot.
+
+    Attributes:
+      rows: the sequences.
+      desirable: thumbs-up or thumbs-down.
+      scores: rating; 0 if the data has none.
+      reference_logps: log-probability under the reference, in nats, if it was computed before training; else None.
+    """
+
+    rows: PackedRows
+    desirable: Bool[Array, "*M R S"]
+    scores: Float[Array, "*M R S"]
+    reference_logps: Float[Array, "*M R S"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class FeedbackBatch:
     """One global batch of thumbs, packed into microbatches of one fixed shape.
 

@@ -42,13 +42,13 @@ from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.first_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import console
-from kto_jax.training.loop import Recipe, take_steps
+from kto_jax.training.loop import Job, take_steps
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import INTERRUPTED, PREEMPTED, Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
-from kto_jax.training.step import jit_train_step
+from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.trackers import check_trackers
 
 UNUSABLE = 2
@@ -123,7 +123,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             seed=config.seed,
         )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-        take_step = Program(jit_train_step(model, inputs.objective, optimizer, learning_rate, config.reference))
+        take_step = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
         first_step = checkpoints.latest_step or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
@@ -140,7 +140,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             record_part(run.path, first_step, config)
         peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
-        recipe = Recipe(
+        job = Job(
             config=config,
             inputs=inputs,
             mesh=mesh,
@@ -149,7 +149,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             peak=peak * mesh.size,
             peak_is_measured=source == "measured",
         )
-        state, exit_code = take_steps(recipe, run.path, checkpoints, preemption, state)
+        state, exit_code = take_steps(job, run.path, checkpoints, preemption, state)
 
         # ------------------------------------------------- the result
         if exit_code == 0:

@@ -35,9 +35,10 @@ ORDER = {
     "kto_jax.sampling": ["sample"],
     "kto_jax.storage": ["fetch"],
     "kto_jax.training": [
-        "forward inputs metrics preemption reference rounding run_folder save_timer state trackers",
-        "checkpoints logs optimizer step",
-        "evaluation first_state in_flight",
+        "forward inputs metrics microbatches preemption reference rounding run_folder save_timer state trackers work",
+        "accumulate checkpoints logs optimizer sync",
+        "step in_flight",
+        "evaluation first_state",
         "loop precompute",
     ],
 }

@@ -28,7 +28,8 @@ from kto_jax.training.first_state import make_abstract_state, make_model
 from kto_jax.training.inputs import check_together
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.reference import choose_dtype
-from kto_jax.training.step import jit_train_step, work
+from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.work import work
 
 _NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which changes nothing else of it.
 
@@ -280,7 +281,7 @@ def compile_for(
         "moments": device_bytes(state.opt_state),
         "batch": device_bytes(batch),
     }
-    step = jit_train_step(model, objective, optimizer, learning_rate, config.reference)
+    step = jit_train_step(Recipe(model, objective, optimizer, learning_rate, config.reference))
     started = time.perf_counter()
     arguments, temporaries, refusal, collectives = _compile(step, state, batch, parts, topology)
     seconds = time.perf_counter() - started

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from kto_jax.losses import humanline_clamp, segment_sums
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
-from kto_jax.shapes import Completions, PackedRows, TokenScores
+from kto_jax.shapes import Completions, LabelledRows, PackedRows, TokenScores
 
 
 def completion_states(model: Model, params: Params, rows: PackedRows, *, offset: int = 0) -> Float[Array, "R C D"]:
@@ -44,16 +44,20 @@ def read_completions(
     objective: Objective,
     policy: Params,
     reference: Params,
-    rows: PackedRows,
-    desirable: Array,
-    scores: Array,
-    reference_logps: Float[Array, "R S"] | None = None,
+    labelled: LabelledRows,
 ) -> Completions:
-    """All that the objective sees of one microbatch; gradients reach `policy` alone, which is what is trained of it.
+    """All that the objective sees of one microbatch.
 
-    Where `reference_logps` are given, the reference is not read; humanline and value heads need its tokens and cannot
-    do without it.
+    Args:
+      model: the policy.
+      objective: decides what is read.
+      policy: the trained parameters: the only ones that gradients reach.
+      reference: the frozen parameters. They are not read if `labelled` holds the reference's log-probabilities;
+        humanline and value heads need those of each token, and so the reference itself.
+      labelled: the rows of the microbatch.
     """
+    rows, reference_logps = labelled.rows, labelled.reference_logps
+    desirable, scores = labelled.desirable, labelled.scores
     policy = model.policy(policy, reference)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scorer == "reward":

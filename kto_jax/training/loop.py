@@ -36,7 +36,7 @@ from kto_jax.training.trackers import open_trackers
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Job:
     """What the loop runs.
 
     Attributes:
@@ -59,12 +59,12 @@ class Recipe:
 
 
 def take_steps(
-    recipe: Recipe, folder: Path, checkpoints: Checkpoints, preemption: Preemption, state: TrainState
+    job: Job, folder: Path, checkpoints: Checkpoints, preemption: Preemption, state: TrainState
 ) -> tuple[TrainState, int]:
     """Takes the steps that are left.
 
     Args:
-      recipe: what to run.
+      job: what to run.
       folder: the run's folder.
       checkpoints: where to save.
       preemption: asked after every step whether to stop.
@@ -73,24 +73,24 @@ def take_steps(
     Returns:
       The last state and an exit code, which is 0 if all steps were taken.
     """
-    config, num_steps, first = recipe.config, recipe.inputs.num_steps, int(state.step)
+    config, num_steps, first = job.config, job.inputs.num_steps, int(state.step)
     writes = processes.is_first()
     with contextlib.ExitStack() as stack:
         trackers = open_trackers(config, folder, first) if writes else []
         log = stack.enter_context(MetricsLog(folder, first, num_steps, trackers=trackers, enabled=writes))
-        in_flight = stack.enter_context(StepsInFlight(recipe.peak, peak_is_measured=recipe.peak_is_measured))
+        in_flight = stack.enter_context(StepsInFlight(job.peak, peak_is_measured=job.peak_is_measured))
         profile = stack.enter_context(Profile(folder / "profile", config.profile))
-        batches: Any = _batches(recipe, range(first, num_steps))
+        batches: Any = _batches(job, range(first, num_steps))
         stack.callback(batches.close)
         stack.enter_context(preemption.deferred())
         numbered = enumerate(in_flight.arriving(batches), start=first + 1)
-        state, exit_code = _run(recipe, numbered, state, in_flight, log, profile, checkpoints, preemption)
+        state, exit_code = _run(job, numbered, state, in_flight, log, profile, checkpoints, preemption)
         checkpoints.wait()
     return state, exit_code
 
 
 def _run(
-    recipe: Recipe,
+    job: Job,
     batches: Iterable[tuple[int, FeedbackBatch]],
     state: TrainState,
     in_flight: StepsInFlight,
@@ -99,24 +99,24 @@ def _run(
     checkpoints: Checkpoints,
     preemption: Preemption,
 ) -> tuple[TrainState, int]:
-    config = recipe.config
+    config = job.config
     save_timer = SaveTimer(config.checkpoint.every_minutes)
     for step, batch in batches:
         profile.before(step)
-        state = in_flight.dispatch(step, recipe.take_step, state, batch)
-        stopping, last = preemption.requested(), step == recipe.inputs.num_steps
-        evaluating = recipe.evaluate is not None and (last or _due(step, config.evaluation.every))
+        state = in_flight.dispatch(step, job.take_step, state, batch)
+        stopping, last = preemption.requested(), step == job.inputs.num_steps
+        evaluating = job.evaluate is not None and (last or _due(step, config.evaluation.every))
         timed = save_timer.due(step)
         saving = last or stopping or evaluating or timed or _due(step, config.checkpoint.every)
         figures: dict[str, float] = {}
         while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
             number, figures = in_flight.read()
             failed = figures["num_bad_steps"] >= config.max_bad_steps
-            if number == step and recipe.evaluate and evaluating and not failed:
-                figures |= recipe.evaluate(state)
+            if number == step and job.evaluate and evaluating and not failed:
+                figures |= job.evaluate(state)
             log.write(number, figures)
             if failed:
-                _report_bad_steps(config, recipe.inputs, number)
+                _report_bad_steps(config, job.inputs, number)
                 return state, FAILED
         profile.after(step)
         if saving:
@@ -132,14 +132,14 @@ def _run(
     return state, 0
 
 
-def _batches(recipe: Recipe, steps: range) -> Iterator[FeedbackBatch]:
+def _batches(job: Job, steps: range) -> Iterator[FeedbackBatch]:
     """The batches of these steps, on the devices, made ahead of time."""
-    schedule, mesh = recipe.inputs.schedule, recipe.mesh
+    schedule, mesh = job.inputs.schedule, job.mesh
     return prefetch(
         functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows)),
         steps,
         finish=functools.partial(place_batch, mesh),
-        num_loaders=recipe.config.data.num_loaders,
+        num_loaders=job.config.data.num_loaders,
     )
 
 

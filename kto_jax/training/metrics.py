@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kto_jax.objectives import Objective
+from kto_jax.shapes import Completions, FeedbackBatch
+
 # A sigmoid's slope below a tenth of its peak, 1/4: |z| above 3.64.
 _SATURATED_SLOPE = 0.025
 
@@ -54,6 +57,32 @@ def class_figures(
         "margin": means["desirable"] - means["undesirable"],
         "auc": auc(rewards, desirable, where),
     }
+
+
+def of_examples(
+    objective: Objective, completions: Completions, batch: FeedbackBatch, reference_reward: Array
+) -> dict[str, Float[Array, ""]]:
+    """The figures about rewards that an objective has.
+
+    Args:
+      objective: decides which.
+      completions: all of the batch's matched ones, [M, R, S].
+      batch: their labels.
+      reference_reward: what rewards of thumbs are gains and losses against; a scalar or [M, R, S].
+    """
+    rewards, filled = objective.rewards(completions), batch.matched.filled
+    flat = (rewards.reshape(-1), batch.desirable.reshape(-1), filled.reshape(-1))
+    if objective.reads == "desirable":
+        return {"rewards_desirable": mean(rewards, filled)}
+    figures = class_figures(*flat)
+    if objective.reads == "pairs":
+        return figures | {"accuracy": pair_accuracy(rewards, filled)}
+    if objective.reads == "thumbs" and objective.uses_reference:
+        gains = (rewards - reference_reward).reshape(-1)
+        figures |= {"accuracy": accuracy(gains, *flat[1:])}
+        if objective.saturates:
+            figures |= {"saturated": saturated(gains, flat[2])}
+    return figures
 
 
 def accuracy(gains: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from kto_jax.config import OptimizerConfig
 from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16
@@ -68,6 +69,17 @@ def make_optimizer(
         update = keep_in_bfloat16(update, seed)
     optimizer = optax.chain(clip, update)
     return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
+
+
+def num_updates(opt_state: Any, default: Int[Array, ""]) -> Int[Array, ""]:
+    """How many updates an optimizer has made: steps less those that were not finite.
+
+    Args:
+      opt_state: the optimizer's.
+      default: for an optimizer that does not count.
+    """
+    counts = [count for _, count in optax.tree.get_all_with_path(opt_state, "count")]
+    return counts[0] if counts else default
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -36,6 +35,7 @@ from kto_jax.training.first_state import load_reference
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
+from kto_jax.training.microbatches import map_microbatches
 from kto_jax.training.preemption import PREEMPTED, agreed
 from kto_jax.training.run_folder import write_json
 
@@ -128,12 +128,7 @@ def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
     """The compiled function: (parameters, rows, microbatches that are used) -> log-probabilities [M, R, S]."""
 
     def read(params: Params, rows: PackedRows, count: Int[Array, ""]) -> Float[Array, "M R S"]:
-        def body(index: Int[Array, ""], logps: Array) -> Array:
-            microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
-            return logps.at[index].set(packed_logps(model, params, microbatch))
-
-        dtype = jnp.promote_types(model.dtype, jnp.float32)
-        return jax.lax.fori_loop(0, count, body, jnp.zeros(rows.filled.shape, dtype))
+        return map_microbatches(functools.partial(packed_logps, model, params), rows, count)
 
     return jax.jit(read)
 

@@ -57,3 +57,10 @@ def make_index(tmp_path_factory, tokenizer):
             return build_index(data, tokenizer, vocab_size=vocab_size, directory=directory / "indices")
 
     return make
+
+
+def as_transformers(encoder):
+    """The tokenizer of an encoder, as transformers opens it."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(encoder.directory)

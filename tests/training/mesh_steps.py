@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig, ReferenceConfig
+from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.processes import gather, is_first, join
 from kto_jax.devices.sharding import constrainer, local_rows, make_mesh, place_batch, shardings
@@ -19,7 +19,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.state import create_state
-from kto_jax.training.step import jit_train_step
+from kto_jax.training.step import Recipe, jit_train_step
 from tests.synthetic import make_index, make_schedule
 
 NUM_STEPS, BATCH, MAX_LENGTH, ROWS = 10, 32, 38, 8
@@ -64,7 +64,7 @@ def ten_steps(name, mesh_config, devices):
         batch_size=BATCH, seed=3, epochs=2, row_length=80, microbatch_rows=rows_at_once, max_length=MAX_LENGTH,
     )  # fmt: skip
     assert plan.num_steps == NUM_STEPS
-    step = jit_train_step(model, OBJECTIVE, optimizer, optax.constant_schedule(0.0), ReferenceConfig())
+    step = jit_train_step(Recipe(model, OBJECTIVE, optimizer, optax.constant_schedule(0.0)))
     before, log = gather(state.policy), []
     for number in range(NUM_STEPS):
         state, figures = step(state, place_batch(mesh, plan.batch(number, local_rows(mesh, rows_at_once))))

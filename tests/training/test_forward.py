@@ -11,6 +11,7 @@ from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
+from kto_jax.shapes import LabelledRows
 from kto_jax.training.forward import completion_states, packed_logps, packed_rewards, read_completions
 from tests.losses.test_logprobs import equations
 from tests.synthetic import make_index, make_schedule
@@ -67,7 +68,7 @@ def test_values_are_those_before_each_token_and_their_gradient_stops_at_the_hidd
     _, *rows = microbatch()
 
     def values(policy):
-        return read_completions(model, objective, policy, reference, *rows).tokens.values
+        return read_completions(model, objective, policy, reference, LabelledRows(*rows)).tokens.values
 
     np.testing.assert_array_equal(values(policy), model.scores(policy, completion_states(model, policy, rows[0])))
     gradient = jax.grad(lambda policy: jnp.sum(jnp.square(values(policy))))(policy)
@@ -83,7 +84,7 @@ def test_humanline_clamps_each_token_before_the_sum():
     )
     objective = make_objective(ObjectiveConfig(humanline=True), num_desirable=1, num_undesirable=1)
     _, rows, desirable, scores = microbatch()
-    seen = read_completions(model, objective, policy, reference, rows, desirable, scores)
+    seen = read_completions(model, objective, policy, reference, LabelledRows(rows, desirable, scores))
     hidden = [completion_states(model, params, rows) for params in (policy, reference)]
     by_token = [token_logps(h, model.head(p), rows.targets) for h, p in zip(hidden, (policy, reference), strict=True)]
     ratios = np.asarray(by_token[0] - by_token[1])

@@ -11,7 +11,7 @@ import pytest
 import kto_jax.training.loop
 from kto_jax.config import CheckpointConfig, Config, EvaluationConfig, ProfileConfig
 from kto_jax.train import main
-from kto_jax.training.loop import Profile, Recipe, take_steps
+from kto_jax.training.loop import Job, Profile, take_steps
 from tests import ROOT
 
 NUM_STEPS = 6
@@ -27,7 +27,7 @@ class World:
         self.config = dataclasses.replace(
             Config(), trackers=(), max_bad_steps=2, **{"checkpoint": CheckpointConfig(every=100)} | config
         )
-        monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda recipe, steps: self.batches(steps))
+        monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda job, steps: self.batches(steps))
         monkeypatch.setattr(kto_jax.training.loop, "_report_bad_steps", lambda *_: self.events.append("bad"))
         write = kto_jax.training.loop.MetricsLog.write
         monkeypatch.setattr(
@@ -79,11 +79,11 @@ class World:
         return {"eval_loss": 0.5}
 
     def run(self, *, evaluate=False, first=0):
-        recipe = Recipe(
+        job = Job(
             self.config, types.SimpleNamespace(num_steps=NUM_STEPS), None, self, self.evaluate if evaluate else None,
             1.0, False,
         )  # fmt: skip
-        return take_steps(recipe, self.folder, self, self, types.SimpleNamespace(step=first))[1]
+        return take_steps(job, self.folder, self, self, types.SimpleNamespace(step=first))[1]
 
     def rows(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from kto_jax.config import LoraConfig, MeshConfig, OptimizerConfig, ReferenceConfig, resolve
+from kto_jax.config import LoraConfig, MeshConfig, OptimizerConfig, resolve
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.lora import adapter_axes, init_adapters
@@ -21,7 +21,7 @@ from kto_jax.train import main
 from kto_jax.training.checkpoints import load_policy
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
-from kto_jax.training.step import jit_train_step
+from kto_jax.training.step import Recipe, jit_train_step
 from tests import ROOT
 from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_schedule, parameters
 
@@ -49,7 +49,7 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     learning_rate = make_learning_rate(config, 3)
     optimizer = make_optimizer(config, learning_rate)
     state = create_state(jax.device_put(adapters, of_adapters), jax.device_put(frozen, layout), optimizer, mesh, {})
-    step = jit_train_step(model, objective, optimizer, learning_rate, ReferenceConfig())
+    step = jit_train_step(Recipe(model, objective, optimizer, learning_rate))
     batch, log = place_batch(mesh, make_schedule(*PACKED[2][:2])[1].batch(0)), []
     for _ in range(3):
         state, figures = step(state, batch)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, ReferenceConfig
+from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
@@ -17,7 +17,8 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import TrainState, create_state
-from kto_jax.training.step import evaluation_step, jit_train_step, loss_and_gradient, reference_point, work
+from kto_jax.training.step import Recipe, _after, evaluation_step, jit_train_step, loss_and_gradient, reference_point
+from kto_jax.training.work import work
 from tests import synthetic
 from tests.losses import oracle
 from tests.synthetic import make_index
@@ -174,9 +175,7 @@ def one_step(num_prompts=None, dtype="float32", **changes):
     state = create_state(policy, reference, optimizer, mesh, {})
     before = jax.device_get(state)
     batch = dataclasses.replace(make_schedule(96, 8, num_prompts=num_prompts)[1].batch(0), **changes)
-    after, figures = jit_train_step(model, OBJECTIVE, optimizer, learning_rate, ReferenceConfig())(
-        state, place_batch(mesh, batch)
-    )
+    after, figures = jit_train_step(Recipe(model, OBJECTIVE, optimizer, learning_rate))(state, place_batch(mesh, batch))
     return before, jax.device_get(after), jax.device_get(figures), model, batch
 
 
@@ -198,6 +197,34 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
     assert after.step == 1
     assert after.num_bad_steps == figures["num_bad_steps"] == 1
     jax.tree.map(np.testing.assert_array_equal, (before.policy, before.opt_state), (after.policy, after.opt_state))
+
+
+def test_the_learning_rate_is_the_one_that_was_applied_whatever_steps_were_bad():
+    """The optimizer counts updates: after two bad steps it is still at the beginning of its warm-up."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = Model.create(CONFIG, packed_attention=choose_attention("auto", mesh))
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant")
+    learning_rate = make_learning_rate(config, 20)
+    optimizer = make_optimizer(config, learning_rate)
+    policy, reference = jax.device_put(parameters("float32"), jax.devices()[0])
+    state = create_state(policy, reference, optimizer, mesh, {})
+    good = make_schedule(96, 8)[1].batch(0)
+    bad = dataclasses.replace(good, weights=np.full_like(good.weights, np.nan))
+    step, rates, moved = jit_train_step(Recipe(model, OBJECTIVE, optimizer, learning_rate)), [], []
+    for batch in (bad, bad, good, good):
+        before = np.asarray(state.policy["embed"]["table"])
+        state, figures = step(state, place_batch(mesh, batch))
+        rates.append(float(figures["learning_rate"]))
+        moved.append(float(np.max(np.abs(np.asarray(state.policy["embed"]["table"]) - before))))
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.2])
+    assert moved[:2] == [0, 0]
+    assert moved[2] == pytest.approx(rates[2], rel=1e-3)  # Adam's first update is the rate, whatever the gradient.
+
+
+def test_only_on_cpu_do_sums_over_the_batch_wait_for_the_loops():
+    tied = jax.jit(lambda earlier, tree: _after([earlier], tree)).trace(jnp.ones(3), {"a": jnp.ones(2, bool)})
+    for platform, waits in (("cpu", True), ("tpu", False), ("cuda", False)):
+        assert ("is_finite" in tied.lower(lowering_platforms=(platform,)).as_text()) == waits
 
 
 def test_bfloat16_compute_trains_float32_weights_close_to_the_float32_step():

@@ -87,6 +87,7 @@ class Builder:
         progress = _read_progress(directory)
         self._reasons = collections.Counter[str](progress["reasons"])
         self._first: list[dict[str, str]] = progress["first"]
+        self._encoding: dict[str, dict[str, int]] = progress["encoding"]
         self._sources: list[dict[str, Any]] = progress["sources"]
         self._num_finished: int = progress["finished"]
         self._saved = time.monotonic()
@@ -133,6 +134,9 @@ class Builder:
 
     def _write(self, records: list[Record], future: Any) -> None:
         encoded: EncodedRows = future.result()
+        for (kind, name), count in encoded.counts.items():
+            counted = self._encoding.setdefault(kind, {})
+            counted[name] = counted.get(name, 0) + count
         reasons = iter(encoded.reasons)
         counts = self._sources[-1]
         accepted: list[Feedback] = []
@@ -176,6 +180,7 @@ class Builder:
             "sources": self._sources,
             "finished": self._num_finished,
             "reasons": self._reasons,
+            "encoding": self._encoding,
             "first": self._first,
             "sizes": {name: stream.tell() for name, stream in self._files.items()},
         }
@@ -205,6 +210,7 @@ class Builder:
             "sources": [{**s, "sha256": d} for s, d in zip(self._sources, digests, strict=True)],
             **{n: sum(s[n] for s in self._sources) for n in ("rows", "accepted", "skipped", "rejected")},
             "rejections": {"histogram": dict(self._reasons.most_common()), "first": self._first},
+            "encoding": self._encoding,
         }
         if manifest["accepted"]:
             figures, trained = self._write_columns()
@@ -258,7 +264,7 @@ def _read_progress(directory: Path) -> dict[str, Any]:
         progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         if all(_path(directory, name).stat().st_size >= size for name, size in progress["sizes"].items()):
             return progress
-    return {"sources": [], "finished": 0, "reasons": {}, "first": [], "sizes": {}}
+    return {"sources": [], "finished": 0, "reasons": {}, "first": [], "encoding": {}, "sizes": {}}
 
 
 def _path(directory: Path, name: str) -> Path:

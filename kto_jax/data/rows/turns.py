@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, str]
-"""Role and content; of an assistant's message that calls tools, its calls as JSON; of a tool's, what it is named by."""
+"""Role and content; of an assistant's message its calls of tools as JSON and its thought; of a tool's its name."""
 Prompt = str | list[Message]
 Completion = str | Message
 """Text, or the message of an assistant that calls tools."""
@@ -28,6 +28,10 @@ TOOLS = "tools"
 """Role of a first message that holds, as JSON, the tools that the chat template lists. No row can have it."""
 TOOL_CALLS = "tool_calls"
 """Key of the calls of a message."""
+REASONING = "reasoning_content"
+"""Key of the thought that an assistant's message has in a field of its own."""
+_REASONING_FIELDS = (REASONING, "reasoning")
+"""What the field is called by those who write files; the first that is there counts."""
 TOOL_FIELDS = ("name", "tool_call_id")
 """What a message of a tool may say of itself."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
@@ -129,7 +133,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
             raise BadRowError(f"{name} is not one message")
         if last["role"] != "assistant":
             raise BadRowError(f"{name} has role {last['role']!r}, not 'assistant'")
-        completions.append(last if TOOL_CALLS in last else last["content"])
+        completions.append(last if {TOOL_CALLS, REASONING} & last.keys() else last["content"])
         if head or own is None:
             heads.append(head)
     if own is not None and not heads:
@@ -203,11 +207,21 @@ def _message(message: Any, name: str) -> Message:
     calls = _tool_calls(message.get(TOOL_CALLS), role, name)
     content = _joined(message.get("content"), name)
     if calls and (content is None or (isinstance(content, str) and not content.strip())):
-        return {"role": role, "content": "", **calls}
+        return {"role": role, "content": "", **calls, **_reasoning(message, role, name)}
     if "content" not in message:
         raise BadRowError(f"message of the {name} has no content")
     named = {key: check_text(message[key], key) for key in TOOL_FIELDS if role == "tool" and message.get(key)}
-    return {"role": role, "content": check_text(content, name), **calls, **named}
+    return {"role": role, "content": check_text(content, name), **calls, **named, **_reasoning(message, role, name)}
+
+
+def _reasoning(message: Mapping[str, Any], role: str, name: str) -> dict[str, str]:
+    """The thought of a message, where it has one in a field of its own."""
+    field = next((field for field in _REASONING_FIELDS if message.get(field)), None)
+    if field is None:
+        return {}
+    if role != "assistant":
+        raise BadRowError(f"{field} of the {name} on a message that is not the assistant's")
+    return {REASONING: check_text(message[field], f"{field} of the {name}")}
 
 
 def _joined(content: Any, name: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ import numpy as np
 from kto_jax.config import ConfigError
 from kto_jax.data.rows.records import Feedback, Preference, completions_of
 from kto_jax.data.rows.turns import SAME_COMPLETIONS, Message
-from kto_jax.data.tokens.encoder import Encoder, EncodingError
+from kto_jax.data.tokens import tokenizer_files
+from kto_jax.data.tokens.encoder import Encoder, EncodingError, Rendering
 from kto_jax.data.truncation import cut_prompt
 from kto_jax.data.workers import Workers
 
@@ -34,6 +37,9 @@ class TokenizerInfo:
       stop_ids: ids that end a completion as it is written: `eos_id` and the tokenizer's EOS.
       sha256: of everything that decides how text becomes ids.
       has_chat_template: whether prompts are rendered by a chat template.
+      rendering: how the template is used.
+      changes: what was changed in the base's own files, in words.
+      is_dated: whether prompts depend on the moment at which they are rendered.
     """
 
     directory: Path
@@ -43,6 +49,9 @@ class TokenizerInfo:
     stop_ids: tuple[int, ...]
     sha256: str
     has_chat_template: bool
+    rendering: Rendering = dataclasses.field(default_factory=Rendering)
+    changes: tuple[str, ...] = ()
+    is_dated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +73,9 @@ class EncodedRows:
       tokens: ids of prompt and completion of all accepted completions, one after the other, int32.
       prompt_lengths: tokens of each accepted completion's prompt.
       completion_lengths: tokens of each accepted completion, its EOS included.
-      prompt_hashes: uint64 of each accepted completion's whole prompt.
+      prompt_hashes: uint64 of each accepted completion's whole prompt, as `EncodedRecord.canonical` has it.
       pair_hashes: uint64 of each accepted completion and its prompt, whole.
+      counts: what was done to how many accepted completions, by kind and name: see `Encoder.encode`.
     """
 
     reasons: list[str | None]
@@ -74,12 +84,18 @@ class EncodedRows:
     completion_lengths: np.ndarray
     prompt_hashes: np.ndarray
     pair_hashes: np.ndarray
+    counts: collections.Counter[tuple[str, str]]
 
 
 def prepare_tokenizer(
-    model_path: Path, directory: Path, *, chat_template: str, eos_token: str = "auto"
+    model_path: Path,
+    directory: Path,
+    *,
+    chat_template: str,
+    eos_token: str = "auto",
+    rendering: Rendering | None = None,
 ) -> TokenizerInfo:
-    """Writes the tokenizer of a model as a Hugging Face directory, in a worker process.
+    """Copies the tokenizer of a model into a folder, in a worker process. Its files stay the model's, byte for byte.
 
     Args:
       model_path: Hugging Face directory with a fast tokenizer, or a .gguf file.
@@ -87,16 +103,18 @@ def prepare_tokenizer(
       chat_template: "auto" for the tokenizer's own where it has one, "none", or the path of a Jinja file.
       eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
         assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
+      rendering: how the template is used.
 
     Returns:
-      What was written.
+      What was written, and what of it differs from the model's own files.
 
     Raises:
       ConfigError: no fast tokenizer is there, it has no EOS or not the one asked for, or the chat template cannot be
         used.
     """
+    arguments = (Path(model_path), Path(directory), chat_template, eos_token, rendering or Rendering())
     with Workers(1, _quieten_transformers) as workers:
-        return workers.submit(_prepare, Path(model_path), Path(directory), chat_template, eos_token).result()
+        return workers.submit(_prepare, *arguments).result()
 
 
 def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Message]]) -> list[np.ndarray]:
@@ -142,6 +160,8 @@ def _backend(path: Path) -> Any:
 
 # Everything below runs in the workers.
 
+_Encoded = tuple[np.ndarray, np.ndarray, int, int]
+"""Ids of the prompt and of the completion as they are stored, hash of the prompt, hash of both."""
 _encoder: Any = None
 
 
@@ -160,7 +180,14 @@ def _quieten_transformers() -> None:
 
 def make_encoder(tokenizer: TokenizerInfo) -> Encoder:
     """An `Encoder` in this process, which then imports transformers where there is a chat template."""
-    return Encoder(tokenizer.directory, tokenizer.bos_id, tokenizer.eos_id, tokenizer.has_chat_template)
+    return Encoder(
+        tokenizer.directory,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.has_chat_template,
+        stop_ids=tokenizer.stop_ids,
+        rendering=tokenizer.rendering,
+    )
 
 
 def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> EncodedRows:
@@ -174,14 +201,13 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
       The encoded rows, and the reasons of those that are rejected.
     """
     reasons: list[str | None] = []
-    accepted: list[tuple[np.ndarray, np.ndarray, int, int]] = []
+    accepted: list[_Encoded] = []
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for row in rows:
         try:
-            encoded = [_encode_row(_encoder, completion, limits) for completion in completions_of(row)]
-            # Text that differs may be the same once the chat template has trimmed it, or once it is cut.
-            if len(encoded) == 2 and np.array_equal(encoded[0][1], encoded[1][1]):
-                raise EncodingError(SAME_COMPLETIONS)
+            encoded, counted = _encode_record(_encoder, row, limits)
             accepted += encoded
+            counts.update(counted)
             reasons.append(None)
         except EncodingError as error:
             reasons.append(str(error))
@@ -193,25 +219,36 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
         np.array([len(row[1]) for row in accepted], np.int32),
         np.array([row[2] for row in accepted], np.uint64),
         np.array([row[3] for row in accepted], np.uint64),
+        counts,
     )
 
 
-def _encode_row(encoder: Any, row: Feedback, limits: Limits) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Ids of the prompt and of the completion as stored, hash of the prompt, hash of the pair."""
-    prompt, completion = encoder.encode_row(row.prompt, row.completion)
-    largest = max(prompt.max(initial=0), completion.max(initial=0))
-    if largest >= limits.vocab_size:
-        raise EncodingError(f"token {encoder.token(int(largest))!r} ({largest}) is outside the model's vocabulary")
-    # Hashes are of the whole texts, so that neither split nor pairing depends on where a text is cut.
-    prompt_hash = _hash(prompt)
-    pair_hash = _hash(np.concatenate([[len(prompt)], prompt, completion]))
-    if len(completion) > limits.max_length - 1:
-        if limits.long_completion == "reject":
-            raise EncodingError("completion longer than max_length")
-        # The completion is cut in any case, so the prompt keeps its share instead of a single token.
-        kept = min(len(prompt), limits.max_prompt_length, limits.max_length // 2)
-        completion = completion[: limits.max_length - kept]
-    return cut_prompt(prompt, limits.max_length - 1, encoder.bos_id), completion, prompt_hash, pair_hash
+def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limits) -> tuple[list[_Encoded], Any]:
+    """The completions of a record as they are stored, and counts."""
+    completions = completions_of(record)
+    encoded = encoder.encode(completions[0].prompt, [each.completion for each in completions])
+    # Text that differs may be the same once the chat template has trimmed it.
+    if len(completions) == 2 and np.array_equal(encoded.completions[0], encoded.completions[1]):
+        raise EncodingError(SAME_COMPLETIONS)
+    prompt, canonical = encoded.prompt, encoded.canonical
+    stored = []
+    for completion in encoded.completions:
+        largest = max(prompt.max(initial=0), completion.max(initial=0))
+        if largest >= limits.vocab_size:
+            raise EncodingError(f"token {encoder.token(int(largest))!r} ({largest}) is outside the model's vocabulary")
+        # Hashes are of the whole texts, so that neither split nor pairing depends on where a text is cut.
+        prompt_hash = _hash(canonical)
+        pair_hash = _hash(np.concatenate([[len(canonical)], canonical, completion]))
+        if len(completion) > limits.max_length - 1:
+            if limits.long_completion == "reject":
+                raise EncodingError("completion longer than max_length")
+            # The completion is cut in any case, so the prompt keeps its share instead of a single token.
+            kept = min(len(prompt), limits.max_prompt_length, limits.max_length // 2)
+            completion = completion[: limits.max_length - kept]
+        stored.append((cut_prompt(prompt, limits.max_length - 1, encoder.bos_id), completion, prompt_hash, pair_hash))
+    if len(stored) == 2 and np.array_equal(stored[0][1], stored[1][1]):
+        raise EncodingError(SAME_COMPLETIONS)  # They are the same once they are cut.
+    return stored, encoded.counts
 
 
 def _hash(ids: np.ndarray) -> int:
@@ -232,31 +269,73 @@ def _encode_prompts(prompts: list[str | list[Message]]) -> list[np.ndarray]:
     return encoded
 
 
-def _prepare(model_path: Path, directory: Path, chat_template: str, eos_token: str = "auto") -> TokenizerInfo:
-    tokenizer = _load(model_path)
-    if eos_token != "auto":
-        _set_eos(tokenizer, eos_token)
-    if chat_template == "none":
-        tokenizer.chat_template = None
-    elif chat_template != "auto":
-        tokenizer.chat_template = _read_template(chat_template)
-    elif isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if tokenizer.eos_token_id is None:
+def _prepare(
+    model_path: Path,
+    directory: Path,
+    chat_template: str,
+    eos_token: str = "auto",
+    rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
+) -> TokenizerInfo:
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    changes = _write_files(model_path, partial)
+    special_tokens = tokenizer_files.read_special_tokens(partial)
+    backend = _open(partial, model_path)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    if eos_token != "auto" and eos_token != special_tokens.get("eos_token"):
+        if eos_token not in vocab:
+            raise ConfigError(
+                f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
+                f"{special_tokens.get('eos_token')!r}. Set config.data.eos_token."
+            )
+        tokenizer_files.set_eos(partial, eos_token)
+        special_tokens["eos_token"] = eos_token
+        changes.append(f"its EOS is {eos_token!r}")
+    if chat_template not in ("auto", "none"):
+        tokenizer_files.set_template(partial, _read_template(chat_template))
+        changes.append(f"its chat template is {Path(chat_template).name}")
+    if special_tokens.get("eos_token") not in vocab:
         raise ConfigError(
             f"the tokenizer of {model_path} has no EOS token. Every completion ends in one. "
             "Set config.data.eos_token to one of its tokens."
         )
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save_pretrained(partial)
-    info = _describe(tokenizer, partial)
-    turn_end = _try_template(info, chat_template)
-    if eos_token == "auto" and turn_end is not None:
-        info = _ending_in(info, turn_end)
+    info = _describe(partial, vocab, special_tokens, chat_template != "none", rendering)
+    info = _try_template(info, chat_template, find_end=eos_token == "auto")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
-    return dataclasses.replace(info, directory=directory)
+    return dataclasses.replace(info, directory=directory, changes=tuple(changes))
+
+
+def _write_files(model_path: Path, directory: Path) -> list[str]:
+    """Writes the tokenizer of a model into a new folder; returns what of it is not the model's own, in words."""
+    if model_path.is_dir() and (model_path / tokenizer_files.TOKENIZER).is_file():
+        tokenizer_files.copy_files(model_path, directory)
+        if "eos_token" not in tokenizer_files.read_special_tokens(directory):
+            # Some classes have special tokens that no file names.
+            found = _load(model_path).special_tokens_map
+            if isinstance(found.get("eos_token"), str):
+                tokenizer_files.set_special_tokens(directory, found)
+                return [f"its special tokens are those of its class: {', '.join(map(str, found.values()))}"]
+        return []
+    _load(model_path).save_pretrained(directory)
+    return ["its files were made by transformers from the model's own"]
+
+
+def _open(directory: Path, model_path: Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(directory / tokenizer_files.TOKENIZER))
+    except Exception as error:
+        # The library raises plain exceptions.
+        raise _unreadable(model_path, error) from error
+
+
+def _unreadable(model_path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"no tokenizer can be read from {model_path}: {type(error).__name__}: {str(error)[:200]}. "
+        "A fast tokenizer is needed (tokenizer.json, tokenizer_config.json). Add the files to the directory."
+    )
 
 
 def _load(model_path: Path) -> Any:
@@ -275,10 +354,7 @@ def _load(model_path: Path) -> Any:
         )
     except Exception as error:
         # transformers raises whatever its parsers raise; the user needs the path and one line.
-        raise ConfigError(
-            f"no tokenizer can be read from {model_path}: {type(error).__name__}: {str(error)[:200]}. "
-            "A fast tokenizer is needed (tokenizer.json, tokenizer_config.json). Add the files to the directory."
-        ) from error
+        raise _unreadable(model_path, error) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {model_path} is not a fast one. A tokenizer.json is needed. "
@@ -297,28 +373,22 @@ def _read_template(path: str) -> str:
         ) from error
 
 
-def _set_eos(tokenizer: Any, eos_token: str) -> None:
-    if eos_token not in tokenizer.get_vocab():
-        raise ConfigError(
-            f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
-            f"{tokenizer.eos_token!r}. Set config.data.eos_token."
-        )
-    tokenizer.eos_token = eos_token
-
-
-def _describe(tokenizer: Any, directory: Path) -> TokenizerInfo:
-    definition = (directory / "tokenizer.json").read_bytes()
-    template = tokenizer.chat_template or ""
-    digest = hashlib.sha256(definition)
-    digest.update(f"\0{template}\0{tokenizer.bos_token_id}\0{tokenizer.eos_token_id}".encode())
+def _describe(
+    directory: Path, vocab: dict[str, int], special_tokens: dict[str, str], has_template: bool, rendering: Rendering
+) -> TokenizerInfo:
+    template = tokenizer_files.read_template(directory) if has_template else None
+    bos_id, eos_id = vocab.get(special_tokens.get("bos_token", "")), vocab[special_tokens["eos_token"]]
+    digest = hashlib.sha256((directory / tokenizer_files.TOKENIZER).read_bytes())
+    digest.update(f"\0{template or ''}\0{bos_id}\0{eos_id}".encode())
     return TokenizerInfo(
         directory=directory,
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        stop_ids=(tokenizer.eos_token_id,),
+        vocab_size=max(vocab.values()) + 1,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        stop_ids=(eos_id,),
         sha256=digest.hexdigest(),
-        has_chat_template=bool(template),
+        has_chat_template=template is not None,
+        rendering=rendering,
     )
 
 
@@ -330,14 +400,26 @@ def _ending_in(info: TokenizerInfo, turn_end: int) -> TokenizerInfo:
     return dataclasses.replace(info, eos_id=turn_end, stop_ids=(turn_end, info.eos_id), sha256=digest)
 
 
-def _try_template(info: TokenizerInfo, chat_template: str) -> int | None:
-    """Refuses a template that cannot render two plain turns, before any row is read; returns what ends the second."""
-    encoder = make_encoder(info)
+def _try_template(info: TokenizerInfo, chat_template: str, *, find_end: bool) -> TokenizerInfo:
+    """Refuses a template that cannot render two plain turns, before any record is read.
+
+    Returns:
+      The tokenizer, whose completions end as the template ends the second turn, if that is asked for. Its digest holds
+      the rendering, and of the moment only what prompts depend on.
+    """
     try:
+        encoder = make_encoder(info)
         encoder.encode_row("How are you?", "Fine.")
-        return encoder.find_turn_end("How are you?", "Fine.") if info.has_chat_template else None
+        turn_end = encoder.find_turn_end() if info.has_chat_template and find_end else None
     except EncodingError as error:
         raise ConfigError(
             f"the chat template (data.chat_template={chat_template!r}) cannot be used: {error}. It must write a user "
             "turn, then the completion unchanged. Set config.data.chat_template to another Jinja file, or to none."
         ) from error
+    if turn_end is not None:
+        info = _ending_in(info, turn_end)
+    rendering = info.rendering if encoder.is_dated else dataclasses.replace(info.rendering, moment="")
+    if rendering != Rendering():
+        parts = json.dumps(dataclasses.asdict(rendering), sort_keys=True)
+        info = dataclasses.replace(info, sha256=hashlib.sha256(f"{info.sha256}\0{parts}".encode()).hexdigest())
+    return dataclasses.replace(info, rendering=rendering, is_dated=encoder.is_dated)

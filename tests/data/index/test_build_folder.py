@@ -16,6 +16,7 @@ import pytest
 
 from kto_jax.data.index import build_folder as building
 from kto_jax.data.index import builder
+from tests import ROOT
 
 BUILD = """
 import json, sys, time
@@ -23,7 +24,6 @@ from pathlib import Path
 from kto_jax.config import DataConfig
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index
-from tests import ROOT
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 
 directory, info, pause = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
@@ -59,7 +59,7 @@ def sources(tmp_path):
 def start(sources, tokenizer):
     """Starts a build in a process of its own."""
     plain = dataclasses.replace(tokenizer, has_chat_template=False)
-    info = json.dumps({**vars(plain), "directory": str(plain.directory)})
+    info = json.dumps({**vars(plain), "directory": str(plain.directory), "rendering": None})
     started = []
 
     def run(pause=0.0):

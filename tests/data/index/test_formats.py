@@ -209,7 +209,7 @@ def test_demonstrations_are_all_desirable_and_have_no_pairs(make_index):
 def test_one_completion_of_each_prompt_is_kept_and_the_others_are_unused(make_index, kind):
     rows = [{**row, "completion": row["chosen"], "label": i % 3 > 0, "score": i} for i, row in enumerate(pair_rows(40))]
     index = make_index(rows, format=kind, one_per_prompt=True, holdout=0.3)
-    used = np.concatenate([index.sequences("train"), index.rows("eval")])
+    used = np.concatenate([index.sequences("train"), index.sequences("eval")])
     assert len(used) == 20 == len(np.unique(index.prompt_hashes[used]))
     assert len(index.sequences("unused")) == index.manifest["unused"] == len(index.desirable) - 20
     assert (index.rejected == -1).all() and not any(index.manifest["pairs"].values())
@@ -221,7 +221,7 @@ def test_an_unused_copy_of_a_held_out_row_is_no_overlap(make_index):
     rows = [{"prompt": f"Question {i}?", "completion": "Text.", "label": True} for i in range(4)]
     copies = [{"prompt": "New?", "completion": "Yes.", "label": True}] * 3
     index = make_index(rows, copies, one_per_prompt=True)
-    assert len(index.sequences("eval")) == 1 and len(index.rows("unused")) == 2
+    assert len(index.sequences("eval")) == 1 and len(index.sequences("unused")) == 2
     with pytest.raises(ConfigError, match=r"also in data\.train"):
         make_index(rows, rows[:1], one_per_prompt=True)
 

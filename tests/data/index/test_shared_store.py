@@ -18,6 +18,7 @@ from kto_jax.config import ConfigError
 from kto_jax.data.index import shared_store as store_module
 from kto_jax.data.index.index import build_index
 from kto_jax.data.index.shared_store import IndexStore
+from tests import ROOT
 
 ROWS = [{"prompt": f"Question {i // 2}?", "completion": f"Text {i}.", "label": i % 3 > 0} for i in range(24)]
 HOST = """
@@ -26,7 +27,6 @@ from pathlib import Path
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.index import builder, shared_store as store
 from kto_jax.data.index.index import build_index
-from tests import ROOT
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 
 rows, indices, url, info, builds, pause = sys.argv[1:]
@@ -65,7 +65,8 @@ def rows(tmp_path):
 def host(tmp_path, rows, tokenizer):
     """Starts a host: a process with a disk of its own. Its feedback lies where it likes."""
     info = json.dumps(
-        {**vars(dataclasses.replace(tokenizer, has_chat_template=False))} | {"directory": str(tokenizer.directory)}
+        {**vars(dataclasses.replace(tokenizer, has_chat_template=False))}
+        | {"directory": str(tokenizer.directory), "rendering": None}
     )
     started = []
 

@@ -11,7 +11,7 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows.records import Rejection, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.encoder import EncodingError
-from tests.data.conftest import TINY_MODEL, InProcessWorkers
+from tests.data.conftest import TINY_MODEL, InProcessWorkers, as_transformers
 
 USER = {"role": "user", "content": "Rain?"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Delft"}'}}
@@ -66,7 +66,7 @@ def read_row(tmp_path, row, **fields):
 
 
 def text_of(encoder, ids):
-    return encoder._full.decode(ids.tolist(), skip_special_tokens=False)
+    return encoder._controls._full.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def test_parts_of_text_are_joined(tmp_path):
@@ -90,9 +90,9 @@ def test_a_conversation_with_calls_and_results_is_a_prompt(tmp_path, encoder, na
     messages = [USER, {**CALLING, "content": "", "tool_calls": [
         {**CALL, "function": {"name": "weather", "arguments": {"town": "Delft"}}}
     ]}, RESULT]  # fmt: skip
-    expected = encoder._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = as_transformers(encoder).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert WRITTEN in expected and "12 mm" in expected
-    assert prompt.tolist() == encoder._full.encode(expected, add_special_tokens=False).ids
+    assert prompt.tolist() == encoder._controls._full.encode(expected, add_special_tokens=False).ids
     assert text_of(encoder, completion[:-1]) == "Yes, 12 mm."
 
 
@@ -122,7 +122,7 @@ def test_control_strings_in_calls_and_results_never_become_control_tokens(tmp_pa
     row = {"prompt": prompt, "completion": [{**CALLING, "tool_calls": [sly]}], "label": True}
     record = read_row(tmp_path, row)
     prompt, completion = encoder.encode_row(record.prompt, record.completion)
-    counts = [np.isin(ids, list(encoder._control_ids)).sum() for ids in (prompt, completion)]
+    counts = [np.isin(ids, list(encoder._controls.ids.values())).sum() for ids in (prompt, completion)]
     assert counts == [7, 1]  # three closed turns and the open one; EOS
     assert text_of(encoder, prompt).count("<|im_end|>") == 6
 
@@ -229,7 +229,7 @@ def test_calls_and_results_are_read_as_llama_writes_them(tmp_path, with_template
         (NO_TOOLS, [USER, DONE, RESULT], "A", "the chat template does not show the messages of tools"),
         (NO_RESULTS, [USER, CALLING, RESULT], "A", "the chat template does not show the messages of tools"),
         (OTHER_END, [USER], CALLING, "the chat template ends tool calls in another way than text"),
-        (OTHER_START, [USER], CALLING, "the chat template changes the prompt when the completion is added"),
+        (OTHER_START, [USER], CALLING, "the chat template changes the prompt when calls of tools are added"),
     ],
 )
 def test_calls_and_results_are_refused_where_the_template_would_lose_them(

@@ -11,7 +11,7 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows.records import Rejection, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.encoder import EncodingError
-from tests.data.conftest import TINY_MODEL
+from tests.data.conftest import TINY_MODEL, as_transformers
 
 WEATHER = {
     "type": "function",
@@ -53,10 +53,10 @@ def test_tools_are_rendered_by_the_chat_template_as_transformers_renders_them(tm
     row = {**ROW, "tools": pack([WEATHER])}
     (record,) = read(tmp_path / name, row)
     prompt, completion = encoder.encode_row(record.prompt, record.completion)
-    text = encoder._tokenizer.apply_chat_template(
+    text = as_transformers(encoder).apply_chat_template(
         [{"role": "user", "content": "Rain?"}], tools=[WEATHER], tokenize=False, add_generation_prompt=True
     )
-    assert "weather" in text and prompt.tolist() == encoder._full.encode(text, add_special_tokens=False).ids
+    assert "weather" in text and prompt.tolist() == encoder._controls._full.encode(text, add_special_tokens=False).ids
     plain = encoder.encode_row("Rain?", "No.")
     assert len(plain[0]) < len(prompt) and np.array_equal(plain[1], completion)
 
@@ -72,9 +72,9 @@ def test_control_strings_in_tools_never_become_control_tokens(encoder, tmp_path)
     (record,) = read(tmp_path / "a.jsonl", {**ROW, "tools": [sly]})
     prompt, _ = encoder.encode_row(record.prompt, record.completion)
     honest, _ = encoder.encode_row(read(tmp_path / "b.jsonl", {**ROW, "tools": [WEATHER]})[0].prompt, "No.")
-    controls = [np.isin(ids, list(encoder._control_ids)).sum() for ids in (prompt, honest)]
+    controls = [np.isin(ids, list(encoder._controls.ids.values())).sum() for ids in (prompt, honest)]
     assert controls[0] == controls[1] == 5
-    assert encoder._full.decode(prompt.tolist(), skip_special_tokens=False).count("<|im_end|>") == 4
+    assert encoder._controls._full.decode(prompt.tolist(), skip_special_tokens=False).count("<|im_end|>") == 4
 
 
 def test_every_kind_of_row_may_have_tools_and_their_field_may_have_another_name(tmp_path):

@@ -1,0 +1,50 @@
+"""The work of a step: the numerators of tokens per second and of MFU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kto_jax.models.model import Model
+from kto_jax.objectives import Objective
+from kto_jax.shapes import FeedbackBatch, PackedRows
+
+
+def work(model: Model, objective: Objective, batch: FeedbackBatch) -> dict[str, Float[Array, ""]]:
+    """The tokens and operations that a batch asks for, whatever the implementation does besides.
+
+    Returns:
+      tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
+      matched rows, and the forward passes of the reference (if the step reads it) and of the first pass. With adapters
+      the backward pass computes no gradient of the frozen matrices; the adapters' own work is not counted.
+    """
+    matched = _forward(model, objective, batch.matched)
+    unmatched = _forward(model, objective, batch.unmatched)
+    backward = (1 if model.adapter_scale else 2) * matched["products"] + 2 * matched["attention"]
+    models = 2 if objective.uses_reference and batch.matched_reference is None else 1
+    once = matched["products"] + matched["attention"]
+    first = {
+        "none": jnp.zeros_like(once),
+        "unmatched": unmatched["products"] + unmatched["attention"],
+        "matched": once,
+    }[objective.first_pass]
+    return {"tokens": matched["tokens"], "flops": models * once + backward + models * first}
+
+
+def _forward(model: Model, objective: Objective, rows: PackedRows) -> dict[str, jax.Array]:
+    """Tokens, and the operations of one forward pass: products with weights, and attention."""
+    real = rows.segment_ids > 0
+    tokens = jnp.sum(real).astype(jnp.float32)
+    seen = jnp.where(real, rows.positions + 1, 0)
+    completion_tokens = jnp.sum(rows.target_segments > 0).astype(jnp.float32)
+    body = model.config.flops_per_token(attended=0, head=False)
+    head = model.config.flops_per_token(attended=0, head=True) - body
+    attention = (model.config.flops_per_token(attended=1, attended_locally=0, head=False) - body) * jnp.sum(
+        seen.astype(jnp.float32)
+    )
+    if model.config.window is not None:
+        local = model.config.flops_per_token(attended=0, attended_locally=1, head=False) - body
+        attention += local * jnp.sum(jnp.minimum(seen, model.config.window).astype(jnp.float32))
+    has_logits = objective.scorer != "reward"
+    return {"tokens": tokens, "products": body * tokens + has_logits * head * completion_tokens, "attention": attention}
