@@ -1,0 +1,117 @@
+"""Step time with the figures of a step read one step late against read at once, alternating in one run.
+
+    python -m benchmarks.step_overlap                                            # the tiny model
+    python -m benchmarks.step_overlap --config=configs/quickstart.py --block=2 --rounds=4
+
+Blocks of steps take turns: in one the host waits for every step before it dispatches the next, in the other it
+dispatches first. Both log every row as training does, to metrics.jsonl and TensorBoard. Each block starts and ends
+with nothing in flight, so the wall time of a block divided by its steps is comparable. "Dispatch" is how long the call
+took that hands over a step: if it is close to the time of a step, the runtime itself waits, and nothing can overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from kto_jax.config import Config
+from kto_jax.data.batches.prefetch import prefetch
+from kto_jax.devices.compilation import Program
+from kto_jax.devices.sharding import place_batch
+from kto_jax.train import prepare, read_command
+from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.first_state import make_abstract_state, make_state
+from kto_jax.training.in_flight import StepsInFlight
+from kto_jax.training.logs import MetricsLog
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.reference import choose_dtype
+from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.trackers import open_trackers
+
+
+def measure(config: Config, folder: Path, block: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a step, by block, read "at once" and "one step late"; and of the calls that dispatch them."""
+    config = choose_dtype(config, folder / "run")
+    inputs, mesh, model = prepare(config, folder / "run", folder)
+    learning_rate = make_learning_rate(config.optimizer, inputs.num_steps)
+    optimizer = make_optimizer(
+        config.optimizer, learning_rate, value_head=model.scorer == "value", param_dtype=config.model.param_dtype
+    )
+    abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
+    checkpoints = Checkpoints(folder / "run", config.checkpoint)
+    state = make_state(config, inputs, model, optimizer, checkpoints, abstract)
+    program = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
+    modes = {"at once": 0, "one step late": 1}
+    num_steps = block * (1 + rounds * len(modes))
+    batches = prefetch(lambda step: inputs.schedule.batch(step % inputs.num_steps), range(num_steps),
+                       finish=lambda batch: place_batch(mesh, batch))  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    dispatch: dict[str, list[float]] = {name: [] for name in modes}
+    losses = []
+    trackers = open_trackers(config, folder / "run", 0)
+    with (
+        MetricsLog(folder / "run", 0, num_steps, trackers=trackers) as log,
+        StepsInFlight(1e12, peak_is_measured=False) as in_flight,
+    ):
+        arriving = enumerate(in_flight.arriving(batches), start=1)
+
+        def take(ahead: int) -> tuple[float, list[float]]:
+            nonlocal state
+            started, calls = time.perf_counter(), []
+            for number in range(block):
+                step, batch = next(arriving)
+                since = time.perf_counter()
+                state = in_flight.dispatch(step, program, state, batch)
+                calls.append(time.perf_counter() - since)
+                while len(in_flight) > (ahead if number < block - 1 else 0):
+                    row = in_flight.read()
+                    log.write(*row)
+                    losses.append(row[1]["loss"])
+            return (time.perf_counter() - started) / block, calls
+
+        take(0)  # compiles
+        for turn in range(rounds):
+            for name in sorted(modes, reverse=turn % 2 == 1):
+                mean, calls = take(modes[name])
+                seconds[name].append(mean)
+                dispatch[name] += calls
+        batches.close()
+    checkpoints.close()
+    return {"device": jax.devices()[0].device_kind, "seconds": seconds, "dispatch": dispatch, "losses": losses}
+
+
+def main() -> None:
+    """Prints the table and writes the figures; any --config.FIELD=VALUE is passed on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/tiny.py")
+    parser.add_argument("--block", type=int, default=10, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks of each kind")
+    parser.add_argument("--out", default="", help="a JSON file for the figures")
+    options, fields = parser.parse_known_args()
+    config, _ = read_command([sys.argv[0], f"--config={options.config}", "--config.max_steps=0", *fields])
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "run").mkdir()
+        figures = measure(config, Path(folder), options.block, options.rounds)
+    medians = {name: statistics.median(values) for name, values in figures["seconds"].items()}
+    table = Table("figures read", "s a step", "dispatch, s", "blocks", title=f"{options.config}, {figures['device']}")
+    for name, values in figures["seconds"].items():
+        call = statistics.median(figures["dispatch"][name])
+        table.add_row(name, f"{medians[name]:.4f}", f"{call:.4f}", " ".join(f"{value:.4f}" for value in values))
+    Console().print(table)
+    print(f"one step late takes {medians['one step late'] / medians['at once']:.3f} of the time")
+    if options.out:
+        Path(options.out).write_text(json.dumps({"settings": vars(options), **figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
