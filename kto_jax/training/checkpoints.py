@@ -19,7 +19,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
+from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, TransientError
 from kto_jax.devices import processes
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.lora import laid_upon
@@ -66,12 +66,12 @@ class Checkpoints:
         """Step of the newest whole checkpoint; None where there is none.
 
         Raises:
-          ConfigError: the processes see different ones.
+          TransientError: the processes see different ones, as on a shared file system that lags.
         """
         step = self._checkpointer.latest.step if self._checkpointer.latest else None
         seen = processes.tell(str(step))
         if len(set(seen)) > 1:
-            raise ConfigError(
+            raise TransientError(
                 f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "
                 "must see the same. Put --workdir on a file system that they share, and start again in a while."
             )

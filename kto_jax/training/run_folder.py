@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -87,7 +88,7 @@ class RunFolder:
 def open_run(
     path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
 ) -> RunFolder:
-    """Creates the folder of a run, or finds it again to continue; the first process does, the others look for it.
+    """Creates the folder of a run, or opens it to resume; the first process does, the others look for it.
 
     Raises:
       ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
@@ -96,7 +97,7 @@ def open_run(
     own = processes.together(
         lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
     )
-    return processes.together(lambda: own or _find(path, tokenizer))
+    return processes.together(lambda: own or _find(path, tokenizer, config.processes.timeout_seconds))
 
 
 def _open(
@@ -117,17 +118,22 @@ def _open(
         raise
 
 
-def _find(path: Path, tokenizer: TokenizerInfo) -> RunFolder:
+def _find(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
     """The folder that the first process has opened, for the others.
 
+    A shared file system may show a new file late, so it is looked for until the timeout, in seconds.
+
     Raises:
-      ConfigError: it is not to be seen from here.
+      ConfigError: it is not visible here.
     """
-    if not (path / "config.json").exists():
-        raise ConfigError(
-            f"--workdir={path} was made by the first process, and this one does not see it. A run of several processes "
-            "needs a folder that all of them share. Choose another --workdir."
-        )
+    deadline = time.monotonic() + timeout
+    while not (path / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir={path} was made by the first process, and this one has not seen it for {timeout:g} s. A "
+                "run of several processes needs a folder that all of them share. Choose another --workdir."
+            )
+        time.sleep(0.2)
     return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
 
 

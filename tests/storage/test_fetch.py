@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage import fetch as sources
 from kto_jax.storage.fetch import file_digest, local_path
 
@@ -97,9 +97,17 @@ def test_a_hub_that_never_replies_is_said_within_seconds(monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(ConfigError, match=r"org/name is no local path, and the Hugging Face Hub cannot be reached"):
+        message = r"org/name is no local path, and the Hugging Face Hub cannot be reached"
+        with pytest.raises(TransientError, match=message):
             local_path("org/name")
         assert time.monotonic() - start < 10
+
+
+def test_a_hub_that_may_not_be_asked_is_no_reason_to_try_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="Check the network, or give a local path"):
+        local_path("org/name")
 
 
 def test_a_model_in_the_hubs_cache_is_used_when_the_hub_is_away(monkeypatch, tmp_path):

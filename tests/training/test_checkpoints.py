@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
+from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig, TransientError
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import write_config_json
@@ -193,3 +194,12 @@ def test_a_folder_without_a_run_or_checkpoint_is_said(tmp_path):
     write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         load_policy(tmp_path)
+
+
+def test_processes_that_see_different_checkpoints_are_told_to_try_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("kto_jax.training.checkpoints.processes.tell", lambda word: ["4", "2"])
+    with (
+        contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints,
+        pytest.raises(TransientError, match=r"different newest checkpoints .* steps 4, 2"),
+    ):
+        _ = checkpoints.latest_step

@@ -220,7 +220,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
             **dict(zip(NAMES, (address, "2", str(number)), strict=True)),
         }  # fmt: skip
         command = [sys.executable, "-m", "kto_jax.train", f"--config={ROOT}/configs/tiny.py", *SHORT[1:],
-                   f"--workdir={tmp_path / str(number)}"]  # fmt: skip
+                   f"--workdir={tmp_path / str(number)}", "--config.processes.timeout_seconds=10"]  # fmt: skip
         processes.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -228,7 +228,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
         )
     codes, messages = finish(processes)
     assert codes == [2, 2], "\n".join(messages)
-    assert "this one does not see it" in " ".join(messages[1].split())
+    assert "this one has not seen it for 10 s" in " ".join(messages[1].split())
     assert "process 1 of 2 has failed" in " ".join(messages[0].split())
 
 

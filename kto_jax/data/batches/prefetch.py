@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
 from kto_jax.data.workers import bare_main
 
 T = TypeVar("T")
@@ -121,7 +121,8 @@ class Loaders(Generic[T]):
         """Yields the results in order.
 
         Raises:
-          ConfigError: a loader was ended from outside.
+          TransientError: a loader was killed.
+          ConfigError: a loader ended in another way.
           Exception: whatever `function` raised, in its turn, with a note of where.
         """
         asked: collections.deque[int] = collections.deque()
@@ -171,13 +172,14 @@ class Loaders(Generic[T]):
             raise error
         return result
 
-    def _ended(self, number: int, moment: str) -> ConfigError:
+    def _ended(self, number: int, moment: str) -> ConfigError | TransientError:
         process = self._processes[number]
         process.join()
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (the system does so where memory runs out)" if code == -signal.SIGKILL else ""
-        return ConfigError(
+        kind = TransientError if code < 0 else ConfigError
+        return kind(
             f"{process.name} of config.data.num_loaders={len(self._processes)} {how}{hint} {moment}. Loaders must live "
             "as long as the run. Set config.data.num_loaders lower, or 0 for a thread, and run the same command again."
         )
