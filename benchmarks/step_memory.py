@@ -43,6 +43,7 @@ def measure(length: int, vocabulary: int, topology: Topology) -> dict[str, float
         microbatch_rows=1,
         row_length=length,
         data=dataclasses.replace(plain.data, max_length=length),
+        reference=dataclasses.replace(plain.reference, param_dtype="float32"),
     )
     subject = Subject(architecture, check_objective(config.objective))
     program = compile_step(config, subject, topology, Lengths(total=length, completion=length // 2))

@@ -21,7 +21,8 @@ def measure(num_layers=2, vocabulary=512):
     )  # fmt: skip
     plain = Config()
     data = dataclasses.replace(plain.data, max_length=16)
-    config = dataclasses.replace(plain, batch_size=1, microbatch_rows=1, row_length=16, data=data)
+    reference = dataclasses.replace(plain.reference, param_dtype="float32")
+    config = dataclasses.replace(plain, batch_size=1, microbatch_rows=1, row_length=16, data=data, reference=reference)
     topology = Topology("local", tuple(jax.devices()[:1]))
     subject = Subject(architecture, check_objective(config.objective))
     program = compile_step(config, subject, topology, Lengths(total=16, completion=4))

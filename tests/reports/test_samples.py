@@ -20,11 +20,16 @@ def test_perplexity_is_that_of_the_completion_tokens_alone():
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 50, n).astype(np.int32) for n in (3, 5, 4, 6, 3, 5, 4, 6, 7, 2)]
     completions = [rng.integers(3, 50, n).astype(np.int32) for n in (4, 1, 6, 2, 3, 3, 5, 1, 2, 8)]
+
+    @jax.jit
+    def all_logps(ids):
+        hidden = MODEL.hidden_states(params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
+        return jax.nn.log_softmax(MODEL.logits(params, hidden))[0]
+
     total = 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = jnp.array(np.concatenate([prompt, completion]))[None]
-        hidden = MODEL.hidden_states(params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
-        logps = jax.nn.log_softmax(MODEL.logits(params, hidden))[0]
+        sequence = np.concatenate([prompt, completion])
+        logps = all_logps(np.pad(sequence, (0, 10 - len(sequence)))[None])
         total += sum(float(logps[len(prompt) - 1 + k, token]) for k, token in enumerate(completion))
     expected = math.exp(-total / sum(map(len, completions)))
     assert perplexity(MODEL, params, prompts, completions) == pytest.approx(expected, rel=1e-5)

@@ -49,12 +49,18 @@ def test_a_reward_is_read_at_the_last_token_of_each_completion(row_length):
     model = Model.create(CONFIG, scorer="reward")
     params = model.init_params(jax.random.key(0), "float32")
     index, rows, _, _ = microbatch(row_length)
-    got = packed_rewards(model, params, rows)
+    got = jax.jit(packed_rewards, static_argnums=0)(model, params, rows)
+
+    @jax.jit
+    def scores(ids):
+        positions = jnp.arange(ids.shape[1])[None]
+        return model.scores(params, model.hidden_states(params, ids, jnp.ones_like(ids), positions))
+
     expected = []
     for row in range(16):
-        ids = jnp.array(np.concatenate([index.prompt(row), index.completion(row)]))[None]
-        hidden = model.hidden_states(params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
-        expected.append(float(model.scores(params, hidden)[0, -1]))
+        sequence = np.concatenate([index.prompt(row), index.completion(row)])
+        ids = np.pad(sequence, (0, 38 - len(sequence)))[None]
+        expected.append(float(scores(ids)[0, len(sequence) - 1]))
     assert sorted(np.asarray(got)[rows.filled]) == pytest.approx(sorted(expected), abs=1e-5)
     assert not np.any(np.asarray(got)[~rows.filled])
 
@@ -67,10 +73,12 @@ def test_values_are_those_before_each_token_and_their_gradient_stops_at_the_hidd
     objective = make_objective(ObjectiveConfig(name="ppo_offline"), num_desirable=1, num_undesirable=1)
     _, *rows = microbatch()
 
+    @jax.jit
     def values(policy):
         return read_completions(model, objective, policy, reference, LabelledRows(*rows)).tokens.values
 
-    np.testing.assert_array_equal(values(policy), model.scores(policy, completion_states(model, policy, rows[0])))
+    scores = jax.jit(lambda policy: model.scores(policy, completion_states(model, policy, rows[0])))
+    np.testing.assert_array_equal(values(policy), scores(policy))
     gradient = jax.grad(lambda policy: jnp.sum(jnp.square(values(policy))))(policy)
     assert jnp.any(gradient["scorer"]["first"]["weight"] != 0)
     for name in reference:
@@ -84,9 +92,12 @@ def test_humanline_clamps_each_token_before_the_sum():
     )
     objective = make_objective(ObjectiveConfig(humanline=True), num_desirable=1, num_undesirable=1)
     _, rows, desirable, scores = microbatch()
-    seen = read_completions(model, objective, policy, reference, LabelledRows(rows, desirable, scores))
-    hidden = [completion_states(model, params, rows) for params in (policy, reference)]
-    by_token = [token_logps(h, model.head(p), rows.targets) for h, p in zip(hidden, (policy, reference), strict=True)]
+    read = jax.jit(lambda *arrays: read_completions(model, objective, *arrays))
+    seen = read(policy, reference, LabelledRows(rows, desirable, scores))
+    logps = jax.jit(
+        lambda params: token_logps(completion_states(model, params, rows), model.head(params), rows.targets)
+    )
+    by_token = [logps(params) for params in (policy, reference)]
     ratios = np.asarray(by_token[0] - by_token[1])
     assert (ratios < -1).any()
     assert (ratios > 1.5).any()
