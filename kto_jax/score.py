@@ -19,15 +19,16 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Array, Float, Int
 
-from kto_jax.config import ConfigError, DataConfig, MeshConfig
+from kto_jax.command import FAILED, FINISHED, run_command
+from kto_jax.config import Config, ConfigError, DataConfig, MeshConfig
+from kto_jax.config.ranges import Count, Precision, Range
 from kto_jax.data.rows import files, records
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.data.tokens import tokenizer as tokenize
@@ -40,7 +41,6 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.shapes import power_of_two
 from kto_jax.storage import fetch as sources
-from kto_jax.train import read_command
 
 _SHORTEST = 64
 """Sequences are padded to this length or a power of two above it, so that few shapes are compiled."""
@@ -272,23 +272,48 @@ def _fitted(encoded: tokenize.EncodedRows, data: DataConfig, bos_id: int | None)
     ]
 
 
-def _define_flags() -> None:
-    # Not at import: each command of the package has flags of its own, and absl keeps one list a process.
-    flags.DEFINE_string("model", "", "The folder of a reward model's run, or a sequence classification.")
-    flags.DEFINE_string("data", "", "What to score: a .jsonl, .json, .csv or .parquet file, also .gz or .bz2.")
-    flags.DEFINE_string("out", "", "The JSONL file to write; a file that is there is replaced.")
-    flags.DEFINE_string("prompt_field", "prompt", "Holds text or chat messages.")
-    flags.DEFINE_string("completion_field", "completion", "Holds text or one assistant message.")
-    flags.DEFINE_string("score_field", "score", "The field to add.")
-    flags.DEFINE_integer("max_length", None, "As config.data.max_length; a run's own by default.", lower_bound=2)
-    flags.DEFINE_integer("max_prompt_length", None, "As config.data.max_prompt_length, likewise.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 16, "Rows scored at once.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What to compute in.")
-    flags.DEFINE_string("chat_template", "auto", '"auto": the tokenizer\'s own; "none": plain text; or a Jinja file.')
-    flags.DEFINE_string("eos_token", "", "What completions end in, as data.eos_token; empty: as the run trained.")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command."""
+
+    model: str = ""
+    """The folder of a reward model's run, or a sequence classification model. Required."""
+    data: str = ""
+    """What to score: a .jsonl, .json, .csv or .parquet file, also .gz or .bz2."""
+    out: str = ""
+    """The JSONL file to write; an existing file is replaced. Required."""
+    config: Config | None = None
+    """In place of --data: a recipe whose config.data.train is scored."""
+    prompt_field: str = "prompt"
+    """Field with the prompt: text or chat messages."""
+    completion_field: str = "completion"
+    """Field with the completion: text or one assistant message."""
+    score_field: str = "score"
+    """Field to add."""
+    max_length: Annotated[int, Range(at_least=2)] | None = None
+    """As config.data.max_length. Default: that of the run."""
+    max_prompt_length: Count | None = None
+    """As config.data.max_prompt_length. Default: that of the run."""
+    batch_size: Count = 16
+    """Completions scored at once."""
+    dtype: Precision = "float32"
+    """Dtype of the computation."""
+    chat_template: str = "auto"
+    """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
+    eos_token: str = ""
+    """What completions end in, as data.eos_token. Empty: as the run trained."""
 
 
-def _check_files(options: flags.FlagValues, feedback: DataConfig | None) -> list[files.SourceFile]:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    Returns:
+      0 where rows were scored, 1 where none could be, 2 where the user asked for what cannot be done.
+    """
+    return run_command(score, Options, str(__doc__), arguments)
+
+
+def _check_files(options: Options, feedback: DataConfig | None) -> list[files.SourceFile]:
     """What is to be read."""
     missing = [f"--{name}" for name in ("model", "data", "out") if not getattr(options, name)]
     if feedback is not None and options.data:
@@ -316,7 +341,13 @@ def _data_of_run(model: str) -> dict[str, Any]:
     return {name: data[name] for name in names[:2]} | {"eos_token": tokenize.token_of(folder / "policy", eos_id)}
 
 
-def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
+def score(options: Options) -> int:
+    """Scores a file or the feedback of a recipe; returns the exit code.
+
+    Raises:
+      ConfigError: a flag, the feedback or the model cannot be used.
+    """
+    feedback = options.config.data if options.config else None
     found, out = _check_files(options, feedback), Path(options.out)
     trained_with = _data_of_run(options.model)
     data = DataConfig(
@@ -324,6 +355,7 @@ def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
         max_length=options.max_length or trained_with["max_length"],
         max_prompt_length=options.max_prompt_length or trained_with["max_prompt_length"],
     )  # fmt: skip
+    keep_compiled()
     model, params, tokenizer_path = open_reward_model(options.model, dtype=options.dtype)
     if data.max_length > model.config.max_length:
         raise ConfigError(
@@ -353,7 +385,7 @@ def _run(options: flags.FlagValues, feedback: DataConfig | None) -> int:
         finally:
             partial.unlink(missing_ok=True)
     print(f"{counts['scored']} rows scored, {counts['rejected']} rejected", file=sys.stderr)
-    return 0 if counts["scored"] else 1
+    return FINISHED if counts["scored"] else FAILED
 
 
 def _write(file: Path, rows: Iterable[dict[str, Any] | files.Rejection], counts: dict[str, int]) -> None:
@@ -373,31 +405,5 @@ def _write(file: Path, rows: Iterable[dict[str, Any] | files.Rejection], counts:
                 stream.write(json.dumps(row, default=str) + "\n")  # ASCII: a field may hold half a surrogate pair.
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code.
-
-    Returns:
-      0 where rows were scored, 1 where none could be, 2 where the user asked for what cannot be done.
-    """
-    if "--help" in argv:
-        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
-        return 0
-    try:
-        try:
-            of_config = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config")]
-            feedback = read_command([argv[0], *of_config])[0].data if of_config else None
-            rest = flags.FLAGS([argument for argument in argv if argument not in of_config])[1:]
-        except flags.Error as error:
-            raise ConfigError(f"{error}. All arguments are flags; --help lists them. Correct the command.") from None
-        if rest:
-            raise ConfigError(f"{rest[0]!r} is no flag. All arguments are flags. Put --data= before a file.")
-        keep_compiled()
-        return _run(flags.FLAGS, feedback)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    _define_flags()
-    sys.exit(main(sys.argv))
+    sys.exit(main())

@@ -23,11 +23,10 @@ if __name__ == "__main__":  # The imports below take seconds.
         print("importing JAX …", file=sys.stderr, flush=True)
 
 import jax
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
-from kto_jax.config import Config, ConfigError, TransientError, check_overrides, default_config, resolve
+from kto_jax.command import TrainOptions, print_error, run_command
+from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
@@ -45,31 +44,24 @@ from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
-from kto_jax.training.preemption import INTERRUPTED, PREEMPTED, Preemption
+from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.trackers import check_trackers
 
-UNUSABLE = 2
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    argv = sys.argv if arguments is None else ["train", *arguments]
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nFields of a configuration and their defaults:\n\n{default_config()}")
-        return 0
-    try:
-        config, workdir = read_command(argv)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "kto_jax.train", *arguments])
+
+    def run_once(given: TrainOptions) -> int:
+        if "://" in given.workdir:
+            raise ConfigError(f"--workdir={given.workdir} is no local folder. Allowed: local folders. Set --workdir.")
         with Preemption() as preemption:
-            return train(config, workdir, shlex.join(["python", "-m", "kto_jax.train", *argv[1:]]), preemption)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (ConfigError, TransientError) as error:
-        console.quiet = False
-        console.print(f"error: {error}", style="red")
-        return UNUSABLE if isinstance(error, ConfigError) else PREEMPTED
+            return train(given.config, Path(given.workdir), command, preemption)
+
+    return run_command(run_once, TrainOptions, str(__doc__), arguments)
 
 
 def train(config: Config, workdir: Path, command: str, preemption: Preemption) -> int:
@@ -171,30 +163,6 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     return inputs, mesh, model
 
 
-def read_command(argv: Sequence[str]) -> tuple[Config, Path]:
-    """The resolved configuration and the run's folder, from the command line.
-
-    Raises:
-      ConfigError: a flag or a field cannot be used.
-    """
-    allowed = "Allowed: --config=FILE, --config.FIELD=VALUE and --workdir=FOLDER. Correct the command."
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=list(argv))
-    flags.DEFINE_string("workdir", "", "The run's folder; for configs/NAME.py, runs/NAME.", flag_values=values)
-    check_overrides(argv[1:])
-    try:
-        rest = values(list(argv))[1:]
-        config = None if values.config is None else values.config.to_dict()
-    except (flags.Error, ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError,
-            TypeError, ValueError) as error:  # fmt: skip
-        # Whatever a config file, which is a program, may raise.
-        raise ConfigError(f"the command cannot be read: {type(error).__name__}: {error}. {allowed}") from None
-    if rest or config is None:
-        raise ConfigError(f"{f'{rest[0]!r} is no flag' if rest else '--config is missing'}. {allowed}")
-    if "://" in values.workdir:
-        raise ConfigError(f"--workdir={values.workdir} is no local folder. Allowed: local folders. Set --workdir.")
-    file = config_flags.get_config_filename(values["config"])
-    return resolve(config), Path(values.workdir or Path("runs") / Path(file.split(":")[0]).stem)
 
 
 def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:

@@ -15,10 +15,6 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-# Exit codes: a launch script restarts a run that ends with PREEMPTED, and no other.
-FAILED = 1
-PREEMPTED = 75
-INTERRUPTED = 130
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SYNC_POINTS = itertools.count()

@@ -93,9 +93,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2():
 
 @pytest.mark.parametrize("model, prompts", [("", ["x"]), ("model", []), ("model", ["x", " "])])
 def test_a_command_without_a_model_or_prompts_is_refused(model, prompts):
-    options = types.SimpleNamespace(model=model, prompt=prompts, prompts="")
     with pytest.raises(ConfigError, match="a model and at least one prompt"):
-        generate._run(options)
+        generate.generate(generate.Options(model=model, prompt=tuple(prompts)))
 
 
 @pytest.mark.parametrize(

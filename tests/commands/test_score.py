@@ -62,19 +62,11 @@ def places(rows):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def command(capsys):
     """Runs the command in this process; gives its exit code and what it says."""
-    parsed = score.flags.FlagValues()
-    monkeypatch.setattr(score.flags, "FLAGS", parsed)
-    for name in ("string", "integer", "enum"):
-        define = getattr(score.flags, f"DEFINE_{name}")
-        with_values = lambda *args, define=define, **options: define(*args, **{"flag_values": parsed} | options)  # noqa: E731
-        monkeypatch.setattr(score.flags, f"DEFINE_{name}", with_values)
-    score._define_flags()
 
     def run(*arguments):
-        parsed.unparse_flags()
-        code = score.main(["score", *arguments])
+        code = score.main(arguments)
         return code, capsys.readouterr().err
 
     return run
@@ -199,7 +191,7 @@ def test_rows_without_the_fields_or_with_a_rating_already_are_refused(exported, 
         (["--model={model}", "--data={data}", "--out={directory}/none/x.jsonl"], "--out cannot be written"),
         (["--model={model}", "--data={data}", "--out={directory}/x", "--max_length=4000"], "context of 2048 tokens"),
         (["--model={model}", "--batch_size=0"], "batch_size"),
-        (["data.jsonl"], "is no flag"),
+        (["data.jsonl"], "is not a flag"),
         (["--model=m", "--data={data}", "--out=x", "--config=configs/tiny.py"], "--data and --config are given"),
         (["--model=m", "--config=configs/tiny.py"], "--out not given"),
         (["--model=m", "--config=configs/tiny.py", "--config.data.trian=x", "--out=x"], "Did you mean 'train'"),

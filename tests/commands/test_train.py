@@ -197,7 +197,7 @@ def in_place(monkeypatch, cache):
 @pytest.mark.parametrize("argument, message", [
     ("--config.objective.betta=0.2", "Did you mean 'beta'"),
     ("--config.objective.name=ktoo", "Did you mean 'kto'"),
-    ("--config.objective.beta=-1", "Allowed: above 0"),
+    ("--config.objective.beta=-1", "Allowed: a number above 0"),
     ("--config.objective.margin=1", "means nothing to the objective 'kto'"),
     ("--config.objective.rewards=scores", "means nothing to the objective 'kto'"),
     ("--config.samples.judges=vade", "the judges are"),
@@ -210,8 +210,8 @@ def in_place(monkeypatch, cache):
     ("--config.model.remat=offload", "cannot be used on cpu"),
     ("--config.mesh.data=3", "does not multiply to the 8 devices"),
     ("--config.mesh.tensor=4", "num_kv_heads=2"),
-    ("--workdirr=x", "--workdir=FOLDER"),
-    ("extra", "is no flag"),
+    ("--workdirr=x", "Did you mean '--workdir'"),
+    ("extra", "is not a flag"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_refused_before_a_step_is_taken(argument, message, capsys, tmp_path):
     workdir = tmp_path / "run"
@@ -233,7 +233,7 @@ def test_a_config_file_that_fails_is_said(text, message, capsys, tmp_path):
 
 
 def test_a_directory_is_no_config_and_a_bucket_no_workdir(capsys):
-    assert "Is a directory" in refused(capsys, "--config=configs")
+    assert "--config=configs is a folder" in refused(capsys, "--config=configs")
     assert "is no local folder" in refused(capsys, *TINY, "--workdir=gs://bucket/run")
 
 

@@ -51,15 +51,15 @@ def test_a_source_may_have_a_weight_and_settings_of_its_own_in_a_file_and_after_
     ("train", {"source": "b", "wieght": 2.0}, r"train\[1\].wieght is not a field of a source. Did you mean 'weight'"),
     ("train", {"source": "b", "max_length": 9}, r"max_length is not a.* Allowed: .* Set config.data.max_length"),
     ("train", {"source": "b", "format": "pair"}, r"train\[1\].format='pair'.* Allowed: .*\"pairs\""),
-    ("train", {"source": "b", "weight": 0}, r"config.data.train\[1\].weight=0.0 cannot be used. Allowed: above"),
+    ("train", {"source": "b", "weight": 0}, r"train\[1\].weight=0 cannot be used. Allowed: a number above 0"),
     ("train", {"source": "b", "weight": 1e6}, "at most 1000"),
     ("train", {"source": "b", "weight": float("nan")}, "above 0"),
-    ("train", {"source": "b", "weight": "much"}, "Allowed: float"),
+    ("train", {"source": "b", "weight": "much"}, "Allowed: a number"),
     ("train", {"weight": 2.0}, r"train\[1\]=.* names no source. Allowed: text, or a mapping"),
     ("train", 3, r"train\[1\]=3 names no source"),
-    ("train", {"source": "b", "label_map": {"up": "yes"}}, r"train\[1\].label_map=.* Allowed: True, False or None"),
+    ("train", {"source": "b", "label_map": {"up": "yes"}}, r"train\[1\].label_map=.* Allowed: .*True, False or None"),
     ("eval", {"source": "b", "weight": 2.0}, r"eval\[1\].weight=2.0 cannot be used. Allowed: none"),
-    ("eval", {"source": "b", "label_map": {"up": "yes"}}, r"eval\[1\].label_map=.* Allowed: True, False or None"),
+    ("eval", {"source": "b", "label_map": {"up": "yes"}}, r"eval\[1\].label_map=.* Allowed: .*True, False or None"),
 ])  # fmt: skip
 def test_a_source_that_no_run_can_use_is_refused_in_three_parts(split, entry, message):
     config = valid()
@@ -75,23 +75,23 @@ def test_a_comma_separated_string_fills_a_tuple():
 
 
 @pytest.mark.parametrize("section, field, value, message", [
-    ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: above 0"),
-    ("lora", "rank", -1, r"config.lora.rank=-1 cannot be used. Allowed: 0 \(no adapters\) or more"),
-    ("lora", "alpha", 0.0, r"config.lora.alpha=0.0 cannot be used. Allowed: above 0"),
-    ("lora", "targets", "query,keys", r"config.lora.targets=\('query', 'keys'\).*Allowed: one or more of query, key"),
+    ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: a number above 0, or \"auto\""),
+    ("lora", "rank", -1, r"config.lora.rank=-1 cannot be used. Allowed: an integer, 0 \(no adapters\) or more"),
+    ("lora", "alpha", 0.0, r"config.lora.alpha=0.0 cannot be used. Allowed: a number above 0"),
+    ("lora", "targets", "query,keys", r"lora.targets='query,keys'.*mean \"key\"\? Allowed: a tuple of query, key"),
     ("lora", "targets", ("up", "up"), r"each once"),
-    ("lora", "zero", "c", r"'c' is of type str. Allowed: \"a\" or \"b\""),
-    ("objective", "beta", "x", r"config.objective.beta='x' is of type str. Allowed: float"),
-    ("objective", "beta", True, r"config.objective.beta=True is of type bool"),
-    ("objective", "desirable_weight", "much", r"'much'.*Allowed: float or \"auto\""),
+    ("lora", "zero", "c", r"'c' cannot be used. Allowed: \"a\" or \"b\""),
+    ("objective", "beta", "x", r"config.objective.beta='x' cannot be used. Allowed: a number"),
+    ("objective", "beta", True, r"config.objective.beta=True cannot be used"),
+    ("objective", "desirable_weight", "much", r"'much'.*Allowed: a number above 0, or \"auto\""),
     ("model", "dtype", "float16", r"Allowed: \"float32\" or \"bfloat16\""),
-    ("optimizer", "name", "adam", r"Allowed: \"adamw\" or \"rmsprop\""),
-    ("data", "holdout", 1.0, r"Allowed: at least 0, below 1"),
+    ("optimizer", "name", "adam", r"mean \"adamw\"\? Allowed: \"adamw\" or \"rmsprop\""),
+    ("data", "holdout", 1.0, r"Allowed: a number, at least 0, below 1"),
     ("data", "max_prompt_length", 4096, r"below data.max_length=1024"),
-    ("data", "label_map", {"good": "yes"}, r"Allowed: True, False or None"),
-    ("mesh", "data", 0, r"-1, or 1 and more"),
+    ("data", "label_map", {"good": "yes"}, r"Allowed: .*True, False or None"),
+    ("mesh", "data", 0, r"-1, or an integer, 1 or more"),
     ("mesh", "fsdp", -1, r"-1 on one axis at most"),
-    ("data", "train", True, r"config.data.train=True is of type bool. Allowed: str or a tuple of texts and mappings"),
+    ("data", "train", True, r"data.train=True cannot be used. Allowed: text, or a tuple of texts and of mappings"),
 ])  # fmt: skip
 def test_a_value_that_no_run_can_use_is_refused_in_three_parts(section, field, value, message):
     config = valid()
@@ -114,7 +114,7 @@ def test_a_fraction_is_not_an_integer_and_a_truth_value_is_not_a_number():
     for value in (1.5, True):
         config = valid()
         config.batch_size = value
-        with pytest.raises(ConfigError, match=r"Allowed: int\."):
+        with pytest.raises(ConfigError, match=r"Allowed: an integer, 1 or more\."):
             resolve(config)
 
 

@@ -8,12 +8,13 @@ import os
 import jax
 import pytest
 
+from kto_jax.command import read_command
 from kto_jax.config import Config, ConfigError, MeshConfig, default_config, resolve
 from kto_jax.plan import main as plan_command
 from kto_jax.planning import rows_that_fit as fitting
 from kto_jax.planning.compile_step import Program, Shape, host_memory
 from kto_jax.planning.topology import CHIPS, Topology
-from kto_jax.train import main, read_command
+from kto_jax.train import main
 from kto_jax.training.inputs import read_inputs
 from kto_jax.training.logs import read_metrics
 from tests import ROOT
@@ -123,7 +124,7 @@ def inputs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("KTO_JAX_CACHE", str(folder / "cache"))
-        config, _ = read_command(["train", *TINY, *DEMONSTRATIONS])
+        config, _ = read_command([*TINY, *DEMONSTRATIONS])
         return config, read_inputs(config, folder)
 
 

@@ -1,0 +1,200 @@
+"""What all commands share: reading flags, help, errors and exit codes.
+
+A command declares its flags as a frozen dataclass, whose fields have types, ranges and documentation as those of the
+configuration do. A field `config: Config` takes `--config=RECIPE` and `--config.FIELD=VALUE`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kto_jax.config import Config, ConfigError, TransientError, nearest, recipes, resolve
+from kto_jax.config.convert import convert, hints, parse
+from kto_jax.config.documentation import config_table, documentation, table
+from kto_jax.config.errors import FAILED, FINISHED, INTERRUPTED, PREEMPTED, UNUSABLE
+from kto_jax.config.names import closest
+from kto_jax.config.ranges import base
+from kto_jax.config.resolve import fields_of, type_of
+
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "INTERRUPTED",
+    "PREEMPTED",
+    "UNUSABLE",
+    "TrainOptions",
+    "print_error",
+    "read_command",
+    "read_options",
+    "run_command",
+]
+
+T = TypeVar("T")
+
+
+def run_command(command: Callable[[T], int], kind: type[T], about: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command, and turns what it raises into one line and an exit code.
+
+    Args:
+      command: takes the flags and returns an exit code.
+      kind: the dataclass of its flags.
+      about: what `--help` prints above them.
+      arguments: the command line without the program; that of this process by default.
+
+    Returns:
+      The exit code: 2 for a ConfigError, 75 for a TransientError, 130 for Ctrl-C, else the command's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if asks_for_help(arguments):
+        print(help_text(kind, about))
+        return FINISHED
+    try:
+        return command(read_options(kind, arguments))
+    except ConfigError as error:
+        print_error(error)
+        return UNUSABLE
+    except TransientError as error:
+        print_error(error)
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def print_error(error: Exception | str) -> None:
+    """Prints an error on standard error, in red on a terminal."""
+    line = f"error: {error}"
+    print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help."""
+    return any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments)
+
+
+def help_text(kind: type, about: str) -> str:
+    """What `--help` prints: what the command does, its flags, and the fields of the configuration if it takes any."""
+    parts = [about.strip(), "FLAGS", table(kind, "--")]
+    if "config" in hints(kind):
+        parts += ["CONFIGURATION: --config=RECIPE sets these fields, --config.FIELD=VALUE one of them", config_table()]
+    return "\n\n".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Flags of training."""
+
+    config: Config
+    """Recipe of configs/ by its name, or the path of a config file."""
+    workdir: str = ""
+    """Folder of the run; the same command resumes a run found there. Empty is runs/NAME for the recipe NAME."""
+
+
+def read_command(arguments: Sequence[str]) -> tuple[Config, Path]:
+    """The resolved configuration and the run's folder, from the flags of training.
+
+    Raises:
+      ConfigError: a flag or a field cannot be used.
+    """
+    given = read_options(TrainOptions, arguments)
+    return given.config, Path(given.workdir)
+
+
+def read_options(kind: type[T], arguments: Sequence[str]) -> T:
+    """Reads the flags of a command.
+
+    `--name=value` and `--name value` are the same; a boolean flag may omit its value; one of texts may be repeated.
+
+    Args:
+      kind: the dataclass of its flags; those without a default are required.
+      arguments: the command line without the program.
+
+    Raises:
+      ConfigError: a flag is unknown, lacks its value, cannot be used or is missing.
+    """
+    values: dict[str, Any] = {}
+    recipe, overrides = "", dict[str, Any]()
+    for name, text, hint in _flags(kind, arguments):
+        if name == "config":
+            recipe = text
+        elif name.startswith("config."):
+            overrides[name.removeprefix("config.")] = parse(text, hint)
+        elif hint == tuple[str, ...]:
+            values[name] = (*values.get(name, ()), text)
+        else:
+            values[name] = convert(parse(text, hint), hint, f"--{name}")
+    if recipe:
+        path, config = recipes.load(recipe)
+        values["config"] = resolve(_with(config, overrides))
+        if "workdir" in hints(kind) and not values.get("workdir"):
+            values["workdir"] = str(Path("runs") / path.stem)
+    elif overrides:
+        raise ConfigError(f"--config.{next(iter(overrides))} is set, and --config is missing. Set --config=RECIPE.")
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in values and field.default is dataclasses.MISSING:
+            what = documentation(kind)[field.name]
+            raise ConfigError(f"--{field.name} is missing. Allowed: {what} Write --{field.name}=VALUE.")
+    return kind(**values)
+
+
+def _flags(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """Each flag's name, the text of its value, and its type."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            raise ConfigError(_no_flag(argument, kind))
+        name, equals, text = argument.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        hint = _type_of_flag(name, kind)
+        if not equals:
+            takes_truth = base(hint) is bool
+            if rest and (rest[0].lower() in ("true", "false") if takes_truth else not rest[0].startswith("--")):
+                text = rest.pop(0)
+            elif takes_truth:
+                text = "true"
+            else:
+                raise ConfigError(f"--{name} lacks its value. A flag is --NAME=VALUE. Write --{name}=VALUE.")
+        yield name, text, hint
+
+
+def _type_of_flag(name: str, kind: type) -> Any:
+    known = hints(kind)
+    if name.startswith("config.") and "config" in known:
+        hint = type_of(name.removeprefix("config."))
+        if dataclasses.is_dataclass(hint):
+            raise ConfigError(f"--{name} is a section. Set its fields: --{name}.FIELD=VALUE.")
+        return hint
+    if name not in known:
+        raise ConfigError(_unknown_flag(name, kind))
+    return known[name]
+
+
+def _unknown_flag(name: str, kind: type) -> str:
+    fields = {full.rsplit(".", 1)[-1]: full for full, _, _ in fields_of()} if "config" in hints(kind) else {}
+    field = closest(name, fields)
+    if field and not closest(name, hints(kind)):
+        return f"--{name} is not a flag. Did you mean --config.{fields[field]}? Correct the command."
+    flags = [f"--{flag}" for flag in hints(kind)] + (["--config.FIELD"] if "config" in hints(kind) else [])
+    return f"--{name} is not a flag. {nearest(f'--{name}', flags)} Correct the command."
+
+
+def _no_flag(argument: str, kind: type) -> str:
+    first = next(iter(hints(kind)))
+    return (
+        f"{argument!r} is not a flag. Allowed: --NAME=VALUE; --help lists the names. Write --{first}={argument}, or "
+        "the flag that it belongs to."
+    )
+
+
+def _with(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with fields replaced, by their dotted names."""
+    config = dict(config)
+    for name, value in overrides.items():
+        section, dot, field = name.partition(".")
+        config[section] = _with(config.get(section, {}), {field: value}) if dot else value
+    return config

@@ -1,0 +1,51 @@
+"""Configuration: frozen dataclasses, made and checked before any device is touched.
+
+A config file defines `get_config()`, which starts from `default_config()` and sets fields. Any field can be set on the
+command line: `--config.objective.beta=0.2`. `resolve` turns the result into a `Config`.
+"""
+
+from kto_jax.config.errors import ConfigError, TransientError
+from kto_jax.config.fields import (
+    ADAPTED,
+    SOURCE_FIELDS,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ProcessesConfig,
+    ProfileConfig,
+    ReferenceConfig,
+    SamplesConfig,
+)
+from kto_jax.config.names import nearest
+from kto_jax.config.resolve import check_overrides, default_config, resolve, to_dict
+
+__all__ = [
+    "ADAPTED",
+    "SOURCE_FIELDS",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ProcessesConfig",
+    "ProfileConfig",
+    "ReferenceConfig",
+    "SamplesConfig",
+    "TransientError",
+    "check_overrides",
+    "default_config",
+    "nearest",
+    "resolve",
+    "to_dict",
+]

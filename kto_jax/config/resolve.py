@@ -1,0 +1,118 @@
+"""From a config file and overrides to a checked, frozen `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kto_jax.config import rules
+from kto_jax.config.convert import convert, hints, is_section
+from kto_jax.config.errors import ConfigError
+from kto_jax.config.fields import Config
+from kto_jax.config.names import closest, nearest
+
+if TYPE_CHECKING:
+    import ml_collections
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a `ConfigDict`, for config files to start from.
+
+    Every field accepts any type here (a ConfigDict would otherwise refuse a number where it holds "auto"); `resolve`
+    checks the types.
+    """
+    return _to_config_dict(Config())
+
+
+def _to_config_dict(section: Any) -> ml_collections.ConfigDict:
+    # Not at the top: code that makes a `Config` of its own does without ml_collections.
+    import ml_collections
+
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        else:
+            result[field.name] = ml_collections.FieldReference(value, field_type=object)
+    return result
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a `ConfigDict` (or nested mapping) into a checked, frozen `Config`; touches no device and no file.
+
+    Raises:
+      ConfigError: a field is unknown, has the wrong type or a value that is not allowed.
+    """
+    resolved = _build(Config, config if isinstance(config, Mapping) else config.to_dict(), "config")
+    rules.check(resolved)
+    return resolved
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The plain nested dict of a resolved config: what config.json holds, and what `resolve` reads back."""
+    return dataclasses.asdict(config)
+
+
+def fields_of(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
+    """Every field of a configuration: its dotted name, the section that owns it, and the field itself."""
+    for field in dataclasses.fields(kind):
+        hint = hints(kind)[field.name]
+        if is_section(hint):
+            yield from fields_of(hint, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", kind, field
+
+
+def type_of(name: str) -> Any:
+    """The type of a field, by its dotted name without `config.`.
+
+    Raises:
+      ConfigError: there is no such field; names the nearest.
+    """
+    kind: Any = Config
+    path = "config"
+    for part in name.split("."):
+        if not is_section(kind) or part not in hints(kind):
+            raise ConfigError(unknown(path, part, hints(kind) if is_section(kind) else ()))
+        kind, path = hints(kind)[part], f"{path}.{part}"
+    return kind
+
+
+def check_overrides(arguments: Iterable[str]) -> None:
+    """Refuses command-line overrides (`--config.section.field=value`) of fields that do not exist.
+
+    Raises:
+      ConfigError: naming the nearest field.
+    """
+    for argument in arguments:
+        if argument.lstrip("-").startswith("config."):
+            type_of(argument.lstrip("-").split("=")[0].removeprefix("config."))
+
+
+def unknown(path: str, name: str, allowed: Iterable[str]) -> str:
+    """The error message for a field that does not exist: the nearest name here, or else in another section."""
+    start = f"{path}.{name} is not a field of the configuration."
+    allowed = list(allowed)
+    if not closest(name, allowed):
+        everywhere = {full.rsplit(".", 1)[-1]: full for full, _, _ in fields_of()}
+        if elsewhere := closest(name, everywhere):
+            return f"{start} Did you mean config.{everywhere[elsewhere]}?"
+    return f"{start} {nearest(name, allowed)}" if allowed else f"{start} {path} is a field itself. Set {path}."
+
+
+def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    """Builds one section, refusing unknown fields."""
+    arguments = {}
+    for name, value in values.items():
+        hint = hints(kind).get(name)
+        if hint is None:
+            raise ConfigError(unknown(path, name, hints(kind)))
+        if not is_section(hint):
+            arguments[name] = convert(value, hint, f"{path}.{name}")
+        elif isinstance(value, Mapping):
+            arguments[name] = _build(hint, value, f"{path}.{name}")
+        else:
+            raise ConfigError(f"{path}.{name}={value!r} is not a section. Set its fields: {path}.{name}.FIELD=...")
+    return kind(**arguments)
