@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kto_jax.config import Config, ConfigError, TransientError, nearest, recipes, resolve
+from kto_jax.config import Config, ConfigError, TransientError, nearest, resolve
 from kto_jax.config.convert import convert, hints, parse
 from kto_jax.config.documentation import config_table, documentation, table
 from kto_jax.config.errors import FAILED, FINISHED, INTERRUPTED, PREEMPTED, UNUSABLE
 from kto_jax.config.names import closest
 from kto_jax.config.ranges import base
+from kto_jax.config.recipes import load
 from kto_jax.config.resolve import fields_of, type_of
 
 __all__ = [
@@ -128,7 +129,7 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
         else:
             values[name] = convert(parse(text, hint), hint, f"--{name}")
     if recipe:
-        path, config = recipes.load(recipe)
+        path, config = load(recipe)
         values["config"] = resolve(_with(config, overrides))
         if "workdir" in hints(kind) and not values.get("workdir"):
             values["workdir"] = str(Path("runs") / path.stem)

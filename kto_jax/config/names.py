@@ -9,7 +9,7 @@ from collections.abc import Iterable
 def closest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that was probably meant: by letters in any case, or by initials (`lr` is `learning_rate`)."""
     names = {candidate.lower(): candidate for candidate in allowed}
-    given = name.lower().replace("-", "_")
+    given = name.lower()
     found = difflib.get_close_matches(given, names, n=1)
     initials = [candidate for candidate in names if given == "".join(part[:1] for part in candidate.split("_"))]
     return names[found[0]] if found else names[initials[0]] if len(given) > 1 and initials else None

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kto_jax.config import rules
 from kto_jax.config.convert import convert, hints, is_section
 from kto_jax.config.errors import ConfigError
 from kto_jax.config.fields import Config
 from kto_jax.config.names import closest, nearest
+from kto_jax.config.rules import check
 
 if TYPE_CHECKING:
     import ml_collections
@@ -46,7 +46,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
       ConfigError: a field is unknown, has the wrong type or a value that is not allowed.
     """
     resolved = _build(Config, config if isinstance(config, Mapping) else config.to_dict(), "config")
-    rules.check(resolved)
+    check(resolved)
     return resolved
 
 
