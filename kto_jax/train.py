@@ -25,7 +25,7 @@ if __name__ == "__main__":  # The imports below take seconds.
 import jax
 from jax.sharding import Mesh
 
-from kto_jax.command import TrainOptions, print_error, run_command
+from kto_jax.command import TrainOptions, run_command
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
@@ -49,6 +49,7 @@ from kto_jax.training.reference import check_error, choose_dtype, describe_error
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.trackers import check_trackers
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
@@ -161,8 +162,6 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     mesh, model = make_model(config, inputs)
     check_lengths(inputs.schedule.row_lengths, dict(mesh.shape))
     return inputs, mesh, model
-
-
 
 
 def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:

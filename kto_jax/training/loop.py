@@ -20,6 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from kto_jax.config import Config, ProfileConfig
+from kto_jax.config.errors import FAILED
 from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import Program
@@ -29,7 +30,7 @@ from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.in_flight import StepsInFlight
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import MetricsLog, console
-from kto_jax.training.preemption import FAILED, Preemption
+from kto_jax.training.preemption import Preemption
 from kto_jax.training.save_timer import SaveTimer
 from kto_jax.training.state import TrainState
 from kto_jax.training.trackers import open_trackers

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from rich.progress import track
 
 from kto_jax.config import Config, ConfigError
+from kto_jax.config.errors import PREEMPTED
 from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.data.batches.reference_logps import ReferenceLogps, open_store
 from kto_jax.data.batches.schedule import Schedule
@@ -36,7 +37,7 @@ from kto_jax.training.forward import packed_logps
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
 from kto_jax.training.microbatches import map_microbatches
-from kto_jax.training.preemption import PREEMPTED, agreed
+from kto_jax.training.preemption import agreed
 from kto_jax.training.run_folder import write_json
 
 _FORMAT = 2

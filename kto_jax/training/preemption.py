@@ -15,6 +15,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from kto_jax.config.errors import INTERRUPTED, PREEMPTED
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SYNC_POINTS = itertools.count()
