@@ -153,6 +153,16 @@ class DataConfig:
     """Field with the example's weight in the loss, if any."""
     chat_template: str = "auto"
     """"auto": the tokenizer's own, if it has one. "none": plain text. Otherwise the path of a Jinja file."""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables for the chat template, such as {"enable_thinking": True} or {"reasoning_effort": "low"}. Without
+    `enable_thinking`, a prompt invites a thought if one of its completions holds one."""
+    template_date: str = "auto"
+    """Date, as 2026-11-28, that a chat template shows. "auto": the day on which the run began, which stays with it."""
+    fold_system: bool = False
+    """Put a system turn at the beginning of the user's turn, for templates that take no system turn (Gemma)."""
+    assistant_tokens: Auto | tuple[str, ...] = "auto"
+    """Control tokens that keep their meaning in the assistant's text. "auto": those of thoughts and of calls of tools.
+    In all other text control tokens are spelled out."""
     eos_token: str = "auto"
     """Token that ends every completion. "auto": the token with which the chat template ends the assistant's turn, or
     else the tokenizer's EOS. Any other token also becomes the tokenizer's EOS."""
