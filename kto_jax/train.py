@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from kto_jax.command import TrainOptions, run_command
 from kto_jax.config import Config, ConfigError
+from kto_jax.config.errors import PREEMPTED
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
