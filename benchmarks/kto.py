@@ -52,7 +52,8 @@ from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params, read_config, weights_digest
 from kto_jax.objectives import make_objective
-from kto_jax.storage.fetch import cache_directory, local_path
+from kto_jax.storage.fetch import local_path
+from kto_jax.storage.folders import cache_directory
 from kto_jax.training.step import work
 
 ROOT = Path(__file__).parent.parent

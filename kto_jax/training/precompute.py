@@ -31,7 +31,7 @@ from kto_jax.devices.sharding import local_rows, place_batch, shardings
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import weights_digest
 from kto_jax.shapes import FeedbackBatch, PackedRows
-from kto_jax.storage.fetch import cache_directory
+from kto_jax.storage.folders import cache_directory
 from kto_jax.training.first_state import load_reference
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.inputs import Inputs

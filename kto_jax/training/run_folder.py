@@ -30,6 +30,7 @@ from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
+from kto_jax.storage.atomic import write_json
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
 # they amount to is held by the index, as of the EOS.
@@ -63,10 +64,10 @@ _BEGINNINGS = {
     ".lock",
     "tokenizer",
     "manifest.json",
-    "manifest.partial",
+    ".manifest.json.partial",
     "model.json",
-    "model.partial",
-    "config.partial",
+    ".model.json.partial",
+    ".config.json.partial",
 }
 
 
@@ -173,7 +174,7 @@ def _begin_history(path: Path) -> None:
     """Keeps the configuration of a run's first part, if that was begun before there was a history."""
     history, config = path / _HISTORY, path / "config.json"
     if config.exists() and not history.exists():
-        _write_text(history, _history_line(0, json.loads(config.read_text(encoding="utf-8"))))
+        write_text(history, _history_line(0, json.loads(config.read_text(encoding="utf-8"))))
 
 
 def record_part(folder: Path, first_step: int, config: Config) -> None:
@@ -184,22 +185,11 @@ def record_part(folder: Path, first_step: int, config: Config) -> None:
     history = folder / _HISTORY
     lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
     kept = [line + "\n" for line in lines if json.loads(line)["first_step"] < first_step]
-    _write_text(history, "".join(kept) + _history_line(first_step, to_dict(config)))
+    write_text(history, "".join(kept) + _history_line(first_step, to_dict(config)))
 
 
 def _history_line(first_step: int, config: Mapping[str, Any]) -> str:
     return json.dumps({"first_step": first_step, "config": config}) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file that a reader never sees half-written."""
-    _write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def check_folder(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:

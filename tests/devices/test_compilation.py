@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from kto_jax.devices.compilation import Program, give_back_memory, keep_compiled
-from kto_jax.storage.fetch import cache_directory
+from kto_jax.storage.folders import cache_directory
 
 SCRIPT = """
 import jax, jax.monitoring, jax.numpy as jnp

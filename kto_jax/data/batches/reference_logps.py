@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import secrets
 from pathlib import Path
 
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.storage.atomic import new_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +98,5 @@ def open_store(directory: Path, num_rows: int, num_steps: int, num_sequences: in
 
 def _begin(path: Path, shape: tuple[int, ...]) -> None:
     """An array of NaN; of two processes that begin it at once, the file of one stays."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with partial.open("wb") as file:
+    with new_file(path, shared=True, replace=False) as partial, partial.open("wb") as file:
         np.save(file, np.full(shape, np.nan, np.float32), allow_pickle=False)
-    try:
-        os.link(partial, path)
-    except OSError:
-        # It is there already, or this file system has no hard links: then the last of several stays, and the others
-        # go on with files that nobody will find again.
-        if not path.exists():
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from kto_jax.data.rows.records import Feedback, Preference, Record, Skipped, com
 from kto_jax.data.rows.sources import Source
 from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, encode_feedback, start_encoder
 from kto_jax.data.workers import Workers
+from kto_jax.storage.atomic import write_text
 
 FORMAT = 4
 """Version of the index's files."""
@@ -184,9 +185,7 @@ class Builder:
             "first": self._first,
             "sizes": {name: stream.tell() for name, stream in self._files.items()},
         }
-        partial = self._directory / "progress.partial"
-        partial.write_text(json.dumps(progress), encoding="utf-8")
-        partial.replace(self._directory / _PROGRESS)
+        write_text(self._directory / _PROGRESS, json.dumps(progress))
         self._saved = time.monotonic()
 
     def finish(self, key: str, digests: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from kto_jax.config import ConfigError
-from kto_jax.storage.fetch import file_digest
+from kto_jax.storage.atomic import new_file
+from kto_jax.storage.digests import file_digest
 
 FORMAT = 1
 """Version of contents.json."""
@@ -194,16 +195,15 @@ class IndexStore:
         with self._reachable("be written to"):
             if self._is_local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                partial = f"{path}.{secrets.token_hex(4)}.partial"
-                write(partial)
-                os.replace(partial, path)
+                with new_file(path, shared=True) as partial:
+                    write(os.fspath(partial))
             else:
                 write(path)
 
     def _remove_stale(self, key: str) -> None:
         """Removes what processes that were killed long ago left half-written; a bucket has no such thing."""
         if self._is_local:
-            for path in Path(self._root, key[:16]).glob("*.partial"):
+            for path in Path(self._root, key[:16]).glob(".*.partial"):
                 with contextlib.suppress(OSError):
                     if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                         path.unlink()

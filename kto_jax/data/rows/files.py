@@ -14,13 +14,14 @@ import gzip
 import io
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from kto_jax.config import ConfigError
-from kto_jax.storage.fetch import file_digest, local_path
+from kto_jax.storage.atomic import new_file
+from kto_jax.storage.digests import file_digest
+from kto_jax.storage.fetch import local_path
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 _COLUMNAR = (".parquet", ".arrow", ".feather")
@@ -129,15 +130,11 @@ def fetch_hub(source: str, path: Path) -> None:
         raise ConfigError(f"data source {source!r} is not a Hub set. It is written hub:org/name/split. Name the split.")
     import datasets
 
-    # Several processes may fetch it at once; what the last one renames stays.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with new_file(path, shared=True) as partial, partial.open("w", encoding="utf-8") as file:
             for row in datasets.load_dataset(name, split=split, streaming=True):
                 file.write(json.dumps(row, default=str) + "\n")
-        partial.rename(path)
     except Exception as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(
             f"data source {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. "
             "A Hub set is written hub:org/name/split. Check its name and the network, or name a local file."

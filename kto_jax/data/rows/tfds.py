@@ -14,7 +14,8 @@ from typing import Any
 
 from kto_jax.config import ConfigError
 from kto_jax.data.workers import Workers
-from kto_jax.storage.fetch import cache_directory
+from kto_jax.storage.atomic import new_file
+from kto_jax.storage.folders import cache_directory
 
 
 def tfds_file(source: str) -> Path:
@@ -56,7 +57,6 @@ def fetch_tfds(source: str, path: Path) -> None:
       ConfigError: the set is not there, or cannot be read without TensorFlow.
     """
     name, split = _parse(source)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         import tensorflow_datasets as tfds
 
@@ -66,13 +66,11 @@ def fetch_tfds(source: str, path: Path) -> None:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
         features = builder.info.features
-        with partial.open("w", encoding="utf-8") as file:
+        with new_file(path, shared=True) as partial, partial.open("w", encoding="utf-8") as file:
             for row in builder.as_data_source(split):
                 file.write(json.dumps(_plain(row, features)) + "\n")
-        partial.rename(path)
     except Exception as error:
         # The builder of a set is a stranger's program, and raises whatever it likes.
-        partial.unlink(missing_ok=True)
         raise ConfigError(
             f"data source {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. It is written "
             "tfds:name/split or tfds-dir:path:split, and must be prepared as ArrayRecord, which is read without "

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.data.tokens.encoder import Encoder, EncodingError, Rendering
 from kto_jax.data.truncation import cut_prompt
 from kto_jax.data.workers import Workers
+from kto_jax.storage.atomic import new_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,38 +276,35 @@ def _prepare(
     eos_token: str = "auto",
     rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
 ) -> TokenizerInfo:
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    changes = _write_files(model_path, partial)
-    special_tokens = tokenizer_files.read_special_tokens(partial)
-    backend = _open(partial, model_path)
-    vocab = backend.get_vocab(with_added_tokens=True)
-    if eos_token != "auto" and eos_token != special_tokens.get("eos_token"):
-        if eos_token not in vocab:
+    with new_folder(directory) as partial:
+        changes = _write_files(model_path, partial)
+        special_tokens = tokenizer_files.read_special_tokens(partial)
+        backend = _open(partial, model_path)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        if eos_token != "auto" and eos_token != special_tokens.get("eos_token"):
+            if eos_token not in vocab:
+                raise ConfigError(
+                    f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
+                    f"{special_tokens.get('eos_token')!r}. Set config.data.eos_token."
+                )
+            tokenizer_files.set_eos(partial, eos_token)
+            special_tokens["eos_token"] = eos_token
+            changes.append(f"its EOS is {eos_token!r}")
+        if chat_template not in ("auto", "none"):
+            tokenizer_files.set_template(partial, _read_template(chat_template))
+            changes.append(f"its chat template is {Path(chat_template).name}")
+        if special_tokens.get("eos_token") not in vocab:
             raise ConfigError(
-                f'data.eos_token={eos_token!r} is no token of the tokenizer. It is "auto" or a token, such as '
-                f"{special_tokens.get('eos_token')!r}. Set config.data.eos_token."
+                f"the tokenizer of {model_path} has no EOS token. Every completion ends in one. "
+                "Set config.data.eos_token to one of its tokens."
             )
-        tokenizer_files.set_eos(partial, eos_token)
-        special_tokens["eos_token"] = eos_token
-        changes.append(f"its EOS is {eos_token!r}")
-    if chat_template not in ("auto", "none"):
-        tokenizer_files.set_template(partial, _read_template(chat_template))
-        changes.append(f"its chat template is {Path(chat_template).name}")
-    if special_tokens.get("eos_token") not in vocab:
-        raise ConfigError(
-            f"the tokenizer of {model_path} has no EOS token. Every completion ends in one. "
-            "Set config.data.eos_token to one of its tokens."
-        )
-    info = _describe(partial, vocab, special_tokens, chat_template != "none", rendering)
-    info = _try_template(info, chat_template, find_end=eos_token == "auto")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+        info = _describe(partial, vocab, special_tokens, chat_template != "none", rendering)
+        info = _try_template(info, chat_template, find_end=eos_token == "auto")
     return dataclasses.replace(info, directory=directory, changes=tuple(changes))
 
 
 def _write_files(model_path: Path, directory: Path) -> list[str]:
-    """Writes the tokenizer of a model into a new folder; returns what of it is not the model's own, in words."""
+    """Writes the tokenizer of a model into an empty folder; returns what of it is not the model's own, in words."""
     if model_path.is_dir() and (model_path / tokenizer_files.TOKENIZER).is_file():
         tokenizer_files.copy_files(model_path, directory)
         if "eos_token" not in tokenizer_files.read_special_tokens(directory):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.classifier import choose_padding, classifier_values, write_padding
 from kto_jax.models.weights.safetensors_files import write_safetensors
 from kto_jax.models.weights.tensors import Expected, expected_tensors
+from kto_jax.storage.atomic import publish_folder
 from kto_jax.storage.fetch import WEIGHTS_INDEX
 
 TOKENIZER_FILES = (
@@ -102,7 +102,7 @@ def save_hugging_face(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(partial / WEIGHTS_INDEX, index)
         _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
-        replace_directory(partial, directory)
+        publish_folder(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("export")
 
@@ -155,16 +155,6 @@ def copy_tokenizer(source: str | Path | None, directory: Path) -> None:
         file = Path(source or "") / name
         if file.is_file():
             shutil.copyfile(file, directory / name)
-
-
-def replace_directory(partial: Path, directory: Path) -> None:
-    """Renames a complete directory into place; an earlier export leaves only once the new one is whole."""
-    old = directory.parent / f".{directory.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        os.rename(directory, old)
-    os.rename(partial, directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.gguf import open_gguf
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights, listed, read_json, weight_files
 from kto_jax.models.weights.tensors import expected_shapes
-from kto_jax.storage.fetch import file_digest
+from kto_jax.storage.digests import file_digest
 
 # Rows of a tied head that are held against the embedding: those that training seldom touches may be equal by chance.
 _TIED_ROWS = 64

@@ -8,7 +8,6 @@ policy = PeftModel.from_pretrained(base, directory)
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from kto_jax.models.families import FAMILIES
 from kto_jax.models.gather import gather
 from kto_jax.models.lora import GROUPS
 from kto_jax.models.model import Model, Params
-from kto_jax.models.weights.export import copy_tokenizer, replace_directory
+from kto_jax.models.weights.export import copy_tokenizer
 from kto_jax.models.weights.safetensors_files import write_safetensors
+from kto_jax.storage.atomic import new_folder
 
 _PREFIX = "base_model.model."
 
@@ -55,16 +55,13 @@ def save_adapters(
     directory = Path(directory)
     tensors = dict(_tensors(model, adapters))
     if jax.process_index() == 0:
-        partial = directory.parent / f".{directory.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        write_safetensors(partial / "adapter_model.safetensors", shapes, "float32", tensors.values())
-        values = _config(model, lora, base)
-        (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(model_card, encoding="utf-8")
-        copy_tokenizer(tokenizer_dir, partial)
-        replace_directory(partial, directory)
+        with new_folder(directory) as partial:
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            write_safetensors(partial / "adapter_model.safetensors", shapes, "float32", tensors.values())
+            values = _config(model, lora, base)
+            (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(model_card, encoding="utf-8")
+            copy_tokenizer(tokenizer_dir, partial)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("adapters")
 

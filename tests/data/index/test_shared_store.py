@@ -278,11 +278,11 @@ def test_what_was_left_half_written_long_ago_is_removed(make, tmp_path):
     directory = make("first", "").directory
     folder = tmp_path / "store" / directory.name
     folder.mkdir(parents=True)
-    for name in ("old.partial", "new.partial"):
+    for name in (".old.partial", ".new.partial"):
         (folder / name).touch()
-    os.utime(folder / "old.partial", (1, 1))
+    os.utime(folder / ".old.partial", (1, 1))
     make("first", str(tmp_path / "store"))
-    assert sorted(path.name for path in folder.glob("*.partial")) == ["new.partial"]
+    assert sorted(path.name for path in folder.glob(".*.partial")) == [".new.partial"]
 
 
 def test_without_a_store_every_host_builds(make_index, rows, tokenizer, tmp_path, monkeypatch):
