@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import jax
@@ -41,6 +42,7 @@ def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     return measured_matmul_rate(device, dtype), "measured"
 
 
+@functools.cache
 def measured_matmul_rate(device: jax.Device, dtype: str) -> float:
     """FLOP/s of the fastest of five products of two square matrices."""
     size = _MATMUL_SIZE

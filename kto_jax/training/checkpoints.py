@@ -29,6 +29,8 @@ from kto_jax.training.state import TrainState
 # Fields of TrainState that a checkpoint holds, where they hold anything.
 _MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 _BEST = "eval_loss"
+# Replicas of an array write a part of it each. A program of its own cuts out each part, so small arrays stay whole.
+_MIN_PART_BYTES = 2**20
 
 
 class Checkpoints:
@@ -45,8 +47,11 @@ class Checkpoints:
         self._directory = workdir.absolute() / "checkpoints"
         self._moving = (*_MOVING, "reference") if reference_moves else _MOVING
         policies = ocp.training.preservation_policies
+        self._context = ocp.Context()
+        self._context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_PART_BYTES
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
+            context=self._context,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(config.keep),
@@ -111,7 +116,8 @@ class Checkpoints:
     def save_reference(self, reference: Params) -> None:
         """Writes the frozen reference, once for the run; nothing where there is none, or where it moves."""
         if reference and "reference" not in self._moving:
-            ocp.save(self._directory / "reference", reference, overwrite=True)
+            with self._context:
+                ocp.save(self._directory / "reference", reference, overwrite=True)
 
     def _moving_part(self, state: TrainState) -> dict[str, Any]:
         parts = {name: getattr(state, name) for name in self._moving}
