@@ -83,7 +83,7 @@ def open_reward_model(path: str, *, dtype: str) -> tuple[Model, Params, Path]:
 
 def score_sequences(
     model: Model, params: Params, sequences: Sequence[np.ndarray], *, batch_size: int
-) -> Float[np.ndarray, "N"]:
+) -> Float[np.ndarray, " N"]:
     """The reward of each sequence at its last token.
 
     Args:
@@ -113,8 +113,8 @@ def score_sequences(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score_batch(
-    model: Model, params: Params, tokens_BL: Int[Array, "B L"], lengths_B: Int[Array, "B"]
-) -> Float[Array, "B"]:
+    model: Model, params: Params, tokens_BL: Int[Array, "B L"], lengths_B: Int[Array, " B"]
+) -> Float[Array, " B"]:
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
     segment_ids_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     hidden_BLD = model.hidden_states(params, tokens_BL, segment_ids_BL, positions_BL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from kto_jax.losses import humanline_clamp, segment_sums
 from kto_jax.models.model import Model, Params

@@ -30,7 +30,7 @@ from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
-from kto_jax.storage.atomic import write_json
+from kto_jax.storage.atomic import write_json, write_text
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
 # they amount to is held by the index, as of the EOS.
