@@ -10,22 +10,14 @@ Expect: the loss starts at 0.5 and the margin at 0. Without the pass over unrela
 thirds of KTO's; the paper of KTO finds GSM8K lower without z0 (49.5 against 53.5).
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "apo_zero_unpaired"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "feedback.jsonl"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 128
-    config.microbatch_rows = 16
     config.objective.beta = 0.1
     config.optimizer.learning_rate = 5e-6
     config.optimizer.warmup_steps = 150

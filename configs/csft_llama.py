@@ -11,22 +11,14 @@ eval_loss is that of held-out desirable completions behind it, eval_margin how m
 ones.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "csft"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "feedback.jsonl"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.good_control = "<|good|>"
     config.objective.bad_control = "<|bad|>"
     config.optimizer.learning_rate = 2e-5

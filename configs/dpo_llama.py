@@ -10,23 +10,15 @@ Expect: the loss starts at ln 2 = 0.693 and the margin at 0, since the policy st
 of a tenth of KTO's, as the papers take. Variants: --config.objective.variant=ipo, and so on (docs/objectives.md).
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "dpo"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.beta = 0.1
     config.optimizer.learning_rate = 5e-7
     config.optimizer.warmup_steps = 150

@@ -10,21 +10,13 @@ Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the 
 is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
+    config = one_host_config()
     config.data.train = "feedback.jsonl"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 128
-    config.microbatch_rows = 16
     config.objective.beta = 0.1
     config.objective.desirable_weight = "auto"
     config.optimizer.learning_rate = 5e-6

@@ -10,23 +10,15 @@ Expect: the loss starts at −log σ(1) = 0.313 with weights of 1, and ends no l
 bounded on both sides, as KTO is. Plain KTO reads pairs too, one completion at a time: --config.objective.name=kto.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "kto_log_utility"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.beta = 0.1
     config.optimizer.learning_rate = 5e-6
     config.optimizer.warmup_steps = 150

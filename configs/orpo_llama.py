@@ -10,23 +10,15 @@ Expect: the loss starts at the likelihood loss of the chosen completions plus ab
 its fall is that likelihood. The margin is that of the mean log-probabilities, times odds_weight.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "orpo"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.odds_weight = 0.1
     config.optimizer.learning_rate = 8e-6
     config.optimizer.warmup_steps = 150

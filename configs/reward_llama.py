@@ -11,23 +11,15 @@ LlamaForSequenceClassification; `python -m kto_jax.score --model=runs/reward --d
 rows, which data.format "scores" reads back.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "reward"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.centring = 0.01
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 50

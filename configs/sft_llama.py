@@ -10,23 +10,15 @@ Expect: the loss is in nats per token, the mean over completions of the mean ove
 (data.format), the desirable ones are read; then eval_margin says how much likelier they became than the others.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "sft"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "demonstrations.jsonl"
     config.data.format = "demonstrations"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"

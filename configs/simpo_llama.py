@@ -10,23 +10,15 @@ Expect: the margin starts at what the model itself prefers, which may be negativ
 a one writes endless or broken text while the margin still rises, so read the samples.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "simpo"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 128
-    config.microbatch_rows = 16
     config.objective.beta = 2.5
     config.objective.margin = 1.0
     config.optimizer.learning_rate = 1e-6

@@ -10,23 +10,15 @@ Expect: the hinge of a pair is 0 once the chosen completion leads by `margin` na
 loss ends near nll_weight times the likelihood loss. The margin is in nats.
 """
 
-from kto_jax.config import default_config
+from kto_jax.config import one_host_config
 
 
 def get_config():
-    config = default_config()
+    config = one_host_config()
     config.objective.name = "slic"
-    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.data.train = "pairs.jsonl"
     config.data.format = "pairs"
-    config.data.max_length = 2048
-    config.data.max_prompt_length = 1024
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.batch_size = 64
-    config.microbatch_rows = 16
     config.objective.margin = 1.0
     config.objective.nll_weight = 0.1
     config.optimizer.learning_rate = 1e-6

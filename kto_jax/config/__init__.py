@@ -23,7 +23,7 @@ from kto_jax.config.fields import (
     SamplesConfig,
 )
 from kto_jax.config.names import nearest
-from kto_jax.config.resolve import check_overrides, default_config, resolve, to_dict
+from kto_jax.config.resolve import check_overrides, default_config, one_host_config, resolve, to_dict
 
 __all__ = [
     "ADAPTED",
@@ -46,6 +46,7 @@ __all__ = [
     "check_overrides",
     "default_config",
     "nearest",
+    "one_host_config",
     "resolve",
     "to_dict",
 ]

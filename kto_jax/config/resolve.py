@@ -39,6 +39,18 @@ def _to_config_dict(section: Any) -> ml_collections.ConfigDict:
     return result
 
 
+def one_host_config() -> ml_collections.ConfigDict:
+    """What the recipes of configs/ start from: Llama-3.1-8B-Instruct, sharded over the chips of one host by fsdp."""
+    config = default_config()
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.microbatch_rows = 16
+    return config
+
+
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Turns a `ConfigDict` (or nested mapping) into a checked, frozen `Config`; touches no device and no file.
 
