@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {name!r} is not a command. {nearest(name, COMMANDS)} Correct the command.", file=sys.stderr)
         return UNUSABLE
     sys.argv = [f"kto-jax {name}", *rest]
-    runpy.run_module(f"kto_jax.{name}", run_name="__main__", alter_sys=False)
+    runpy.run_module(f"kto_jax.{name}", run_name="__main__", alter_sys=True)
     return FINISHED
 
 
