@@ -15,7 +15,7 @@ ORDER = {
         "devices",
         "training sampling",
         "planning reports",
-        "train generate score curves inspect plan",
+        "train generate score curves inspect plan __main__",
     ],
     "kto_jax.config": ["errors names ranges", "fields recipes", "convert rules", "documentation resolve"],
     "kto_jax.data": ["permutation truncation workers", "rows", "tokens", "index", "batches"],
