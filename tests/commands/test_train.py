@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kto_jax.config import TransientError
 from kto_jax.train import main
 from kto_jax.training.run_folder import _FREE
 from tests import ROOT
@@ -95,11 +96,18 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
     process = start(workdir, cache)
     wait_for_step(workdir, after, process)
     process.send_signal(number)
-    assert finish(process)[0] == code
+    ended, message = finish(process)
+    assert ended == code
+    assert message.startswith("importing JAX …\n")  # before the seconds that this takes
+    assert ("stopping after this step; press again to stop now\n" in message) == (number == signal.SIGINT)
     assert not (workdir / "policy").exists()
-    code, message = finish(start(workdir, cache))
+    code, message = finish(start(workdir, cache, "--config.max_bad_steps=3"))
     assert code == 0, message
     assert "continuing after step" in message
+    assert f"next: python -m kto_jax.generate --model={workdir}/policy" in message.splitlines()[-1]
+    parts = [json.loads(line) for line in (workdir / "config_history.jsonl").read_text().splitlines()]
+    assert [part["config"]["max_bad_steps"] for part in parts] == [10, 3]
+    assert parts[0]["first_step"] == 0 and parts[1]["first_step"] in (3, 5, 6, 7, 8, 9)
     assert numbers(workdir) == numbers(unbroken)
     assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 
@@ -300,6 +308,22 @@ def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, m
     monkeypatch.setattr("kto_jax.train.jax.device_count", touched)
     monkeypatch.setattr("kto_jax.devices.processes.jax.process_count", touched)
     assert "was 0, is 1" in refused(capsys, *TINY, f"--workdir={unbroken}", "--config.seed=1")
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_read(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kto_jax.train.prepare", lambda *_: pytest.fail("something was read"))
+    monkeypatch.setattr("kto_jax.training.trackers.importlib.util.find_spec", lambda name: None)
+    message = refused(capsys, *TINY, f"--workdir={tmp_path / 'run'}", "--config.trackers=mlflow")
+    assert "pip install 'kto_jax[mlflow]'" in message
+
+
+def test_a_failure_that_may_pass_ends_with_the_code_that_launchers_restart(capsys, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise TransientError("the share lags. It must not. Try again.")
+
+    monkeypatch.setattr("kto_jax.train.prepare", fail)
+    assert main([*TINY, f"--workdir={tmp_path / 'run'}"]) == 75
+    assert "the share lags. It must not. Try again." in capsys.readouterr().err
 
 
 def test_feedback_that_changed_under_a_run_is_refused(unbroken, capsys, tmp_path):
