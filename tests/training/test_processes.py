@@ -26,11 +26,11 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache, workdir, count, *arguments, variables=None, of_second=None):
-    """Starts `count` processes that share DEVICES fake devices."""
+def start(cache, workdir, count, *arguments, variables=None, of_second=None, devices=0):
+    """Starts `count` processes of so many fake devices each, or that share DEVICES."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
+    flags = f"--xla_force_host_platform_device_count={devices or DEVICES // count}"
     environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "kto_jax.train", *SHORT, f"--workdir={workdir}", *arguments]
     processes = []
@@ -146,17 +146,23 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on_alone(alone, cache, tmp_path):
+@pytest.mark.parametrize(("devices", "ends"), [
+    (1, [75]),  # Gloo's error reaches Python.
+    (2, [75, -signal.SIGABRT]),  # Some of its devices wait for the others for ever; JAX's heartbeat aborts it.
+])  # fmt: skip
+def test_when_one_process_is_killed_the_other_ends_to_be_restarted_and_the_run_resumes_alone(
+    devices, ends, alone, cache, tmp_path
+):
     workdir = tmp_path / "run"
-    processes = start(cache, workdir, 2)
+    processes = start(cache, workdir, 2, devices=devices)
     wait_for_step(workdir, 3, processes)
     processes[1].kill()
     killed = time.monotonic()
     codes, messages = finish(processes)
     # The other one waits 5 s for an answer; the rest is for a busy machine.
     assert time.monotonic() - killed < 100
-    assert codes == [75, -9]
-    assert "process 1 of 2 is lost" in " ".join(messages[0].split())
+    assert codes[0] in ends and codes[1] == -9, messages[0]
+    assert codes[0] != 75 or "process 1 of 2 is lost" in " ".join(messages[0].split())
     assert_same(train(cache, workdir, 1), rows(alone))
     assert_same_policy(workdir, alone)
 
