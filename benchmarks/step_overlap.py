@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +23,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from kto_jax.command import read_command
 from kto_jax.config import Config
 from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices.compilation import Program
 from kto_jax.devices.sharding import place_batch
-from kto_jax.train import prepare, read_command
+from kto_jax.train import prepare
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.first_state import make_abstract_state, make_state
 from kto_jax.training.in_flight import StepsInFlight
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="blocks of each kind")
     parser.add_argument("--out", default="", help="a JSON file for the figures")
     options, fields = parser.parse_known_args()
-    config, _ = read_command([sys.argv[0], f"--config={options.config}", "--config.max_steps=0", *fields])
+    config, _ = read_command([f"--config={options.config}", "--config.max_steps=0", *fields])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "run").mkdir()
         figures = measure(config, Path(folder), options.block, options.rounds)

@@ -37,11 +37,6 @@ def test_a_tracker_without_its_package_is_refused_with_the_command_that_installs
         check_trackers(("wandb",))
 
 
-def test_an_unknown_tracker_is_refused_with_the_nearest_one():
-    with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
-        check_trackers(("tensorbord",))
-
-
 def events(folder):
     """The summaries of all event files: (tag, step, value or None)."""
     from tensorboardX.proto.event_pb2 import Event
@@ -68,13 +63,14 @@ def test_tensorboard_gets_groups_and_hyperparameters(tmp_path):
 
 
 def test_wandb_keeps_a_run_offline_and_continues_it(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     log_rows(tmp_path, "wandb", [1, 2])
     log_rows(tmp_path, "wandb", [3, 4])
+    wandb.teardown()  # Its service has written everything when it ends, as at the end of a process.
     identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
