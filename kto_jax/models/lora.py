@@ -1,12 +1,12 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): beside a frozen matrix W a small trained product, W + α/r · A B.
 
-What is trained is a tree of its own. Its matrices lie as [in, out], stacked over layers, as the model's do:
+The adapters are a parameter tree of their own, with an `Adapter` for each adapted matrix:
 
-    layers.attention.query, key, value, output .weight .a [layers, in, r], .b [layers, r, out]
-    layers.mlp.gate, up, down                  .weight .a, .b
+    layers.attention.query, key, value, output .weight    a [layers, in, r], b [layers, r, out]
+    layers.mlp.gate, up, down                  .weight    a, b
 
-Laid upon the frozen parameters, {"weight": W, "a": A, "b": B, "scale": [layers], α/r} stands in place of each such W,
-which may be in int8. Where A B = 0, as it begins, the policy is the frozen model.
+Merged into the frozen parameters, an `AdaptedMatrix` takes the place of each such W, which may be in int8. Training
+begins with A B = 0, so that the policy is the frozen model.
 """
 
 from __future__ import annotations
@@ -17,45 +17,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from kto_jax.config import LoraConfig
-from kto_jax.models.int8 import Int8Matrix
 
 # Where a matrix is among a layer's parameters.
 GROUPS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")
-_PARTS = {"weight", "a", "b", "scale"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A pair of low-rank factors, or whatever a tree of the same structure holds for each (shapes, shardings, axes).
+
+    Attributes:
+      a: A, [..., in, r].
+      b: B, [..., r, out].
+    """
+
+    a: Any
+    b: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedMatrix:
-    """A frozen matrix and its adapter, as the modules see it.
+    """A frozen matrix and its adapter.
 
     Attributes:
-      frozen: [..., in, out].
-      a: [..., in, r].
-      b: [..., r, out].
-      scale: [...], α/r.
+      frozen: W, [..., in, out], an array or an `Int8Matrix`.
+      adapter: A and B.
+      scale: α/r.
     """
 
-    frozen: Array | Int8Matrix
-    a: Float[Array, "..."]
-    b: Float[Array, "..."]
-    scale: Float[Array, "..."]
+    frozen: Any
+    adapter: Adapter
+    scale: float = dataclasses.field(metadata={"static": True})
 
     def __getitem__(self, _: Any) -> AdaptedMatrix:
         # The modules ask for the whole of a parameter, `weight[...]`.
         return self
 
     @property
-    def scaled_b(self) -> Float[Array, "..."]:
+    def a(self) -> Array:
+        """A."""
+        return self.adapter.a
+
+    @property
+    def scaled_b(self) -> Array:
         """α/r · B."""
-        return self.scale[..., None, None] * self.b
+        return self.scale * self.adapter.b
 
     def astype(self, dtype: Any) -> Array:
-        """The matrix that the two amount to, in `dtype`; summed in float32 or wider."""
+        """The sum W + α/r · A B in `dtype`; added in float32 or wider."""
         wide = jnp.promote_types(dtype, jnp.float32)
         product = jnp.matmul(self.a.astype(wide), self.scaled_b.astype(wide), precision=jax.lax.Precision.HIGHEST)
         return (self.frozen.astype(wide) + product).astype(dtype)
@@ -72,15 +86,16 @@ def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[st
       key: decides the values.
     """
 
-    def draw(weight: Any, key: Array) -> dict[str, Array]:
+    def draw(weight: Any, key: Array) -> Adapter:
         layers, size_in, size_out = weight.shape
         shapes = {"a": (layers, size_in, lora.rank), "b": (layers, lora.rank, size_out)}
-        return {
-            name: jnp.zeros(shape)
-            if name == lora.zero
-            else jax.random.uniform(key, shape, minval=-(shape[1] ** -0.5), maxval=shape[1] ** -0.5)
-            for name, shape in shapes.items()
-        }
+
+        def factor(name: str) -> Array:
+            limit = shapes[name][1] ** -0.5
+            drawn = jax.random.uniform(key, shapes[name], minval=-limit, maxval=limit)
+            return jnp.zeros(shapes[name]) if name == lora.zero else drawn
+
+        return Adapter(factor("a"), factor("b"))
 
     keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS)), strict=True))
     return _of_each(lora.targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
@@ -89,9 +104,9 @@ def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[st
 def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
     """Logical axes of the adapters, from those of the model's parameters."""
 
-    def split(group: str, name: str) -> dict[str, tuple[str, ...]]:
+    def split(group: str, name: str) -> Adapter:
         layers, axis_in, axis_out = axes["layers"][group][name]["weight"]
-        return {"a": (layers, axis_in, "adapter"), "b": (layers, "adapter", axis_out)}
+        return Adapter((layers, axis_in, "adapter"), (layers, "adapter", axis_out))
 
     return _of_each(lora.targets, split)
 
@@ -103,8 +118,8 @@ def _of_each(targets: Sequence[str], make: Any) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def laid_upon(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
-    """The policy's parameters.
+def merge_adapters(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
+    """The policy's parameters, an `AdaptedMatrix` in place of each matrix with an adapter.
 
     Args:
       frozen: the parameters of a model, as arrays or in int8.
@@ -112,29 +127,14 @@ def laid_upon(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
       scale: α/r.
     """
 
-    def lay(frozen: Any, trained: Any) -> Any:
+    def merge(frozen: Any, trained: Any) -> Any:
+        if isinstance(trained, Adapter):
+            return AdaptedMatrix(frozen, trained, scale)
         if not isinstance(trained, dict) or frozen is None:
             return trained
-        if trained.keys() == {"a", "b"}:
-            # Beside them, not multiplied with them: the step adds to the gradients of A and B as they stand.
-            layers, dtype = len(trained["b"]), trained["b"].dtype
-            # Of NumPy: of several processes each has the whole of it.
-            return {"weight": frozen, **trained, "scale": np.full(layers, scale, dtype)}
         return {
-            name: lay(frozen.get(name), trained[name]) if name in trained else frozen[name]
+            name: merge(frozen.get(name), trained[name]) if name in trained else frozen[name]
             for name in {**frozen, **trained}
         }
 
-    return lay(frozen, trained)
-
-
-def as_adapted(params: Any) -> Any:
-    """The same parameters, an `AdaptedMatrix` in place of each matrix with an adapter; others are left alone."""
-    if not isinstance(params, dict):
-        return params
-    return {
-        name: AdaptedMatrix(node["weight"], node["a"], node["b"], node["scale"])
-        if isinstance(node, dict) and node.keys() == _PARTS
-        else as_adapted(node)
-        for name, node in params.items()
-    }
+    return merge(frozen, trained)

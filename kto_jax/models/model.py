@@ -15,8 +15,8 @@ from kto_jax.losses import token_logps
 from kto_jax.models.attention.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCORERS, init_scorer, scorer_axes, scores
-from kto_jax.models.int8 import INT8, as_matrices, kept_as, quantised_axes
-from kto_jax.models.lora import as_adapted, laid_upon
+from kto_jax.models.int8 import INT8, kept_as, quantised_axes
+from kto_jax.models.lora import merge_adapters
 from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, PackedAttention, Transformer, matmul_precision
 
 Params = dict[str, Any]
@@ -48,8 +48,8 @@ class Model:
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         scorer, see scorers.py        (a reward model has no head: its output head is never used)
 
-    A frozen reference may hold int8 matrices in place of weights and table: see int8.py. A policy of low-rank adapters
-    has both in place of a weight: see lora.py.
+    In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a policy of low-rank
+    adapters an `AdaptedMatrix` (lora.py).
 
     Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
     frozen reference has no scorer.
@@ -123,9 +123,9 @@ class Model:
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
-    def policy(self, trained: Params, frozen: Params) -> Params:
-        """The policy's parameters: what is trained, which of adapters is laid upon a frozen model's parameters."""
-        return laid_upon(frozen, trained, self.adapter_scale) if self.adapter_scale else trained
+    def merge_adapters(self, trained: Params, frozen: Params) -> Params:
+        """The policy's parameters: `trained` itself, or the frozen parameters with the adapters that are trained."""
+        return merge_adapters(frozen, trained, self.adapter_scale) if self.adapter_scale else trained
 
     def hidden_states(
         self,
@@ -152,7 +152,6 @@ class Model:
 
         Its products are logits only where there is no soft-cap: `logits` and `token_logps` know of it.
         """
-        params = as_matrices({name: params[name] for name in ("embed", "head") if name in params})
         if self.config.tied_head:
             return params["embed"]["table"].astype(self.dtype).T
         return params["head"]["weight"].astype(self.dtype)
@@ -250,7 +249,7 @@ class Model:
 
     def _merge(self, params: Params) -> Transformer:
         trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
-        return nnx.merge(self.graphdef, nnx.State(as_adapted(as_matrices(trunk))))
+        return nnx.merge(self.graphdef, nnx.State(trunk))
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
         return Transformer(

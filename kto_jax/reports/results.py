@@ -37,7 +37,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     console.print(f"completing {len(prompts)} held-out prompts")
     # Perplexities under a reference that moves cannot be compared.
     reference = {} if config.reference.sync_every else state.reference
-    policy = model.policy(state.policy, state.reference)
+    policy = model.merge_adapters(state.policy, state.reference)
     written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
     if processes.is_first():
         samples.save_samples(path, written)
@@ -52,7 +52,7 @@ def write_results(
     save_hugging_face(
         folder / "policy",
         model,
-        model.policy(state.policy, state.reference),
+        model.merge_adapters(state.policy, state.reference),
         tokenizer_dir=run.tokenizer.directory,
         stop_ids=run.tokenizer.stop_ids,
         model_card=card,

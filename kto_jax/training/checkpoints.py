@@ -10,6 +10,7 @@ A checkpoint appears under its final name only when it is whole, so a run that i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
@@ -22,7 +23,8 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, TransientError
 from kto_jax.devices import processes
 from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.lora import laid_upon
+from kto_jax.models.int8 import INT8
+from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.training.state import TrainState
 
@@ -209,11 +211,21 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
         wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
-        wanted["policy"] = jax.tree.map(abstract, metadata["policy"])
+        model = Model.create(read_config_json(values), dtype=dtype)
+        kept = metadata["policy"]
+        has_adapters = "embed" not in kept
+        if has_adapters:
+            lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
+            draw = functools.partial(init_adapters, model.abstract_params("float32"), lora)
+            kept = kept | jax.eval_shape(draw, jax.random.key(0))
+        wanted["policy"] = jax.tree.map(abstract, kept)
         policy = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
-    if "embed" not in policy:  # It is adapters.
-        lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
+    if has_adapters:
         reference = workdir / "checkpoints" / "reference"
-        frozen = ocp.load(reference, jax.tree.map(abstract, ocp.metadata(reference).metadata))
-        policy = laid_upon(frozen, policy, lora.alpha / lora.rank)
-    return Model.create(read_config_json(values), dtype=dtype), policy, workdir / "tokenizer"
+        kept = ocp.metadata(reference).metadata
+        if isinstance(kept["embed"]["table"], dict):
+            abstract_int8 = model.abstract_params(INT8)
+            kept = {name: abstract_int8[name] for name in kept}
+        frozen = ocp.load(reference, jax.tree.map(abstract, kept))
+        policy = merge_adapters(frozen, policy, lora.alpha / lora.rank)
+    return model, policy, workdir / "tokenizer"

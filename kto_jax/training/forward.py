@@ -58,7 +58,7 @@ def read_completions(
     """
     rows, reference_logps = labelled.rows, labelled.reference_logps
     desirable, scores = labelled.desirable, labelled.scores
-    policy = model.policy(policy, reference)
+    policy = model.merge_adapters(policy, reference)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scorer == "reward":
         rewards = packed_rewards(model, policy, rows)

@@ -7,7 +7,7 @@ import pytest
 
 from kto_jax.config import MeshConfig
 from kto_jax.devices.sharding import constrainer, make_mesh, shardings
-from kto_jax.models.int8 import Int8Matrix, as_matrices, quantised
+from kto_jax.models.int8 import Int8Matrix, quantise, quantised
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params
@@ -19,18 +19,18 @@ TOKENS = draw_tokens(0, 4, 16)
 def test_a_weight_is_off_by_half_a_scale_of_its_channel_at_most():
     weight = jax.random.normal(jax.random.key(0), (3, 20, 8)) * jnp.logspace(-3, 3, 8)[None, None]
     weight = weight.at[:, :, 3].set(0)
-    kept = quantised({"weight": weight})["weight"]
-    assert (kept["int8"].dtype, kept["scales"].shape) == (jnp.int8, (3, 8))
-    error = jnp.abs(Int8Matrix(kept["int8"], kept["scales"], -2).astype("float32") - weight)
-    assert np.all(error <= 0.501 * kept["scales"][:, None])
-    np.testing.assert_allclose(kept["scales"], np.max(np.abs(weight), axis=1) / 127, rtol=1e-6)
-    largest = np.abs(kept["int8"].astype("int32")).max(axis=1)  # symmetric: -128 is not used
+    kept = quantise(weight, -2)
+    assert (kept.int8.dtype, kept.scales.shape) == (jnp.int8, (3, 8))
+    error = jnp.abs(kept.astype("float32") - weight)
+    assert np.all(error <= 0.501 * kept.scales[:, None])
+    np.testing.assert_allclose(kept.scales, np.max(np.abs(weight), axis=1) / 127, rtol=1e-6)
+    largest = np.abs(kept.int8.astype("int32")).max(axis=1)  # symmetric: -128 is not used
     np.testing.assert_array_equal(largest, np.broadcast_to(np.where(np.arange(8) == 3, 0, 127)[None], (3, 8)))
 
 
 def dequantised(kept, like):
     """The same weights as arrays, leaf by leaf."""
-    nodes = jax.tree.map(lambda _, node: node, like, as_matrices(kept))
+    nodes = jax.tree.map(lambda _, node: node, like, kept)
     return jax.tree.map(lambda leaf, node: node.astype(leaf.dtype), like, nodes)
 
 
@@ -53,6 +53,15 @@ def test_a_token_outside_of_the_vocabulary_is_nan_in_int8_too(model, params):
     hidden = hidden_states(model, quantised(params), tokens, *whole_rows(tokens))
     assert np.isnan(hidden[1]).all()
     assert np.isfinite(hidden[0]).all()
+
+
+@pytest.mark.parametrize("scorer", ["reward", "value"])
+def test_reward_and_value_heads_are_not_quantised(scorer, config):
+    model = Model.create(config, scorer=scorer)
+    abstract = model.abstract_params("int8")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract["scorer"])} == {"float32"}
+    assert isinstance(abstract["embed"]["table"], Int8Matrix)
+    shardings(make_mesh(MeshConfig(fsdp=8)), model.logical_axes("int8"), abstract)
 
 
 def test_no_matrix_of_all_layers_is_turned_back_at_once(model, params):

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from kto_jax.config import ADAPTED, LoraConfig
-from kto_jax.models.int8 import as_matrices, quantised
-from kto_jax.models.lora import AdaptedMatrix, adapter_axes, as_adapted, init_adapters, laid_upon
+from kto_jax.models.int8 import quantised
+from kto_jax.models.lora import AdaptedMatrix, Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.peft import save_adapters
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
@@ -34,7 +34,7 @@ def merged(params, adapters):
     def one(node):
         return node.astype("float32") if isinstance(node, AdaptedMatrix) else node
 
-    laid = as_adapted(as_matrices(laid_upon(params, adapters, SCALE)))
+    laid = merge_adapters(params, adapters, SCALE)
     return jax.tree.map(one, laid, is_leaf=lambda node: isinstance(node, AdaptedMatrix))
 
 
@@ -42,30 +42,32 @@ def merged(params, adapters):
 def test_a_policy_begins_as_the_frozen_model_to_the_bit_and_can_leave_it(zero, model, params):
     lora = LoraConfig(rank=3, zero=zero)
     adapters = init_adapters(params, lora, jax.random.key(0))
-    laid, rows = laid_upon(params, adapters, SCALE), whole_rows(TOKENS)
+    laid, rows = merge_adapters(params, adapters, SCALE), whole_rows(TOKENS)
     np.testing.assert_array_equal(
         hidden_states(model, laid, TOKENS, *rows), hidden_states(model, params, TOKENS, *rows)
     )
-    gradient = jax.grad(lambda adapters: jnp.sum(hidden_states(model, laid_upon(params, adapters, 1.0), TOKENS, *rows)))
+    gradient = jax.grad(
+        lambda adapters: jnp.sum(hidden_states(model, merge_adapters(params, adapters, 1.0), TOKENS, *rows))
+    )
     other = {"a": "b", "b": "a"}[zero]
     for group in gradient(adapters)["layers"].values():
         for pair in group.values():
-            assert np.all(np.any(pair["weight"][zero] != 0, axis=(1, 2)))
-            assert np.all(pair["weight"][other] == 0)  # until the first has moved
+            assert np.all(np.any(getattr(pair["weight"], zero) != 0, axis=(1, 2)))
+            assert np.all(getattr(pair["weight"], other) == 0)  # until the first has moved
 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])
 def test_the_forward_pass_is_that_of_the_sum(kept, model, params):
     frozen = quantised(params) if kept == "int8" else params
     adapters, rows = drawn(params), whole_rows(TOKENS)
-    got = hidden_states(model, laid_upon(frozen, adapters, SCALE), TOKENS, *rows)
+    got = hidden_states(model, merge_adapters(frozen, adapters, SCALE), TOKENS, *rows)
     expected = hidden_states(model, merged(frozen, adapters), TOKENS, *rows)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *rows))) > 0.1
     whole = params["layers"]["mlp"]["gate"]["weight"] if kept == "float32" else None
     if whole is not None:
         pair = adapters["layers"]["mlp"]["gate"]["weight"]
-        by_numpy = np.asarray(whole) + SCALE * np.asarray(pair["a"]) @ np.asarray(pair["b"])
+        by_numpy = np.asarray(whole) + SCALE * np.asarray(pair.a) @ np.asarray(pair.b)
         np.testing.assert_allclose(
             merged(frozen, adapters)["layers"]["mlp"]["gate"]["weight"], by_numpy, rtol=1e-5, atol=1e-6
         )
@@ -84,17 +86,17 @@ def test_gradients_are_those_of_the_whole_matrix_through_the_other_factor(config
         whole = jax.tree.map(lambda leaf: leaf, params)  # its dictionaries are new
         for group, names in adapters["layers"].items():
             for name, pair in names.items():
-                a, b = pair["weight"]["a"], pair["weight"]["b"]
+                a, b = pair["weight"].a, pair["weight"].b
                 whole["layers"][group][name]["weight"] += SCALE * (a @ b)
         of_whole = jax.device_get(jax.jit(jax.grad(loss))(whole))
-        of_adapters = jax.jit(jax.grad(lambda adapters: loss(laid_upon(params, adapters, SCALE))))(adapters)
+        of_adapters = jax.jit(jax.grad(lambda adapters: loss(merge_adapters(params, adapters, SCALE))))(adapters)
         of_adapters = jax.device_get(of_adapters)
         for group, names in jax.device_get(adapters)["layers"].items():
             for name, pair in names.items():
-                a, b, dw = pair["weight"]["a"], pair["weight"]["b"], of_whole["layers"][group][name]["weight"]
+                a, b, dw = pair["weight"].a, pair["weight"].b, of_whole["layers"][group][name]["weight"]
                 got = of_adapters["layers"][group][name]["weight"]
-                np.testing.assert_allclose(got["a"], SCALE * dw @ b.transpose(0, 2, 1), rtol=1e-9, atol=1e-11)
-                np.testing.assert_allclose(got["b"], SCALE * a.transpose(0, 2, 1) @ dw, rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(got.a, SCALE * dw @ b.transpose(0, 2, 1), rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(got.b, SCALE * a.transpose(0, 2, 1) @ dw, rtol=1e-9, atol=1e-11)
 
 
 def test_only_the_chosen_matrices_have_adapters_and_each_has_its_axes(model, params):
@@ -103,15 +105,14 @@ def test_only_the_chosen_matrices_have_adapters_and_each_has_its_axes(model, par
     shapes = jax.tree.map(lambda leaf: leaf.shape, adapters)
     assert shapes == {
         "layers": {
-            "attention": {"value": {"weight": {"a": (2, 32, 5), "b": (2, 5, 16)}}},
-            "mlp": {"down": {"weight": {"a": (2, 48, 5), "b": (2, 5, 32)}}},
+            "attention": {"value": {"weight": Adapter((2, 32, 5), (2, 5, 16))}},
+            "mlp": {"down": {"weight": Adapter((2, 48, 5), (2, 5, 32))}},
         }
     }
-    assert axes["layers"]["mlp"]["down"]["weight"] == {
-        "a": ("layers", "mlp", "adapter"),
-        "b": ("layers", "adapter", "embed"),
-    }
-    assert np.abs(adapters["layers"]["mlp"]["down"]["weight"]["a"]).max() == pytest.approx(48**-0.5, rel=0.05)
+    assert axes["layers"]["mlp"]["down"]["weight"] == Adapter(
+        ("layers", "mlp", "adapter"), ("layers", "adapter", "embed")
+    )
+    assert np.abs(adapters["layers"]["mlp"]["down"]["weight"].a).max() == pytest.approx(48**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("scorer", ["none", "reward", "value"])
@@ -137,8 +138,8 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(scorer, config, 
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
     pair = adapters["layers"]["mlp"]["down"]["weight"]
-    np.testing.assert_array_equal(tensors.pop(name.format("A")), pair["a"][1].T)
-    np.testing.assert_array_equal(tensors.pop(name.format("B")), pair["b"][1].T)
+    np.testing.assert_array_equal(tensors.pop(name.format("A")), pair.a[1].T)
+    np.testing.assert_array_equal(tensors.pop(name.format("B")), pair.b[1].T)
     if scorer == "reward":
         np.testing.assert_array_equal(tensors.pop("base_model.model.score.weight"), adapters["scorer"]["weight"][None])
     assert (values["task_type"], values["modules_to_save"]) == (

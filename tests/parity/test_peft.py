@@ -6,7 +6,7 @@ import pytest
 
 from kto_jax.config import LoraConfig
 from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.lora import init_adapters, laid_upon
+from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
@@ -56,13 +56,13 @@ def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     plain = their_logits(torch, base, TOKENS)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours = our_logits(model, laid_upon(params, adapters, lora.alpha / lora.rank), TOKENS)
+    ours = our_logits(model, merge_adapters(params, adapters, lora.alpha / lora.rank), TOKENS)
     assert np.max(np.abs(ours - plain)) > 0.1
     close(ours, their_logits(torch, theirs, TOKENS))
     save_hugging_face(
         tmp_path / "merged",
         model,
-        laid_upon(params, adapters, lora.alpha / lora.rank),
+        merge_adapters(params, adapters, lora.alpha / lora.rank),
         tokenizer_dir=None,
         model_card="",
     )
@@ -92,7 +92,7 @@ def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, tra
         hidden = model.hidden_states(params, TOKENS, np.ones_like(TOKENS), positions)
         return model.scores(params, hidden[:, -1])
 
-    laid = ours(laid_upon(params, adapters, lora.alpha / lora.rank) | scorer)
+    laid = ours(merge_adapters(params, adapters, lora.alpha / lora.rank) | scorer)
     assert np.min(np.abs(laid - ours(params | scorer))) > 0.01
     found = np.concatenate([their_logits(torch, theirs, row[None])[:, 0] for row in TOKENS])
     close(laid, found)

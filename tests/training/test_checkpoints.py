@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kto_jax.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig, TransientError
+from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, MeshConfig, OptimizerConfig, TransientError
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import write_config_json
-from kto_jax.models.int8 import kept_as
+from kto_jax.models.int8 import Int8Matrix, kept_as
+from kto_jax.models.lora import Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.training.checkpoints import Checkpoints, load_policy
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
@@ -112,11 +113,44 @@ def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
     assert jax.tree.map(lambda x: x.sharding, restored.reference) == jax.tree.map(
         lambda x: x.sharding, abstract.reference
     )
-    assert restored.reference["embed"]["table"]["int8"].dtype == "int8"
+    assert restored.reference["embed"]["table"].int8.dtype == "int8"
     with pytest.raises(ConfigError, match="embed/table/int8: missing"):
         plain = make_abstract(make_mesh(MeshConfig()))
         checkpoints.save_reference(states[0].policy)
         checkpoints.restore(dataclasses.replace(plain, reference=abstract.reference))
+
+
+def as_dictionaries(tree):
+    """The tree as versions before 0.2 kept it: a dictionary for each adapter and each int8 matrix."""
+
+    def plain(node):
+        if isinstance(node, Adapter):
+            return {"a": node.a, "b": node.b}
+        return {"int8": node.int8, "scales": node.scales} if isinstance(node, Int8Matrix) else node
+
+    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, (Adapter, Int8Matrix)))
+
+
+def test_adapters_and_int8_matrices_that_were_saved_as_dictionaries_are_restored(tmp_path):
+    lora, mesh = LoraConfig(rank=2), make_mesh(MeshConfig(fsdp=8))
+    params = MODEL.init_params(jax.random.key(0), "float32")
+    adapters, frozen = init_adapters(params, lora, jax.random.key(1)), kept_as(params, "int8")
+    of_adapters = shardings(mesh, adapter_axes(MODEL.logical_axes(), lora), adapters)
+    of_frozen = shardings(mesh, MODEL.logical_axes("int8"), frozen)
+    state = create_state(jax.device_put(adapters, of_adapters), jax.device_put(frozen, of_frozen), OPTIMIZER, mesh, {})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save_reference(as_dictionaries(state.reference))
+    before = create_state(as_dictionaries(state.policy), {}, OPTIMIZER, mesh, {})
+    checkpoints.save(1, before, None)
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    restored = checkpoints.restore(abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(state) and equal(restored, state)
+    write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
+    write_json(tmp_path / "config.json", {"lora": dataclasses.asdict(lora)})
+    _, policy, _ = load_policy(tmp_path)
+    expected = merge_adapters(frozen, adapters, lora.alpha / lora.rank)
+    assert jax.tree.structure(policy) == jax.tree.structure(expected) and equal(policy, expected)
 
 
 def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):

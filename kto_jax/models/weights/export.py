@@ -22,8 +22,6 @@ from jax.experimental import multihost_utils
 from kto_jax.config import ConfigError
 from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.gather import gather
-from kto_jax.models.int8 import as_matrices
-from kto_jax.models.lora import as_adapted
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.classifier import choose_padding, classifier_values, write_padding
 from kto_jax.models.weights.safetensors_files import write_safetensors
@@ -81,7 +79,6 @@ def save_hugging_face(
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    params = as_adapted(as_matrices(params))
     expected = expected_tensors(model.config, reward=model.scorer == "reward")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     itemsize = jnp.dtype(dtype).itemsize

@@ -20,7 +20,7 @@ from kto_jax.models.families import CLASSIFIERS, FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.families.tensors import Tensor
 from kto_jax.models.heads import init_scorer
-from kto_jax.models.int8 import INT8, quantise
+from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.gguf import open_gguf
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights, listed, read_json, weight_files
@@ -96,8 +96,9 @@ def load_params(
     abstract = {name: abstract[name] for name in shardings}
 
     def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-        if isinstance(sharding, dict):  # of a matrix that becomes int8
-            return quantise(key_path[-1].key, load(key_path, leaf, sharding["int8"]), sharding)
+        if isinstance(sharding, Int8Matrix):
+            whole = load(key_path, leaf, sharding.int8)
+            return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
         name = ".".join(part.key for part in key_path)
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
 

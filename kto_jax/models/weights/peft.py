@@ -72,9 +72,9 @@ def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]
     for group, matrices in adapters["layers"].items():
         for name, pair in matrices.items():
             theirs = _PREFIX + tensors[f"layers.{group}.{name}.weight"].name.removesuffix("weight")
-            for part in ("a", "b"):
-                for layer, values in enumerate(gather(pair["weight"][part])):
-                    yield f"{theirs.format(layer)}lora_{part.upper()}.weight", np.ascontiguousarray(values.T)
+            for part, factor in (("A", pair["weight"].a), ("B", pair["weight"].b)):
+                for layer, values in enumerate(gather(factor)):
+                    yield f"{theirs.format(layer)}lora_{part}.weight", np.ascontiguousarray(values.T)
     if model.scorer == "reward":
         yield f"{_PREFIX}score.weight", gather(adapters["scorer"]["weight"])[None]
 
