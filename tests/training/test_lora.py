@@ -127,7 +127,7 @@ def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(fi
     for theirs, (group, name) in {"self_attn.o_proj": ("attention", "output"), "mlp.up_proj": ("mlp", "up")}.items():
         a, b = (adapters[f"base_model.model.model.layers.1.{theirs}.lora_{part}.weight"] for part in "AB")
         assert np.abs(b).max() > 0
-        frozen = np.asarray(laid["layers"][group][name]["weight"]["weight"][1]).T
+        frozen = np.asarray(laid["layers"][group][name]["weight"].frozen[1]).T
         np.testing.assert_allclose(policy[f"model.layers.1.{theirs}.weight"], frozen + 4 * b @ a, rtol=1e-5, atol=1e-6)
     # What is sampled from a checkpoint is what is exported.
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
