@@ -47,6 +47,7 @@ from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
+from kto_jax.training.resume import as_begun
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.trackers import check_trackers
@@ -90,7 +91,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
-        config = processes.together(lambda: choose_dtype(config, workdir))
+        config = processes.together(lambda: choose_dtype(as_begun(config, workdir)))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)
@@ -118,13 +119,19 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         )
         abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
         take_step = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
-        first_step = checkpoints.latest_step or 0
+        first_step = checkpoints.agree_on_latest_step() or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
 
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
         with console.phase("reading weights"):
-            state = jax.block_until_ready(make_state(config, inputs, model, optimizer, checkpoints, abstract))
+            if first_step:
+                console.print(f"continuing after step {first_step}")
+                state = checkpoints.restore(abstract, first_step)
+            else:
+                state = make_state(config, inputs, model, optimizer, abstract)
+                checkpoints.save_reference(state.reference)
+            jax.block_until_ready(state)
         if first_step == 0 and is_rounded(config):
             _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
         write_samples("before", model, state, inputs, run, config)

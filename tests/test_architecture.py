@@ -43,8 +43,8 @@ ORDER = {
     "kto_jax.sampling": ["sample"],
     "kto_jax.storage": ["atomic folders", "digests", "fetch"],
     "kto_jax.training": [
-        "forward inputs metrics microbatches preemption reference rounding run_folder save_timer state trackers work",
-        "accumulate checkpoints logs optimizer sync",
+        "forward inputs metrics microbatches preemption reference resume rounding save_timer state trackers work",
+        "accumulate checkpoints logs optimizer run_folder sync",
         "first_state in_flight step",
         "evaluation loop precompute",
     ],

@@ -277,7 +277,10 @@ class OptimizerConfig:
     warmup_steps: Annotated[int, Range(at_least=0)] = 150
     """Steps over which the learning rate rises from 0."""
     weight_decay: NotNegative = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay, decoupled from the gradient as in AdamW."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """Parameters that weight decay applies to. "matrices": the layers' matrices and adapters, not norms, biases,
+    embeddings and heads."""
     b1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     b2: Fraction = 0.999

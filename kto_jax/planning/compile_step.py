@@ -261,7 +261,7 @@ def compile_for(
     Raises:
       ConfigError: mesh, rows or model do not fit together.
     """
-    config = choose_dtype(config)
+    config = choose_dtype(config, only_config=True)
     objective, precomputed = subject.objective, config.reference.precompute
     mesh, model = make_model(config, subject, topology.devices)
     check_lengths([shape.row_length], dict(mesh.shape))

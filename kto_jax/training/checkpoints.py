@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint; None where there is none.
+    def agree_on_latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, None if there is none; waits until every process has called this.
 
         Raises:
           TransientError: the processes see different ones, as on a shared file system that lags.
@@ -90,7 +90,8 @@ class Checkpoints:
         Args:
           step: steps taken.
           state: what to save.
-          eval_loss: held-out loss at this step, if it was measured; the lowest marks the checkpoint to keep.
+          eval_loss: held-out loss at this step, if it was measured; the checkpoint with the lowest is kept. One that
+            is not finite counts as not measured: NaN compares as neither lower nor higher.
 
         Raises:
           Exception: the previous save failed; it is not hidden until the end.
@@ -100,7 +101,7 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(
             step,
             {"state": self._moving_part(state)},
-            metrics=None if eval_loss is None else {_BEST: eval_loss},
+            metrics=None if eval_loss is None or not math.isfinite(eval_loss) else {_BEST: eval_loss},
             force=True,
         )
         if jax.default_backend() == "cpu":
@@ -125,15 +126,12 @@ class Checkpoints:
         parts = {name: getattr(state, name) for name in self._moving}
         return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """Reads the newest checkpoint, placed as `abstract` says.
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """Reads the checkpoint of a step, placed as `abstract` says.
 
         Raises:
           ConfigError: the checkpoint is of another model or optimizer; lists what differs.
         """
-        step = self.latest_step
-        if step is None:
-            raise ConfigError(f"{self._directory} holds no whole checkpoint. Start the run again without resuming.")
         wanted = self._moving_part(abstract)
         found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
         _check_same(found, wanted, self._directory / str(step))

@@ -20,9 +20,7 @@ from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import load_params
 from kto_jax.objectives import Objective
-from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import console
 from kto_jax.training.state import TrainState, abstract_state, create_state
 
 
@@ -107,13 +105,9 @@ def make_state(
     inputs: Inputs,
     model: Model,
     optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
     abstract: TrainState,
 ) -> TrainState:
-    """The state of the newest checkpoint; without one, of the first weights, whose reference is then written."""
-    if checkpoints.latest_step is not None:
-        console.print(f"continuing after step {checkpoints.latest_step}")
-        return checkpoints.restore(abstract)
+    """The state before the first step, from the first weights."""
     key = jax.random.key(config.seed)
     layout, reference_layout = (
         jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
@@ -132,9 +126,7 @@ def make_state(
     else:
         trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
         reference = _kept_as_reference(config, trunk, reference_layout)
-    state = create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
-    checkpoints.save_reference(state.reference)
-    return state
+    return create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
 
 def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,24 +51,40 @@ def make_optimizer(
         groups = {"policy": clip, "scorer": clip_by_global_norm(config.value_clip_norm)}
         clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
     if config.name == "adamw":
-        update = optax.adamw(
-            learning_rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mu_dtype="float32",
-        )
+        scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype="float32")
     else:
-        update = optax.chain(
-            optax.scale_by_rms(decay=0.99, eps=config.eps, eps_in_sqrt=False),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+        scale = optax.scale_by_rms(decay=0.99, eps=config.eps, eps_in_sqrt=False)
+    update = optax.chain(
+        scale,
+        add_decayed_weights(config.weight_decay, config.decayed),
+        optax.scale_by_learning_rate(learning_rate),
+    )
     if config.moments_dtype == "bfloat16":
         update = keep_in_bfloat16(update, seed)
     optimizer = optax.chain(clip, update)
     return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
+
+
+def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]) -> optax.GradientTransformation:
+    """Adds weight_decay · parameter to the updates of the parameters that are decayed.
+
+    optax's takes a mask too, but nests the state then, and checkpoints without a mask could not be read.
+
+    Args:
+      weight_decay: the factor.
+      decayed: "matrices": the stacked matrices of the layers [layers, in, out], adapters among them; or "all".
+    """
+
+    def is_decayed(path: Any, parameter: Array) -> bool:
+        return decayed == "all" or (getattr(path[0], "key", None) == "layers" and parameter.ndim == 3)
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        def add(path: Any, parameter: Array, update: Array) -> Array:
+            return update + weight_decay * parameter if is_decayed(path, parameter) else update
+
+        return jax.tree_util.tree_map_with_path(add, params, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def num_updates(opt_state: Any, default: Int[Array, ""]) -> Int[Array, ""]:

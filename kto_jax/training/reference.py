@@ -7,9 +7,7 @@ than the weights it comes from breaks that: after a short SFT, rounding to bfloa
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any, cast
+from typing import Literal
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.models.weights.stored_dtype import stored_dtype
@@ -17,40 +15,26 @@ from kto_jax.objectives import check_objective
 from kto_jax.storage.fetch import local_path
 
 
-def choose_dtype(config: Config, workdir: Path | None = None) -> Config:
+def choose_dtype(config: Config, *, only_config: bool = False) -> Config:
     """The run with `reference.param_dtype="auto"` replaced by a dtype that holds the reference exactly.
-
-    A run that is resumed keeps the dtype in its config.json.
 
     Args:
       config: the run.
-      workdir: the run's folder; None where there is no run, and a model of the Hub is judged by its config.json.
+      only_config: whether to fetch no more than config.json of a model of the Hub.
 
     Raises:
       ConfigError: the objective or the model cannot be used.
     """
-    if config.reference.param_dtype != "auto":
+    has_reference = config.lora.rank or check_objective(config.objective).uses_reference
+    if config.reference.param_dtype != "auto" or not has_reference:
         return config
-    dtype = _recorded(workdir) if workdir else None
-    if dtype is None and (config.lora.rank or check_objective(config.objective).uses_reference):
-        # It becomes a mix with the policy where it is synced.
-        moves = config.reference.sync_every > 0
-        dtype = config.model.param_dtype if moves else _source_dtype(config, only_config=workdir is None)
-    if dtype is None:
-        return config
-    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=cast(Any, dtype)))
+    # A synced reference becomes a mix with the policy.
+    moves = config.reference.sync_every > 0
+    dtype = config.model.param_dtype if moves else _source_dtype(config, only_config=only_config)
+    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=dtype))
 
 
-def _recorded(workdir: Path) -> str | None:
-    """The reference's dtype in the config.json of a run; None if there is no run."""
-    try:
-        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        return str(values["reference"]["param_dtype"])
-    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a config.json that is broken
-        return None
-
-
-def _source_dtype(config: Config, *, only_config: bool = False) -> str:
+def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["float32", "bfloat16"]:
     """The narrowest dtype that holds the weights that the reference is made from exactly."""
     if not config.reference.path and (config.model.init == "random" or config.model.param_dtype == "bfloat16"):
         return config.model.param_dtype

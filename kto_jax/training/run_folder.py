@@ -31,6 +31,7 @@ from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.storage.atomic import write_json, write_text
+from kto_jax.training.resume import BEFORE_FIELDS
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
 # they amount to is held by the index, as of the EOS.
@@ -57,8 +58,9 @@ _FREE = (
 )
 
 _HISTORY = "config_history.jsonl"
-# What of a manifest must be equal: its inputs, and the tokens that they became.
-_CONTENT = ("key", "content_sha256")
+# What of a manifest must be equal: the tokens, labels, weights and splits that the feedback became. Not the key of the
+# index, which changes when a new version adds a setting.
+_CONTENT = ("content_sha256",)
 # What a start that was killed before config.json was written may have left.
 _BEGINNINGS = {
     ".lock",
@@ -215,7 +217,7 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
             f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
         ) from None
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("config", _completed(config_before, _as_json(Config())), _as_json(config)),
+        ("config", _completed(config_before, _as_json(BEFORE_FIELDS)), _as_json(config)),
         ("model", model_before, write_config_json(architecture)),
         ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
     ]

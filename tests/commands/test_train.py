@@ -330,8 +330,8 @@ def test_feedback_that_changed_under_a_run_is_refused(unbroken, capsys, tmp_path
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
     manifest = json.loads((workdir / "manifest.json").read_text())
-    (workdir / "manifest.json").write_text(json.dumps(manifest | {"key": "other"}))
-    assert "data.key: was 'other'" in refused(capsys, *TINY, f"--workdir={workdir}")
+    (workdir / "manifest.json").write_text(json.dumps(manifest | {"content_sha256": "other"}))
+    assert "data.content_sha256: was 'other'" in refused(capsys, *TINY, f"--workdir={workdir}")
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_arrays(unbroken, capsys, tmp_path):

@@ -69,7 +69,7 @@ def equal(one, other):
 @pytest.mark.parametrize("restored_on", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(restored_on, tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None, None])
-    restored = checkpoints.restore(make_abstract(make_mesh(restored_on)))
+    restored = checkpoints.restore(make_abstract(make_mesh(restored_on)), 2)
     expected = advance(advance(jax.device_put(first)))
     assert restored.step == 2
     assert equal(restored.policy, expected.policy)
@@ -88,7 +88,7 @@ def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkp
     checkpoints.wait()
     abstract = make_abstract(mesh)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=abstract.step.sharding)
-    restored = checkpoints.restore(dataclasses.replace(abstract, objective_state={"running_mean": number}))
+    restored = checkpoints.restore(dataclasses.replace(abstract, objective_state={"running_mean": number}), 1)
     assert equal(restored.reference, moved.reference)
     assert restored.objective_state == {"running_mean": 0.25}
     assert not (tmp_path / "checkpoints" / "reference").exists()
@@ -108,7 +108,7 @@ def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
     checkpoints.save(1, states[0], None)
     checkpoints.wait()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
-    restored = checkpoints.restore(abstract)
+    restored = checkpoints.restore(abstract, 1)
     assert equal(restored.reference, states[0].reference)
     assert jax.tree.map(lambda x: x.sharding, restored.reference) == jax.tree.map(
         lambda x: x.sharding, abstract.reference
@@ -117,7 +117,7 @@ def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
     with pytest.raises(ConfigError, match="embed/table/int8: missing"):
         plain = make_abstract(make_mesh(MeshConfig()))
         checkpoints.save_reference(states[0].policy)
-        checkpoints.restore(dataclasses.replace(plain, reference=abstract.reference))
+        checkpoints.restore(dataclasses.replace(plain, reference=abstract.reference), 1)
 
 
 def as_dictionaries(tree):
@@ -160,7 +160,7 @@ def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
     checkpoints.save_reference(state.reference)
     checkpoints.save(1, state, None)
     checkpoints.wait()
-    restored = checkpoints.restore(dataclasses.replace(make_abstract(mesh), reference={}))
+    restored = checkpoints.restore(dataclasses.replace(make_abstract(mesh), reference={}), 1)
     assert restored.reference == {}
     assert equal(restored.policy, state.policy)
     assert not (tmp_path / "checkpoints" / "reference").exists()
@@ -179,7 +179,7 @@ def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), policy, layout
     )
-    restored = checkpoints.restore(abstract_state(abstract, {}, optimizer, mesh, {}))
+    restored = checkpoints.restore(abstract_state(abstract, {}, optimizer, mesh, {}), 1)
     assert equal((restored.policy, restored.opt_state), (state.policy, state.opt_state))
 
 
@@ -187,6 +187,15 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     checkpoints, _ = save_steps(tmp_path, make_mesh(MeshConfig()), [0.5, 0.1, None, 0.4, None, 0.3])
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"2", "5", "6", "reference"}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best(broken, tmp_path):
+    """NaN compares as neither lower nor higher, so that a sort by it could put it anywhere."""
+    checkpoints, _ = save_steps(tmp_path, make_mesh(MeshConfig()), [0.5, broken, 0.4, broken, None], keep=1)
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"3", "5", "reference"}
     checkpoints.close()
 
 
@@ -199,7 +208,7 @@ def test_a_checkpoint_of_another_model_is_refused_listing_both_sides(change, mes
     checkpoints, _ = save_steps(tmp_path, mesh, [None])
     other = Model.create(dataclasses.replace(ARCHITECTURE, **change))
     with pytest.raises(ConfigError, match=message):
-        checkpoints.restore(make_abstract(mesh, other))
+        checkpoints.restore(make_abstract(mesh, other), 1)
 
 
 def test_a_reference_written_for_another_model_is_refused(tmp_path):
@@ -208,7 +217,7 @@ def test_a_reference_written_for_another_model_is_refused(tmp_path):
     abstract = make_abstract(mesh)
     scalar = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     with pytest.raises(ConfigError, match=r"reference is a checkpoint of another model.*extra: missing"):
-        checkpoints.restore(dataclasses.replace(abstract, reference=abstract.reference | {"extra": scalar}))
+        checkpoints.restore(dataclasses.replace(abstract, reference=abstract.reference | {"extra": scalar}), 1)
 
 
 def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
@@ -236,4 +245,4 @@ def test_processes_that_see_different_checkpoints_are_told_to_try_again(tmp_path
         contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints,
         pytest.raises(TransientError, match=r"different newest checkpoints .* steps 4, 2"),
     ):
-        _ = checkpoints.latest_step
+        checkpoints.agree_on_latest_step()

@@ -190,7 +190,7 @@ def config(init="pretrained", path=str(TINY), **reference):
     ({"path": PUBLISHED, "param_dtype": "int8"}, "int8"),
 ])  # fmt: skip
 def test_auto_loses_nothing_of_what_the_policy_begins_with(options, expected):
-    assert choose_dtype(config(**options)).reference.param_dtype == expected
+    assert choose_dtype(config(**options), only_config=True).reference.param_dtype == expected
 
 
 def test_without_a_reference_or_adapters_there_is_no_dtype_to_choose():

@@ -33,7 +33,9 @@ def test_without_warm_up_the_rate_begins_at_its_peak():
 
 
 def update(name, gradient, **options):
-    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", **options)
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", decayed="all", **options
+    )
     optimizer = make_optimizer(config, make_learning_rate(config, 10))
     params = {"w": jnp.array([3.0, 4.0])}
     return optimizer.update({"w": jnp.array(gradient)}, optimizer.init(params), params)
@@ -48,6 +50,43 @@ def test_rmsprop_by_hand():
     updates, _ = update("rmsprop", [0.5, -2.0], weight_decay=0.01)
     # The mean square is 1 % of the gradient's after one step: the update is ten times the rate.
     np.testing.assert_allclose(updates["w"], [-1.0 - 0.1 * 0.03, 1.0 - 0.1 * 0.04], rtol=1e-4)
+
+
+PARAMETERS = {
+    "embed": {"table": (6, 4)}, "head": {"weight": (4, 6)}, "final_norm": {"scale": (4,)},
+    "scorer": {"first": {"weight": (4, 4), "bias": (4,)}},
+    "layers": {
+        "attention_norm": {"scale": (2, 4)},
+        "attention": {"query": {"weight": (2, 4, 4), "bias": (2, 4)}, "query_norm": {"scale": (2, 2)}},
+        "mlp": {"up": {"weight": {"a": (2, 4, 1), "b": (2, 1, 4)}}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("decayed", ["matrices", "all"])
+def test_weight_decay_reaches_matrices_of_layers_and_no_norm_bias_embedding_or_head(name, decayed):
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, decayed=decayed
+    )
+    optimizer = make_optimizer(config, make_learning_rate(config, 10))
+    params = jax.tree.map(jnp.ones, PARAMETERS, is_leaf=lambda node: isinstance(node, tuple))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="."): float(np.unique(update)[0])
+        for path, update in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    matrices = {"layers.attention.query.weight", "layers.mlp.up.weight.a", "layers.mlp.up.weight.b"}
+    expected = {path: -0.05 if decayed == "all" or path in matrices else 0.0 for path in moved}
+    assert moved == pytest.approx(expected)
+
+
+def test_the_optimizer_has_the_state_that_optax_gives_it_whatever_is_decayed():
+    """A checkpoint's arrays are found by their place in it."""
+    params = {"layers": {"w": jnp.ones((1, 2, 2))}}
+    config = OptimizerConfig(weight_decay=0.1)
+    _, ours = make_optimizer(config, make_learning_rate(config, 10)).init(params)
+    assert jax.tree.structure(ours) == jax.tree.structure(optax.adamw(optax.constant_schedule(1.0)).init(params))
 
 
 def test_rmsprop_steps_alike_for_the_tiny_gradients_of_a_large_model():

@@ -5,7 +5,6 @@ Weights are gathered and written one tensor at a time, file by file.
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import shutil
@@ -93,7 +92,8 @@ def save_hugging_face(
         if writes:
             write_safetensors(partial / file_name, {name: shapes[name] for name in names}, dtype, tensors)
         else:
-            collections.deque(tensors, maxlen=0)
+            for _ in tensors:  # Gathering a tensor takes all processes.
+                pass
     if writes:
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
