@@ -1,10 +1,10 @@
 """Checkpoints: the only file that knows Orbax.
 
-    checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and a reference that is
+    checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and the reference if it is
                                 synced; written in the background
-    checkpoints/reference       a frozen reference, written once; low-rank adapters are laid upon it
+    checkpoints/reference       the frozen reference, to which low-rank adapters are added; written once
 
-A checkpoint appears under its final name only when it is whole, so a run that is killed finds the newest whole one.
+A checkpoint gets its final name only when it is complete. A run that was killed resumes from the newest complete one.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Checkpoints:
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> (shape, dtype) of every array of a tree; tuples and named tuples are told apart by place alone."""
+    """Path -> (shape, dtype) of every array of a tree; elements of tuples and named tuples are named by position."""
     plain = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): (

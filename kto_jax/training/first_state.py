@@ -1,4 +1,4 @@
-"""What a run is made of: the mesh, the model upon it, and the training state, abstract or with its first weights."""
+"""The mesh, the model on it, and the training state before the first step, abstract or with weights."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from kto_jax.training.state import TrainState, abstract_state, create_state
 
 
 class Subject(Protocol):
-    """What the model and the abstract state need to know of a run's inputs."""
+    """The part of a run's inputs that the model and the abstract state need."""
 
     @property
     def architecture(self) -> TransformerConfig:
-        """Of policy and reference."""
+        """Architecture of policy and reference."""
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The objective."""
 
 
 def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
-    """The device mesh and the model upon it.
+    """The device mesh and the model on it.
 
     Args:
       config: the run.
       inputs: what it trains.
-      devices: the devices; none for all that are here.
+      devices: the devices; empty for all available ones.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices do not have the attention.
+      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices lack the attention kernel.
     """
     architecture = inputs.architecture
     devices = list(devices) or jax.devices()
@@ -70,7 +70,7 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
 
 
 def _check_remat(remat: str, platform: str) -> None:
-    """Refuses to offload where there is nowhere to.
+    """Refuses to offload on devices whose memory is the host's.
 
     Raises:
       ConfigError: naming the platform.

@@ -1,8 +1,9 @@
-"""bfloat16 that still learns: numbers are computed in float32, and rounded by chance on the way to where they are kept.
+"""Stochastic rounding: bfloat16 weights and moments that still learn.
 
-bfloat16 has 8 bits of precision. A change smaller than half a step of a number is lost by rounding to the nearest, and
-lost again the next time: a policy at KTO's learning rates stands still, and so does a second moment with b2 = 0.999.
-Rounded up as often as the remainder says, and down otherwise, numbers are right in the mean.
+Updates are computed in float32 and rounded when they are stored. bfloat16 has 8 bits of precision, so rounding to the
+nearest loses every change smaller than half a step of a number: at KTO's learning rates the policy would not move, nor
+would a second moment with b2 = 0.999. Stochastic rounding rounds up with a probability equal to the remainder, and so
+is correct on average.
 """
 
 from __future__ import annotations
@@ -14,19 +15,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float, Int, Key
 
-# What a draw is for: the same place and step must not draw the same bits twice.
+# The purpose of a draw: the same array and step must not draw the same bits twice.
 _MOMENTS, _PARAMS, _REFERENCE = 0, 1, 2
 
 
 def round_by_chance(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[Array, "*shape"]:
-    """Rounds to one of the two nearest bfloat16 numbers, so that the mean over draws is `x`.
+    """Rounds stochastically to one of the two nearest bfloat16 numbers, so that the mean over draws is `x`.
 
-    A bfloat16 number is the upper half of a float32 one: a uniform number of 16 bits is added to the lower half, which
-    is then cut off. What is drawn depends on the key and the place in the array alone, however the array is laid over
-    devices.
+    A bfloat16 number is the upper half of a float32 number. A uniform 16-bit number is added to the lower half, which
+    is then cut off. The draw depends only on the key and the position in the array, not on how the array is sharded.
 
     Args:
-      x: float32. Infinities and NaN stay what they are.
+      x: float32. Infinities and NaN are unchanged.
       key: decides the draws.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -36,18 +36,18 @@ def round_by_chance(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[
 
 
 class RoundedState(NamedTuple):
-    """Updates made, and a state whose floating-point arrays are bfloat16."""
+    """The number of updates, and a state whose floating-point arrays are bfloat16."""
 
     num_updates: Int[Array, ""]
     state: Any
 
 
 def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
-    """The same transformation, its moments kept in bfloat16 between updates and float32 within them.
+    """The same transformation with moments stored in bfloat16 and computed in float32.
 
     Args:
       inner: for example `optax.adamw`.
-      seed: with the number of the update, decides how moments are rounded.
+      seed: decides, with the number of the update, how moments are rounded.
     """
 
     def init(params: Any) -> RoundedState:
@@ -67,15 +67,15 @@ def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Gr
 
 
 def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
-    """The same transformation for parameters in bfloat16, whose updates lead to a sum that was rounded by chance.
+    """The same transformation for bfloat16 parameters, with stochastically rounded sums.
 
-    The inner transformation sees float32 parameters, and has the state that they give it. What it adds to them is
-    added in float32 and rounded; the update is the rounded sum less the parameter, a difference that float32 holds, so
-    that `optax.apply_updates` arrives at the rounded sum.
+    The inner transformation sees float32 parameters and has the state that goes with them. Its update is added to them
+    in float32 and the sum is rounded. The update returned is the rounded sum minus the parameter, which float32 holds
+    exactly, so that `optax.apply_updates` gives the rounded sum.
 
     Args:
       inner: the whole optimizer.
-      seed: with the number of the update, decides how parameters are rounded.
+      seed: decides, with the number of the update, how parameters are rounded.
     """
 
     def init(params: Any) -> tuple[Int[Array, ""], Any]:
@@ -95,15 +95,15 @@ def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Grad
 
 
 def round_reference(values: Any, reference: Any, step: Int[Array, ""]) -> Any:
-    """A reference's next values in the types that it is kept in, by chance where that is bfloat16.
+    """A reference's next values in the dtypes it is stored in, stochastically rounded if that is bfloat16.
 
-    A mean of policy and reference lies so near the reference that the nearest bfloat16 number may be the old one, at
-    every move.
+    A mean of policy and reference is so close to the reference that rounding to the nearest could return the old
+    number at every move.
 
     Args:
-      values: what it becomes, at least float32.
-      reference: what it was; of the same structure.
-      step: decides the draws, with the array's place among the others and nothing else.
+      values: the next values, at least float32.
+      reference: the current values, with the same structure.
+      step: decides the draws, together with the position of the array in the tree.
     """
 
     def kept(x: Array, old: Array, key: Array) -> Array:
@@ -122,7 +122,7 @@ def _widened(params: Any) -> Any:
 
 def _keys(seed: int, purpose: int, count: Int[Array, ""], tree: Any) -> Any:
     """A key for each array of a tree."""
-    # By name: a run must draw the same bits whatever generator JAX is told to use for others.
+    # The generator is named, so that a run draws the same bits whatever JAX's default generator is.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), purpose)
     key = jax.random.fold_in(key, count)
     structure: Any = jax.tree.structure(tree)

@@ -1,4 +1,4 @@
-"""The training state: everything that a step reads and writes, and the optimizer that moves it."""
+"""The training state: everything that a step reads and writes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kto_jax.models.model import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and writes.
+    """Everything that a step reads and writes.
 
     Attributes:
       step: steps taken.
-      policy: parameters that are trained: the policy's, or low-rank adapters alone.
-      reference: parameters that log-ratios are taken against, and that adapters are laid upon; {} where neither is.
-      opt_state: the optimizer's.
-      objective_state: the objective's, by name; usually {}.
-      num_bad_steps: consecutive steps whose loss or gradient was not finite; they changed nothing else.
+      policy: the trained parameters: the policy's, or only its low-rank adapters.
+      reference: the frozen parameters: those of the reference, to which adapters are added; {} if there are none.
+      opt_state: the optimizer's state.
+      objective_state: the objective's state, by name; usually {}.
+      num_bad_steps: consecutive steps whose loss or gradient was not finite. They changed nothing else.
     """
 
     step: Int[Array, ""]
@@ -49,11 +49,11 @@ def create_state(
 
     Args:
       policy: placed parameters.
-      reference: placed parameters; leaves that are the policy's own arrays are copied, because the step donates the
-        policy's memory.
+      reference: placed parameters; arrays shared with the policy are copied, because the step donates the policy's
+        memory.
       optimizer: from `make_optimizer`.
       mesh: scalars are replicated over it.
-      objective_state: what the objective starts from.
+      objective_state: the objective's initial state.
     """
     scalar = NamedSharding(mesh, PartitionSpec())
     owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
@@ -74,7 +74,7 @@ def create_state(
 
 
 def _wide() -> jnp.dtype:
-    """float32, or float64 where x64 is on."""
+    """float32, or float64 if x64 is enabled."""
     return jnp.result_type(float)
 
 
@@ -97,7 +97,7 @@ def abstract_state(
 
 
 def state_shardings(abstract_opt_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: trees shaped like the parameters lie like them, all else is replicated."""
+    """Shardings of an optimizer state: trees shaped like the parameters are sharded like them, the rest replicated."""
     structure: Any = jax.tree.structure(params)
 
     def is_params(node: Any) -> bool:
