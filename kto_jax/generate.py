@@ -33,6 +33,7 @@ from kto_jax.models.weights.load import is_reward_model, load_params, read_confi
 from kto_jax.sampling import sample as rollout
 from kto_jax.storage import fetch as sources
 from kto_jax.training import checkpoints as checkpoint
+from kto_jax.training.resume import rendering_of_run
 
 Prompt = str | list[dict[str, str]]
 
@@ -260,7 +261,10 @@ def generate(options: Options) -> int:
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="kto_jax-") as directory:
         model, params, tokenizer_path = open_model(options.model, dtype=options.dtype)
         tokenizer = tokenize.prepare_tokenizer(
-            tokenizer_path, Path(directory) / "tokenizer", chat_template=options.chat_template
+            tokenizer_path,
+            Path(directory) / "tokenizer",
+            chat_template=options.chat_template,
+            rendering=rendering_of_run(Path(options.model)),
         )
         start = time.perf_counter()
         completions = complete(

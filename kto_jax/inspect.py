@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,16 +25,25 @@ from rich.text import Text
 from kto_jax.command import FINISHED, run_command
 from kto_jax.config import Config
 from kto_jax.config.ranges import Range
-from kto_jax.data.index.index import Index, build_index
+from kto_jax.data.index.index import Index
+from kto_jax.data.index.manifest import SPLITS
 from kto_jax.data.permutation import permute
-from kto_jax.data.tokens.tokenizer import TokenizerInfo, prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import auto_weights
 from kto_jax.storage.fetch import local_path
-from kto_jax.storage.folders import cache_directory, scratch_folder
+from kto_jax.storage.folders import scratch_folder
+from kto_jax.training import inputs
 from kto_jax.training.inputs import count_visits
 
+_ENCODING = {
+    "rule": "by rule: {}",
+    "end": "ended in {} as text already, which was taken off",
+    "thought": "behind an opened thought, without one: {} thought closed",
+    "token": "control tokens {} kept",
+}
+"""What each kind of count in the manifest's "encoding" says; docs/data.md explains the rules."""
 _NUM_BINS = 10
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -55,6 +65,8 @@ class Options:
     """Recipe of configs/ by its name, or the path of a config file."""
     rows: Annotated[int, Range(at_least=0)] = 4
     """Examples to print as they are trained on."""
+    json: bool = False
+    """Print one JSON object with every example as token ids, for programs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +82,10 @@ def inspect(given: Options) -> int:
     """
     with scratch_folder() as scratch:
         index, tokenizer = read_feedback(given.config, scratch)
-        show(index, tokenizer, given.config, given.rows, Console(highlight=False))
+        if given.json:
+            print(json.dumps(as_json(index)))
+        else:
+            show(index, tokenizer, given.config, given.rows, Console(highlight=False))
     return FINISHED
 
 
@@ -85,16 +100,25 @@ def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
       ConfigError: the model or the feedback cannot be used.
     """
     model_path = local_path(config.model.path)
-    tokenizer = prepare_tokenizer(
-        model_path,
-        scratch / "tokenizer",
-        chat_template=config.data.chat_template,
-        eos_token=config.data.eos_token,
-    )
-    vocab_size = read_config(model_path).vocab_size
-    return build_index(
-        config.data, tokenizer, vocab_size=vocab_size, directory=cache_directory() / "indices"
-    ), tokenizer
+    tokenizer, _, index = inputs.read_feedback(config, model_path, read_config(model_path).vocab_size, scratch)
+    return index, tokenizer
+
+
+def as_json(index: Index) -> dict[str, Any]:
+    """What was read, as plain data: one example for each completion, and the manifest's counts."""
+    names = ("rows", "accepted", "skipped", "rejected", "rejections", "encoding", "splits", "pairs", "lengths")
+    splits = [SPLITS[code] for code in index.splits.tolist()]
+    examples = [
+        {
+            "label": bool(index.desirable[sequence]),
+            "split": split,
+            "place": index.place(sequence),
+            "prompt_ids": index.prompt(sequence).tolist(),
+            "completion_ids": index.completion(sequence).tolist(),
+        }
+        for sequence, split in enumerate(splits)
+    ]
+    return {"examples": examples, **{name: index.manifest[name] for name in names if name in index.manifest}}
 
 
 def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, console: Console) -> None:
@@ -167,7 +191,16 @@ def _tables(manifest: Mapping[str, Any]) -> list[Table]:
     facts = _table("to know", "", ("", "right"), "")
     for name, meaning in _FACTS.items():
         facts.add_row(name, f"{manifest[name]:,}", Text(meaning, "dim"))
-    return [sources, *_mixture(manifest), *_rejections(manifest), splits, lengths, facts, *_scores(manifest)]
+    return [
+        sources,
+        *_mixture(manifest),
+        *_rejections(manifest),
+        *_encoding(manifest),
+        splits,
+        lengths,
+        facts,
+        *_scores(manifest),
+    ]
 
 
 def _mixture(manifest: Mapping[str, Any]) -> list[Table]:
@@ -190,6 +223,15 @@ def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
     table = _table("rejected", "reason", ("rows", "right"), "first places")
     for reason, count in manifest["rejections"]["histogram"].items():
         table.add_row(_visible(reason), f"{count:,}", Text(", ".join(first[reason][:_MAX_PLACES])))
+    return [table] if table.row_count else []
+
+
+def _encoding(manifest: Mapping[str, Any]) -> list[Table]:
+    """How completions became tokens, and what of them did not stay text."""
+    table = _table("completions", "", ("", "right"))
+    for kind, counts in manifest.get("encoding", {}).items():
+        for name, count in counts.items():
+            table.add_row(_visible(_ENCODING[kind].format(name)), f"{count:,}")
     return [table] if table.row_count else []
 
 

@@ -41,6 +41,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.shapes import power_of_two
 from kto_jax.storage import fetch as sources
+from kto_jax.training.resume import rendering_of_run
 
 _SHORTEST = 64
 """Sequences are padded to this length or a power of two above it, so that few shapes are compiled."""
@@ -370,6 +371,7 @@ def score(options: Options) -> int:
             Path(directory) / "tokenizer",
             chat_template=options.chat_template,
             eos_token=options.eos_token or trained_with["eos_token"],
+            rendering=rendering_of_run(Path(options.model)),
         )
         how: dict[str, Any] = {"batch_size": options.batch_size, "score_field": options.score_field}
         if feedback is None:

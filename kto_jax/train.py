@@ -47,7 +47,7 @@ from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
-from kto_jax.training.resume import as_begun
+from kto_jax.training.resume import as_begun, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.trackers import check_trackers
@@ -91,7 +91,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
-        config = processes.together(lambda: choose_dtype(as_begun(config, workdir)))
+        config = with_template_date(processes.together(lambda: choose_dtype(as_begun(config, workdir))))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)

@@ -44,9 +44,9 @@ ORDER = {
     "kto_jax.storage": ["atomic folders", "digests", "fetch"],
     "kto_jax.training": [
         "forward inputs metrics microbatches preemption reference resume rounding save_timer state trackers work",
-        "accumulate checkpoints logs optimizer run_folder sync",
-        "first_state in_flight step",
-        "evaluation loop precompute",
+        "accumulate checkpoints first_state logs optimizer run_folder sync",
+        "in_flight precompute step",
+        "evaluation loop",
     ],
 }
 """For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside

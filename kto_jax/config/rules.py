@@ -6,6 +6,7 @@ Rules that need the objective, the data, the model or the devices are in `kto_ja
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield "data.train", data.train, bool(data.train), "at least one source of feedback"
     fits = data.max_prompt_length < data.max_length
     yield "data.max_prompt_length", data.max_prompt_length, fits, f"at least 1 and below {longest}"
+    is_date = data.template_date == "auto" or _is_date(data.template_date)
+    yield "data.template_date", data.template_date, is_date, '"auto" or a date, such as 2026-11-28'
     holds_all = config.row_length in (0, "auto") or int(config.row_length) >= data.max_length
     yield "row_length", config.row_length, holds_all, f'0, "auto", or at least {longest}'
     leaves_some = data.holdout + data.judge_holdout < 1
@@ -50,3 +53,10 @@ def _weights_of_held_out_sources(config: Config) -> Iterator[Rule]:
         if isinstance(entry, Mapping):
             allowed = "none, since held-out records are read once each"
             yield f"data.eval[{i}].weight", entry.get("weight"), "weight" not in entry, allowed
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

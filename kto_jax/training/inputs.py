@@ -17,6 +17,7 @@ from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
 from kto_jax.data.rows.sources import sources_of
+from kto_jax.data.tokens.encoder import rendering_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.devices import processes
@@ -83,24 +84,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
             f"config.model.path={config.model.path!r} is a reward model, which has no output head. Allowed: a language "
             "model, or config.objective.name=reward. Set config.model.path."
         )
-    tokenizer = prepare_tokenizer(
-        model_path,
-        scratch / "tokenizer",
-        chat_template=config.data.chat_template,
-        eos_token=config.data.eos_token,
-    )
-    controls = _encode_controls(objective, tokenizer, architecture.vocab_size)
-    longest_control = max(map(len, controls)) if controls else 0
-    # Prompt and completion leave room for the control between them.
-    data = dataclasses.replace(config.data, max_length=config.data.max_length - longest_control)
-    index = build_index(
-        data,
-        tokenizer,
-        vocab_size=architecture.vocab_size,
-        directory=cache_directory() / "indices",
-        # Asking which process this is touches the devices, which only a run of several processes has to.
-        builds=processes.is_first(),
-    )
+    tokenizer, controls, index = read_feedback(config, model_path, architecture.vocab_size, scratch)
     _check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
@@ -119,6 +103,45 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
         num_desirable=num_desirable,
         num_undesirable=num_undesirable,
     )
+
+
+def read_feedback(
+    config: Config, model_path: Path, vocab_size: int, scratch: Path
+) -> tuple[TokenizerInfo, tuple[np.ndarray, np.ndarray] | None, Index]:
+    """Prepares the tokenizer and tokenizes the feedback, as training reads it.
+
+    Args:
+      config: the run.
+      model_path: where the policy's first weights are.
+      vocab_size: of the model.
+      scratch: folder for the tokenizer, needed as long as the tokenizer is.
+
+    Returns:
+      The tokenizer; the ids before undesirable and desirable completions, None without control texts; the index.
+
+    Raises:
+      ConfigError: the tokenizer, its chat template or the feedback cannot be used.
+    """
+    data = config.data
+    tokenizer = prepare_tokenizer(
+        model_path,
+        scratch / "tokenizer",
+        chat_template=data.chat_template,
+        eos_token=data.eos_token,
+        rendering=rendering_of(data),
+    )
+    controls = _encode_controls(check_objective(config.objective), tokenizer, vocab_size)
+    longest_control = max(map(len, controls)) if controls else 0
+    index = build_index(
+        # Prompt and completion leave room for the control between them.
+        dataclasses.replace(data, max_length=data.max_length - longest_control),
+        tokenizer,
+        vocab_size=vocab_size,
+        directory=cache_directory() / "indices",
+        # Asking which process this is touches the devices, which only a run of several processes has to.
+        builds=processes.is_first(),
+    )
+    return tokenizer, controls, index
 
 
 def count_visits(index: Index) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from kto_jax.config import DataConfig
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, TOOLS, Completion, Message
 from kto_jax.data.tokens.control_tokens import ControlTokens
 from kto_jax.data.tokens.template import ChatTemplate, EncodingError, Messages
@@ -51,6 +52,21 @@ class Rendering:
     moment: str = ""
     fold_system: bool = False
     assistant_tokens: tuple[str, ...] | None = None
+
+
+RENDERING_FIELDS = ("chat_template_kwargs", "template_date", "fold_system", "assistant_tokens")
+"""Fields of `DataConfig` that make a `Rendering`."""
+
+
+def rendering_of(data: DataConfig) -> Rendering:
+    """How a configuration renders conversations; a date of "auto" is today."""
+    date = datetime.date.today().isoformat() if data.template_date == "auto" else data.template_date
+    return Rendering(
+        settings=json.dumps(dict(data.chat_template_kwargs), sort_keys=True),
+        moment=f"{date}T12:00:00",
+        fold_system=data.fold_system,
+        assistant_tokens=None if data.assistant_tokens == "auto" else tuple(data.assistant_tokens),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
