@@ -130,6 +130,6 @@ def test_the_site_builds_and_loads_nothing_from_other_servers(site):
 
 def test_the_api_page_has_signatures_and_doctests(site):
     text = (site / "api.html").read_text()
-    for name in ("kto_jax.losses.kto.kto_loss", "kto_jax.shapes.FeedbackBatch"):
+    for name in ("kto_jax.losses.kto.kto_loss", "kto_jax.shapes.FeedbackBatch", "kto_jax.config.resolve.resolve"):
         assert f'id="{name}"' in text
     assert 'class="gp">&gt;&gt;&gt; </span>' in text
