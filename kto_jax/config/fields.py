@@ -27,6 +27,7 @@ from kto_jax.config.ranges import (
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
 ADAPTED: tuple[Matrix, ...] = ("query", "key", "value", "output", "gate", "up", "down")
 """Matrices of a layer that can have a low-rank adapter."""
+Layout = Literal["fields", "messages", "sharegpt", "alpaca", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"]
 Sources = str | tuple[str | Mapping[str, Any], ...]
 
 
@@ -114,10 +115,10 @@ class DataConfig:
     completion. "scores": a completion and a number. "demonstrations": a completion, taken as desirable. Objectives on
     pairs also read thumbs and scores, matched within each prompt; objectives on thumbs also read pairs, one completion
     at a time."""
-    layout: Literal["fields", "messages", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"] = "fields"
+    layout: Layout = "fields"
     """Where a record holds it. "fields": in the fields named below. "messages": in the messages of a chat log that have
-    `feedback`. "halos": in the JSON of the HALOs code. Others: in the columns of that public dataset
-    (kto_jax/data/rows/layouts.py)."""
+    `feedback`, or beside them for the last one. "sharegpt", "alpaca": in the columns of these formats. "halos": in the
+    JSON of the HALOs code. Others: in the columns of that public dataset (kto_jax/data/rows/layouts.py)."""
     prompt_field: str = "prompt"
     """Field with the prompt: text or chat messages. Pairs may lack it: chosen and rejected are then whole
     conversations, as messages or as "Human: ... Assistant: ..." text, whose last turn is the completion."""

@@ -7,6 +7,7 @@ takes the memory of one row.
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import dataclasses
 import glob
@@ -29,6 +30,8 @@ _COLUMNAR = (".parquet", ".arrow", ".feather")
 _MAX_BYTES = 8 << 20
 """Longest line, row or CSV field: a longer one is a broken file, and tokenizing it would take gigabytes."""
 _CHUNK_BYTES = 1 << 20
+_SNIFFED_BYTES = 4096
+"""Bytes of a CSV file from which its encoding and separator are told."""
 _HUB_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """What a directory written by `datasets` holds beside its rows."""
 
@@ -306,15 +309,35 @@ def _json_list(stream: IO[bytes], name: str) -> Iterator[Row]:
         buffer, start, position = buffer[end:] + chunk, 0, 0
 
 
-def _csv(stream: IO[bytes], name: str) -> Iterator[Row]:
+def _csv(stream: Any, name: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_BYTES)
+    try:
+        start = stream.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES]
+    except (EOFError, OSError):
+        start = b""  # Reading it says what is wrong.
+    encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     # Bytes that are not UTF-8 become surrogates here and reject their own row below, not the file.
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        yield from _csv_rows(text, name)
+    with io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="") as text:
+        yield from _csv_rows(text, name, start.decode(encoding, errors="replace"))
 
 
-def _csv_rows(text: IO[str], name: str) -> Iterator[Row]:
-    reader = csv.reader(text, strict=True)
+def _separator(start: str) -> tuple[str, bool]:
+    """What separates the columns of a CSV file, from its beginning, and whether a first line says so.
+
+    It is a comma unless that would make the header one column, and another separator several.
+    """
+    first = start.splitlines()[0] if start else ""
+    if said := re.fullmatch(r"sep=(.)", first.strip("\ufeff\r\n")):
+        return said[1], True
+    counts = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in (",", ";", "\t", "|")}
+    return ("," if counts[","] > 1 else max(counts, key=lambda mark: counts[mark])), False
+
+
+def _csv_rows(text: IO[str], name: str, start: str) -> Iterator[Row]:
+    separator, is_said = _separator(start)
+    reader = csv.reader(text, strict=True, delimiter=separator)
+    if is_said:
+        next(reader, None)
     header: list[str] | None = None
     while True:
         place = f"{name}:{reader.line_num + 1}"
@@ -332,6 +355,10 @@ def _csv_rows(text: IO[str], name: str) -> Iterator[Row]:
             continue
         if header is None:
             header = values
+            if repeated := next((column for column in header if header.count(column) > 1), None):
+                raise ConfigError(
+                    f"{name} has the column {repeated!r} twice. Each column needs its own name. Rename one."
+                )
         elif len(values) != len(header):
             yield place, Rejection(f"{len(values)} columns where the header has {len(header)}", place)
         elif any(map(_SURROGATES.search, values)):
@@ -350,7 +377,8 @@ def _columnar(file: SourceFile, suffix: str) -> Iterator[Row]:
                 number += 1
                 place = f"{file.name}:{number}"
                 try:
-                    yield place, batch.slice(i, 1).to_pylist()[0]
+                    row = batch.slice(i, 1).to_pylist()[0]
+                    yield place, {column: _without_nulls(value) for column, value in row.items()}
                 except UnicodeDecodeError:
                     yield place, Rejection("invalid UTF-8", place)
     except (pyarrow.ArrowException, OSError) as error:
@@ -359,6 +387,13 @@ def _columnar(file: SourceFile, suffix: str) -> Iterator[Row]:
             f"{file.name} cannot be read as {kind} after row {number}: {str(error)[:200]}. "
             f"A {suffix} file must be whole. Write it again."
         ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls that Arrow adds: all objects of a column have the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:

@@ -1,7 +1,10 @@
 """Which columns of a row hold its prompt, completions and feedback: one entry of `LAYOUTS` for each layout.
 
     fields          the columns that `data.*_field` name
-    messages        a chat log: messages, of which any of the assistant's may have a field "feedback"
+    messages        a chat log: messages, of which any of the assistant's may have a field "feedback";
+                    or with a rating of the last one beside them
+    sharegpt        conversations of messages with "from" and "value", rated beside them by the label field or kto_tag
+    alpaca          instruction, input, output, system, history; the label field or kto_tag
     halos           the four shapes of the JSON files of the HALOs code, told apart by their field "type"
     hh              Anthropic HH-RLHF: chosen and rejected, two whole transcripts
     shp             Stanford Human Preferences: history, human_ref_A, human_ref_B, labels
@@ -24,7 +27,7 @@ from typing import Any
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.files import Rejection
-from kto_jax.data.rows.turns import BadRowError, Message, present
+from kto_jax.data.rows.turns import BadRowError, Message, decoded, present
 
 Fields = Mapping[str, Any]
 Names = dict[str, str]
@@ -45,6 +48,11 @@ _HALOS_TYPES = {
     "thumbs": "binary_feedback",
     "pairs": "pairwise_feedback",
     "scores": "scalar_feedback",
+}
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
 }
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -82,7 +90,7 @@ def _by_row(read: Callable[[DataConfig, Fields], Examples]) -> Callable[[DataCon
 
 def _messages(data: DataConfig, fields: Fields) -> Examples:
     """Each rated turn is an example, whose prompt is all turns before it; the others are only context."""
-    messages = present(fields, "messages")
+    messages = decoded(present(fields, "messages"))
     if not isinstance(messages, list):
         raise BadRowError(f"messages is not a list but {type(messages).__name__}")
     kind = "label" if data.format == "thumbs" else "score"
@@ -102,7 +110,51 @@ def _messages(data: DataConfig, fields: Fields) -> Examples:
         example = {"prompt": messages[:i], "completion": [message], kind: rating, "weight": weight}
         names = {key: key for key in example}
         examples.append(({data.tools_field: fields.get(data.tools_field), **example}, names))
-    return examples
+    rating = fields.get(getattr(data, f"{kind}_field"))
+    if examples or rating is None:
+        return examples
+    # One rating beside the messages is of the last turn.
+    example = {"prompt": messages[:-1], "completion": messages[-1:], kind: rating}
+    return [({**fields, **example}, {key: key for key in example})]
+
+
+def _sharegpt(data: DataConfig, fields: Fields) -> Examples:
+    """Messages with "from" and "value"; the rating of the last stands beside them, in the label field or kto_tag."""
+    turns = decoded(present(fields, "conversations"))
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRowError("conversations is not a list of objects")
+    messages = []
+    for turn in turns:
+        speaker = str(turn.get("from", turn.get("role")))
+        content = turn.get("value", turn.get("content"))
+        messages.append({**turn, "role": _SHAREGPT_ROLES.get(speaker, speaker), "content": content})
+    return _messages(data, {**_with_tag(data, fields), "messages": messages})
+
+
+def _alpaca(data: DataConfig, fields: Fields) -> Examples:
+    """Instruction and input are the question; system and history, pairs of a question and an answer, come before it."""
+    question = present(fields, "instruction")
+    if fields.get("input"):
+        question = f"{question}\n{fields['input']}"
+    turns = [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRowError("history is not a list of pairs of a question and an answer")
+    for asked, answered in history:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    prompt = [*turns, {"role": "user", "content": question}]
+    names = {"prompt": "prompt", "completion": "output"}
+    if data.format == "thumbs":
+        names["label"] = data.label_field
+    return [({**_with_tag(data, fields), "prompt": prompt}, names)]
+
+
+def _with_tag(data: DataConfig, fields: Fields) -> dict[str, Any]:
+    """The fields, with LLaMA-Factory's kto_tag as the label if there is no other."""
+    tagged = dict(fields)
+    if data.label_field not in fields and "kto_tag" in fields:
+        tagged[data.label_field] = fields["kto_tag"]
+    return tagged
 
 
 def _halos(data: DataConfig, fields: Fields) -> Examples:
@@ -185,6 +237,10 @@ def _path(key: Any, found: dict[str, tuple[str, Fields]]) -> list[Message]:
 LAYOUTS = {
     "fields": Layout(dict.fromkeys(NEEDED, ()), _fields),
     "messages": Layout(dict.fromkeys(("thumbs", "scores"), ("messages",)), _by_row(_messages)),
+    "sharegpt": Layout(dict.fromkeys(("thumbs", "scores"), ("conversations",)), _by_row(_sharegpt)),
+    "alpaca": Layout(
+        {"thumbs": ("instruction", "output"), "demonstrations": ("instruction", "output")}, _by_row(_alpaca)
+    ),
     "halos": Layout(
         {
             "demonstrations": ("type", "output"),

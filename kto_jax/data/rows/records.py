@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import string
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from kto_jax.data.rows.turns import (
     Completion,
     Message,
     check_text,
+    decoded,
     message_of,
     part,
     present,
@@ -204,13 +206,34 @@ def _required(data: DataConfig) -> list[str]:
 def _checked(rows: Rows, required: list[str], data: DataConfig) -> Rows:
     """The rows, of which the first must have the columns, and which are objects or rejections."""
     seen_header = False
+    if data.layout == "fields":
+        columns = {getattr(data, f"{key}_field") for key in ("prompt", *NEEDED[data.format], "tools", "weight")}
+        columns |= set(template_fields(data.prompt_template)) if data.prompt_template else set()
     for place, fields in rows:
         if not isinstance(fields, Mapping | Rejection):
             fields = Rejection(f"row is not an object but {type(fields).__name__}", place)
         if not seen_header and not isinstance(fields, Rejection):
             _check_columns(required, fields, data, place)
+            if data.layout == "fields":
+                _warn_of_unread(fields, data, columns)
             seen_header = True
         yield place, fields
+
+
+_CONTENT = ("system", "system_prompt", "input", "context", "history", "images", "image", "videos", "audios")
+"""Columns that are likely to hold a part of the conversation."""
+
+
+def _warn_of_unread(fields: Fields, data: DataConfig, read: set[str]) -> None:
+    """Names columns that look like content, have some, and are not read."""
+    unread = [name for name in _CONTENT if name in fields and name not in read and fields[name]]
+    if unread:
+        layout = ' data.layout="alpaca" reads system, input and history.' if "instruction" in fields else ""
+        print(
+            f"warning: the columns {', '.join(map(repr, unread))} look like content and are not read with "
+            f"data.layout={data.layout!r}.{layout} data.prompt_template can put them into the prompt.",
+            file=sys.stderr,
+        )
 
 
 @functools.lru_cache
@@ -272,11 +295,11 @@ def _record(fields: Fields, names: Names, data: DataConfig, place: str) -> Feedb
         values = {name: present(fields, name) for name in template_fields(data.prompt_template)}
         prompt: Any = check_text(data.prompt_template.format_map(values), "prompt")
     elif data.format == "pairs":
-        prompt = fields.get(names.get("prompt", ""))
+        prompt = decoded(fields.get(names.get("prompt", "")))
     else:
-        prompt = present(fields, names["prompt"])
+        prompt = decoded(present(fields, names["prompt"]))
     weight = _weight(fields.get(names.get("weight", data.weight_field)))
-    replies = {key: present(fields, names[key]) for key in _REPLIES[data.format]}
+    replies = {key: decoded(present(fields, names[key])) for key in _REPLIES[data.format]}
     prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
     prompt = with_tools(prompt, fields.get(data.tools_field))
     if data.format == "pairs":

@@ -12,6 +12,7 @@ call tools, with or without content.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
@@ -38,6 +39,9 @@ SAME_COMPLETIONS = "chosen and rejected are the same"
 """Why a pair is rejected that teaches nothing."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_LONGEST_TEXT = 1 << 20
+"""Characters of a text that is tried as messages."""
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -74,6 +78,21 @@ def check_text(value: Any, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError(f"lone surrogate in {name}") from None
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """Messages that are kept as text, JSON or Python's, as a list; any other value as it is.
+
+    '[{"role": "user", "content": "Q"}]'        [{"role": "user", "content": "Q"}]
+    """
+    if not isinstance(value, str) or not _MESSAGES_AS_TEXT.match(value) or len(value) > _LONGEST_TEXT:
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(value)
+            if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+                return found
     return value
 
 
