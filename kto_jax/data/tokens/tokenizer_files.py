@@ -20,8 +20,9 @@ TEMPLATE = "chat_template.jinja"
 FILES = (
     *(TOKENIZER, CONFIG, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    "generation_config.json",
 )
-"""What a tokenizer may consist of."""
+"""What a tokenizer may consist of, and the model's sampling defaults, which an export keeps."""
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 

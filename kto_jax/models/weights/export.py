@@ -23,7 +23,7 @@ from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.gather import gather
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.classifier import choose_padding, classifier_values, write_padding
-from kto_jax.models.weights.safetensors_files import write_safetensors
+from kto_jax.models.weights.safetensors_files import read_json, write_safetensors
 from kto_jax.models.weights.tensors import Expected, expected_tensors
 from kto_jax.storage.atomic import publish_folder
 from kto_jax.storage.fetch import WEIGHTS_INDEX
@@ -139,8 +139,14 @@ def _write_small_files(
         values = classifier_values(model.config, pad_id)
     else:
         values = write_config_json(model.config)
-        ends = list(dict.fromkeys((*model.config.eos_ids, *stop_ids)))
-        generation: dict[str, Any] = {} if model.config.bos_id is None else {"bos_token_id": model.config.bos_id}
+        ends: list[int] = list(dict.fromkeys((*model.config.eos_ids, *stop_ids)))
+        # The base's own sampling defaults stay, and so do its ends.
+        base = Path(tokenizer_dir or "") / "generation_config.json"
+        generation = read_json(base) if tokenizer_dir is not None and base.is_file() else {}
+        if model.config.bos_id is not None:
+            generation.setdefault("bos_token_id", model.config.bos_id)
+        own = generation.get("eos_token_id", [])
+        ends = list(dict.fromkeys((*ends, *(own if isinstance(own, list) else [own]))))
         generation |= {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
         _write_json(directory / "generation_config.json", generation)
     _write_json(directory / "config.json", values | {"torch_dtype": dtype})
