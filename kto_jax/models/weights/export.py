@@ -26,7 +26,7 @@ from kto_jax.models.weights.classifier import choose_padding, classifier_values,
 from kto_jax.models.weights.safetensors_files import read_json, write_safetensors
 from kto_jax.models.weights.tensors import Expected, expected_tensors
 from kto_jax.storage.atomic import publish_folder
-from kto_jax.storage.fetch import WEIGHTS_INDEX
+from kto_jax.storage.hub import WEIGHTS_INDEX
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from kto_jax.config import ConfigError
-from kto_jax.storage.fetch import WEIGHTS, WEIGHTS_INDEX
+from kto_jax.storage.hub import WEIGHTS, WEIGHTS_INDEX
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
