@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kto_jax.config import Config, DataConfig, OptimizerConfig
+from kto_jax.config import Config, DataConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.data.tokens.encoder import RENDERING_FIELDS, Rendering, rendering_of
 from kto_jax.devices import processes
 
-BEFORE_FIELDS = Config(optimizer=OptimizerConfig(decayed="all"))
+BEFORE_FIELDS = Config(reference=ReferenceConfig(param_dtype="float32"), optimizer=OptimizerConfig(decayed="all"))
 """What runs did before config.json had a field for it, where that is not the field's default."""
 
 

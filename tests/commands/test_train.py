@@ -87,7 +87,7 @@ def test_the_newest_checkpoints_are_kept(unbroken):
 
 
 @pytest.mark.parametrize("number, after, code", [
-    (signal.SIGKILL, 7, -9), (signal.SIGTERM, 5, 75), (signal.SIGINT, 7, 130),
+    (signal.SIGKILL, 4, -9), (signal.SIGTERM, 4, 75), (signal.SIGINT, 4, 130),
 ])  # fmt: skip
 def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
     number, after, code, unbroken, cache, tmp_path
@@ -107,7 +107,7 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
     assert f"next: python -m kto_jax.generate --model={workdir}/policy" in message.splitlines()[-1]
     parts = [json.loads(line) for line in (workdir / "config_history.jsonl").read_text().splitlines()]
     assert [part["config"]["max_bad_steps"] for part in parts] == [10, 3]
-    assert parts[0]["first_step"] == 0 and parts[1]["first_step"] in (3, 5, 6, 7, 8, 9)
+    assert parts[0]["first_step"] == 0 and parts[1]["first_step"] in range(3, 12)
     assert numbers(workdir) == numbers(unbroken)
     assert (workdir / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 

@@ -144,7 +144,7 @@ def test_adapters_and_int8_matrices_that_were_saved_as_dictionaries_are_restored
     checkpoints.save(1, before, None)
     checkpoints.wait()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    restored = checkpoints.restore(abstract)
+    restored = checkpoints.restore(abstract, 1)
     assert jax.tree.structure(restored) == jax.tree.structure(state) and equal(restored, state)
     write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
     write_json(tmp_path / "config.json", {"lora": dataclasses.asdict(lora)})

@@ -22,6 +22,7 @@ from kto_jax.config import (
 from kto_jax.models.weights.stored_dtype import stored_dtype
 from kto_jax.objectives import check_objective
 from kto_jax.train import main, train
+from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, is_rounded
 from tests import ROOT
 
@@ -105,7 +106,8 @@ def test_at_the_first_step_of_every_recipe_all_rewards_are_0_after_sft(recipe, t
         tiny, model=model, data=feedback, reference=own.reference, objective=own.objective, optimizer=own.optimizer,
         max_steps=1, evaluation=EvaluationConfig(every=0, max_examples=16),
     )  # fmt: skip
-    assert train(small, tmp_path / "run", "none") == 0
+    with Preemption() as preemption:
+        assert train(small, tmp_path / "run", "none", preemption) == 0
     row = first_row(tmp_path / "run")
     wanted = {"rewards_desirable": 0, "rewards_undesirable": 0, "margin": 0, "auc": 0.5, "z0": 0, "kl": 0}
     assert {name: row[name] for name in wanted if name in row} == {name: wanted[name] for name in wanted if name in row}
