@@ -44,6 +44,7 @@ from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.pinning import pin_sources
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
@@ -91,7 +92,8 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
-        config = with_template_date(processes.together(lambda: choose_dtype(as_begun(config, workdir))))
+        config = pin_sources(as_begun(config, workdir), workdir)
+        config = with_template_date(processes.together(lambda: choose_dtype(config)))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)

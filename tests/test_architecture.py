@@ -41,9 +41,10 @@ ORDER = {
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.sampling": ["sample"],
-    "kto_jax.storage": ["atomic folders", "digests", "hub", "fetch"],
+    "kto_jax.storage": ["atomic folders", "digests hub", "fetch"],
     "kto_jax.training": [
-        "forward inputs metrics microbatches preemption reference resume rounding save_timer state trackers work",
+        "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers "
+        "work",
         "accumulate checkpoints first_state logs optimizer run_folder sync",
         "in_flight precompute step",
         "evaluation loop",

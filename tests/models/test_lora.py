@@ -127,12 +127,13 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(scorer, config, 
             model,
             adapters,
             lora=LORA,
-            base="org/base",
+            base="org/base@v1",
             tokenizer_dir="configs/tiny_model",
             model_card="card",
         )
     values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"], values["base_model_name_or_path"]) == (3, 4.0, "org/base")
+    assert values["revision"] == "v1"
     assert (tmp_path / "adapter" / "README.md").read_text() == "card"
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

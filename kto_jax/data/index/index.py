@@ -39,6 +39,7 @@ from kto_jax.data.rows.files import SourceFile
 from kto_jax.data.rows.sources import Source, sources_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
+from kto_jax.storage.hub import pinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +205,18 @@ def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, S
 def _hub_file(source: str, directory: Path) -> SourceFile:
     """The Hub set as a local file, fetched once: a resumed run must see the same rows, and may be offline."""
     directory.mkdir(exist_ok=True)
-    path = directory / (source.removeprefix("hub:").replace("/", "--") + ".jsonl")
+    path = _hub_path(source, directory)
+    if not path.exists():
+        source = pinned(source)
+        path = _hub_path(source, directory)
     if not path.exists():
         with Workers(1) as workers:
             workers.submit(files.fetch_hub, source, path).result()
     return SourceFile(path, source)
+
+
+def _hub_path(source: str, directory: Path) -> Path:
+    return directory / (source.removeprefix("hub:").replace("/", "--") + ".jsonl")
 
 
 def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[Source], digests: list[str]) -> str:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
+from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.digests import file_digest
 from kto_jax.storage.fetch import local_path
@@ -122,23 +123,25 @@ def fetch_hub(source: str, path: Path) -> None:
     """Streams a Hub set into a JSONL file. Imports `datasets`, hence `torch` where it is installed: run in a worker.
 
     Args:
-      source: `hub:org/name/split`; in place of `org/name` also a directory of data files.
+      source: `hub:org/name/split`, also with `@REVISION`; in place of `org/name` also a directory of data files.
       path: the file to write, atomically.
 
     Raises:
-      ConfigError: the source is misspelt, or the Hub or the set cannot be reached.
+      ConfigError: the source is misspelt, or there is no such set.
+      TransientError: the Hub cannot be reached.
     """
-    name, _, split = source.removeprefix("hub:").rpartition("/")
-    if not name or not split:
-        raise ConfigError(f"data source {source!r} is not a Hub set. It is written hub:org/name/split. Name the split.")
+    found = hub.parse(source)
+    name, _, split = source.removeprefix("hub:").rpartition("/")  # of a directory
+    options = {"revision": found.revision or None} if found else {}
+    name, split = (found.repository, found.split) if found else (name, split)
     import datasets
 
     try:
         with new_file(path, shared=True) as partial, partial.open("w", encoding="utf-8") as file:
-            for row in datasets.load_dataset(name, split=split, streaming=True):
+            for row in datasets.load_dataset(name, split=split, streaming=True, **options):
                 file.write(json.dumps(row, default=str) + "\n")
     except Exception as error:
-        raise ConfigError(
+        raise (TransientError if found and hub.may_pass(error) else ConfigError)(
             f"data source {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. "
             "A Hub set is written hub:org/name/split. Check its name and the network, or name a local file."
         ) from error

@@ -22,6 +22,7 @@ from kto_jax.models.lora import GROUPS
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.export import copy_tokenizer
 from kto_jax.models.weights.safetensors_files import write_safetensors
+from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_folder
 
 _PREFIX = "base_model.model."
@@ -47,7 +48,7 @@ def save_adapters(
       model: the policy's.
       adapters: as trained, sharded or not.
       lora: how they were trained.
-      base: where the frozen model came from, a directory or Hub id, which peft loads them upon; None where that is
+      base: where the frozen model came from, a directory or a Hub id with or without @REVISION; None where that is
         nowhere, as of weights that were drawn.
       tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
       model_card: text of README.md.
@@ -83,10 +84,12 @@ def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, objec
     tensors = FAMILIES[model.config.family].tensors
     theirs = (tensors[f"layers.{GROUPS[name]}.{name}.weight"].name.split(".")[-2] for name in lora.targets)
     is_reward = model.scorer == "reward"
+    on_hub = hub.parse(base) if base else None
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": on_hub.repository if on_hub else base,
+        "revision": on_hub.revision or None if on_hub else None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

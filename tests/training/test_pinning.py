@@ -1,0 +1,100 @@
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import constants
+
+from kto_jax.config import Config, DataConfig, ModelConfig, ReferenceConfig
+from kto_jax.training.pinning import pin_sources
+from tests import ROOT
+from tests.storage.hub_server import serve_hub
+
+HOST = """
+import sys
+from kto_jax.config import Config, ModelConfig, ProcessesConfig
+from kto_jax.devices import processes
+from kto_jax.training.pinning import pin_sources
+processes.join(ProcessesConfig(count=2, timeout_seconds=60))
+print(pin_sources(Config(model=ModelConfig(path="org/name"))).model.path)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))
+    with serve_hub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        yield served
+
+
+def run_of(model="org/name", reference="", train="hub:org/name/train", held_out=""):
+    return Config(
+        model=ModelConfig(path=model),
+        reference=ReferenceConfig(path=reference),
+        data=DataConfig(train=train, eval=held_out),
+    )
+
+
+def record(config, workdir):
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+
+
+def test_every_source_on_the_hub_is_pinned_and_no_other(hub, tmp_path):
+    commit = hub.commit({"config.json": "{}"}, "main", "v1")
+    train = ("rows/feedback.jsonl", {"source": "hub:org/name/train[:9]@v1", "weight": 0.5}, "tfds:name/train")
+    pinned = pin_sources(run_of(str(tmp_path), "org/name@v1", train, "hub:org/name/test"))
+    assert pinned.model.path == str(tmp_path) and pinned.reference.path == f"org/name@{commit}"
+    mapping = {"source": f"hub:org/name/train[:9]@{commit}", "weight": 0.5}
+    assert pinned.data.train == ("rows/feedback.jsonl", mapping, "tfds:name/train")
+    assert pinned.data.eval == f"hub:org/name/test@{commit}"
+
+
+def test_a_resumed_run_keeps_its_commits_and_does_not_ask_the_hub(hub, tmp_path):
+    hub.commit({"config.json": "1"})
+    first = pin_sources(run_of(), tmp_path / "run")
+    record(first, tmp_path / "run")
+    hub.commit({"config.json": "2"})
+    hub.requests.clear()
+    assert pin_sources(run_of(), tmp_path / "run") == first and not hub.requests
+    assert pin_sources(run_of(), tmp_path / "other") != first
+
+
+def test_a_run_begun_before_commits_were_recorded_is_resumed_as_it_was_recorded(hub, tmp_path):
+    hub.commit({"config.json": "1"})
+    record(run_of(), tmp_path)
+    assert pin_sources(run_of(), tmp_path) == run_of()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_config_json_that_is_broken_is_left_to_the_check_of_the_folder(hub, tmp_path, text):
+    commit = hub.commit({"config.json": "1"})
+    (tmp_path / "config.json").write_text(text)
+    assert pin_sources(run_of(), tmp_path).model.path == f"org/name@{commit}"
+
+
+def test_all_processes_use_the_commit_that_the_first_one_found(hub, tmp_path):
+    """The branch of the second process's Hub is at another commit: it must not matter."""
+    commit = hub.commit({"config.json": "1"})
+    with serve_hub() as other, socket.create_server(("127.0.0.1", 0)) as server:
+        other.commit({"config.json": "2"})
+        urls, address = (hub.url, other.url), f"127.0.0.1:{server.getsockname()[1]}"
+        server.close()
+        running = []
+        for number, url in enumerate(urls):
+            names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+            own = {"HF_ENDPOINT": url, "KTO_JAX_CACHE": str(tmp_path / str(number)), "JAX_PLATFORMS": "cpu"}
+            environment = os.environ | names | own
+            command = [sys.executable, "-c", HOST]
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+        try:
+            found = [process.communicate(timeout=120)[0].split() for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    assert found == [[f"org/name@{commit}"]] * 2
