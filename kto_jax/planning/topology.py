@@ -1,4 +1,4 @@
-"""TPU topologies by name, and what one of their chips can do as its maker publishes it."""
+"""TPU topologies by name."""
 
 from __future__ import annotations
 
@@ -12,46 +12,13 @@ import jax
 from jax.experimental import topologies
 
 from kto_jax.config import ConfigError
+from kto_jax.devices.chips import CHIPS, Chip
 
 LOCAL = "local"
-_GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one chip.
-
-    Attributes:
-      peak_flops: dense bfloat16 operations a second.
-      hbm_bytes: capacity of its memory.
-      hbm_bandwidth: bytes a second from and to it.
-      ici_bandwidth: bytes a second that it can send to its neighbours in the slice over all links; as many arrive.
-      dcn_bandwidth: bytes a second to other slices; None where nothing is published.
-      num_dims: dimensions of its topologies.
-      devices: devices of JAX that one chip is.
-      options: what `get_topology_desc` is told beside the name.
-    """
-
-    peak_flops: float
-    hbm_bytes: int
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    dcn_bandwidth: float | None
-    num_dims: int
-    devices: int = 1
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-# Sources: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x, read in 2026. Their interconnect figures are of
-# both directions together, of which half is taken; that of v4 is 6 links of 50 GB/s (arXiv 2304.01433). Bandwidth of
-# the data center network is per chip, of v5e the pod's 6.4 Tb/s over 256 chips.
-CHIPS = {
-    "v4": Chip(275e12, 32 * _GIB, 1.2e12, 300e9, None, 3, options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8, 2),
-    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 50e9 / 8, 3),
-    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 100e9 / 8, 2),
-    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, 100e9 / 8, 3, devices=2),
-}
+# What `get_topology_desc` is told beside the name.
+_OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 _NAME = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>[a-z0-9]+):(?P<size>\d+(?:x\d+)+)")
 
 
@@ -113,7 +80,7 @@ def open_topology(name: str) -> Topology:
         )
     _stay_away_from_hardware()
     chip = CHIPS[kind]
-    options = dict(chip.options)
+    options = dict(_OPTIONS.get(kind, {}))
     if num_slices > 1:
         options["num_slices"] = num_slices
     three = (*size, 1, 1)[:3]
