@@ -10,10 +10,11 @@ from tests import ROOT
 ORDER = {
     "kto_jax": [
         "shapes config losses",
-        "command storage values judges",
+        "command progress storage values judges",
         "models data objectives",
         "devices",
-        "training sampling",
+        "training",
+        "sampling rewards",
         "planning reports",
         "train generate score curves inspect plan __main__",
     ],
@@ -40,7 +41,8 @@ ORDER = {
     "kto_jax.objectives": ["record", "algorithms"],
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
-    "kto_jax.sampling": ["sample"],
+    "kto_jax.rewards": ["reward_model"],
+    "kto_jax.sampling": ["sample", "complete"],
     "kto_jax.storage": ["atomic folders", "digests hub", "fetch"],
     "kto_jax.training": [
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers "

@@ -18,7 +18,7 @@ from kto_jax.data.index.index import Index
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, decode
 from kto_jax.judges import judges
 from kto_jax.models.model import Model, Params
-from kto_jax.sampling.sample import sample
+from kto_jax.sampling.sample import Sampling, sample
 from kto_jax.shapes import PackedRows
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.run_folder import write_json
@@ -65,12 +65,9 @@ def write_samples(
         model,
         policy,
         list(prompts),
+        Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens),
         eos_id=sorted({*tokenizer.stop_ids, *model.config.eos_ids}),
         key=jax.random.key(seed),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
         batch_size=min(len(prompts), _SAMPLING_BATCH),
     )
     return Samples(

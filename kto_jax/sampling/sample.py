@@ -1,14 +1,14 @@
-"""Sampling: a batch of prompts in, a completion of each out, with a cache of keys and values.
+"""Sampling completions of token ids, with a KV cache.
 
-A batch is one compiled program: the prompts are read at once, then a loop adds a token to every row until all rows
-have ended. Programs are compiled per model, batch size, prompt bucket (a power of two) and `max_new_tokens`;
-temperature, top-p and top-k may change from call to call for free.
+A batch is one compiled program: a forward pass over the prompts fills the cache, then a loop adds a token to every row
+until all rows have ended. Programs are compiled per model, batch size, prompt bucket (a power of two) and
+`max_new_tokens`; temperature, top-p and top-k may change from call to call without compiling again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import ACTIVATION_RULES, num_parts
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import power_of_two
 
@@ -29,83 +30,83 @@ _SMALLEST_BUCKET = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. All three are traced.
+    """How completions are drawn. `max_new_tokens` is compiled into the program; the others are traced.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      top_p: draws from the smallest set of most likely tokens whose mass is at least this; 1 draws from all.
-      top_k: draws from so many most likely tokens; 0 draws from all. Applied before `top_p`.
+      temperature: divides the logits; 0 takes the most likely token (greedy decoding).
+      top_p: nucleus sampling: draw from the smallest set of most likely tokens whose probability is at least this; 1
+        draws from all.
+      top_k: draw from this many most likely tokens; 0 draws from all. Applied before `top_p`.
+      max_new_tokens: a completion that has not ended by then is cut.
     """
 
-    temperature: float | Float[Array, ""] = 1.0
-    top_p: float | Float[Array, ""] = 1.0
-    top_k: int | Int[Array, ""] = 0
+    temperature: float | np.floating | Float[Array, ""] = 1.0
+    top_p: float | np.floating | Float[Array, ""] = 1.0
+    top_k: int | np.integer | Int[Array, ""] = 0
+    max_new_tokens: int = dataclasses.field(default=128, metadata={"static": True})
 
 
 def sample(
     model: Model,
     params: Params,
     prompts: Sequence[np.ndarray | Sequence[int]],
+    sampling: Sampling,
     *,
     eos_id: int | Sequence[int],
     key: Key[Array, ""],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     batch_size: int = 16,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[np.ndarray]:
     """Completes prompts.
 
-    Row i draws from `fold_in(key, i)`: its completion does not depend on the other prompts or on `batch_size`, but for
-    rounding. Every process of a run must make the same call.
+    Row i draws from `fold_in(key, i)`, so its completion does not depend on the other prompts or on `batch_size`,
+    except for rounding. Every process of a run must make the same call.
 
     Args:
       model: the model.
       params: its parameters, on one device or over a mesh.
       prompts: token ids of each prompt; none may be empty.
+      sampling: how completions are drawn.
       eos_id: the id that ends a completion, or several.
-      key: of `jax.random.key`.
-      max_new_tokens: a completion that has not ended by then is cut.
-      temperature: see `Sampling`, as for the next two.
-      top_p: in (0, 1].
-      top_k: 0 or more.
-      batch_size: prompts completed at once; a short batch is filled up. Over a mesh it is raised to the next
-        multiple of data × fsdp.
+      key: from `jax.random.key`.
+      batch_size: prompts completed at once; a short batch is padded. Over a mesh it is raised to the next multiple of
+        data × fsdp.
+      on_batch: called after each batch with the number of its prompts.
 
     Returns:
-      int32 ids of each completion, in the order of the prompts; with its EOS, where it ended in one.
+      int32 ids of each completion, in the order of the prompts, including the EOS if it ended in one.
 
     Raises:
-      ConfigError: a prompt is empty, holds an id outside of the vocabulary or leaves no room in the model's context
-        for `max_new_tokens`; or an argument is out of its range.
+      ConfigError: as `check_sampling` and `check_prompts`.
     """
     ids = [np.asarray(prompt, np.int32) for prompt in prompts]
-    _check_arguments(max_new_tokens, temperature, top_p, top_k, batch_size)
-    _check_prompts(model, ids, max_new_tokens)
+    check_sampling(sampling, batch_size)
+    check_prompts(model.config, ids, sampling.max_new_tokens)
     mesh_wide = _replicated(params)
     if mesh_wide is not None:
         parts = num_parts(mesh_wide.mesh, ACTIVATION_RULES["rows"])
         batch_size = -(-batch_size // parts) * parts
     eos_ids = np.atleast_1d(np.asarray(eos_id, np.int32))
-    sampling = (np.float32(temperature), np.float32(top_p), np.int32(top_k))
-    # Alike in length, so that few batches fall into a larger bucket for one long prompt.
+    traced = Sampling(
+        np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.top_k), sampling.max_new_tokens
+    )
+    # Similar lengths together, so that one long prompt moves few batches to a larger bucket.
     by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     completions: dict[int, np.ndarray] = {}
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
-        # Placed by hand: the call also works where implicit transfers are forbidden.
-        inputs = _place((*_pad(ids, rows, batch_size), key, eos_ids, sampling), mesh_wide)
-        written_BT, num_tokens_B = jax.device_get(
-            _complete(model, params, *inputs, max_new_tokens=max_new_tokens, mesh_wide=mesh_wide)
-        )
+        # Placed explicitly, so that the call also works if implicit transfers are disallowed.
+        inputs = _place((*_pad(ids, rows, batch_size), key, eos_ids, traced), mesh_wide)
+        written_BT, num_tokens_B = jax.device_get(_complete(model, params, *inputs, mesh_wide=mesh_wide))
         for row, written_T, num_tokens in zip(rows, written_BT, num_tokens_B, strict=False):
             completions[row] = written_T[:num_tokens].copy()
+        if on_batch:
+            on_batch(len(rows))
     return [completions[row] for row in range(len(ids))]
 
 
 def choose_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
-    """Draws one token of each row.
+    """Draws one token per row.
 
     Args:
       logits_BV: float32.
@@ -119,7 +120,7 @@ def choose_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], samp
     def draw() -> Array:
         warm_BV = logits_BV / sampling.temperature
         truncated = (sampling.top_p < 1) | (sampling.top_k > 0)
-        # Not free beside a small model's step: left out where nothing is cut.
+        # Noticeable beside a small model's step, so it is skipped if nothing is cut.
         kept_BV = jax.lax.cond(truncated, lambda: truncate(warm_BV, sampling), lambda: warm_BV)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
 
@@ -128,10 +129,10 @@ def choose_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], samp
 
 
 def truncate(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Sets the logits that top-k and top-p cut off to -inf; `temperature` is not read.
+    """Sets the logits that top-k and top-p cut off to -inf; `temperature` is not used.
 
-    Top-p looks at the distribution that top-k leaves. Tokens that are exactly as likely as the last one kept are kept
-    too, so a tie may keep more than `top_k`.
+    Top-p applies to the distribution that top-k leaves. Tokens exactly as likely as the last one kept are kept too, so
+    a tie may keep more than `top_k`.
     """
     kept_BV = jax.lax.cond(
         sampling.top_k > 0,
@@ -139,7 +140,7 @@ def truncate(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
         lambda: jnp.ones_like(logits_BV, bool),
     )
     left_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
-    # At top_p = 1 rounding must not cut the tail: the sum may reach 1 early.
+    # At top_p = 1 the sum may reach 1 early by rounding, which must not cut the tail.
     kept_BV = jax.lax.cond(
         sampling.top_p < 1,
         lambda: kept_BV & _heaviest(left_BV, jax.nn.softmax(left_BV, axis=-1), jnp.maximum(sampling.top_p, 1e-30)),
@@ -151,14 +152,14 @@ def truncate(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
 def _heaviest(
     logits_BV: Float[Array, "B V"], weights_BV: Float[Array, "B V"], target: Float[Array, ""]
 ) -> Bool[Array, "B V"]:
-    """The fewest largest logits of each row whose weights sum to at least `target`, or all where none do.
+    """The fewest largest logits of each row whose weights sum to at least `target`, or all if the sum stays below.
 
-    The smallest logit kept is found bit by bit, 32 sums over the vocabulary: exact, and several times as fast as
-    sorting it.
+    The smallest logit kept is found bit by bit, with 32 sums over the vocabulary: exact, and several times as fast as a
+    sort.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    # Unsigned integers in the order of the floats they stand for.
+    # Unsigned integers in the order of the floats that they represent.
     order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
 
     def decide(index: Array, smallest_B1: Array) -> Array:
@@ -170,7 +171,7 @@ def _heaviest(
     return order_BV >= jax.lax.fori_loop(0, 32, decide, start_B1)
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "mesh_wide"))
+@partial(jax.jit, static_argnames=("model", "mesh_wide"))
 def _complete(
     model: Model,
     params: Params,
@@ -179,18 +180,18 @@ def _complete(
     rows_B: Int[Array, " B"],
     key: Key[Array, ""],
     eos_ids: Int[Array, " E"],
-    sampling: tuple[Array, Array, Array],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
     mesh_wide: NamedSharding | None,
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Completions, and how many tokens of each count; a row of length 0 fills up the batch and stays empty."""
+    """Completions and their numbers of tokens; a row of length 0 pads the batch and stays empty."""
     batch, length = tokens_BL.shape
+    max_new_tokens = sampling.max_new_tokens
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
 
     def choose(hidden_BD: Array, num_written: Array, ended_B: Array) -> tuple[Array, Bool[Array, " B"]]:
         now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, num_written)
-        tokens_B = choose_tokens(model.logits(params, hidden_BD).astype(jnp.float32), now_B, Sampling(*sampling))
+        tokens_B = choose_tokens(model.logits(params, hidden_BD).astype(jnp.float32), now_B, sampling)
         return tokens_B, ended_B | jnp.any(tokens_B[:, None] == eos_ids[None, :], axis=-1)
 
     def add_token(state: tuple) -> tuple:
@@ -203,10 +204,10 @@ def _complete(
 
     places_1L = jnp.arange(length)[None, :]
     positions_BL = jnp.where(places_1L < lengths_B[:, None], places_1L, -1)
-    # The last token of a completion is never read, so it needs no place in the cache.
+    # The last token of a completion is never fed back, so it needs no place in the cache.
     cache = model.init_cache(batch, length + max_new_tokens - 1)
     hidden_BLD, cache = model.decode(params, cache, tokens_BL, positions_BL)
-    # One position of each row: the logits are [B, V], never [B, L, V].
+    # One position per row: the logits are [B, V], never [B, L, V].
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
     last_hidden_BD = jnp.take_along_axis(hidden_BLD, last_B11, axis=1)[:, 0]
     absent_B = lengths_B == 0
@@ -220,7 +221,7 @@ def _complete(
 
 
 def _pad(ids: list[np.ndarray], rows: list[int], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [B, bucket], lengths [B] and row numbers [B] of a batch; rows that fill it up have length 0."""
+    """Tokens [B, bucket], lengths [B] and row numbers [B] of a batch; rows of padding have length 0."""
     longest = max(len(ids[row]) for row in rows)
     bucket = max(_SMALLEST_BUCKET, power_of_two(longest))
     tokens_BL = np.zeros((batch_size, bucket), np.int32)
@@ -232,13 +233,13 @@ def _pad(ids: list[np.ndarray], rows: list[int], batch_size: int) -> tuple[np.nd
 
 
 def _replicated(params: Params) -> NamedSharding | None:
-    """The sharding that keeps a whole copy on every device of the parameters' mesh; None where there is no mesh."""
+    """The sharding that replicates over the mesh of the parameters; None if they are on no mesh."""
     sharding = jax.tree.leaves(params)[0].sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
 
 def _place(tree: Any, mesh_wide: NamedSharding | None) -> Any:
-    """Puts what all processes hold alike on every device."""
+    """Replicates values that are equal on all processes."""
     if mesh_wide is None or mesh_wide.is_fully_addressable:
         return jax.device_put(tree, mesh_wide)
 
@@ -250,7 +251,14 @@ def _place(tree: Any, mesh_wide: NamedSharding | None) -> Any:
     return jax.tree.map(place, tree)
 
 
-def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:
+def check_sampling(sampling: Sampling, batch_size: int = 1) -> None:
+    """Checks the ranges of the arguments of `sample`.
+
+    Raises:
+      ConfigError: names the argument, and what is allowed.
+    """
+    max_new_tokens, temperature = sampling.max_new_tokens, sampling.temperature
+    top_p, top_k = sampling.top_p, sampling.top_k
     for name, value, fits, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "an integer of at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (the most likely token) or a positive number"),
@@ -259,22 +267,28 @@ def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, top_
         ("batch_size", batch_size, batch_size >= 1, "an integer of at least 1"),
     ):
         if not fits:
-            raise ConfigError(f"{name}={value} cannot be sampled with; it must be {allowed}. Set {name} so.")
+            raise ConfigError(f"{name}={value} cannot be used for sampling. Allowed: {allowed}. Set {name}.")
 
 
-def _check_prompts(model: Model, ids: list[np.ndarray], max_new_tokens: int) -> None:
-    vocab_size, context = model.config.vocab_size, model.config.max_length
-    for number, prompt in enumerate(ids, start=1):
+def check_prompts(config: TransformerConfig, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
+    """Checks that a model can complete prompts of token ids.
+
+    Raises:
+      ConfigError: a prompt is empty, has an id outside the vocabulary, or leaves no room in the model's context for
+        `max_new_tokens`.
+    """
+    vocab_size, context = config.vocab_size, config.max_length
+    for number, prompt in enumerate(prompts, start=1):
         if len(prompt) == 0:
-            raise ConfigError(f"prompt {number} has no tokens; a prompt needs at least one. Write some text.")
+            raise ConfigError(f"prompt {number} has no tokens. A prompt needs at least one. Write some text.")
         if prompt.min() < 0 or prompt.max() >= vocab_size:
             wrong = next(int(token) for token in prompt if not 0 <= token < vocab_size)
             raise ConfigError(
-                f"prompt {number} holds token {wrong}; the model's vocabulary is 0 to {vocab_size - 1}."
-                " Use the tokenizer that belongs to the model."
+                f"prompt {number} has the token {wrong}. The model's vocabulary is 0 to {vocab_size - 1}. Use the "
+                "tokenizer that belongs to the model."
             )
         if len(prompt) + max_new_tokens > context:
             raise ConfigError(
-                f"prompt {number} has {len(prompt)} tokens, and max_new_tokens={max_new_tokens} more would exceed the"
-                f" model's context of {context}. Shorten the prompt, or set max_new_tokens lower."
+                f"prompt {number} has {len(prompt)} tokens, and max_new_tokens={max_new_tokens} more would exceed the "
+                f"model's context of {context}. Shorten the prompt, or set max_new_tokens lower."
             )

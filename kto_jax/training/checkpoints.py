@@ -177,6 +177,21 @@ def _check_same(found: Any, wanted: Any, place: Path) -> None:
         )
 
 
+def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
+    """The architecture of a run's policy; reads no weights.
+
+    Raises:
+      ConfigError: the folder holds no run.
+    """
+    try:
+        values = json.loads((workdir / "model.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
+        ) from None
+    return Model.create(read_config_json(values), dtype=dtype)
+
+
 def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
     """The policy of a run's newest checkpoint, on one device, for sampling.
 
@@ -187,12 +202,7 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
       ConfigError: the folder holds no run, no whole checkpoint, or a reward model, which has no output head.
     """
     workdir = Path(workdir).absolute()
-    try:
-        values = json.loads((workdir / "model.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
-        ) from None
+    model = read_model(workdir, dtype=dtype)
     with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
         if checkpointer.latest is None:
             raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")
@@ -209,7 +219,6 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
         wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
-        model = Model.create(read_config_json(values), dtype=dtype)
         kept = metadata["policy"]
         has_adapters = "embed" not in kept
         if has_adapters:

@@ -1,5 +1,6 @@
 """Sampling on a tiny random model: against the plain forward pass, and against distributions worked out by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from kto_jax.sampling import sample as rollout
 from kto_jax.sampling.sample import Sampling, sample
 
 NEVER = 10_000  # an id that no row draws
+EIGHT = Sampling(max_new_tokens=8)
 CONFIG = TransformerConfig(
     vocab_size=61,
     embed_dim=32,
@@ -38,8 +40,10 @@ def tiny():
 
 
 def complete(prompts, **changes):
-    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "max_new_tokens": 8, "batch_size": 4} | changes
-    return [completion.tolist() for completion in sample(*tiny(), prompts, **arguments)]
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{"max_new_tokens": 8} | {name: changes.pop(name) for name in fields & changes.keys()})
+    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 4} | changes
+    return [completion.tolist() for completion in sample(*tiny(), prompts, sampling, **arguments)]
 
 
 @jax.jit
@@ -121,9 +125,8 @@ def test_the_loop_ends_when_all_rows_have_ended():
             return super().decode(params, cache, tokens_BL, positions_BL)
 
     counting = Counting(model.config, model.dtype, model.remat, model.constrain, model.scorer, model.graphdef)
-    sample(
-        counting, params, [[1, 5]], eos_id=first, key=jax.random.key(0), max_new_tokens=100, temperature=0, batch_size=1
-    )
+    greedy = Sampling(temperature=0, max_new_tokens=100)
+    sample(counting, params, [[1, 5]], greedy, eos_id=first, key=jax.random.key(0), batch_size=1)
     jax.effects_barrier()
     assert len(calls) == 1
 
@@ -230,21 +233,21 @@ def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit()
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     axes["embed"]["table"] = axes["head"]["weight"] = ("layers", "layers")
     spread = jax.device_put(params, shardings(mesh, axes, abstract))
-    drawn = sample(model, spread, PROMPTS, eos_id=NEVER, key=jax.random.key(1), max_new_tokens=8, batch_size=3)
+    drawn = sample(model, spread, PROMPTS, EIGHT, eos_id=NEVER, key=jax.random.key(1), batch_size=3)
     assert [completion.tolist() for completion in drawn] == complete(PROMPTS)
 
 
 def test_nothing_is_moved_to_the_device_unasked():
     expected, key = complete(PROMPTS), jax.random.key(1)
     with jax.transfer_guard("disallow"):
-        drawn = sample(*tiny(), PROMPTS, eos_id=NEVER, key=key, max_new_tokens=8, batch_size=4)
+        drawn = sample(*tiny(), PROMPTS, EIGHT, eos_id=NEVER, key=key, batch_size=4)
     assert [completion.tolist() for completion in drawn] == expected
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 cannot be sampled with; it must be an integer of at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 cannot be used for sampling. Allowed: an integer of at least 1"),
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0}, "top_p=0 .* above 0 and at most 1"),
@@ -252,7 +255,7 @@ def test_nothing_is_moved_to_the_device_unasked():
         ({"top_k": -1}, "top_k=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"prompts": [[1], []]}, "prompt 2 has no tokens"),
-        ({"prompts": [[1, 61]]}, "prompt 1 holds token 61; the model's vocabulary is 0 to 60"),
+        ({"prompts": [[1, 61]]}, "prompt 1 has the token 61. The model's vocabulary is 0 to 60"),
         ({"prompts": [[1, -1]]}, "token -1"),
         ({"max_new_tokens": 254, "prompts": [[1, 2, 3]]}, "3 tokens, and max_new_tokens=254 .* context of 256"),
     ],
@@ -260,3 +263,9 @@ def test_nothing_is_moved_to_the_device_unasked():
 def test_what_cannot_be_sampled_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         complete(changes.pop("prompts", [[1]]), **changes)
+
+
+def test_each_batch_is_reported():
+    seen = []
+    complete(PROMPTS, on_batch=seen.append)
+    assert seen == [4, 2]

