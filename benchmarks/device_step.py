@@ -36,7 +36,7 @@ from kto_jax.devices.sharding import place_batch, shardings
 from kto_jax.models.int8 import kept_as
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import make_objective
-from kto_jax.planning.compile_step import Subject
+from kto_jax.planning.compile_step import Task
 from kto_jax.training.first_state import make_model
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
@@ -63,7 +63,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     architecture = dataclasses.replace(architecture, max_length=max(length, architecture.max_length))
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
     device = jax.devices()[0]
-    mesh, model = make_model(config, Subject(architecture, objective), [device])
+    mesh, model = make_model(config, Task(architecture, objective), [device])
     learning_rate = make_learning_rate(config.optimizer, job["steps"])
     optimizer = make_optimizer(config.optimizer, learning_rate, param_dtype=kept)
     layout = shardings(mesh, model.logical_axes(kept), model.abstract_params(kept))

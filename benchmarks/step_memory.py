@@ -21,7 +21,7 @@ from rich.table import Table
 from kto_jax.config import Config
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import check_objective
-from kto_jax.planning.compile_step import Lengths, Subject, compile_step
+from kto_jax.planning.compile_step import Lengths, Task, compile_step
 from kto_jax.planning.topology import LOCAL, Topology, open_topology
 
 MIB = 2**20
@@ -45,8 +45,8 @@ def measure(length: int, vocabulary: int, topology: Topology) -> dict[str, float
         data=dataclasses.replace(plain.data, max_length=length),
         reference=dataclasses.replace(plain.reference, param_dtype="float32"),
     )
-    subject = Subject(architecture, check_objective(config.objective))
-    program = compile_step(config, subject, topology, Lengths(total=length, completion=length // 2))
+    task = Task(architecture, check_objective(config.objective))
+    program = compile_step(config, task, topology, Lengths(total=length, completion=length // 2))
     gradients = 4 * architecture.num_params()
     return {
         "length": length,

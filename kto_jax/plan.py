@@ -22,7 +22,7 @@ from rich.console import Console
 from kto_jax.command import run_command
 from kto_jax.config import Config, ConfigError
 from kto_jax.config.ranges import Positive, Range
-from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
+from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.report import as_dict, show, show_ladder
 from kto_jax.planning.rows_that_fit import plan_rows
 from kto_jax.planning.smaller_settings import climb
@@ -64,21 +64,21 @@ def plan(given: Options) -> int:
     """
     config = given.config
     lengths = _lengths(given)
-    subject = read_subject(config)
+    task = read_task(config)
     if given.topology != LOCAL:
         # libtpu would look for chips here, and take them from a run.
         jax.config.update("jax_platforms", "cpu")
     topology = open_topology(given.topology)
     console = Console(highlight=False)
     if config.microbatch_rows == "auto":
-        program, why = plan_rows(config, subject, topology, lengths)
+        program, why = plan_rows(config, task, topology, lengths)
         console.print(f"microbatch_rows: {program.shape.rows}; {why}", soft_wrap=True)
     else:
-        program = compile_step(config, subject, topology, lengths)
+        program = compile_step(config, task, topology, lengths)
     show(program, topology, lengths, given.price_per_chip_hour, console)
     rungs = []
     if not program.fits and given.ladder:
-        rungs = list(climb(program, subject, topology, lengths))
+        rungs = list(climb(program, task, topology, lengths))
         show_ladder(program, rungs, console)
     if given.json:
         figures = as_dict(program, topology, lengths, given.price_per_chip_hour, rungs)

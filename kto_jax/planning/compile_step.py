@@ -35,7 +35,7 @@ _NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which cha
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Task:
     """What is trained.
 
     Attributes:
@@ -84,7 +84,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledStep:
     """What the compiler makes of the step.
 
     Attributes:
@@ -133,7 +133,7 @@ class Program:
         return not self.refusal and self.total <= self.limit
 
 
-def read_subject(config: Config) -> Subject:
+def read_task(config: Config) -> Task:
     """What the run trains; of the model only config.json is read, also from the Hub.
 
     Raises:
@@ -147,7 +147,7 @@ def read_subject(config: Config) -> Subject:
             f"config.data.max_length={config.data.max_length} is beyond the model's context of "
             f"{architecture.max_length} tokens. Allowed: up to {architecture.max_length}. Set config.data.max_length."
         )
-    return Subject(architecture, objective)
+    return Task(architecture, objective)
 
 
 def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Shape:
@@ -231,28 +231,28 @@ def count_work(model: Model, objective: Objective, lengths: Lengths, *, precompu
     return float(figures["tokens"]), float(figures["flops"])
 
 
-def compile_step(config: Config, subject: Subject, topology: Topology, lengths: Lengths) -> Program:
+def compile_step(config: Config, task: Task, topology: Topology, lengths: Lengths) -> CompiledStep:
     """Compiles the step that training would take if every example were of these lengths.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
     """
-    return compile_for(config, subject, topology, assumed_shape(config, subject.objective, lengths), lengths)
+    return compile_for(config, task, topology, assumed_shape(config, task.objective, lengths), lengths)
 
 
 def compile_for(
     config: Config,
-    subject: Subject,
+    task: Task,
     topology: Topology,
     shape: Shape,
     lengths: Lengths,
     num_steps: int = _NUM_STEPS,
-) -> Program:
+) -> CompiledStep:
     """Compiles the step that training takes of batches of a shape.
 
     Args:
       config: the run.
-      subject: what is trained.
+      task: what is trained.
       topology: the devices.
       shape: of the batches.
       lengths: of the examples whose work is counted.
@@ -262,8 +262,8 @@ def compile_for(
       ConfigError: mesh, rows or model do not fit together.
     """
     config = choose_dtype(config, only_config=True)
-    objective, precomputed = subject.objective, config.reference.precompute
-    mesh, model = make_model(config, subject, topology.devices)
+    objective, precomputed = task.objective, config.reference.precompute
+    mesh, model = make_model(config, task, topology.devices)
     check_lengths([shape.row_length], dict(mesh.shape))
     learning_rate = make_learning_rate(config.optimizer, num_steps)
     optimizer = make_optimizer(
@@ -273,7 +273,7 @@ def compile_for(
         param_dtype=config.model.param_dtype,
         seed=config.seed,
     )
-    state = make_abstract_state(config, subject, model, mesh, optimizer)
+    state = make_abstract_state(config, task, model, mesh, optimizer)
     batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))
     parts = {
         "policy": device_bytes(state.policy),
@@ -289,7 +289,7 @@ def compile_for(
     models = 2 if objective.uses_reference and not precomputed else 1
     first_pass = models if objective.first_pass != "none" else 0
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
-    return Program(
+    return CompiledStep(
         config=config,
         mesh=dict(mesh.shape),
         shape=shape,
@@ -301,7 +301,7 @@ def compile_for(
         collectives=tuple(collectives),
         tokens=tokens * shape.sequences,
         flops=flops * shape.sequences,
-        weight_bytes=subject.architecture.num_params() * width / mesh.shape["tensor"],
+        weight_bytes=task.architecture.num_params() * width / mesh.shape["tensor"],
         passes=shape.microbatches * (first_pass + models + 1),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

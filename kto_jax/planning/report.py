@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.devices.chips import peak_flops
-from kto_jax.planning.compile_step import Lengths, Program
+from kto_jax.planning.compile_step import CompiledStep, Lengths
 from kto_jax.planning.hlo import summarize
 from kto_jax.planning.smaller_settings import Rung
 from kto_jax.planning.topology import Topology
@@ -41,7 +41,7 @@ class Bounds:
         return max(self.compute, self.memory or 0.0, self.network or 0.0, self.slices or 0.0)
 
 
-def find_bounds(program: Program, topology: Topology) -> Bounds:
+def find_bounds(program: CompiledStep, topology: Topology) -> Bounds:
     """The bounds of a step, from the chip's published figures; of this machine's devices from the peak rate alone."""
     num_devices = len(topology.devices)
     if topology.chip is None:
@@ -69,7 +69,7 @@ def cost_per_million(seconds: float, tokens: float, num_chips: int, price_per_ch
 # ------------------------------------------------------------------------------------------------ for people
 
 
-def show(program: Program, topology: Topology, lengths: Lengths, price: float | None, console: Console) -> None:
+def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: float | None, console: Console) -> None:
     """Prints a plan."""
     shape, config = program.shape, program.config
     console.print(
@@ -99,7 +99,7 @@ def show(program: Program, topology: Topology, lengths: Lengths, price: float | 
     console.print(f"{verdict}: {_needs(program)} of {_size(program.limit)} on each device", style="bold")
 
 
-def show_ladder(program: Program, rungs: Sequence[Rung], console: Console) -> None:
+def show_ladder(program: CompiledStep, rungs: Sequence[Rung], console: Console) -> None:
     """Prints what was tried, each setting upon those before."""
     table = Table(title="each setting upon those before", title_justify="left", title_style="bold")
     for name, justify in (("config.", "left"), ("a device needs", "right"), ("fits", "left"), ("costs", "left")):
@@ -121,7 +121,7 @@ def show_ladder(program: Program, rungs: Sequence[Rung], console: Console) -> No
         console.print("none of these makes it fit: take more chips, chips with more memory, or a smaller model")
 
 
-def _memory_table(program: Program) -> Table:
+def _memory_table(program: CompiledStep) -> Table:
     table = Table(title="memory of a device", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -136,7 +136,7 @@ def _memory_table(program: Program) -> Table:
     return table
 
 
-def _collectives_table(program: Program) -> Table:
+def _collectives_table(program: CompiledStep) -> Table:
     table = Table(title="collectives of a step", title_justify="left", title_style="bold")
     for name, justify in (("kind", "left"), ("in loops of", "left"), ("times", "right"), ("sent", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def _collectives_table(program: Program) -> Table:
     return table
 
 
-def _bounds_table(program: Program, topology: Topology, price: float | None) -> Table:
+def _bounds_table(program: CompiledStep, topology: Topology, price: float | None) -> Table:
     bounds = find_bounds(program, topology)
     table = Table(title="at best, a step", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
@@ -172,7 +172,7 @@ def _bounds_table(program: Program, topology: Topology, price: float | None) -> 
     return table
 
 
-def _needs(program: Program) -> str:
+def _needs(program: CompiledStep) -> str:
     return f"{'at least ' if program.refusal else ''}{_size(program.total)}"
 
 
@@ -188,7 +188,7 @@ def _size(num_bytes: float) -> str:
 
 
 def as_dict(
-    program: Program, topology: Topology, lengths: Lengths, price: float | None, rungs: Sequence[Rung]
+    program: CompiledStep, topology: Topology, lengths: Lengths, price: float | None, rungs: Sequence[Rung]
 ) -> dict[str, Any]:
     """All figures of a plan: bytes, seconds and tokens."""
     bounds = find_bounds(program, topology)
@@ -218,7 +218,7 @@ def as_dict(
     return plan
 
 
-def _figures(program: Program) -> dict[str, Any]:
+def _figures(program: CompiledStep) -> dict[str, Any]:
     return {
         "fits": program.fits,
         "refusal": program.refusal,

@@ -19,7 +19,7 @@ import jax
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
 from kto_jax.devices.sharding import check_rows, mesh_shape
-from kto_jax.planning.compile_step import Lengths, Program, Shape, Subject, compile_for, compile_step
+from kto_jax.planning.compile_step import CompiledStep, Lengths, Shape, Task, compile_for, compile_step
 from kto_jax.planning.topology import LOCAL, Topology
 from kto_jax.training.inputs import Inputs, make_schedules
 from kto_jax.training.logs import console
@@ -49,20 +49,20 @@ def candidates(config: Config, num_devices: int) -> Iterator[int]:
     return (fewest * 2**doublings for doublings in itertools.count())
 
 
-def room(program: Program, topology: Topology) -> int:
+def room(program: CompiledStep, topology: Topology) -> int:
     """Bytes of each device that a step may take."""
     on_host = topology.chip is None and topology.devices[0].platform == "cpu"
     return int((_HOST_SHARE if on_host else _SHARE) * program.limit)
 
 
-def leaves_room(program: Program, topology: Topology) -> bool:
+def leaves_room(program: CompiledStep, topology: Topology) -> bool:
     """Whether the compiler took the program, and it leaves room for what else lives on the devices of all processes."""
     return _everywhere(not program.refusal and program.total <= room(program, topology))
 
 
 def find_rows(
-    numbers: Iterable[int], compile_rows: Callable[[int], Program], topology: Topology
-) -> tuple[Program, str]:
+    numbers: Iterable[int], compile_rows: Callable[[int], CompiledStep], topology: Topology
+) -> tuple[CompiledStep, str]:
     """The program with the most rows that leaves room; where none does, that with the fewest.
 
     Args:
@@ -73,7 +73,7 @@ def find_rows(
     Returns:
       The program, and why it has no more rows.
     """
-    found: Program | None = None
+    found: CompiledStep | None = None
     for rows in numbers:
         program = compile_rows(rows)
         if not leaves_room(program, topology):
@@ -87,15 +87,15 @@ def find_rows(
     return found, "devices that share a row take one at a time"
 
 
-def plan_rows(config: Config, subject: Subject, topology: Topology, lengths: Lengths) -> tuple[Program, str]:
+def plan_rows(config: Config, task: Task, topology: Topology, lengths: Lengths) -> tuple[CompiledStep, str]:
     """What `plan` says of a run whose rows are to be found: its program, and why it has no more rows.
 
     Raises:
       ConfigError: mesh and model do not fit together, or an example of these lengths fits no row.
     """
 
-    def compile_rows(rows: int) -> Program:
-        return compile_step(with_rows(config, rows), subject, topology, lengths)
+    def compile_rows(rows: int) -> CompiledStep:
+        return compile_step(with_rows(config, rows), task, topology, lengths)
 
     return find_rows(candidates(config, len(topology.devices)), compile_rows, topology)
 
@@ -119,7 +119,7 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
     # Processes on one host share its memory; other devices have their own.
     sharing = processes.tell(platform.node()).count(platform.node()) if on_host else 1
 
-    def compile_rows(rows: int) -> Program:
+    def compile_rows(rows: int) -> CompiledStep:
         program = processes.together(lambda: _compile(with_rows(config, rows), inputs, topology))
         return dataclasses.replace(program, limit=program.limit // sharing)
 
@@ -157,7 +157,7 @@ def _shares(config: Config, rows: int, num_devices: int) -> bool:
     return True
 
 
-def _check_fits(program: Program, why: str) -> None:
+def _check_fits(program: CompiledStep, why: str) -> None:
     if not _everywhere(program.fits):
         least, needed, limit = "at least " if program.refusal else "", program.total / _GIB, program.limit / _GIB
         raise ConfigError(
@@ -172,7 +172,7 @@ def _everywhere(condition: bool) -> bool:
     return all(word == "True" for word in processes.tell(str(condition)))
 
 
-def _compile(config: Config, inputs: Inputs, topology: Topology) -> Program:
+def _compile(config: Config, inputs: Inputs, topology: Topology) -> CompiledStep:
     """The step for the longest rows of the run, which take the most memory."""
     schedule, _ = make_schedules(config, inputs.index, inputs.objective, inputs.controls)
     batch, row = schedule.batch(0), schedule.longest_row
@@ -187,5 +187,5 @@ def _compile(config: Config, inputs: Inputs, topology: Topology) -> Program:
     )
     # Of the work nothing is asked here.
     least = Lengths(total=2, completion=1)
-    subject = Subject(inputs.architecture, inputs.objective)
-    return compile_for(config, subject, topology, shape, least, num_steps=inputs.num_steps)
+    task = Task(inputs.architecture, inputs.objective)
+    return compile_for(config, task, topology, shape, least, num_steps=inputs.num_steps)

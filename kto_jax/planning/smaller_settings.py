@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices.sharding import mesh_shape
-from kto_jax.planning.compile_step import Lengths, Program, Subject, compile_step
+from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_step
 from kto_jax.planning.topology import Topology
 from kto_jax.training.inputs import check_together
 
@@ -29,16 +29,16 @@ class Rung:
 
     setting: str
     cost: str
-    program: Program | None
+    program: CompiledStep | None
     why_not: str = ""
 
 
-def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
+def climb(program: CompiledStep, task: Task, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
     """Compiles the step with one setting more at a time, those that cost least first, and ends where it fits.
 
     Args:
       program: one that does not fit.
-      subject: what is trained.
+      task: what is trained.
       topology: the devices.
       lengths: of the assumed feedback.
 
@@ -47,14 +47,14 @@ def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengt
     """
     config = program.config
     num_devices = len(topology.devices)
-    for change, setting, cost in _settings(subject, topology):
+    for change, setting, cost in _settings(task, topology):
         changed = change(config, num_devices)
         if changed == config:
             continue
         text = setting(changed)
         try:
-            check_together(changed, subject.objective)
-            tried = compile_step(changed, subject, topology, lengths)
+            check_together(changed, task.objective)
+            tried = compile_step(changed, task, topology, lengths)
         except ConfigError as error:
             yield Rung(text, cost, None, str(error))
             continue
@@ -67,7 +67,7 @@ def climb(program: Program, subject: Subject, topology: Topology, lengths: Lengt
 _Change = Callable[[Config, int], Config]
 
 
-def _settings(subject: Subject, topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
+def _settings(task: Task, topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
     """(what it changes, how it is written, what it costs), in the order in which they are tried."""
     settings: list[tuple[_Change, Callable[[Config], str], str]] = [
         (
@@ -101,7 +101,7 @@ def _settings(subject: Subject, topology: Topology) -> list[tuple[_Change, Calla
             "both moments rounded, right in the mean",
         ),
     ]
-    if subject.objective.uses_reference:
+    if task.objective.uses_reference:
         settings += [
             (
                 _bfloat16_reference,

@@ -8,7 +8,7 @@ import jax
 from kto_jax.config import Config
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import check_objective
-from kto_jax.planning.compile_step import Lengths, Subject, compile_step
+from kto_jax.planning.compile_step import Lengths, Task, compile_step
 from kto_jax.planning.topology import Topology
 
 
@@ -24,8 +24,8 @@ def measure(num_layers=2, vocabulary=512):
     reference = dataclasses.replace(plain.reference, param_dtype="float32")
     config = dataclasses.replace(plain, batch_size=1, microbatch_rows=1, row_length=16, data=data, reference=reference)
     topology = Topology("local", tuple(jax.devices()[:1]))
-    subject = Subject(architecture, check_objective(config.objective))
-    program = compile_step(config, subject, topology, Lengths(total=16, completion=4))
+    task = Task(architecture, check_objective(config.objective))
+    program = compile_step(config, task, topology, Lengths(total=16, completion=4))
     return program.temporaries, 4 * architecture.num_params()
 
 

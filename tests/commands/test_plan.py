@@ -23,7 +23,15 @@ from kto_jax.objectives import check_objective
 from kto_jax.plan import Options, main
 from kto_jax.planning import compile_step as planning
 from kto_jax.planning import smaller_settings as ladder
-from kto_jax.planning.compile_step import Lengths, Program, Shape, assumed_shape, count_work, empty_batch, read_subject
+from kto_jax.planning.compile_step import (
+    CompiledStep,
+    Lengths,
+    Shape,
+    assumed_shape,
+    count_work,
+    empty_batch,
+    read_task,
+)
 from kto_jax.planning.hlo import Collective
 from kto_jax.planning.report import cost_per_million, find_bounds
 from kto_jax.planning.topology import CHIPS, Topology, open_topology
@@ -42,14 +50,14 @@ def config(**fields) -> Config:
     return dataclasses.replace(Config(model=model, data=data, batch_size=16), **fields)
 
 
-def program(total: int, limit: int = 100, **fields) -> Program:
+def program(total: int, limit: int = 100, **fields) -> CompiledStep:
     values = dict(
         config=config(), mesh={"data": 8, "fsdp": 1, "tensor": 1}, shape=Shape(8, 64, 64, 2, 1, 1, 16),
         parts={"policy": 10, "reference": 5, "moments": 20, "batch": 1}, arguments=40, temporaries=total - 40,
         refusal="", limit=limit, collectives=(), tokens=512.0, flops=1e15, weight_bytes=1e9, passes=5,
         compile_seconds=1.0, host_bytes=2**30,
     )  # fmt: skip
-    return Program(**(values | fields))
+    return CompiledStep(**(values | fields))
 
 
 # ------------------------------------------------------------------------------------------------ what is assumed
@@ -100,11 +108,11 @@ def test_a_plan_has_the_shapes_and_types_of_the_batch_that_training_makes(tmp_pa
 def test_operations_are_those_that_training_counts():
     run = config()
     topology = open_topology("local")
-    subject = read_subject(run)
-    _, model = planning.make_model(run, subject, topology.devices)
+    task = read_task(run)
+    _, model = planning.make_model(run, task, topology.devices)
     tokens, flops = count_work(model, KTO, Lengths(32, 16), precomputed=False)
-    body = subject.architecture.flops_per_token(16.5, head=False) * 32
-    head = (subject.architecture.flops_per_token(1) - subject.architecture.flops_per_token(1, head=False)) * 16
+    body = task.architecture.flops_per_token(16.5, head=False) * 32
+    head = (task.architecture.flops_per_token(1) - task.architecture.flops_per_token(1, head=False)) * 16
     assert tokens == 32
     # Forward and backward of the policy, forward of the reference, and both for the unmatched rows.
     assert flops == pytest.approx((3 + 1 + 2) * (body + head), rel=1e-6)
@@ -124,7 +132,7 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
 
     monkeypatch.setattr(ladder, "compile_step", compiled)
     run = config(microbatch_rows=32, mesh=MeshConfig(data=2, fsdp=-1))
-    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == ["model.remat=full", "microbatch_rows=8", "mesh.data=1 mesh.fsdp=8"]
     # Each setting stands upon those before.
     assert (tried[2].model.remat, tried[2].microbatch_rows, tried[2].mesh) == ("full", 8, MeshConfig(1, 8))
@@ -134,7 +142,7 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
 def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(mesh=MeshConfig(data=1, fsdp=-1), model=ModelConfig(path=str(MODEL), remat="full"))
-    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == [
         "mesh.fsdp=1 mesh.sequence=8 microbatch_rows=1", "optimizer.moments_dtype=bfloat16",
         "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
@@ -153,7 +161,7 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
 def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(lora=LoraConfig(rank=4))
-    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     settings = [rung.setting for rung in rungs]
     assert settings[-1] == "reference.param_dtype=int8"
     assert not [setting for setting in settings if "lora" in setting or "model.param_dtype" in setting]
@@ -163,21 +171,21 @@ def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
 def test_the_ladder_does_not_undo_a_setting_that_needs_less(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(param_dtype="int8"), model=ModelConfig(path=str(MODEL), remat="offload"))
-    rungs = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert not {"model.remat=full", "reference.param_dtype=bfloat16"} & {rung.setting for rung in rungs}
 
 
 def test_a_reference_in_int8_is_planned_with_a_quarter_of_the_memory():
     run = config(reference=ReferenceConfig(param_dtype="int8"))
-    mesh, model = make_model(run, read_subject(run))
-    state = make_abstract_state(run, read_subject(run), model, mesh, optax.sgd(1.0))
+    mesh, model = make_model(run, read_task(run))
+    state = make_abstract_state(run, read_task(run), model, mesh, optax.sgd(1.0))
     assert 0.25 < planning.device_bytes(state.reference) / planning.device_bytes(state.policy) < 0.28
 
 
 def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    climbed = ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16))
+    climbed = ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16))
     refused = {rung.setting: rung.why_not for rung in climbed if rung.program is None}
     assert list(refused) == ["reference.precompute=True", "lora.rank=16 model.param_dtype=float32"]
     assert "sync_every=5 moves the reference" in refused["reference.precompute=True"]
@@ -187,7 +195,7 @@ def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
 def test_what_comes_after_a_refused_setting_is_tried_without_it(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    climbed = list(ladder.climb(program(400, config=run), read_subject(run), open_topology("local"), Lengths(32, 16)))
+    climbed = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     policy = next(rung.program.config for rung in climbed if rung.setting == "model.param_dtype=bfloat16")
     assert not policy.reference.precompute
     assert "reference.param_dtype=int8" not in [rung.setting for rung in climbed]
@@ -316,8 +324,8 @@ def test_help_names_every_flag(capsys):
     [("llama_3_1_8b", 8.03), ("llama_3_1_70b", 70.55), ("llama_3_2_1b", 1.236), ("gemma_3_1b", 1.0)],
 )
 def test_the_architectures_have_the_published_number_of_parameters(name, billions):
-    subject = read_subject(config(model=ModelConfig(path=str(ARCHITECTURES / name))))
-    assert subject.architecture.num_params() / 1e9 == pytest.approx(billions, abs=0.005)
+    task = read_task(config(model=ModelConfig(path=str(ARCHITECTURES / name))))
+    assert task.architecture.num_params() / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 PLAN = [sys.executable, "-m", "kto_jax.plan", f"--config={TINY}", "--config.model.dtype=bfloat16"]
@@ -326,11 +334,11 @@ PLAN = [sys.executable, "-m", "kto_jax.plan", f"--config={TINY}", "--config.mode
 @pytest.mark.slow
 def test_the_ladder_compiles_a_step_that_needs_less(capsys, monkeypatch):
     run = config(microbatch_rows=32, batch_size=64)
-    subject, topology = read_subject(run), open_topology("local")
-    first = planning.compile_step(run, subject, topology, Lengths(32, 16))
+    task, topology = read_task(run), open_topology("local")
+    first = planning.compile_step(run, task, topology, Lengths(32, 16))
     first = dataclasses.replace(first, limit=first.total - 1)
     monkeypatch.setattr(planning, "device_limit", lambda topology: first.limit)
-    *_, last = ladder.climb(first, subject, topology, Lengths(32, 16))
+    *_, last = ladder.climb(first, task, topology, Lengths(32, 16))
     assert last.program.fits and last.program.total < first.total
 
 

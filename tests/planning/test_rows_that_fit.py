@@ -12,7 +12,7 @@ from kto_jax.command import read_command
 from kto_jax.config import Config, ConfigError, MeshConfig, default_config, resolve
 from kto_jax.plan import main as plan_command
 from kto_jax.planning import rows_that_fit as fitting
-from kto_jax.planning.compile_step import Program, Shape, host_memory
+from kto_jax.planning.compile_step import CompiledStep, Shape, host_memory
 from kto_jax.planning.topology import CHIPS, Topology
 from kto_jax.train import main
 from kto_jax.training.inputs import read_inputs
@@ -29,7 +29,7 @@ DEMONSTRATIONS = ["--config.objective.name=sft", "--config.batch_size=64", "--co
 
 
 def program(rows, total, microbatches, limit=100 * GIB, refusal=""):
-    return Program(
+    return CompiledStep(
         config=Config(), mesh={}, shape=Shape(rows, 64, 64, 4, 4, microbatches, 16), parts={}, arguments=0,
         temporaries=total, refusal=refusal, limit=limit, collectives=(), tokens=1.0, flops=1.0, weight_bytes=1.0,
         passes=1, compile_seconds=0.0, host_bytes=0,
