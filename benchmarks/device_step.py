@@ -5,8 +5,8 @@
     python -m benchmarks.device_step --architecture=configs/architectures/gemma_3_1b --dtype=bfloat16 \
       --kept=bfloat16 --lengths 8192 --longest                             # 262,144 tokens of vocabulary
 
-Every example is as long as a row, half of it completion. Each length runs in a process of its own: memory that has run
-out ends that process alone, and a peak is of one length.
+Every example fills a row, and half of it is completion. Each length runs in its own process: running out of memory ends
+only that process, and a peak belongs to one length.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "flops": float(figures["flops"]),
         "peak_flops": peak,
         "peak_source": source,
-        # On CPU that of the process, of which the program is a part.
+        # On CPU the peak of the whole process.
         "peak_bytes": stated or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "loss": float(figures["loss"]),
     }

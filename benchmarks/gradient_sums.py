@@ -1,10 +1,10 @@
-"""How a TPU slice sums the gradient of a matrix that fsdp splits over all of its chips: three ways, as compiled.
+"""Three ways in which a TPU slice can reduce the gradient of a matrix that fsdp shards over all of its chips, compiled.
 
     python -m benchmarks.gradient_sums --topology=v5e:16x16
 
-- left: the compiler places the sum, as in training.
-- named: `psum_scatter` under `shard_map` asks for each device's part of it.
-- staged: one `psum_scatter` after the other, along one dimension of the torus at a time.
+- left: the compiler places the reduction, as in training.
+- named: `psum_scatter` under `shard_map` requests each device's part.
+- staged: one `psum_scatter` after the other, over one dimension of the torus at a time.
 
 Nothing runs: needs the TPU compiler (`pip install "jax[tpu]==0.10.2"`), no TPU.
 """
@@ -27,18 +27,18 @@ from kto_jax.devices.sharding import make_mesh
 from kto_jax.planning.hlo import Collective, find_collectives
 from kto_jax.planning.topology import open_topology
 
-# A feed-forward matrix of Llama-3.1-8B, and one row of tokens to each chip.
+# A feed-forward matrix of Llama-3.1-8B, and one row of tokens per chip.
 EMBED, MLP, TOKENS = 4096, 14336, 2048
 _AXIS = "fsdp"
 
 
 def gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Of a matrix [D, F] by which tokens [T, D] were multiplied."""
+    """The gradient of a matrix [D, F] that tokens [T, D] are multiplied by."""
     return jnp.dot(x.T, cotangent)
 
 
 def rings(sizes: tuple[int, ...]) -> list[list[list[int]]]:
-    """For each dimension of a torus, its rings, as places of their devices in row-major order."""
+    """The rings of each dimension of a torus, as positions of their devices in row-major order."""
     places = np.arange(np.prod(sizes)).reshape(sizes)
     return [np.moveaxis(places, axis, -1).reshape(-1, size).tolist() for axis, size in enumerate(sizes)]
 
@@ -51,7 +51,7 @@ def _scattered(x: jax.Array, cotangent: jax.Array, *, groups: Sequence[list[list
 
 
 def ways(mesh: Mesh, sizes: tuple[int, ...]) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """Functions of tokens and cotangents, both split over all devices, that give the gradient split likewise."""
+    """Functions of tokens and cotangents, both sharded over all devices, that return the gradient sharded likewise."""
     spec = PartitionSpec(_AXIS)
     by_hand = partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
     return {

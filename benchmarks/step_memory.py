@@ -1,11 +1,11 @@
 """Temporary memory of a training step against the length of its rows and the size of the vocabulary.
 
     python -m benchmarks.step_memory
-    python -m benchmarks.step_memory --topology=v5e:1x1     # one chip of a TPU, which need not be there
+    python -m benchmarks.step_memory --topology=v5e:1x1     # one TPU chip, compiled ahead of time without hardware
 
-Compiles KTO's step from shapes alone, and prints what the compiler says that it needs beside its
-arguments: gradients of the policy and activations. Gradients grow with the table of embeddings, so they stand apart; an
-array of all logits of the completions, which the step never holds, stands beside for comparison.
+Compiles KTO's step from shapes alone, and prints the memory that the compiler needs beyond the arguments: gradients of
+the policy, and activations. Gradients grow with the embedding table, so they have a column of their own. The last
+column is the size of all logits of the completions, an array that the step never materialises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIXED_LENGTH, FIXED_VOCABULARY = 2048, 32_768
 
 
 def measure(length: int, vocabulary: int, topology: Topology) -> dict[str, float]:
-    """MiB of one step over one row: beside the arguments, of them gradients, and of all logits."""
+    """MiB of one step over one row: beyond the arguments, of gradients alone, and of all logits."""
     architecture = TransformerConfig(
         vocab_size=vocabulary, embed_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
         max_length=max(LENGTHS), tied_head=True,

@@ -1,10 +1,10 @@
-"""Host memory that weights take on their way in and out, on several processes of one machine.
+"""Host memory used to load and export weights, by several processes on one machine.
 
     python -m benchmarks.weights_memory
 
-Writes a random model of 2 GB in 8 files, reads it by two processes, each its half (mesh axis fsdp), writes it again
-from both, and prints the largest private memory of each process: beyond what its imports take, and beyond its share of
-the weights as well. Mapped pages of the files count for nothing; the kernel takes them back when it needs room.
+Writes a random model of 2 GB in 8 files, loads it in two processes that hold half each (mesh axis fsdp), exports it
+from both, and prints the peak private memory of each process: beyond its imports, and beyond its share of the weights.
+Mapped pages of the files are not counted, since the kernel can reclaim them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def private_bytes() -> int:
-    """Memory of this process that lies in no file."""
+    """Memory of this process that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) << 10

@@ -1,8 +1,9 @@
-"""Will it fit, and how fast at best: `python -m kto_jax.plan --config=configs/kto_llama.py --topology=v5e:4x4`.
+"""Says whether a run fits and how fast it can be: python -m kto_jax.plan --config=kto_llama --topology=v5e:4x4
 
-Compiles the training step for TPUs that are not here (extra [plan]: libtpu), or with --topology=local for the devices
-that are, and prints the memory of each device, the collectives, and bounds of time and cost. Where it does not fit, it
-compiles again with settings that need less. Nothing runs: all figures are the compiler's, or follow from formulas.
+Compiles the training step ahead of time for TPUs without having any (extra [plan]: libtpu), or with --topology=local
+for the devices of this machine, and prints the memory per device, the collectives, and bounds on time and cost. If it
+does not fit, compiles again with settings that need less memory, and prints those that fit. Nothing runs: all figures
+come from the compiler or from formulas.
 
 Exit codes: 0 it fits, 3 it does not, 2 the command, the configuration or the model cannot be used.
 """
@@ -38,17 +39,17 @@ class Options:
     config: Config
     """Recipe of configs/ by its name, or the path of a config file."""
     topology: str
-    """v4, v5e, v5p, v6e or tpu7x and a size: v5e:4x4, v5p:4x4x4, of N slices N*v5e:16x16; or local."""
+    """v4, v5e, v5p, v6e or tpu7x and a size: v5e:4x4, v5p:4x4x4, or N*v5e:16x16 for N slices; or local."""
     mean_length: Annotated[int, Range(at_least=2)] | None = None
     """Mean tokens of an example, prompt and completion. Default: half of data.max_length."""
     mean_completion: Annotated[int, Range(at_least=1)] | None = None
     """Mean tokens of its completion. Default: half of the mean length."""
     price_per_chip_hour: Positive | None = None
-    """Adds what a million tokens cost at least, in the price's currency."""
+    """Adds the least cost of a million tokens, in the price's currency."""
     json: str = ""
-    """File to which all figures are written as well."""
+    """File to write all figures to."""
     ladder: bool = True
-    """Look for settings that fit, if these do not."""
+    """If the run does not fit, look for settings that do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(given: Options) -> int:
-    """Plans a run; returns whether it fits as an exit code.
+    """Plans a run; the exit code says whether it fits.
 
     Raises:
       ConfigError: the command, the configuration or the model cannot be used.
@@ -66,7 +67,7 @@ def plan(given: Options) -> int:
     lengths = _lengths(given)
     task = read_task(config)
     if given.topology != LOCAL:
-        # libtpu would look for chips here, and take them from a run.
+        # libtpu would look for chips of this machine and take them from a run.
         jax.config.update("jax_platforms", "cpu")
     topology = open_topology(given.topology)
     console = Console(highlight=False)
@@ -92,8 +93,9 @@ def _lengths(given: Options) -> Lengths:
     completion = given.mean_completion or max(total // 2, 1)
     if total > max_length or completion >= total:
         raise ConfigError(
-            f"--mean_length={total} and --mean_completion={completion} cannot be. Allowed: a mean length from 2 to "
-            f"config.data.max_length={max_length}, and a shorter completion. Correct them."
+            f"--mean_length={total} and --mean_completion={completion} do not go together. Allowed: a mean length from "
+            f"2 to config.data.max_length={max_length}, and a shorter completion. Set --mean_length and "
+            "--mean_completion."
         )
     return Lengths(total, completion)
 

@@ -1,7 +1,7 @@
-"""Judges: what an outsider thinks of a set of completions, before and after training.
+"""Judges: independent scores of completions, before and after training.
 
-A judge never sees a prompt that was trained on: the feedback judge is fitted on the judge's own share of the prompts,
-and VADER is a lexicon of 2014. Neither is a model of quality. They say which way the text moved, not how good it is.
+A judge never sees a prompt that was trained on: the feedback judge is fitted on its own share of the prompts, and VADER
+is a lexicon of 2014. Neither measures quality. They show in which direction the text moved, not how good it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Judge(Protocol):
 
     @property
     def quality(self) -> Mapping[str, float]:
-        """How far the judge itself can be trusted: figures on feedback that it was not fitted on."""
+        """How accurate the judge itself is, on feedback that it was not fitted on."""
 
     def score(self, completions: Sequence[str]) -> dict[str, float]:
         """Figures about a set of completions.
@@ -81,21 +81,21 @@ def fit_feedback_judge(
       completions: labelled text.
       desirable: thumbs-up or thumbs-down of each.
       prompts: what each was written for; any hashable. No prompt is on both sides of a fold.
-      num_folds: folds of the cross-validation; fewer where there are fewer prompts.
+      num_folds: folds of the cross-validation; fewer if there are fewer prompts.
 
     Returns:
       The judge. Its `quality` has `accuracy` and `auc` on held-out prompts (NaN with fewer than two usable prompts)
       and `examples`, how many it was fitted on.
 
     Raises:
-      ConfigError: only one of the two labels occurs, or no completion holds a word.
+      ConfigError: only one of the two labels occurs, or no completion contains a word.
     """
     labels = np.asarray(desirable, dtype=bool)
     if len(labels) == 0 or labels.all() or not labels.any():
         raise ConfigError(
-            f"the feedback judge was given {int(labels.sum())} desirable and {int((~labels).sum())} undesirable"
-            ' completions; it needs both. Raise config.data.judge_holdout, or take "feedback" out of'
-            " config.samples.judges."
+            f"the feedback judge was given {int(labels.sum())} desirable and {int((~labels).sum())} undesirable "
+            'completions; it needs both. Raise config.data.judge_holdout, or take "feedback" out of '
+            "config.samples.judges."
         )
     texts = np.asarray(completions, dtype=object)
     try:
@@ -104,8 +104,8 @@ def fit_feedback_judge(
         if "vocabulary" not in str(error):
             raise
         raise ConfigError(
-            f"none of the {len(texts)} completions given to the feedback judge holds a word of two letters or more;"
-            ' it judges words. Take "feedback" out of config.samples.judges.'
+            f"none of the {len(texts)} completions given to the feedback judge contains a word of two letters or more. "
+            'It judges words. Take "feedback" out of config.samples.judges.'
         ) from error
     quality = _cross_validate(texts, labels, prompts, num_folds) | {"examples": float(len(labels))}
     return FeedbackJudge(pipeline, quality)
@@ -114,7 +114,7 @@ def fit_feedback_judge(
 def fit_vader_judge(
     completions: Sequence[str] = (), desirable: Sequence[bool] = (), prompts: Sequence[Hashable] = ()
 ) -> VaderJudge:
-    """Makes the VADER judge, which needs no feedback: the arguments are there so that every judge is made alike."""
+    """Makes the VADER judge. It needs no feedback: the arguments are those of every judge."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return VaderJudge(SentimentIntensityAnalyzer())
@@ -130,7 +130,7 @@ def fit_judge(name: str, completions: Sequence[str], desirable: Sequence[bool], 
     """Makes the judge called `name` from the judge's share of the feedback.
 
     Raises:
-      ConfigError: there is no judge of that name, or the feedback cannot be judged from.
+      ConfigError: there is no judge of that name, or it cannot be fitted on the feedback.
     """
     check_names([name])
     return JUDGES[name](completions, desirable, prompts)
@@ -141,8 +141,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in JUDGES:
             raise ConfigError(
-                f"config.samples.judges names {name!r}; the judges are {', '.join(map(repr, JUDGES))}."
-                " Use one of these, or leave the list empty."
+                f"config.samples.judges names {name!r}; the judges are {', '.join(map(repr, JUDGES))}. "
+                "Use one of these, or leave the list empty."
             )
 
 
@@ -165,12 +165,12 @@ def _require_some(completions: Sequence[str]) -> None:
 
 
 def _new_pipeline() -> Any:
-    # Imported here: scikit-learn takes a second to import, and most runs have no judge.
+    # Imported here because scikit-learn takes a second to import, and most runs have no judge.
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    # Balanced, so that a judge fitted on lopsided feedback does not call everything by the commoner label.
+    # Balanced, so that a judge fitted on imbalanced feedback does not predict the more frequent label everywhere.
     return make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(class_weight="balanced", max_iter=1000),

@@ -1,4 +1,4 @@
-"""The training step of a run compiled from shapes alone: no weights, no feedback, and no devices of its kind."""
+"""Ahead-of-time compilation of a run's training step, from shapes alone: no weights, no feedback, no such devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kto_jax.training.reference import choose_dtype
 from kto_jax.training.step import Recipe, jit_train_step
 from kto_jax.training.work import work
 
-_NUM_STEPS = 1000  # Steps of the schedule: a constant in the program, which changes nothing else of it.
+_NUM_STEPS = 1000  # Steps of the learning rate's schedule: a constant, which does not change the program otherwise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Task:
 
     Attributes:
       architecture: of policy and reference.
-      objective: what is minimised, as for equally many completions of both labels.
+      objective: what is minimised, with its weights for equally many completions of both labels.
     """
 
     architecture: TransformerConfig
@@ -49,7 +49,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """The feedback that is assumed: every example is of these lengths.
+    """The feedback that is assumed: every example has these lengths.
 
     Attributes:
       total: tokens of prompt and completion.
@@ -62,7 +62,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The batch of a step, in the letters of shapes.py.
+    """The batch of a step; the letters are those of shapes.py.
 
     Attributes:
       rows: R, packed rows of a microbatch.
@@ -70,8 +70,8 @@ class Shape:
       completion_length: C.
       slots: S.
       room: M, microbatches that the arrays have room for.
-      microbatches: how many of them hold something.
-      sequences: completions of a step; of pairs two each.
+      microbatches: how many of them are filled.
+      sequences: completions per step; a pair has two.
     """
 
     rows: int
@@ -85,25 +85,24 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler makes of the step.
+    """The compiled step: its memory, collectives and work.
 
     Attributes:
       config: of the run.
       mesh: size of each mesh axis.
       shape: of the batch.
-      parts: bytes on each device of policy, reference, moments and batch, by their shapes.
-      arguments: bytes of all that, as the compiler lays it out; None where it refused the program.
-      temporaries: bytes of gradients, activations, gathered weights and code when most is in use; where it refused, as
-        far as it says.
-      refusal: the compiler's message; empty where it compiled.
-      limit: bytes of memory that a device has.
+      parts: bytes per device of policy, reference, moments and batch, from their shapes.
+      arguments: bytes of all of these in the compiler's layout; None if it refused the program.
+      temporaries: peak bytes of gradients, activations, gathered weights and code; if it refused, as in its message.
+      refusal: the compiler's message; empty if it compiled.
+      limit: bytes of memory per device.
       collectives: between the devices.
-      tokens: tokens of matched completions and their prompts in a step.
-      flops: operations of a step that the method asks for, by formula: nothing recomputed, no padding.
-      weight_bytes: bytes that one pass of a model reads of its weights on each device, in the dtype of the products.
-      passes: passes over a model's weights in a step: forward passes, and for each backward pass one more.
-      compile_seconds: how long the compiler took.
-      host_bytes: most memory that this process had so far.
+      tokens: tokens of matched completions and their prompts per step.
+      flops: operations per step that the method needs, by formula: no recomputation, no padding.
+      weight_bytes: bytes of weights that one pass of a model reads on each device, in the dtype of the products.
+      passes: passes over a model's weights per step: each forward pass, and one more for each backward pass.
+      compile_seconds: time of the compiler.
+      host_bytes: peak memory of this process so far.
     """
 
     config: Config
@@ -124,7 +123,7 @@ class CompiledStep:
 
     @property
     def total(self) -> int:
-        """Bytes that a device needs; of a refused program at least."""
+        """Bytes that a device needs; a lower bound if the program was refused."""
         return (sum(self.parts.values()) if self.arguments is None else self.arguments) + self.temporaries
 
     @property
@@ -134,7 +133,7 @@ class CompiledStep:
 
 
 def read_task(config: Config) -> Task:
-    """What the run trains; of the model only config.json is read, also from the Hub.
+    """What the run trains. Only the model's config.json is read, also from the Hub.
 
     Raises:
       ConfigError: the model or the objective cannot be used.
@@ -151,7 +150,7 @@ def read_task(config: Config) -> Task:
 
 
 def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Shape:
-    """The batch that a step would have if every example were of these lengths.
+    """The batch that a step would have if every example had these lengths.
 
     Raises:
       ConfigError: such an example does not fit a packed row.
@@ -166,7 +165,7 @@ def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Sha
     if not per_row:
         raise ConfigError(
             f"--mean_length={lengths.total} with --mean_completion={lengths.completion} does not fit a packed row of "
-            f"{row_length} tokens, of which {completion_length} may be of completions. Allowed: up to these. Set "
+            f"{row_length} tokens, {completion_length} of them for completions. Allowed: up to these. Set "
             "--mean_length and --mean_completion, or config.completion_share."
         )
     rows = int(config.microbatch_rows)
@@ -183,7 +182,7 @@ def assumed_shape(config: Config, objective: Objective, lengths: Lengths) -> Sha
 
 
 def empty_batch(shape: Shape, objective: Objective, *, precomputed: bool) -> FeedbackBatch:
-    """A batch of this shape; its arrays of zeros take no memory.
+    """A batch of this shape, of zeros that take no memory.
 
     Args:
       shape: of the batch.
@@ -214,7 +213,7 @@ def empty_batch(shape: Shape, objective: Objective, *, precomputed: bool) -> Fee
 
 
 def one_sequence(lengths: Lengths, *, precomputed: bool) -> FeedbackBatch:
-    """A batch of one sequence in one row without padding, matched and unmatched: what the work of a step is made of."""
+    """A batch of one sequence in one row without padding, matched and unmatched: the unit of a step's work."""
     places = np.arange(lengths.total, dtype=np.int32)[None, None]
     short = np.ones((1, 1, lengths.completion), np.int32)
     rows = PackedRows(
@@ -226,13 +225,13 @@ def one_sequence(lengths: Lengths, *, precomputed: bool) -> FeedbackBatch:
 
 
 def count_work(model: Model, objective: Objective, lengths: Lengths, *, precomputed: bool) -> tuple[float, float]:
-    """Tokens and operations of one sequence in a step, as `step.work` counts them."""
+    """Tokens and operations of one sequence in a step, as `work.work` counts them."""
     figures = work(model, objective, one_sequence(lengths, precomputed=precomputed))
     return float(figures["tokens"]), float(figures["flops"])
 
 
 def compile_step(config: Config, task: Task, topology: Topology, lengths: Lengths) -> CompiledStep:
-    """Compiles the step that training would take if every example were of these lengths.
+    """Compiles the step that training would take if every example had these lengths.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
@@ -248,14 +247,14 @@ def compile_for(
     lengths: Lengths,
     num_steps: int = _NUM_STEPS,
 ) -> CompiledStep:
-    """Compiles the step that training takes of batches of a shape.
+    """Compiles the step that training takes for batches of a shape.
 
     Args:
       config: the run.
       task: what is trained.
       topology: the devices.
       shape: of the batches.
-      lengths: of the examples whose work is counted.
+      lengths: of the examples, for the count of work.
       num_steps: of the run; a constant in the program.
 
     Raises:
@@ -323,10 +322,10 @@ def _compile(
         return None, sizes[0] - sum(parts.values()) if sizes else 0, message, []
     memory = compiled.memory_analysis()
     if topology.devices[0].platform == "cpu":
-        # Its peak leaves temporaries out; they are one piece of memory.
+        # The CPU's peak does not include temporaries, which are one allocation.
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     else:
-        # Not the sum of its parts, which are never all in use at the same time.
+        # Less than the sum of its parts, which are never all in use at the same time.
         temporaries = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     temporaries += memory.generated_code_size_in_bytes
     collectives = find_collectives(
@@ -336,23 +335,23 @@ def _compile(
 
 
 def device_bytes(abstract: Any) -> int:
-    """Bytes of a tree of placed shapes on each device."""
+    """Bytes per device of a tree of sharded shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
     )
 
 
 def device_limit(topology: Topology) -> int:
-    """Bytes of memory of each device: as published; of the devices here as they say, or their share of the host's."""
+    """Bytes of memory per device: as published; for local devices as they report, else a share of the host's memory."""
     if topology.chip:
         return topology.chip.hbm_bytes // topology.chip.devices
-    # Of devices of other processes nothing can be asked.
+    # Only local devices can be asked.
     stated = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return stated or host_memory() // jax.local_device_count()
 
 
 def host_memory(group: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Bytes of memory that the host has, or as many as a container's control group may take."""
+    """Bytes of memory of the host, or the limit of a container's control group if that is smaller."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     allowed = group.read_text().strip() if group.exists() else "max"
     return installed if allowed == "max" else min(installed, int(allowed))

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: collectives and their bytes, and the memory of one that was refused."""
+"""Reads compiled programs: their collectives with the bytes sent, and the memory that a refused program needs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Collective:
 
     Attributes:
       kind: one of KINDS.
-      loops: how often each loop around it runs, outermost first; None where the program is told when it runs.
-      num_devices: devices of a group; of one between slices, the slices.
-      payload: bytes that it makes whole, or of which each device keeps its part.
-      crosses_slices: whether it goes over the network between slices.
+      loops: trip count of each loop around it, outermost first; None if it is known only at run time.
+      num_devices: devices per group; slices, if it is between slices.
+      payload: bytes of the gathered or reduced array before each device keeps its part.
+      crosses_slices: whether it uses the network between slices.
     """
 
     kind: str
@@ -47,12 +47,12 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each device must send at least, however the collective is done."""
+        """Bytes that each device must send at least, whichever algorithm is used."""
         share = (self.num_devices - 1) / self.num_devices
         return self.payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
     def times(self, unknown: int) -> int:
-        """How often it runs, if loops of unknown length run `unknown` times."""
+        """How often it runs, if loops of unknown trip count run `unknown` times."""
         return math.prod(unknown if trips is None else trips for trips in self.loops)
 
 
@@ -66,15 +66,15 @@ class _Instruction:
 
 
 def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> list[Collective]:
-    """The collectives of a program's text, each with the loops that it runs in.
+    """Finds the collectives in a program's text, each with the loops that it runs in.
 
-    The TPU compiler spreads a collective over several fusions (of one `chain_id`): it counts once. An all-reduce of
-    which each device keeps a part, in a computation named all-reduce-scatter, is a reduce-scatter.
+    The TPU compiler spreads a collective over several fusions with one `chain_id`, which count once. An all-reduce in a
+    computation named all-reduce-scatter is a reduce-scatter: each device keeps a part of it.
 
     Args:
       text: `compiled.as_text()`.
       num_devices: devices that the program is for.
-      num_slices: slices that they lie in, all of one size; the program is that of one of them.
+      num_slices: slices that they form, all of one size; the program is that of one slice.
     """
     entry, computations = _read(text)
     found: list[Collective] = []
@@ -98,10 +98,10 @@ def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> lis
 def _collective(
     instruction: _Instruction, computation: str, loops: tuple[int | None, ...], num_devices: int, num_slices: int
 ) -> list[Collective]:
-    """The collective that an instruction is, if it is one, of devices of one slice or of all slices."""
+    """The collective of an instruction, if it is one: within a slice or between slices."""
     kind = instruction.opcode.removesuffix("-start")
     if kind == "send" and (transfer := _first(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)):
-        # Between slices, each device exchanges its own part through the host.
+        # Between slices each device exchanges its own part through the host.
         kind = transfer.lower().replace("_", "-")
         whole = num_slices if kind == "all-gather" else 1
         return [Collective(kind, loops, num_slices, _bytes(_parts(instruction.result)[0]) * whole, True)]
@@ -115,15 +115,15 @@ def _collective(
 
 
 def summarize(collectives: list[Collective], *, unknown: int) -> list[dict]:
-    """Collectives added up by kind, loops and reach, the most bytes first.
+    """Adds up collectives by kind, loops and whether they cross slices, the most bytes first.
 
     Args:
       collectives: from `find_collectives`.
-      unknown: how often loops of unknown length are taken to run.
+      unknown: assumed trip count of loops for which it is unknown.
 
     Returns:
-      Rows of kind, loops (text), crosses_slices, places (in the program), times (a step) and bytes (sent a step by each
-      device).
+      Rows of kind, loops (text), crosses_slices, places (in the program), times (per step) and bytes (sent by each
+      device per step).
     """
     totals: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
     for one in collectives:
@@ -141,7 +141,7 @@ def summarize(collectives: list[Collective], *, unknown: int) -> list[dict]:
 
 
 def refused_bytes(message: str) -> tuple[int, int] | None:
-    """Bytes that a refused program needs of each device, and those that there are; None for any other message."""
+    """Bytes per device that a refused program needs, and that there are; None for any other message."""
     for pattern in _REFUSALS:
         if match := pattern.search(message):
             needed = float(match["needed"]) * _SIZES[match["unit"]]
@@ -176,7 +176,7 @@ def _first(pattern: str, text: str) -> str:
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int | None:
-    """How often a loop runs: as the compiler noted, or as its counter says, which goes from 0 to a constant."""
+    """Trip count of a loop: the compiler's note, or the limit of its counter, which runs from 0 to a constant."""
     if noted := _first(r'known_trip_count":\s*\{"n":"(\d+)"', loop.rest):
         return int(noted)
     condition = computations.get(_first(r"condition=%?([\w.\-]+)", loop.rest), {})
@@ -191,7 +191,7 @@ def _trip_count(loop: _Instruction, computations: dict[str, dict[str, _Instructi
 
 
 def _step(body: dict[str, _Instruction], place: int) -> int:
-    """By how much a loop's counter grows in a round; the compiler unrolls some loops, and counts by two."""
+    """Increment of a loop's counter: 2 or more for loops that the compiler has unrolled."""
     root = next((instruction for instruction in body.values() if instruction.is_root), None)
     if root is None or root.opcode != "tuple":
         return 1
@@ -209,10 +209,10 @@ def _constant(instruction: _Instruction) -> int:
 
 
 def _payload(kind: str, instruction: _Instruction, num_devices: int) -> int:
-    """Bytes of the whole that a collective makes (all-gather) or takes apart; see `Collective.payload`."""
+    """Bytes of the array that a collective gathers or reduces; see `Collective.payload`."""
     result = instruction.result
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute", "reduce-scatter"):
-        # An asynchronous one is a tuple of what goes in and what comes out.
+        # The result of an asynchronous one is a tuple of operand and result.
         sizes = sorted(_bytes(part) for part in _parts(result)[:2])
         return sizes[0] * num_devices if kind == "reduce-scatter" else sizes[-1]
     return _bytes(result) * (num_devices if kind == "reduce-scatter" else 1)
@@ -230,7 +230,7 @@ def _parts(result: str) -> list[str]:
 
 
 def _bytes(result: str) -> int:
-    """Bytes of all arrays that a type names."""
+    """Bytes of all arrays in a type."""
     bits = 0
     for dtype, shape in _ARRAY.findall(result):
         width = _BITS.get(dtype) or int(_first(r"(\d+)$", dtype) or 0)
@@ -239,11 +239,11 @@ def _bytes(result: str) -> int:
 
 
 def _group_size(rest: str, num_devices: int) -> int:
-    """How many devices each of the groups has that a collective works in."""
+    """Number of devices in each group of a collective."""
     if "source_target_pairs={{" in rest:
         return 2
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        # A mesh such as 'a'=4,'b'=8 and the axes of a group: 'a', or of b the part 'b':(2)2, which has 2 devices.
+        # A mesh such as 'a'=4,'b'=8 and the axes of a group: 'a', or 'b':(2)2, a part of b with 2 devices.
         axes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         chosen = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or axes[axis]) for axis, part in chosen)

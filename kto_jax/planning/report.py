@@ -1,4 +1,4 @@
-"""What a plan says: bytes of each device, collectives, and bounds of time and cost."""
+"""The report of a plan: memory per device, collectives, and bounds on time and cost."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _MAX_ROWS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What no run of this program can beat.
+    """Lower bounds on the time of a step, in seconds.
 
     Attributes:
-      compute: seconds of a step by the peak rate of the devices: operations that the method asks for, none again.
-      memory: seconds by their memory's bandwidth: each pass reads its weights once, the update reads and writes the
-        policy and the moments; None where the bandwidth is not published.
-      network: seconds by the links of a slice, each collective at its fewest bytes; None likewise.
-      slices: seconds by the network between slices; None likewise.
+      compute: by the peak rate of the devices, without recomputation.
+      memory: by the memory's bandwidth: each pass reads its weights once, and the update reads and writes the policy
+        and the moments; None if the bandwidth is not published.
+      network: by the links of a slice, with each collective at its fewest bytes; None likewise.
+      slices: by the network between slices; None likewise.
     """
 
     compute: float
@@ -37,12 +37,12 @@ class Bounds:
 
     @property
     def seconds(self) -> float:
-        """The largest of them: at best all goes on at the same time."""
+        """The largest of them: at best everything overlaps."""
         return max(self.compute, self.memory or 0.0, self.network or 0.0, self.slices or 0.0)
 
 
 def find_bounds(program: CompiledStep, topology: Topology) -> Bounds:
-    """The bounds of a step, from the chip's published figures; of this machine's devices from the peak rate alone."""
+    """The bounds of a step, from the chip's published figures; for local devices from the peak rate alone."""
     num_devices = len(topology.devices)
     if topology.chip is None:
         peak, _ = peak_flops(topology.devices[0], program.config.model.dtype)
@@ -62,7 +62,14 @@ def find_bounds(program: CompiledStep, topology: Topology) -> Bounds:
 
 
 def cost_per_million(seconds: float, tokens: float, num_chips: int, price_per_chip_hour: float) -> float:
-    """Price of a million trained tokens at so many seconds a step, in the currency of the price."""
+    """Price of training on a million tokens, in the currency of the price.
+
+    Args:
+      seconds: per step.
+      tokens: per step.
+      num_chips: chips that are paid.
+      price_per_chip_hour: price.
+    """
     return num_chips * price_per_chip_hour * seconds / 3600 / tokens * 1e6
 
 
@@ -79,9 +86,9 @@ def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: flo
         markup=False,
     )
     console.print(
-        f"assumed: {config.batch_size} examples a step, each of {lengths.total} tokens, {lengths.completion} of them "
-        f"completion; so {shape.microbatches} microbatches of {shape.rows} rows of {shape.row_length} tokens "
-        f"({shape.slots} slots), matched and unmatched alike",
+        f"assumed: {config.batch_size} examples per step, each of {lengths.total} tokens, {lengths.completion} of them "
+        f"completion; this takes {shape.microbatches} microbatches of {shape.rows} rows of {shape.row_length} tokens "
+        f"({shape.slots} slots), for matched and for unmatched completions",
         soft_wrap=True,
     )
     console.print(_memory_table(program))
@@ -91,8 +98,8 @@ def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: flo
         console.print(_collectives_table(program))
         console.print(_bounds_table(program, topology, price))
     console.print(
-        f"compiled in {program.compile_seconds:.1f} s; this process held {_size(program.host_bytes)} at most. These "
-        "are figures of the compiler and of formulas: nothing ran.",
+        f"compiled in {program.compile_seconds:.1f} s; peak memory of this process {_size(program.host_bytes)}. "
+        "All figures come from the compiler and from formulas: nothing ran.",
         soft_wrap=True,
     )
     verdict = "fits" if program.fits else "does not fit"
@@ -100,8 +107,10 @@ def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: flo
 
 
 def show_ladder(program: CompiledStep, rungs: Sequence[Rung], console: Console) -> None:
-    """Prints what was tried, each setting upon those before."""
-    table = Table(title="each setting upon those before", title_justify="left", title_style="bold")
+    """Prints the settings that were tried, and those that fit."""
+    table = Table(
+        title="settings that need less memory, each added to those above it", title_justify="left", title_style="bold"
+    )
     for name, justify in (("config.", "left"), ("a device needs", "right"), ("fits", "left"), ("costs", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_row("as given", _needs(program), "no", "")
@@ -113,7 +122,7 @@ def show_ladder(program: CompiledStep, rungs: Sequence[Rung], console: Console) 
     console.print(table)
     fitting = [rung for rung in rungs if rung.program and rung.program.fits]
     if fitting:
-        # A field that a later rung sets again has the value that it gave.
+        # If two rungs set a field, the later one counts.
         settings = dict(field.split("=") for rung in rungs if rung.program for field in rung.setting.split())
         said = " ".join(f"{name}={value}" for name, value in settings.items())
         console.print(f"it fits with {said}", soft_wrap=True, markup=False)
@@ -122,22 +131,22 @@ def show_ladder(program: CompiledStep, rungs: Sequence[Rung], console: Console) 
 
 
 def _memory_table(program: CompiledStep) -> Table:
-    table = Table(title="memory of a device", title_justify="left", title_style="bold", show_header=False)
+    table = Table(title="memory per device", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, size in program.parts.items():
         table.add_row(name, _size(size))
     if program.arguments is not None:
-        table.add_row("laid out in tiles, more by", _size(program.arguments - sum(program.parts.values())))
+        table.add_row("padding of the compiler's layout", _size(program.arguments - sum(program.parts.values())))
     table.add_row("gradients, activations, gathered weights, code", _size(program.temporaries))
     table.add_section()
-    table.add_row("together" + (" at least" if program.refusal else ""), _size(program.total))
-    table.add_row("memory", _size(program.limit))
+    table.add_row("total" + (" at least" if program.refusal else ""), _size(program.total))
+    table.add_row("memory of the device", _size(program.limit))
     return table
 
 
 def _collectives_table(program: CompiledStep) -> Table:
-    table = Table(title="collectives of a step", title_justify="left", title_style="bold")
+    table = Table(title="collectives per step", title_justify="left", title_style="bold")
     for name, justify in (("kind", "left"), ("in loops of", "left"), ("times", "right"), ("sent", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     rows = summarize(list(program.collectives), unknown=program.shape.microbatches)
@@ -146,29 +155,29 @@ def _collectives_table(program: CompiledStep) -> Table:
         table.add_row(kind, row["loops"] or "-", str(row["times"]), _size(row["bytes"]))
     table.add_section()
     times, sent = sum(row["times"] for row in rows), sum(row["bytes"] for row in rows)
-    table.add_row("all, sent by each device", "", str(times), _size(sent))
+    table.add_row("total sent by each device", "", str(times), _size(sent))
     return table
 
 
 def _bounds_table(program: CompiledStep, topology: Topology, price: float | None) -> Table:
     bounds = find_bounds(program, topology)
-    table = Table(title="at best, a step", title_justify="left", title_style="bold", show_header=False)
+    table = Table(title="bounds of a step", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("operations that the method asks for", f"{program.flops:.4g}")
-    table.add_row("seconds by peak rate", f"{bounds.compute:.4g}")
+    table.add_row("operations that the method needs", f"{program.flops:.4g}")
+    table.add_row("seconds at peak rate, at least", f"{bounds.compute:.4g}")
     for name, value in (
-        ("seconds by bandwidth of memory", bounds.memory),
-        ("seconds by links of the slice", bounds.network),
-        ("seconds by network between slices", bounds.slices if topology.num_slices > 1 else None),
+        ("seconds for memory bandwidth, at least", bounds.memory),
+        ("seconds for links of the slice, at least", bounds.network),
+        ("seconds for the network between slices, at least", bounds.slices if topology.num_slices > 1 else None),
     ):
         if value is not None:
             table.add_row(name, f"{value:.4g}")
-    table.add_row("tokens a second, at most", f"{program.tokens / bounds.seconds:,.0f}")
+    table.add_row("tokens per second, at most", f"{program.tokens / bounds.seconds:,.0f}")
     table.add_row("MFU, at most", f"{bounds.compute / bounds.seconds:.2f}")
     if price is not None:
         cost = cost_per_million(bounds.seconds, program.tokens, topology.num_chips, price)
-        table.add_row("cost of a million tokens, at least", f"{cost:.4g}")
+        table.add_row("cost per million tokens, at least", f"{cost:.4g}")
     return table
 
 
@@ -177,7 +186,7 @@ def _needs(program: CompiledStep) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a readable unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if abs(num_bytes) >= size:
             return f"{num_bytes / size:,.2f} {unit}"

@@ -1,8 +1,8 @@
-"""How many packed rows fit at once: `microbatch_rows="auto"`, found by compiling, not by running out of memory.
+"""How many packed rows fit in a microbatch: `microbatch_rows="auto"`, found by compiling, not by running out of memory.
 
-The step is compiled for the fewest rows that the mesh can share, then for twice as many, and so on, until the
-compiler's own figure of its memory no longer fits the devices or a batch fills no more than one microbatch. Programs go
-to the compilation cache, where training finds the one it needs.
+The step is compiled for the fewest rows that the mesh can shard, then for twice as many, and so on, until the memory
+that the compiler reports no longer fits the devices, or one microbatch holds a batch. The programs are kept in the
+compilation cache, where training finds the one it needs.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from kto_jax.planning.topology import LOCAL, Topology
 from kto_jax.training.inputs import Inputs, make_schedules
 from kto_jax.training.logs import console
 
-# What else lives there: on a device the next batch and gaps between arrays, in a host's memory the rest of the process.
+# The rest is for the next batch and fragmentation on a device, and for the rest of the process in a host's memory.
 _SHARE, _HOST_SHARE = 0.95, 0.5
 _GIB = 2**30
 
 
 def with_rows(config: Config, rows: int) -> Config:
-    """The same run with so many rows in a microbatch."""
+    """The same run with this many rows per microbatch."""
     return dataclasses.replace(config, microbatch_rows=rows)
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[int]:
-    """Numbers of rows to try: the fewest that the mesh can share, and doublings without end.
+    """Numbers of rows to try: the fewest that the mesh can shard, and its doublings without end.
 
-    Devices that share a row read one row at a time (see `sharding.check_rows`), so that there is nothing to double.
+    With `mesh.sequence` devices share a row and read one row at a time (see `sharding.check_rows`): there is nothing to
+    double.
 
     Raises:
       ConfigError: the mesh does not fit the devices.
@@ -50,23 +51,23 @@ def candidates(config: Config, num_devices: int) -> Iterator[int]:
 
 
 def room(program: CompiledStep, topology: Topology) -> int:
-    """Bytes of each device that a step may take."""
+    """Bytes per device that a step may use."""
     on_host = topology.chip is None and topology.devices[0].platform == "cpu"
     return int((_HOST_SHARE if on_host else _SHARE) * program.limit)
 
 
 def leaves_room(program: CompiledStep, topology: Topology) -> bool:
-    """Whether the compiler took the program, and it leaves room for what else lives on the devices of all processes."""
+    """Whether the program compiled and leaves enough memory on the devices of all processes."""
     return _everywhere(not program.refusal and program.total <= room(program, topology))
 
 
 def find_rows(
     numbers: Iterable[int], compile_rows: Callable[[int], CompiledStep], topology: Topology
 ) -> tuple[CompiledStep, str]:
-    """The program with the most rows that leaves room; where none does, that with the fewest.
+    """The program with the most rows that leaves enough memory; if none does, the one with the fewest.
 
     Args:
-      numbers: of rows, from the fewest upwards; at least one.
+      numbers: numbers of rows in ascending order; at least one.
       compile_rows: compiles the step for a number of rows.
       topology: the devices.
 
@@ -88,7 +89,7 @@ def find_rows(
 
 
 def plan_rows(config: Config, task: Task, topology: Topology, lengths: Lengths) -> tuple[CompiledStep, str]:
-    """What `plan` says of a run whose rows are to be found: its program, and why it has no more rows.
+    """The program of a run whose rows are "auto", for `plan`, and why it has no more rows.
 
     Raises:
       ConfigError: mesh and model do not fit together, or an example of these lengths fits no row.
@@ -101,22 +102,23 @@ def plan_rows(config: Config, task: Task, topology: Topology, lengths: Lengths) 
 
 
 def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, Inputs]:
-    """The run with the rows of its microbatches found; nothing of its folder is written.
+    """The run with its `microbatch_rows` found; writes nothing to its folder.
 
-    A run that is continued keeps the rows that its config.json holds, or its numbers would change. Others are found
-    where the mesh can no longer share them, or the devices no longer have the memory. All processes decide as one.
+    A resumed run keeps the rows in its config.json, since other rows would change its numbers slightly. Other rows are
+    found only if the mesh can no longer shard these, or the devices no longer have the memory. All processes find the
+    same rows.
 
     Args:
       config: the run, whose `microbatch_rows` is "auto".
       inputs: what it reads.
-      workdir: the run's folder, if there is one yet.
+      workdir: the run's folder, which need not exist.
 
     Raises:
-      ConfigError: the devices do not have the memory for the fewest rows.
+      ConfigError: the devices do not have enough memory for the fewest rows.
     """
     topology = Topology(LOCAL, tuple(jax.devices()))
     on_host = topology.devices[0].platform == "cpu"
-    # Processes on one host share its memory; other devices have their own.
+    # Processes on one host share its memory; accelerators have their own.
     sharing = processes.tell(platform.node()).count(platform.node()) if on_host else 1
 
     def compile_rows(rows: int) -> CompiledStep:
@@ -142,7 +144,7 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
 
 
 def _rows_before(workdir: Path) -> int:
-    """Rows of the run that is continued; 0 where there is none."""
+    """Rows of the run that is resumed; 0 if there is none."""
     try:
         return int(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["microbatch_rows"])
     except FileNotFoundError:
@@ -168,7 +170,7 @@ def _check_fits(program: CompiledStep, why: str) -> None:
 
 
 def _everywhere(condition: bool) -> bool:
-    """Whether it holds on all processes; equal programs on devices of one kind may still meet other limits."""
+    """Whether it holds on all processes: devices of one kind may still report different limits."""
     return all(word == "True" for word in processes.tell(str(condition)))
 
 
@@ -185,7 +187,7 @@ def _compile(config: Config, inputs: Inputs, topology: Topology) -> CompiledStep
         microbatches=int(max(batch.num_matched, batch.num_unmatched)),
         sequences=schedule.max_sequences,
     )
-    # Of the work nothing is asked here.
+    # The count of work is not used here.
     least = Lengths(total=2, completion=1)
     task = Task(inputs.architecture, inputs.objective)
     return compile_for(config, task, topology, shape, least, num_steps=inputs.num_steps)

@@ -1,4 +1,4 @@
-"""Settings that need less memory, tried one upon the other until the step fits."""
+"""Settings that need less memory, added one after the other until the step fits."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_s
 from kto_jax.planning.topology import Topology
 from kto_jax.training.inputs import check_together
 
-# Devices that share a row, where one is too long for one device.
+# Devices that share a row if it is too long for one device.
 _ROW_PARTS = 8
 _RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """A setting, and what became of it.
+    """One setting that was tried, and its result.
 
     Attributes:
-      setting: as on the command line; it stands beside those of the rungs before.
-      cost: what it takes instead of memory.
-      program: with it; None where the run refuses the setting.
-      why_not: the refusal; empty where there is a program.
+      setting: as on the command line; the settings of all rungs before apply too.
+      cost: what it costs instead of memory.
+      program: the step compiled with it; None if the run refuses the setting.
+      why_not: the refusal; empty if there is a program.
     """
 
     setting: str
@@ -34,7 +34,7 @@ class Rung:
 
 
 def climb(program: CompiledStep, task: Task, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
-    """Compiles the step with one setting more at a time, those that cost least first, and ends where it fits.
+    """Compiles the step with one more setting at a time, the cheapest first, until it fits.
 
     Args:
       program: one that does not fit.
@@ -68,12 +68,12 @@ _Change = Callable[[Config, int], Config]
 
 
 def _settings(task: Task, topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
-    """(what it changes, how it is written, what it costs), in the order in which they are tried."""
+    """(change, text on the command line, cost) of each setting, in the order in which they are tried."""
     settings: list[tuple[_Change, Callable[[Config], str], str]] = [
         (
             _full_remat,
             lambda _: "model.remat=full",
-            "computes each layer again for its gradient",
+            "activation checkpointing: recomputes each layer in the backward pass",
         ),
         (
             _fewest_rows,
@@ -91,14 +91,14 @@ def _settings(task: Task, topology: Topology) -> list[tuple[_Change, Callable[[C
             lambda config: (
                 f"mesh.fsdp={config.mesh.fsdp} mesh.sequence={_ROW_PARTS} microbatch_rows={config.microbatch_rows}"
             ),
-            "rows shared by devices, which exchange heads in each layer, and more microbatches",
+            "sequence parallel: an all-to-all of heads in each layer, and more microbatches",
         ),
         (
             lambda config, _: dataclasses.replace(
                 config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
             ),
             lambda _: "optimizer.moments_dtype=bfloat16",
-            "both moments rounded, right in the mean",
+            "both moments stochastically rounded",
         ),
     ]
     if task.objective.uses_reference:
@@ -106,47 +106,47 @@ def _settings(task: Task, topology: Topology) -> list[tuple[_Change, Callable[[C
             (
                 _bfloat16_reference,
                 lambda _: "reference.param_dtype=bfloat16",
-                "the reference's weights rounded, as most are published",
+                "the reference's weights rounded to bfloat16",
             ),
             (
                 lambda config, _: dataclasses.replace(
                     config, reference=dataclasses.replace(config.reference, precompute=True)
                 ),
                 lambda _: "reference.precompute=True",
-                "one pass over all feedback before training",
+                "one pass of the reference over all feedback before training",
             ),
         ]
     settings.append(
         (
             _bfloat16_policy,
             lambda _: "model.param_dtype=bfloat16",
-            "the policy rounded with every update, right in the mean",
+            "the policy stochastically rounded in every update",
         )
     )
     settings += [
         (
             _adapters,
             lambda config: f"lora.rank={config.lora.rank} model.param_dtype=float32",
-            "low-rank adapters are trained, the weights stay",
+            "trains LoRA adapters instead of the weights",
         ),
         (
             _int8_frozen,
             lambda _: "reference.param_dtype=int8",
-            "the frozen weights rounded to int8",
+            "the frozen weights quantized to int8",
         ),
     ]
     return settings
 
 
 def _offloading(topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
-    """The host's memory for what layers keep, on devices that have memory of their own."""
+    """Offloading of saved activations to the host, for devices that have memory of their own."""
     if topology.devices[0].platform not in ("tpu", "gpu"):
         return []
     return [
         (
             lambda config, _: dataclasses.replace(config, model=dataclasses.replace(config.model, remat="offload")),
             lambda _: "model.remat=offload",
-            "inputs of layers go to the host and back",
+            "copies the inputs of layers to the host and back",
         )
     ]
 
@@ -162,31 +162,31 @@ def _adapters(config: Config, _: int) -> Config:
 
 
 def _int8_frozen(config: Config, _: int) -> Config:
-    if not config.lora.rank:  # The rung before was refused.
+    if not config.lora.rank:  # The setting before was refused.
         return config
     return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="int8"))
 
 
 def _bfloat16_reference(config: Config, _: int) -> Config:
-    if config.reference.param_dtype == "int8":  # needs less
+    if config.reference.param_dtype == "int8":  # needs even less
         return config
     return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16"))
 
 
 def _bfloat16_policy(config: Config, _: int) -> Config:
-    if config.lora.rank:  # Adapters are in float32, and small.
+    if config.lora.rank:  # Adapters are float32, and small.
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
 
 
 def _full_remat(config: Config, _: int) -> Config:
-    if config.model.remat == "offload":  # needs less
+    if config.model.remat == "offload":  # needs even less
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
 
 
 def _fewest_rows(config: Config, num_devices: int) -> Config:
-    """One row to each device of the axes that rows are split over."""
+    """One row per device of the axes that rows are sharded over."""
     sizes = mesh_shape(config.mesh, num_devices)
     return dataclasses.replace(config, microbatch_rows=sizes["data"] * sizes["fsdp"])
 
@@ -201,7 +201,7 @@ def _widest_fsdp(config: Config, num_devices: int) -> Config:
 
 
 def _split_rows(config: Config, num_devices: int) -> Config:
-    """Rows shared by so many devices at a time, as far as devices go."""
+    """Each row shared by `_ROW_PARTS` devices, if the mesh allows it."""
     sizes = mesh_shape(config.mesh, num_devices)
     if sizes["sequence"] > 1 or sizes["fsdp"] % _ROW_PARTS:
         return config

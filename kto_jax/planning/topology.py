@@ -17,7 +17,7 @@ from kto_jax.devices.chips import CHIPS, Chip
 LOCAL = "local"
 
 
-# What `get_topology_desc` is told beside the name.
+# Further arguments of `get_topology_desc`.
 _OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 _NAME = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>[a-z0-9]+):(?P<size>\d+(?:x\d+)+)")
 
@@ -27,10 +27,10 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as it was given.
-      devices: of all slices; those of a topology that is not here can be compiled for, nothing else.
-      chip: what one chip can do; None for the devices of this machine.
-      num_slices: how many slices are joined by the data center network.
+      name: as given.
+      devices: of all slices. Those of a described topology can only be compiled for.
+      chip: published figures of a chip; None for the devices of this machine.
+      num_slices: slices joined by the data center network.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices; of this machine, its devices."""
+        """Chips of all slices; the number of devices for this machine."""
         return len(self.devices) // (self.chip.devices if self.chip else 1)
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
-    """The chip, the size of a slice and the number of slices of a name such as v5p:4x4x4 or 2*v5e:16x16.
+    """Parses a name such as v5p:4x4x4 or 2*v5e:16x16 into chip, size of a slice and number of slices.
 
     Raises:
-      ConfigError: the name is of no known form or chip.
+      ConfigError: the name has another form, or names an unknown chip.
     """
     match = _NAME.fullmatch(name)
     chip = match and CHIPS.get(match["chip"])
@@ -58,14 +58,14 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...], int]:
         two = ", ".join(chip for chip, figures in CHIPS.items() if figures.num_dims == 2)
         three = ", ".join(chip for chip, figures in CHIPS.items() if figures.num_dims == 3)
         raise ConfigError(
-            f"--topology={name} is not known. Allowed: local; of {two} two dimensions, such as v5e:4x4; of {three} "
-            "three, such as v5p:4x4x4; before either N* for N slices, such as 2*v5e:16x16. Set --topology."
+            f"--topology={name} is not known. Allowed: local; {two} with two dimensions, such as v5e:4x4; {three} with "
+            "three, such as v5p:4x4x4; either with N* in front for N slices, such as 2*v5e:16x16. Set --topology."
         )
     return match["chip"], size, num_slices
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of a topology, described by libtpu without one of them being there; or those of this machine.
+    """The devices of a topology, which libtpu describes without hardware; or those of this machine.
 
     Raises:
       ConfigError: the name is not known, libtpu is not installed, or there is no such slice.
@@ -75,8 +75,8 @@ def open_topology(name: str) -> Topology:
     kind, size, num_slices = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology={name} needs the TPU compiler, and libtpu is not installed. It is the extra [plan]; without "
-            'it, --topology=local plans for the devices here. Run `pip install "jax[tpu]"`.'
+            f"--topology={name} needs the TPU compiler, and libtpu is not installed (extra [plan]). Without it, "
+            '--topology=local plans for the devices of this machine. Run `pip install "jax[tpu]"`.'
         )
     _stay_away_from_hardware()
     chip = CHIPS[kind]
@@ -87,25 +87,25 @@ def open_topology(name: str) -> Topology:
     if three == (1, 1, 1):
         options["chips_per_host_bounds"] = three
     elif chip.num_dims == 3 and all(length % 4 == 0 for length in size):
-        # Whole cubes of 4x4x4 are closed to a torus by optical switches; libtpu closes 16x16 by itself.
+        # Optical switches close cubes of 4x4x4 to a torus; libtpu wraps 16x16 by default.
         options["wrap"] = (True, True, True)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name.split("*")[-1], **options)
-    except Exception as error:  # The runtime's own error types are no part of its interface.
+    except Exception as error:  # The runtime's error types are not public.
         raise ConfigError(
             f"--topology={name} is no slice that the TPU compiler knows: {str(error).splitlines()[0]}. Allowed: sizes "
-            "that its hosts of 4 chips (2x2) can make up, such as 2x2, 2x4, 4x4, 16x16, 2x2x1, 4x4x4. Set --topology."
+            "made of hosts of 4 chips (2x2), such as 2x2, 2x4, 4x4, 16x16, 2x2x1, 4x4x4. Set --topology."
         ) from None
     return Topology(name, tuple(description.devices), chip, num_slices)
 
 
 def _stay_away_from_hardware() -> None:
-    """Lets libtpu compile without asking a metadata server or a chip; what is set already stays."""
+    """Lets libtpu compile without a metadata server or a chip; variables that are already set stay."""
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
-        # One process at a time may hold the chips, and this one never will.
+        # One process at a time may hold the chips, which this one never does.
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        # Without these it complains on standard error of what it did not find out.
+        # Without these it prints warnings on standard error.
         ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_WORKER_ID", "0"),

@@ -1,1 +1,1 @@
-"""Where models and data come from, and how files are written."""
+"""Fetching models and data, and writing files."""

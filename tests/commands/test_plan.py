@@ -239,7 +239,7 @@ def test_a_plan_for_this_machine_says_that_it_fits(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert code == 0
     assert re.search(r"fits: .* of .* on each device", printed)
-    assert "16 examples a step, each of 40 tokens, 20 of them completion" in printed
+    assert "16 examples per step, each of 40 tokens, 20 of them completion" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["total_bytes"] < plan["limit_bytes"]
     params = plan["part_bytes"]["policy"]
@@ -285,7 +285,7 @@ def test_the_ladder_can_be_left_out(capsys, monkeypatch):
     monkeypatch.setattr("kto_jax.plan.compile_step", lambda *_: program(200, refusal="RESOURCE_EXHAUSTED: no room"))
     assert main([f"--config={TINY}", "--topology=local", "--ladder=false"]) == 3
     printed = capsys.readouterr().out
-    assert "refused: RESOURCE_EXHAUSTED: no room" in printed and "each setting" not in printed
+    assert "refused: RESOURCE_EXHAUSTED: no room" in printed and "settings that need less" not in printed
 
 
 @pytest.mark.parametrize(

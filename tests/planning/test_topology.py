@@ -25,7 +25,7 @@ def test_a_name_says_chip_size_and_slices(name, parsed):
     "name", ["", "v5e", "v9:2x2", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "0*v5e:4x4", "v5e:4x4 ", "gpu", "h100:2x2"]
 )
 def test_a_name_that_is_none_is_refused_with_those_that_are(name):
-    with pytest.raises(ConfigError, match=r"is not known\. Allowed: local; of v5e, v6e two.*Set --topology"):
+    with pytest.raises(ConfigError, match=r"is not known\. Allowed: local; v5e, v6e with two.*Set --topology"):
         parse_topology(name)
 
 
