@@ -43,7 +43,7 @@ ORDER = {
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.rewards": ["reward_model"],
     "kto_jax.sampling": ["sample", "complete"],
-    "kto_jax.storage": ["atomic folders", "digests hub", "fetch"],
+    "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers "
         "work",

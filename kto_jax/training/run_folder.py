@@ -15,7 +15,6 @@ reference.json   digest of the reference's weights, if its log-probabilities are
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from kto_jax.devices import processes
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.storage.atomic import write_json, write_text
+from kto_jax.storage.locks import lock_file
 from kto_jax.training.resume import BEFORE_FIELDS
 
 # Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
@@ -154,7 +154,7 @@ def _claim(
 ) -> RunFolder:
     """Takes the folder for this process, and writes what a run begins with."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock, wait=False, without=f"Make sure that no other run writes to --workdir={path}.")
     except BlockingIOError:
         lock.seek(0)
         raise ConfigError(

@@ -21,6 +21,7 @@ at once. Two runs may build the same index at once, of which one waits; a build 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.index.build_folder import provide
+from kto_jax.data.index.build_folder import build_folder, is_finished
 from kto_jax.data.index.builder import COLUMNS, FORMAT, Builder, settings
 from kto_jax.data.index.manifest import SPLITS, check, with_weights
 from kto_jax.data.index.shared_store import IndexStore
@@ -137,17 +138,23 @@ def build_index(
     key = _key(data, tokenizer, vocab_size, [source for _, source in sources], digests)
     final = directory / key[:16]
 
-    def build(folder: Path) -> None:
-        builder = Builder(folder, data, sources, tokenizer, vocab_size)
-        builder.add_sources()
-        check(builder.finish(key, digests), data)
-
     store = IndexStore(data.index_store) if data.index_store else None
-    provide(final, build, key=key, store=store, builds=builds)
+    if store is not None and not builds and not is_finished(final):
+        # Not under the lock: on this host, it may be the lock of the process that builds.
+        store.wait(key, lambda: is_finished(final))
+    publishing = store.publishing(key, final) if store is not None and builds else contextlib.nullcontext()
+    with publishing, build_folder(final) as folder:
+        if folder is not None and store is not None and (contents := store.find(key)):
+            store.copy(key, contents, folder)
+        elif folder is not None:
+            builder = Builder(folder, data, sources, tokenizer, vocab_size)
+            builder.add_sources()
+            check(builder.finish(key, digests), data)
+
     index = open_index(final)
     # max_rejected is not part of the key: it changes what is refused, not what is built.
     check(index.manifest, data)
-    # Nor are weights: they say how often the rows are visited, and are those of this call.
+    # Nor are weights: they say how often the sequences are visited, and are those of this call.
     weights = [source.weight for _, source in sources]
     return dataclasses.replace(index, manifest=with_weights(index.manifest, settings(data), weights))
 

@@ -112,6 +112,22 @@ class IndexStore:
                     f"{self._url}/{key[:16]}: the next run builds and publishes the index anew."
                 )
 
+    @contextlib.contextmanager
+    def publishing(self, key: str, directory: Path) -> Iterator[None]:
+        """Publishes an index once the body has made it, with signs of life meanwhile; nothing if it is here already.
+
+        Args:
+          key: of the index.
+          directory: where the finished index lies when the body ends.
+        """
+        if self.find(key) is not None:
+            yield
+            return
+        with self.signs_of_building(key):
+            yield
+            if self.find(key) is None:
+                self.publish(key, directory)
+
     def publish(self, key: str, directory: Path) -> None:
         """Writes a finished index to the store; a reader sees the whole of it or nothing."""
         files = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from kto_jax.data.index import build_folder as building
 from kto_jax.data.index import builder
 from tests import ROOT
 
@@ -199,17 +199,20 @@ def test_what_was_killed_long_ago_is_removed_but_not_what_is_held_or_new(make_in
     assert [name for name in names(sources) if name.startswith("building-")] == ["building-held", "building-new"]
 
 
-def test_a_file_system_without_locks_is_built_on_too_and_others_files_are_left_alone(make_index, sources, monkeypatch):
+def test_a_file_system_without_locks_is_built_on_too_and_others_files_are_left_alone(
+    make_index, sources, monkeypatch, capsys
+):
     def refuse(*_):
-        raise OSError("no locks")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     final = build(make_index, sources).directory
     shutil.rmtree(final)
     others = final.with_name(f"building-{final.name}") / "index" / "tokens.bin"
     others.parent.mkdir(parents=True)
     others.write_bytes(b"1234")
-    monkeypatch.setattr(building.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert build(make_index, sources).manifest["accepted"] == 53
+    assert "cannot be locked" in capsys.readouterr().err
     assert others.read_bytes() == b"1234" and sorted(path.name for path in others.parents[1].iterdir()) == [
         "index",
         "lock",
