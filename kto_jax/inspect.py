@@ -31,7 +31,7 @@ from kto_jax.data.permutation import permute
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models.weights.load import read_config
-from kto_jax.objectives import auto_weights
+from kto_jax.objectives import auto_weights, check_objective
 from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training import inputs
@@ -83,7 +83,7 @@ def inspect(given: Options) -> int:
     with scratch_folder() as scratch:
         index, tokenizer = read_feedback(given.config, scratch)
         if given.json:
-            print(json.dumps(as_json(index)))
+            print(json.dumps(as_json(index) | {"warnings": warnings(index, given.config)}))
         else:
             show(index, tokenizer, given.config, given.rows, Console(highlight=False))
     return FINISHED
@@ -121,6 +121,26 @@ def as_json(index: Index) -> dict[str, Any]:
     return {"examples": examples, **{name: index.manifest[name] for name in names if name in index.manifest}}
 
 
+def warnings(index: Index, config: Config) -> list[str]:
+    """What the objective leaves out of the completions to train on, in sentences."""
+    name, reads = config.objective.name, check_objective(config.objective).reads
+    train = index.sequences("train")
+    if reads == "pairs":
+        pairs = index.pairs("train")
+        if not len(pairs):
+            return [
+                f"0 pairs to train on, and the objective {name!r} reads pairs. A pair is a chosen and a rejected "
+                'completion of one prompt: config.data.format="pairs", or a prompt with both labels. Training will '
+                "refuse this feedback."
+            ]
+        left = len(train) - len(np.union1d(pairs, np.asarray(index.rejected)[pairs]))
+        if left:
+            return [f"{left:,} of {len(train):,} completions to train on are in no pair; {name!r} leaves them out."]
+    if reads == "desirable" and (left := int(np.sum(~np.asarray(index.desirable)[train]))):
+        return [f"{left:,} of {len(train):,} completions to train on are undesirable; {name!r} leaves them out."]
+    return []
+
+
 def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, console: Console) -> None:
     """Prints all there is to say of an index.
 
@@ -136,6 +156,8 @@ def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, 
     for table in _tables(manifest):
         console.print(table)
     console.print(_weights(*count_visits(index), config), soft_wrap=True)
+    for warning in warnings(index, config):
+        console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
     rows = index.sequences("train")
     prompt, completion = _kept(index, rows, config)
     console.print(histogram("tokens of a row to train on: prompt and completion", prompt + completion))

@@ -45,6 +45,7 @@ ORDER = {
     "kto_jax.sampling": ["sample", "complete"],
     "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
+        "checks",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers "
         "work",
         "accumulate checkpoints first_state logs optimizer run_folder sync",

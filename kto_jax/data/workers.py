@@ -11,7 +11,10 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from kto_jax.config import TransientError
 
 
 class Workers:
@@ -31,8 +34,18 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Ends the workers.
+
+        Raises:
+          TransientError: the body waited for a worker that was killed.
+        """
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise TransientError(
+                "a worker process was killed (the system does so when memory runs out). Workers must live until their "
+                "work is done. Run the same command again, which resumes; if it recurs, lower config.data.num_workers."
+            ) from error
 
     def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
         """Runs a module-level function in a worker."""

@@ -24,8 +24,8 @@ from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology
 from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
 from kto_jax.storage.fetch import local_path
+from kto_jax.training.checks import check_together
 from kto_jax.training.first_state import make_abstract_state, make_model
-from kto_jax.training.inputs import check_together
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.reference import choose_dtype
 from kto_jax.training.step import Recipe, jit_train_step

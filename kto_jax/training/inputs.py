@@ -16,7 +16,6 @@ from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
-from kto_jax.data.rows.sources import sources_of
 from kto_jax.data.tokens.encoder import rendering_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text, prepare_tokenizer
 from kto_jax.data.truncation import fit_lengths
@@ -27,6 +26,7 @@ from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.objectives import Objective, check_objective, make_objective
 from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import cache_directory
+from kto_jax.training import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Inputs:
     held_out: Schedule | None
     num_steps: int
     objective: Objective
-    controls: tuple[np.ndarray, np.ndarray] | None
+    controls: Controls | None
     num_desirable: int
     num_undesirable: int
 
@@ -73,19 +73,16 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
       ConfigError: the configuration, the data or the model cannot be used.
     """
     objective = check_objective(config.objective)
-    check_together(config, objective)
+    checks.check_together(config, objective)
     judges.check_names(config.samples.judges)
     model_path = local_path(config.model.path)
     reference_path = local_path(config.reference.path) if config.reference.path else model_path
     architecture = read_config(model_path)
-    _check_model(config, architecture, architecture if reference_path == model_path else read_config(reference_path))
-    if config.objective.name != "reward" and is_reward_model(model_path):
-        raise ConfigError(
-            f"config.model.path={config.model.path!r} is a reward model, which has no output head. Allowed: a language "
-            "model, or config.objective.name=reward. Set config.model.path."
-        )
+    reference = architecture if reference_path == model_path else read_config(reference_path)
+    checks.check_models(config, architecture, reference)
+    checks.check_output_head(config, is_reward_model(model_path))
     tokenizer, controls, index = read_feedback(config, model_path, architecture.vocab_size, scratch)
-    _check_judges(config, index)
+    checks.check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
     schedule, held_out = make_schedules(config, index, objective, controls)
@@ -107,7 +104,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
 
 def read_feedback(
     config: Config, model_path: Path, vocab_size: int, scratch: Path
-) -> tuple[TokenizerInfo, tuple[np.ndarray, np.ndarray] | None, Index]:
+) -> tuple[TokenizerInfo, Controls | None, Index]:
     """Prepares the tokenizer and tokenizes the feedback, as training reads it.
 
     Args:
@@ -257,9 +254,7 @@ def _sequences_to_evaluate(config: Config, index: Index, objective: Objective) -
     return held_out if np.any(counts) else held_out[:0]
 
 
-def _encode_controls(
-    objective: Objective, tokenizer: TokenizerInfo, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _encode_controls(objective: Objective, tokenizer: TokenizerInfo, vocab_size: int) -> Controls | None:
     """Ids of the objective's control texts, if it has any.
 
     Raises:
@@ -275,140 +270,3 @@ def _encode_controls(
                 f"{vocab_size}. Set config.objective.good_control and bad_control."
             )
     return bad, good
-
-
-def _check_adapters(config: Config) -> None:
-    """Refuses what low-rank adapters cannot go with.
-
-    Raises:
-      ConfigError: naming the field.
-    """
-    conflicts = {
-        "reference.path": (config.reference.path, '""', "the reference is the policy without its adapters"),
-        "reference.sync_every": (config.reference.sync_every, "0", "the frozen weights cannot move"),
-        "model.param_dtype": (
-            config.model.param_dtype if config.model.param_dtype != "float32" else "",
-            '"float32"',
-            "adapters are small, and kept in float32; config.reference.param_dtype is of the frozen weights",
-        ),
-    }
-    for field, (value, allowed, why) in conflicts.items():
-        if config.lora.rank and value:
-            raise ConfigError(
-                f"config.{field}={value!r} cannot be used with config.lora.rank={config.lora.rank}: {why}. "
-                f"Allowed: {allowed}. Set config.{field} to it, or config.lora.rank to 0."
-            )
-
-
-def check_together(config: Config, objective: Objective) -> None:
-    """Refuses settings elsewhere that the objective has no use for.
-
-    Raises:
-      ConfigError: naming the field.
-    """
-    name = f"the objective {config.objective.name!r}"
-    sources = sources_of(config.data)
-    scored = [source.data for source in sources if source.data.format == "scores"]
-    by_threshold = any(data.score_rule == "threshold" for data in scored)
-    rules = [
-        ("reference.path", objective.uses_reference, f"{name} holds no reference"),
-        ("reference.param_dtype", objective.uses_reference or config.lora.rank > 0, f"{name} holds no reference"),
-        ("reference.precompute", objective.uses_reference, f"{name} holds no reference"),
-        ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
-        ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
-        ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
-        ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
-        ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
-        ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
-        ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
-        ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
-        ("data.score_threshold", by_threshold, "no score is held against it"),
-    ]
-    usual = Config()
-    for field, has_use, why in rules:
-        section, option = field.split(".")
-        value = getattr(getattr(config, section), option)
-        if value != getattr(getattr(usual, section), option) and not has_use:
-            raise ConfigError(
-                f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
-                "out, or change what it goes with."
-            )
-    if config.reference.param_dtype == "int8" and config.reference.sync_every:
-        raise ConfigError(
-            f'config.reference.param_dtype="int8" cannot be used with config.reference.sync_every='
-            f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
-            "Set config.reference.param_dtype to bfloat16, or take config.reference.sync_every out."
-        )
-    _check_adapters(config)
-    moving = f"config.reference.sync_every={config.reference.sync_every} moves the reference"
-    by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
-    conflicts = [
-        (config.reference.sync_every > 0, moving),
-        (objective.humanline is not None, by_token.format("config.objective.humanline=True")),
-        (objective.scorer == "value", by_token.format(name)),
-    ]
-    for conflict, why in conflicts:
-        if config.reference.precompute and conflict:
-            raise ConfigError(
-                f"config.reference.precompute=True cannot be used: {why}. It is for a frozen reference of whole "
-                "completions. Take config.reference.precompute out, or change what it conflicts with."
-            )
-    if config.batch_size < 2 and objective.first_pass == "unmatched":
-        raise ConfigError(
-            f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 is made of. {name} "
-            "needs 2 or more. Set config.batch_size."
-        )
-    for source in sources:
-        if source.scale is not None and source.data.format != "scores":
-            raise ConfigError(
-                f"the source {source.path!r} of config.data has a score_rule or score_threshold of its own, and its "
-                f"format is {source.data.format!r}. Only scores are judged by a rule. Take it out, or set its format."
-            )
-    unscored = [source for source in sources if source.data.format != "scores"]
-    if config.objective.rewards == "scores" and unscored:
-        raise ConfigError(
-            f'config.objective.rewards="scores" needs scores, and the format of {unscored[0].path!r} is '
-            f'{unscored[0].data.format!r}. Set config.data.format to "scores", or objective.rewards to "labels".'
-        )
-
-
-def _check_judges(config: Config, index: Index) -> None:
-    """Refuses a judge that has nothing to be fitted on.
-
-    Raises:
-      ConfigError: naming the share to raise.
-    """
-    counts = index.manifest["splits"]["judge"]
-    wanted = config.samples.num_prompts and "feedback" in config.samples.judges
-    if wanted and not (counts["desirable"] and counts["undesirable"]):
-        raise ConfigError(
-            f'config.samples.judges has "feedback", for which config.data.judge_holdout={config.data.judge_holdout} '
-            f"leaves {counts['desirable']} desirable and {counts['undesirable']} undesirable completions. It needs "
-            "both. Raise config.data.judge_holdout, or take the judge out."
-        )
-
-
-def _check_model(config: Config, policy: TransformerConfig, reference: TransformerConfig) -> None:
-    """Refuses lengths beyond the models' context, and a reference of another architecture.
-
-    Raises:
-      ConfigError: naming both sides.
-    """
-    context = min(policy.max_length, reference.max_length)
-    if config.data.max_length > context:
-        raise ConfigError(
-            f"config.data.max_length={config.data.max_length} is beyond the model's context of {context} "
-            f"tokens. Allowed: up to {context}. Set config.data.max_length."
-        )
-    # These fields say nothing of the weights or of the logits.
-    unrelated = ("family", "bos_id", "eos_ids", "max_length", "initializer_range")
-    differing = [
-        f"{field.name} {getattr(reference, field.name)!r} against {getattr(policy, field.name)!r}"
-        for field in dataclasses.fields(policy)
-        if field.name not in unrelated and getattr(reference, field.name) != getattr(policy, field.name)
-    ]
-    if differing:
-        raise ConfigError(
-            f"config.reference.path={config.reference.path!r} is of another architecture than the policy: "
-            f"{', '.join(differing)}. Both must be equal. Set config.reference.path."
-        )

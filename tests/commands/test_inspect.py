@@ -145,6 +145,31 @@ def get_config():
     assert "10 desirable and 20 undesirable rows to train on ask for λ_D = 2 and λ_U = 1" in " ".join(printed.split())
 
 
+@pytest.mark.parametrize(("objective", "second", "warning"), [
+    ("dpo", "Question 1?", ["0 pairs to train on, and the objective 'dpo' reads pairs."]),
+    ("dpo", "Question 0?", ["1 of 3 completions to train on are in no pair; 'dpo' leaves them out."]),
+    ("sft", "Question 0?", ["1 of 3 completions to train on are undesirable; 'sft' leaves them out."]),
+    ("kto", "Question 0?", []),
+])  # fmt: skip
+def test_what_the_objective_leaves_out_is_said(capsys, tmp_path, monkeypatch, objective, second, warning):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    rated = [("Question 0?", True), (second, False), ("Question 2?", True)]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": prompt, "completion": "Hm.", "label": label}) + "\n" for prompt, label in rated
+        ).replace("Hm.", "Yes.", 1)
+    )
+    recipe = [CONFIG, f"--config.objective.name={objective}", f"--config.data.train={tmp_path / 'rows.jsonl'}"]
+    recipe += ["--config.data.holdout=0.0", "--rows=0"]
+    assert main(recipe) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning: ") == len(warning) and all(text in printed for text in warning)
+    assert main([*recipe, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["warnings"]
+    assert [text[: len(expected)] for text, expected in zip(found, warning, strict=True)] == warning
+
+
 def test_help_says_what_it_does(capsys):
     assert main(["--help"]) == 0 and "--rows" in capsys.readouterr().out
 

@@ -18,11 +18,9 @@ from kto_jax.config import (
 from kto_jax.data.tokens.tokenizer import prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
+from kto_jax.training.checks import check_judges, check_models, check_together
 from kto_jax.training.inputs import (
-    _check_judges,
-    _check_model,
     _encode_controls,
-    check_together,
     count_visits,
     make_schedules,
 )
@@ -58,20 +56,20 @@ def test_without_held_out_rows_there_is_no_evaluation():
 
 def test_a_reference_may_differ_in_what_does_not_change_its_logits():
     other = dataclasses.replace(ARCHITECTURE, eos_ids=(1, 2), bos_id=7, initializer_range=0.1)
-    _check_model(config(), ARCHITECTURE, other)
+    check_models(config(), ARCHITECTURE, other)
     with pytest.raises(ConfigError, match=r"another architecture than the policy: rope_theta 5.0 against 10000.0"):
-        _check_model(config(), ARCHITECTURE, dataclasses.replace(other, rope_theta=5.0))
+        check_models(config(), ARCHITECTURE, dataclasses.replace(other, rope_theta=5.0))
     with pytest.raises(ConfigError, match="beyond the model's context of 32"):
-        _check_model(config(), ARCHITECTURE, dataclasses.replace(other, max_length=32))
+        check_models(config(), ARCHITECTURE, dataclasses.replace(other, max_length=32))
 
 
 def test_a_judge_without_feedback_of_its_own_is_refused_before_training():
     index = make_index(40)
     index.manifest["splits"] = {"judge": {"desirable": 3, "undesirable": 0}}
-    _check_judges(config(), index)
-    _check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("vader",))), index)
+    check_judges(config(), index)
+    check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("vader",))), index)
     with pytest.raises(ConfigError, match=r"leaves 3 desirable and 0 undesirable.*Raise config.data.judge_holdout"):
-        _check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("feedback",))), index)
+        check_judges(config(samples=SamplesConfig(num_prompts=4, judges=("feedback",))), index)
 
 
 def objective(name, **options):

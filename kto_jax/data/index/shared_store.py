@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.digests import file_digest
 
@@ -177,7 +177,7 @@ class IndexStore:
           is_here: whether the index is on this host meanwhile, whoever brought it.
 
         Raises:
-          ConfigError: no process has shown a sign of building it for long.
+          TransientError: no process has shown a sign of building it for long, as when the one that builds was killed.
         """
         started = said = last_sign = time.monotonic()
         sign = None
@@ -187,7 +187,7 @@ class IndexStore:
                 sign, last_sign = seen, time.monotonic()
             now = time.monotonic()
             if now - last_sign > _PATIENCE_SECONDS:
-                raise ConfigError(
+                raise TransientError(
                     f"for {now - last_sign:.0f} s there was no sign of a process that builds the index, in "
                     f"{self._url}/{key[:16]}. The first process of a run builds it, and all must see the same feedback "
                     "and the same config.data.index_store. See why the first process ended, and start all again."

@@ -86,13 +86,19 @@ def expand(source: str) -> list[SourceFile]:
                 f"data source {source!r} matches no file. A glob must match at least one. "
                 f"Check the path; the working directory is {Path.cwd()}."
             )
-    elif Path(source).is_dir():
-        files = _in_directory(Path(source))
-    elif source.startswith("wheel:") or not Path(source).is_file():
+    elif Path(source).expanduser().is_dir():
+        files = _in_directory(Path(source).expanduser())
+    elif source.startswith("wheel:"):
         path = local_path(source)
         files = [SourceFile(path, path.name)]
+    elif (path := Path(source).expanduser()).is_file():
+        files = [SourceFile(path, source)]
     else:
-        files = [SourceFile(Path(source), source)]
+        raise ConfigError(
+            f"data source {source!r} does not exist. It is a file, a directory, a glob, hub:org/name/split, "
+            "tfds:name/split, tfds-dir:path:split or wheel:NAME==VERSION/path/in/wheel. Check the path; relative paths "
+            f"start at {Path.cwd()}."
+        )
     for file in files:
         _format(file.path)
     return files

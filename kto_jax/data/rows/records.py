@@ -43,6 +43,11 @@ from kto_jax.data.rows.turns import (
 )
 
 _REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
+_USUAL_LABELS = (
+    *(("1", "0"), ("1", "-1"), ("1.0", "0.0"), ("1.0", "-1.0")),
+    *(("True", "False"), ("true", "false"), ("TRUE", "FALSE"), ("yes", "no"), ("up", "down")),
+)
+"""Texts of labels that spreadsheets and programs write, desirable and undesirable. None is mapped without being set."""
 _LARGEST = 3.4e38
 """Weights and scores are kept as float32."""
 
@@ -319,8 +324,17 @@ def _label(value: Any, data: DataConfig) -> bool | None:
     if isinstance(value, bool):
         return value
     if isinstance(value, str | int | float):
-        raise BadRowError(f"label is not mapped: {str(value)[:40]!r}")
+        raise BadRowError(f"label is not mapped: {str(value)[:40]!r}{_label_setting(str(value))}")
     raise BadRowError(f"label is not a boolean, text or number but {type(value).__name__}")
+
+
+def _label_setting(label: str) -> str:
+    """The setting that would read a label written in a usual way, to be appended to the reason; else nothing."""
+    for desirable, undesirable in _USUAL_LABELS:
+        if label in (desirable, undesirable):
+            label_map = {desirable: True, undesirable: False}
+            return f'; set --config.data.label_map="{label_map}"'
+    return ""
 
 
 def _weight(value: Any) -> float:

@@ -36,9 +36,16 @@ FAULTS = {
     "line is longer than 4096 bytes": line(prompt="x" * 5000),
     "invalid JSON: Expecting ',' delimiter": b'{"prompt": "a" "b"}',
     "null field 'label'": line(label=None),
+    **{f"label is not mapped: {str(label)!r}": line(label=label) for label in ("good", 2.0)},
     **{
-        f"label is not mapped: {str(label)!r}": line(label=label)
-        for label in ("true", "True", 1, "yes", "good", -1, 2.0)
+        f'label is not mapped: {str(label)!r}; set --config.data.label_map="{label_map}"': line(label=label)
+        for label, label_map in (
+            ("true", {"true": True, "false": False}),
+            ("True", {"True": True, "False": False}),
+            (1, {"1": True, "0": False}),
+            ("yes", {"yes": True, "no": False}),
+            (-1, {"1": True, "-1": False}),
+        )
     },
     "label is not a boolean, text or number but list": line(label=[True]),
     "weight is not a finite number of at least 0: 'nan'": line(weight=float("nan")),

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, TransientError
 from kto_jax.data.index import shared_store as store_module
 from kto_jax.data.index.index import build_index
 from kto_jax.data.index.shared_store import IndexStore
@@ -236,7 +236,7 @@ def test_waiting_ends_when_the_process_that_builds_is_gone(make, memory, monkeyp
     assert "still waiting for the index, " in capsys.readouterr().err
     assert not [name for name in stored(memory) if name == "building.json"]
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"no sign of a process that builds the index, in memory://indices/6666"):
+    with pytest.raises(TransientError, match=r"no sign of a process that builds the index, in memory://indices/6666"):
         store.wait("6" * 64, lambda: False)
     assert 0.4 < time.monotonic() - started < 5
 

@@ -178,3 +178,18 @@ def test_a_set_that_datasets_saved_to_disk_is_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"), num_shards=2)
     found = [row for file in expand(str(tmp_path / "set")) for _, row in read_rows(file)]
     assert found == ROWS
+
+
+@pytest.mark.parametrize("source", ["feedback.jsonl", "data/feedback.jsonl", "/no/such/folder/feedback.jsonl"])
+def test_a_missing_file_is_answered_with_what_a_source_of_feedback_may_be(source):
+    with pytest.raises(
+        ConfigError, match=rf"data source '{source}' does not exist\. It is a file, a directory, a glob"
+    ):
+        expand(source)
+
+
+def test_a_file_and_a_folder_are_found_from_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    assert [file.path for file in expand("~/rows.jsonl")] == [tmp_path / "rows.jsonl"]
+    assert [file.path for file in expand("~")] == [tmp_path / "rows.jsonl"]

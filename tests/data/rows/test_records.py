@@ -41,9 +41,15 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
         ({**GOOD, "prompt": 3}, "prompt is not text but int"),
         ({**GOOD, "completion": "a\0b"}, "NUL character in completion"),
         ({**GOOD, "label": "maybe"}, "label is not mapped: 'maybe'"),
-        ({**GOOD, "label": "False"}, "label is not mapped: 'False'"),
-        ({**GOOD, "label": 1}, "label is not mapped: '1'"),
-        ({**GOOD, "label": -1.0}, "label is not mapped: '-1.0'"),
+        (
+            {**GOOD, "label": "False"},
+            """label is not mapped: 'False'; set --config.data.label_map="{'True': True, 'False': False}\"""",
+        ),
+        ({**GOOD, "label": 1}, """label is not mapped: '1'; set --config.data.label_map="{'1': True, '0': False}\""""),
+        (
+            {**GOOD, "label": -1.0},
+            """label is not mapped: '-1.0'; set --config.data.label_map="{'1.0': True, '-1.0': False}\"""",
+        ),
         ({**GOOD, "label": None}, "null field 'label'"),
         ({**GOOD, "label": [True]}, "label is not a boolean, text or number but list"),
         ({**GOOD, "weight": -1}, "weight is not a finite number of at least 0: '-1'"),

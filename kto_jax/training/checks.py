@@ -1,0 +1,187 @@
+"""Refusals of settings, models and feedback that do not go together, in the order in which they fire.
+
+A field's own range stands beside the field; here is what two of them, or a field and what was read, must agree on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.index.index import Index
+from kto_jax.data.rows.sources import sources_of
+from kto_jax.models.config import TransformerConfig
+from kto_jax.objectives import Objective
+
+
+def check_together(config: Config, objective: Objective) -> None:
+    """Refuses settings that do not go together; reads no file.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    _check_unused(config, objective)
+    _check_int8_is_frozen(config)
+    _check_adapters(config)
+    _check_precompute(config, objective)
+    _check_batch_has_partners(config, objective)
+    _check_only_scores_have_rules(config)
+    _check_scores_as_rewards(config)
+
+
+def check_models(config: Config, policy: TransformerConfig, reference: TransformerConfig) -> None:
+    """Refuses lengths beyond the models' context, and a reference of another architecture.
+
+    Raises:
+      ConfigError: naming both sides.
+    """
+    context = min(policy.max_length, reference.max_length)
+    if config.data.max_length > context:
+        raise ConfigError(
+            f"config.data.max_length={config.data.max_length} is beyond the model's context of {context} "
+            f"tokens. Allowed: up to {context}. Set config.data.max_length."
+        )
+    # These fields change neither the weights nor the logits.
+    unrelated = ("family", "bos_id", "eos_ids", "max_length", "initializer_range")
+    differing = [
+        f"{field.name} {getattr(reference, field.name)!r} against {getattr(policy, field.name)!r}"
+        for field in dataclasses.fields(policy)
+        if field.name not in unrelated and getattr(reference, field.name) != getattr(policy, field.name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"config.reference.path={config.reference.path!r} is of another architecture than the policy: "
+            f"{', '.join(differing)}. Both must be equal. Set config.reference.path."
+        )
+
+
+def check_output_head(config: Config, is_reward_model: bool) -> None:
+    """Refuses a reward model as the policy of an objective that needs an output head.
+
+    Raises:
+      ConfigError: naming the model.
+    """
+    if config.objective.name != "reward" and is_reward_model:
+        raise ConfigError(
+            f"config.model.path={config.model.path!r} is a reward model, which has no output head. Allowed: a language "
+            "model, or config.objective.name=reward. Set config.model.path."
+        )
+
+
+def check_judges(config: Config, index: Index) -> None:
+    """Refuses a judge that has no feedback to be fitted on.
+
+    Raises:
+      ConfigError: naming the share to raise.
+    """
+    counts = index.manifest["splits"]["judge"]
+    wanted = config.samples.num_prompts and "feedback" in config.samples.judges
+    if wanted and not (counts["desirable"] and counts["undesirable"]):
+        raise ConfigError(
+            f'config.samples.judges has "feedback", for which config.data.judge_holdout={config.data.judge_holdout} '
+            f"leaves {counts['desirable']} desirable and {counts['undesirable']} undesirable completions. It needs "
+            "both. Raise config.data.judge_holdout, or take the judge out."
+        )
+
+
+def _check_unused(config: Config, objective: Objective) -> None:
+    """Refuses a field that is set although nothing reads it."""
+    name = f"the objective {config.objective.name!r}"
+    scored = [source.data for source in sources_of(config.data) if source.data.format == "scores"]
+    by_threshold = any(data.score_rule == "threshold" for data in scored)
+    rules = [
+        ("reference.path", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.param_dtype", objective.uses_reference or config.lora.rank > 0, f"{name} holds no reference"),
+        ("reference.precompute", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
+        ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
+        ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
+        ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
+        ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
+        ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
+        ("data.score_threshold", by_threshold, "no score is compared with it"),
+    ]
+    usual = Config()
+    for field, has_use, why in rules:
+        section, option = field.split(".")
+        value = getattr(getattr(config, section), option)
+        if value != getattr(getattr(usual, section), option) and not has_use:
+            raise ConfigError(
+                f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
+                "out, or change what it goes with."
+            )
+
+
+def _check_int8_is_frozen(config: Config) -> None:
+    if config.reference.param_dtype == "int8" and config.reference.sync_every:
+        raise ConfigError(
+            f'config.reference.param_dtype="int8" cannot be used with config.reference.sync_every='
+            f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
+            "Set config.reference.param_dtype to bfloat16, or take config.reference.sync_every out."
+        )
+
+
+def _check_adapters(config: Config) -> None:
+    """Refuses what low-rank adapters cannot go with."""
+    conflicts = {
+        "reference.path": (config.reference.path, '""', "the reference is the policy without its adapters"),
+        "reference.sync_every": (config.reference.sync_every, "0", "the frozen weights cannot move"),
+        "model.param_dtype": (
+            config.model.param_dtype if config.model.param_dtype != "float32" else "",
+            '"float32"',
+            "adapters are small, and kept in float32; config.reference.param_dtype is of the frozen weights",
+        ),
+    }
+    for field, (value, allowed, why) in conflicts.items():
+        if config.lora.rank and value:
+            raise ConfigError(
+                f"config.{field}={value!r} cannot be used with config.lora.rank={config.lora.rank}: {why}. "
+                f"Allowed: {allowed}. Set config.{field} to it, or config.lora.rank to 0."
+            )
+
+
+def _check_precompute(config: Config, objective: Objective) -> None:
+    """Refuses to precompute log-probabilities of a reference that moves, or that is asked about single tokens."""
+    by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
+    conflicts = [
+        (
+            config.reference.sync_every > 0,
+            f"config.reference.sync_every={config.reference.sync_every} moves the reference",
+        ),
+        (objective.humanline is not None, by_token.format("config.objective.humanline=True")),
+        (objective.scorer == "value", by_token.format(f"the objective {config.objective.name!r}")),
+    ]
+    for conflict, why in conflicts:
+        if config.reference.precompute and conflict:
+            raise ConfigError(
+                f"config.reference.precompute=True cannot be used: {why}. It is for a frozen reference of whole "
+                "completions. Take config.reference.precompute out, or change what it conflicts with."
+            )
+
+
+def _check_batch_has_partners(config: Config, objective: Objective) -> None:
+    if config.batch_size < 2 and objective.first_pass == "unmatched":
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 is made of. The "
+            f"objective {config.objective.name!r} needs 2 or more. Set config.batch_size."
+        )
+
+
+def _check_only_scores_have_rules(config: Config) -> None:
+    for source in sources_of(config.data):
+        if source.scale is not None and source.data.format != "scores":
+            raise ConfigError(
+                f"the source {source.path!r} of config.data has a score_rule or score_threshold of its own, and its "
+                f"format is {source.data.format!r}. Only scores are judged by a rule. Take it out, or set its format."
+            )
+
+
+def _check_scores_as_rewards(config: Config) -> None:
+    unscored = [source for source in sources_of(config.data) if source.data.format != "scores"]
+    if config.objective.rewards == "scores" and unscored:
+        raise ConfigError(
+            f'config.objective.rewards="scores" needs scores, and the format of {unscored[0].path!r} is '
+            f'{unscored[0].data.format!r}. Set config.data.format to "scores", or objective.rewards to "labels".'
+        )
