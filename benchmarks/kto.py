@@ -48,6 +48,7 @@ from kto_jax.data.tokens.tokenizer import prepare_tokenizer
 from kto_jax.devices.chips import peak_flops
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params, read_config, weights_digest
@@ -346,7 +347,7 @@ def flops_check() -> dict[str, float]:
     architecture = TransformerConfig(
         vocab_size=4096, embed_dim=512, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1536
     )
-    model = Model.create(architecture, remat="none", packed_attention=dense_attention)
+    model = Model.create(architecture, remat="none", layout=Layout(attention=dense_attention))
     rows, length = 4, 256
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:

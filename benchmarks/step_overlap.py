@@ -45,7 +45,7 @@ def measure(config: Config, folder: Path, block: int, rounds: int) -> dict[str, 
     inputs, mesh, model = prepare(config, folder / "run", folder)
     learning_rate = make_learning_rate(config.optimizer, inputs.num_steps)
     optimizer = make_optimizer(
-        config.optimizer, learning_rate, value_head=model.scorer == "value", param_dtype=config.model.param_dtype
+        config.optimizer, learning_rate, value_head=model.scalar_head == "value", param_dtype=config.model.param_dtype
     )
     abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
     checkpoints = Checkpoints(folder / "run", config.checkpoint)

@@ -90,13 +90,14 @@ def work(directory: Path, num_layers: int) -> None:
     from kto_jax.config import MeshConfig, ProcessesConfig
     from kto_jax.devices.processes import join
     from kto_jax.devices.sharding import constrainer, make_mesh, shardings
+    from kto_jax.models.layout import Layout
     from kto_jax.models.model import Model
     from kto_jax.models.weights.export import save_hugging_face
     from kto_jax.models.weights.load import load_params
 
     join(ProcessesConfig())
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices())
-    model = Model.create(architecture(num_layers), constrain=constrainer(mesh))
+    model = Model.create(architecture(num_layers), layout=Layout(constrain=constrainer(mesh)))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     results: dict[str, float] = {"imports": private_bytes()}
     started = time.perf_counter()

@@ -115,7 +115,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         optimizer = make_optimizer(
             config.optimizer,
             learning_rate,
-            value_head=model.scorer == "value",
+            value_head=model.scalar_head == "value",
             param_dtype=config.model.param_dtype,
             seed=config.seed,
         )
@@ -208,7 +208,7 @@ def _tell_what_next(workdir: Path, inputs: Inputs, seconds: float) -> None:
     minutes, seconds = divmod(round(seconds), 60)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")
-    use = "score --data=FILE" if inputs.objective.scorer == "reward" else "generate"
+    use = "score --data=FILE" if inputs.objective.scalar_head == "reward" else "generate"
     console.print(
         f"see {workdir}/report.html and {workdir}/policy; next: python -m kto_jax.{use} --model={workdir}/policy"
     )

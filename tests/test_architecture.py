@@ -31,6 +31,7 @@ ORDER = {
         "gather int8 rope",
         "config lora",
         "attention families heads",
+        "layout",
         "transformer",
         "model",
         "weights",

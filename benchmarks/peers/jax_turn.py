@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.peers.turn import report
 from kto_jax.config import MeshConfig
-from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.compilation import give_back_memory
-from kto_jax.devices.sharding import constrainer, make_mesh, shardings
+from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.shapes import FeedbackBatch, PackedRows
@@ -27,8 +27,7 @@ def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Mod
         read_config(job["model"]),
         dtype=job["dtype"],
         remat=remat,
-        constrain=constrainer(mesh),
-        packed_attention=choose_attention("auto", mesh),
+        layout=make_layout(mesh),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     return mesh, model, load_params(model, job["model"], param_dtype="float32", shardings=layout)

@@ -22,10 +22,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from kto_jax.config import ConfigError
-from kto_jax.devices.sharding import ACTIVATION_RULES, copies_of_kv_heads, num_parts
+from kto_jax.devices.sharding import ACTIVATION_RULES, constrainer, copies_of_kv_heads, num_parts
 from kto_jax.models.attention import splash, triton
 from kto_jax.models.attention.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention
+from kto_jax.models.layout import Layout
 
 
 class Kernel(NamedTuple):
@@ -144,6 +145,15 @@ def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton
         f"config.model.attention={name!r} is a kernel that {reason}. Allowed here: "
         f"{', '.join(('auto', 'dense', 'chunked', *installed))}. Set config.model.attention."
     )
+
+
+def make_layout(mesh: Mesh, attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto") -> Layout:
+    """How a model on this mesh shards its activations.
+
+    Raises:
+      ConfigError: as `choose_attention`.
+    """
+    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), choose_attention(attention, mesh))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Small heads that give a hidden state one number: the reward of a completion, or the value of a prefix.
+"""Scalar heads, which give a hidden state one number: the reward of a completion, or the value of a prefix.
 
     reward  weight [D]                                    r = h · w                          (no bias)
     value   first.weight [D, D]   first.bias [D]          v = last(relu(second(relu(first(h)))))
@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Key
 
 from kto_jax.models.config import TransformerConfig
 
-SCORERS = ("none", "reward", "value")
+SCALAR_HEADS = ("none", "reward", "value")
+SCALAR_HEAD = "scorer"
+"""The head's key among the parameters, which checkpoints keep."""
 _AXES: dict[str, dict[str, Any]] = {
     "reward": {"weight": ("embed",)},
     "value": {
@@ -29,17 +31,17 @@ _AXES: dict[str, dict[str, Any]] = {
 }
 
 
-def init_scorer(scorer: str, config: TransformerConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    """Random parameters of a scorer, float32.
+def init_scalar_head(kind: str, config: TransformerConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random parameters of a head, float32.
 
     Args:
-      scorer: "reward" or "value".
+      kind: "reward" or "value".
       config: the architecture whose hidden states are to be read.
       key: decides the values. Those of a reward are normal with the config's standard deviation. Values start at 0:
         only the first two of their layers are random, with the standard deviation that keeps the size of the stream.
     """
     width = config.embed_dim
-    if scorer == "reward":
+    if kind == "reward":
         return {"weight": config.initializer_range * jax.random.normal(key, (width,))}
     scale = (2.0 / width) ** 0.5
     layers: dict[str, Any] = {
@@ -49,17 +51,17 @@ def init_scorer(scorer: str, config: TransformerConfig, key: Key[Array, ""]) -> 
     return layers | {"last": {"weight": jnp.zeros(width), "bias": jnp.zeros(())}}
 
 
-def scorer_axes(scorer: str) -> dict[str, Any]:
-    """Logical axes of a scorer's parameters, as `init_scorer` nests them."""
-    return _AXES[scorer]
+def scalar_head_axes(kind: str) -> dict[str, Any]:
+    """Logical axes of a head's parameters, nested as `init_scalar_head` nests them."""
+    return _AXES[kind]
 
 
-def scores(scorer: str, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+def apply_scalar_head(kind: str, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
     """One number for each hidden state, in float32 or wider, whatever the hidden states and parameters are kept in."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
     x = hidden.astype(wide)
-    if scorer == "reward":
+    if kind == "reward":
         return _product(x, params["weight"])
     for name in ("first", "second"):
         bias = jnp.expand_dims(params[name]["bias"], tuple(range(x.ndim - 1)))

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
-from kto_jax.models.attention.blockwise import blockwise_attention
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.heads import SCORERS, init_scorer, scorer_axes, scores
+from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
 from kto_jax.models.int8 import INT8, kept_as, quantised_axes
+from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
-from kto_jax.models.transformer import REMAT_POLICIES, Cache, Constrain, PackedAttention, Transformer, matmul_precision
+from kto_jax.models.transformer import REMAT_POLICIES, Cache, Transformer, matmul_precision
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
@@ -27,11 +27,6 @@ def _parts(x: Array, parts: int) -> Array:
     """[R, C, ...] -> [R · parts, C / parts, ...], padded where C does not divide."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
-
-
-def _unconstrained(array: Array, axes: tuple[str, ...]) -> Array:
-    del axes
-    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,37 +41,31 @@ class Model:
         where the architecture has    layers.attention.query, key, value .bias [layers, out]
         them:                         layers.attention.query_norm, key_norm .scale [layers, H]
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
-        scorer, see scorers.py        (a reward model has no head: its output head is never used)
+        scorer, see heads.py          (the scalar head; a reward model has no output head)
 
     In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a policy of low-rank
     adapters an `AdaptedMatrix` (lora.py).
 
     Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
-    frozen reference has no scorer.
+    frozen reference has no scalar head.
 
     Attributes:
       config: the architecture.
       dtype: what the forward pass computes in.
       remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full"; with
         "offload" too, and the layer's input waits in the host's memory.
-      constrain: called on activations with their logical axes; identity unless a mesh is in play.
-      scorer: which head reads a number off a hidden state: "none", "reward" or "value".
-      graphdef: the structure of the NNX module, output head and scorer apart.
-      num_devices: devices that share every activation.
-      row_parts: into how many parts `constrain` splits the length of a row.
-      packed_attention: attention over packed rows; what reads a cache has its own.
+      scalar_head: the head that gives a hidden state one number: "none", "reward" or "value".
+      graphdef: the structure of the NNX module, output head and scalar head apart.
+      layout: how activations are sharded.
       adapter_scale: what adapters' products are multiplied by, α/r; 0 where all parameters are trained.
     """
 
     config: TransformerConfig
     dtype: str
     remat: str
-    constrain: Constrain
-    scorer: str
+    scalar_head: str
     graphdef: Any = dataclasses.field(compare=False, repr=False)
-    num_devices: int = 1
-    row_parts: int = 1
-    packed_attention: PackedAttention = blockwise_attention
+    layout: Layout = ONE_DEVICE
     adapter_scale: float = 0.0
 
     @classmethod
@@ -86,11 +75,8 @@ class Model:
         *,
         dtype: str = "float32",
         remat: Literal["none", "dots", "full", "offload"] = "full",
-        constrain: Constrain | None = None,
-        scorer: Literal["none", "reward", "value"] = "none",
-        num_devices: int = 1,
-        row_parts: int = 1,
-        packed_attention: PackedAttention = blockwise_attention,
+        scalar_head: Literal["none", "reward", "value"] = "none",
+        layout: Layout = ONE_DEVICE,
         adapter_scale: float = 0.0,
     ) -> Model:
         """Builds a model.
@@ -99,27 +85,24 @@ class Model:
           config: the architecture.
           dtype: "float32", "bfloat16" or, where x64 is on, "float64".
           remat: what a layer keeps for its gradient.
-          constrain: `constrain(array, logical_axes) -> array`. Axes are "rows", "length", "embed", "heads",
-            "kv_heads", "head_dim", "vocab", and "looked_up", "table_embed", "half_embed" of embedded vectors.
-          scorer: the head that `scores` reads: a linear reward, a value of three layers, or none.
-          num_devices: devices of the mesh that `constrain` lays activations over.
-          row_parts: into how many parts it splits the length of a row.
-          packed_attention: attention over packed rows; hashable, called as `dense_attention` is.
+          scalar_head: a linear reward head, a value head of three layers, or none.
+          layout: how activations are sharded.
           adapter_scale: what adapters' products are multiplied by; 0 for a model without.
 
         Raises:
-          ConfigError: unknown dtype, remat policy or scorer.
+          ConfigError: unknown dtype, remat policy or scalar head.
         """
-        options = (("dtype", dtype, DTYPES), ("remat", remat, tuple(REMAT_POLICIES)), ("scorer", scorer, SCORERS))
+        options = (
+            ("dtype", dtype, DTYPES),
+            ("remat", remat, tuple(REMAT_POLICIES)),
+            ("scalar_head", scalar_head, SCALAR_HEADS),
+        )
         for name, value, allowed in options:
             if value not in allowed:
                 raise ConfigError(
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
-        constrain = constrain or _unconstrained
-        model = cls(
-            config, dtype, remat, constrain, scorer, None, num_devices, row_parts, packed_attention, adapter_scale
-        )
+        model = cls(config, dtype, remat, scalar_head, None, layout, adapter_scale)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
@@ -170,28 +153,32 @@ class Model:
         # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
         tied = self.config.tied_head
         head = self.head(params)
-        head = self.constrain(head.T, ("vocab", "embed")) if tied else self.constrain(head, ("embed", "vocab"))
+        head = (
+            self.layout.constrain(head.T, ("vocab", "embed"))
+            if tied
+            else self.layout.constrain(head, ("embed", "vocab"))
+        )
         shape = targets.shape
-        if self.row_parts > 1:
+        if self.layout.row_parts > 1:
             # Parts of rows are taken for rows, so that the devices that hold them all work on every chunk.
-            hidden, targets = _parts(hidden, self.row_parts), _parts(targets, self.row_parts)
+            hidden, targets = _parts(hidden, self.layout.row_parts), _parts(targets, self.layout.row_parts)
         logps = token_logps(
             hidden, head, targets,
-            head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.num_devices,
+            head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.layout.num_devices,
         )  # fmt: skip
-        return logps if self.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
+        return logps if self.layout.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 
-    def scores(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    def apply_scalar_head(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The reward or the value of each hidden state, in float32 or wider.
 
         The gradient flows into the hidden states; a value head is trained on `jax.lax.stop_gradient(hidden)`.
 
         Args:
-          params: parameters with a scorer of this model's kind.
+          params: parameters with a scalar head of this model's kind.
           hidden: hidden states after the final norm. A reward is that of a sequence at its last token, the EOS.
         """
-        assert self.scorer != "none", "this model was created without a scorer"
-        return scores(self.scorer, params["scorer"], hidden)
+        assert self.scalar_head != "none", "this model was created without a scalar head"
+        return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of keys and values, [layers, batch, length, K, H] each, in the compute dtype."""
@@ -219,11 +206,11 @@ class Model:
         return self._merge(params).decode(cache, tokens_BL, positions_BL)
 
     def init_params(self, key: Key[Array, ""], param_dtype: str) -> Params:
-        """Random parameters: normal with the config's standard deviation, norms at one; those of a scorer see there."""
+        """Random parameters: normal with the config's standard deviation, norms at one; of a head, see heads.py."""
         params = nnx.to_pure_dict(nnx.state(self._transformer(key, has_head=self._has_head)))
-        if self.scorer != "none":
-            # From a key of its own, so that a scorer does not change the trunk's values.
-            params["scorer"] = init_scorer(self.scorer, self.config, jax.random.fold_in(key, 1))
+        if self.scalar_head != "none":
+            # From a key of its own, so that the head does not change the trunk's values.
+            params[SCALAR_HEAD] = init_scalar_head(self.scalar_head, self.config, jax.random.fold_in(key, 1))
         return kept_as(params, param_dtype)
 
     def abstract_params(self, param_dtype: str) -> Params:
@@ -239,13 +226,14 @@ class Model:
         variables = nnx.state(nnx.eval_shape(build))
         is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
         axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), variables, is_leaf=is_variable)
-        scorer = {} if self.scorer == "none" else {"scorer": scorer_axes(self.scorer)}
-        axes = nnx.to_pure_dict(axes) | scorer
+        axes = nnx.to_pure_dict(axes)
+        if self.scalar_head != "none":
+            axes[SCALAR_HEAD] = scalar_head_axes(self.scalar_head)
         return quantised_axes(axes) if param_dtype == INT8 else axes
 
     @property
     def _has_head(self) -> bool:
-        return not self.config.tied_head and self.scorer != "reward"
+        return not self.config.tied_head and self.scalar_head != "reward"
 
     def _merge(self, params: Params) -> Transformer:
         trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
@@ -253,6 +241,10 @@ class Model:
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:
         return Transformer(
-            self.config, dtype=jnp.dtype(self.dtype), remat=self.remat, constrain=self.constrain,
-            packed_attention=self.packed_attention, has_head=has_head, rngs=nnx.Rngs(params=key),
-        )  # fmt: skip
+            self.config,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+            layout=self.layout,
+            has_head=has_head,
+            rngs=nnx.Rngs(params=key),
+        )

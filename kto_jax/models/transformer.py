@@ -24,11 +24,9 @@ from jaxtyping import Array, Float, Int
 from kto_jax.models.attention.dense import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.int8 import Int8Matrix
+from kto_jax.models.layout import Constrain, Layout
 from kto_jax.models.lora import AdaptedMatrix
 
-Constrain = Callable[[Array, tuple[str, ...]], Array]
-# As `dense_attention`: rotated queries and keys, and values, of packed rows, with their segments and positions.
-PackedAttention = Callable[..., Array]
 Cache = dict[str, Array]
 Tables = tuple[Array, Array]  # cosine and sine
 # Takes rotated queries and keys, and values, [R, L, heads, H]; gives the mixed values and whatever must be kept.
@@ -230,15 +228,14 @@ class Transformer(nnx.Module):
         *,
         dtype,
         remat: str,
-        constrain: Constrain,
-        packed_attention: PackedAttention,
+        layout: Layout,
         has_head: bool,
         rngs: nnx.Rngs,
     ):
-        self.config, self.dtype, self.remat, self.constrain = config, dtype, remat, constrain
-        self.packed_attention = packed_attention
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.constrain, self.packed_attention = layout.constrain, layout.attention
         self.embed = Embedding(config, rngs=rngs)
-        self.layers = Block(config, dtype=dtype, constrain=constrain, rngs=rngs)
+        self.layers = Block(config, dtype=dtype, constrain=layout.constrain, rngs=rngs)
         self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps, offset=config.norm_offset)
         if has_head:
             shape = (config.embed_dim, config.vocab_size)

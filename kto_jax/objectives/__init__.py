@@ -55,7 +55,7 @@ def _with_common_options(objective: Objective, config: ObjectiveConfig, options:
             f"config.objective.humanline=True means nothing to {config.name!r}, which takes no log-ratios. It is for "
             "objectives with a reference. Take it out, or set config.objective.name."
         )
-    if config.sft_weight and objective.scorer == "reward":
+    if config.sft_weight and objective.scalar_head == "reward":
         raise ConfigError(
             f"config.objective.sft_weight={config.sft_weight} means nothing to a reward model, which writes no text. "
             "It is for every other objective. Take it out."

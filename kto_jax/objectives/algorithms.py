@@ -184,7 +184,7 @@ def ppo_offline(
         )
         return jnp.sum(per_token, axis=-1) / jnp.maximum(c.lengths, 1)
 
-    return Objective("thumbs", loss, scorer="value", needs_both_labels=rewards == "labels")
+    return Objective("thumbs", loss, scalar_head="value", needs_both_labels=rewards == "labels")
 
 
 def _is_last(where_RSC: Bool[Array, "R S C"]) -> Bool[Array, "R S C"]:
@@ -343,7 +343,7 @@ def reward(*, margin: float = 0.0, centring: float = 0.0) -> Objective:
             losses.bradley_terry_loss(*_chosen_and_rejected(c.policy), margin=margin, centring=centring)
         )
 
-    return Objective("pairs", loss, lambda c: c.policy, uses_reference=False, scorer="reward")
+    return Objective("pairs", loss, lambda c: c.policy, uses_reference=False, scalar_head="reward")
 
 
 def _check_variant(name: str, variant: str, allowed: tuple[str, ...]) -> None:

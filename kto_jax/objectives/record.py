@@ -47,7 +47,7 @@ class Objective:
       saturates: whether the value of a gain is its sigmoid.
       initial_state: numbers that live through the run, by name.
       next_state: (state, rewards of the batch [M, R, S], which count) -> the state of the next step.
-      scorer: what the model has beside its output head: "none", a "reward" head in place of it, or a "value" head.
+      scalar_head: what the model has beside its output head: "none", a "reward" head in place of it, or a "value" head.
       needs_both_labels: of thumbs, whether examples of one label alone are refused.
       controls: text before the completion of undesirable and of desirable rows.
       evaluated_as: the objective that held-out rows are measured by; None for this one.
@@ -65,7 +65,7 @@ class Objective:
     saturates: bool = False
     initial_state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     next_state: Callable[[State, Array, Array], State] = _keep_state
-    scorer: Literal["none", "reward", "value"] = "none"
+    scalar_head: Literal["none", "reward", "value"] = "none"
     needs_both_labels: bool = True
     controls: tuple[str, str] | None = None
     evaluated_as: Objective | None = None

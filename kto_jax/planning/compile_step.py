@@ -268,7 +268,7 @@ def compile_for(
     optimizer = make_optimizer(
         config.optimizer,
         learning_rate,
-        value_head=model.scorer == "value",
+        value_head=model.scalar_head == "value",
         param_dtype=config.model.param_dtype,
         seed=config.seed,
     )

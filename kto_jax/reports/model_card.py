@@ -10,7 +10,7 @@ from kto_jax.training.inputs import Inputs
 def model_card(name: str, config: Config, inputs: Inputs) -> str:
     """Returns the model card: what was trained, on what data, with which configuration."""
     objective = config.objective.name
-    task = "text-classification" if inputs.objective.scorer == "reward" else "text-generation"
+    task = "text-classification" if inputs.objective.scalar_head == "reward" else "text-generation"
     return (
         f"""---
 library_name: transformers

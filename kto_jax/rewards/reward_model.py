@@ -31,6 +31,7 @@ from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.data.workers import Workers
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.sharding import make_mesh
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.shapes import power_of_two
@@ -101,7 +102,7 @@ def open_reward_model(
             f"{config.max_length}. Set --max_length."
         )
     attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
-    model = Model.create(config, dtype=dtype, remat="none", scorer="reward", packed_attention=attention)
+    model = Model.create(config, dtype=dtype, remat="none", scalar_head="reward", layout=Layout(attention=attention))
     with scratch_folder() as scratch:
         tokenizer = tokenize.prepare_tokenizer(
             source,

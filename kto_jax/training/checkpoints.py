@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, TransientError
 from kto_jax.devices import processes
 from kto_jax.models.families.config_json import read_config_json
+from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
@@ -196,7 +197,7 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
     """The policy of a run's newest checkpoint, on one device, for sampling.
 
     Returns:
-      The model, its parameters (with a value scorer where it is trained with one) and the folder of its tokenizer.
+      The model, its parameters (with a value head if it is trained with one) and the folder of its tokenizer.
 
     Raises:
       ConfigError: the folder holds no run, no whole checkpoint, or a reward model, which has no output head.
@@ -208,7 +209,7 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
             raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")
         step = checkpointer.latest.step
         metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
-        if "weight" in metadata["policy"].get("scorer", {}):
+        if "weight" in metadata["policy"].get(SCALAR_HEAD, {}):
             raise ConfigError(
                 f"{workdir} trains a reward model, which gives a completion a number and writes none. The run of a "
                 "language model is needed here. Choose one, or score completions with python -m kto_jax.score."

@@ -98,8 +98,8 @@ def _check_unused(config: Config, objective: Objective) -> None:
         ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
         ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
         ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
-        ("samples.num_prompts", objective.scorer != "reward", f"{name} writes no text"),
-        ("optimizer.value_clip_norm", objective.scorer == "value", f"{name} has no value head"),
+        ("samples.num_prompts", objective.scalar_head != "reward", f"{name} writes no text"),
+        ("optimizer.value_clip_norm", objective.scalar_head == "value", f"{name} has no value head"),
         ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
         ("data.score_threshold", by_threshold, "no score is compared with it"),
     ]
@@ -151,7 +151,7 @@ def _check_precompute(config: Config, objective: Objective) -> None:
             f"config.reference.sync_every={config.reference.sync_every} moves the reference",
         ),
         (objective.humanline is not None, by_token.format("config.objective.humanline=True")),
-        (objective.scorer == "value", by_token.format(f"the objective {config.objective.name!r}")),
+        (objective.scalar_head == "value", by_token.format(f"the objective {config.objective.name!r}")),
     ]
     for conflict, why in conflicts:
         if config.reference.precompute and conflict:

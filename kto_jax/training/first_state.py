@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.devices.attention_on_mesh import choose_attention
-from kto_jax.devices.sharding import check_heads, check_rows, constrainer, make_mesh, mesh_shape, shardings
+from kto_jax.devices.attention_on_mesh import make_layout
+from kto_jax.devices.sharding import check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8, kept_as
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model, Params
@@ -55,16 +56,12 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
         check_rows(int(config.microbatch_rows), sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
     mesh = make_mesh(config.mesh, devices)
-    constrain = constrainer(mesh)
     return mesh, Model.create(
         architecture,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        constrain=constrain,
-        scorer=inputs.objective.scorer,
-        num_devices=mesh.size,
-        row_parts=mesh.shape["sequence"],
-        packed_attention=choose_attention(config.model.attention, mesh),
+        scalar_head=inputs.objective.scalar_head,
+        layout=make_layout(mesh, config.model.attention),
         adapter_scale=config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
     )
 
@@ -93,7 +90,7 @@ def make_abstract_state(
     if config.lora.rank:
         policy, reference = _placed_adapters(config, model, mesh)
     else:
-        plain = dataclasses.replace(model, scorer="none")
+        plain = dataclasses.replace(model, scalar_head="none")
         uses_reference = inputs.objective.uses_reference and not config.reference.precompute
         policy = _placed(mesh, model, config.model.param_dtype)
         reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
@@ -122,9 +119,9 @@ def make_state(
     elif config.lora.rank:
         reference = load_reference(config, inputs, model, reference_layout)
     elif config.reference.path:
-        reference = load_reference(config, inputs, dataclasses.replace(model, scorer="none"), reference_layout)
+        reference = load_reference(config, inputs, dataclasses.replace(model, scalar_head="none"), reference_layout)
     else:
-        trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
+        trunk = {name: leaf for name, leaf in policy.items() if name != SCALAR_HEAD}
         reference = _kept_as_reference(config, trunk, reference_layout)
     return create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
@@ -142,7 +139,7 @@ def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, ke
 
 
 def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
-    """Adapters that add nothing, and the first weights of a scorer."""
+    """Adapters that add nothing, and the first weights of a scalar head."""
     layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
     # From a key of their own, so that they do not change the other values.
     draw = jax.jit(lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers)
@@ -157,7 +154,7 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
       config: the run.
       inputs: what it reads.
       model: the architecture.
-      layout: sharding of every parameter of the reference; it names no scorer.
+      layout: sharding of every parameter of the reference; it names no scalar head.
     """
     if config.model.init == "random" and not config.reference.path:
 
@@ -184,13 +181,13 @@ def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
 
 
 def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
-    """What is trained where adapters are, with a scorer if the model has one; and the frozen parameters."""
+    """What is trained where adapters are, with a scalar head if the model has one; and the frozen parameters."""
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
     policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)
     frozen = _placed(mesh, model, config.reference.param_dtype)
-    if frozen.pop("scorer", None):
-        policy |= _laid(mesh, {"scorer": axes["scorer"]}, {"scorer": abstract["scorer"]})
+    if frozen.pop(SCALAR_HEAD, None):
+        policy |= _laid(mesh, {SCALAR_HEAD: axes[SCALAR_HEAD]}, {SCALAR_HEAD: abstract[SCALAR_HEAD]})
     return policy, frozen
 
 

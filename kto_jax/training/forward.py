@@ -16,7 +16,7 @@ def completion_states(model: Model, params: Params, rows: PackedRows, *, offset:
     """Hidden states that predict the completion's tokens; with an offset of 1, those that have read them."""
     hidden_RLD = model.hidden_states(params, rows.tokens, rows.segment_ids, rows.positions)
     hidden_RCD = jnp.take_along_axis(hidden_RLD, (rows.predictors + offset)[..., None], axis=1)
-    return model.constrain(hidden_RCD, ("rows", "length", "embed"))
+    return model.layout.constrain(hidden_RCD, ("rows", "length", "embed"))
 
 
 def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array, "R S"]:
@@ -33,7 +33,7 @@ def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array,
 
 def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
     """Reward of the completion in each slot: the reward head on the hidden state at its last token; 0 where empty."""
-    rewards_RC = model.scores(params, completion_states(model, params, rows, offset=1))
+    rewards_RC = model.apply_scalar_head(params, completion_states(model, params, rows, offset=1))
     segments = rows.target_segments
     is_last = segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return _slot_sums(jnp.where(is_last, rewards_RC, 0), rows)
@@ -60,7 +60,7 @@ def read_completions(
     desirable, scores = labelled.desirable, labelled.scores
     policy = model.merge_adapters(policy, reference)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
-    if objective.scorer == "reward":
+    if objective.scalar_head == "reward":
         rewards = packed_rewards(model, policy, rows)
         return Completions(rewards, jnp.zeros_like(rewards), rewards, lengths, desirable, scores, rows.filled)
     hidden_RCD = completion_states(model, policy, rows)
@@ -73,8 +73,8 @@ def read_completions(
         low, high = objective.humanline
         policy_RC = reference_RC + humanline_clamp(policy_RC - reference_RC, low=low, high=high)
     tokens = None
-    if objective.scorer == "value":
-        values_RC = model.scores(policy, jax.lax.stop_gradient(hidden_RCD))
+    if objective.scalar_head == "value":
+        values_RC = model.apply_scalar_head(policy, jax.lax.stop_gradient(hidden_RCD))
         tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments)
     return Completions(
         policy=_slot_sums(policy_RC, rows),

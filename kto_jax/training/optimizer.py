@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Int
 
 from kto_jax.config import OptimizerConfig
+from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16
 
 
@@ -48,8 +49,8 @@ def make_optimizer(
     """
     clip = clip_by_global_norm(config.clip_norm)
     if value_head:
-        groups = {"policy": clip, "scorer": clip_by_global_norm(config.value_clip_norm)}
-        clip = optax.partition(groups, lambda params: {n: "scorer" if n == "scorer" else "policy" for n in params})
+        groups = {"policy": clip, SCALAR_HEAD: clip_by_global_norm(config.value_clip_norm)}
+        clip = optax.partition(groups, lambda params: {n: n if n == SCALAR_HEAD else "policy" for n in params})
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype="float32")
     else:

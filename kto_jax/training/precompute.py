@@ -63,7 +63,7 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
       ConfigError: the reference is not the one that the run began with, a store cannot be used, or the reference finds
         a completion impossible (its log-probability is not finite).
     """
-    plain = dataclasses.replace(model, scorer="none")
+    plain = dataclasses.replace(model, scalar_head="none")
     tasks = [("train", inputs.schedule, inputs.num_steps)]
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))

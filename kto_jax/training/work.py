@@ -46,5 +46,5 @@ def _forward(model: Model, objective: Objective, rows: PackedRows) -> dict[str, 
     if model.config.window is not None:
         local = model.config.flops_per_token(attended=0, attended_locally=1, head=False) - body
         attention += local * jnp.sum(jnp.minimum(seen, model.config.window).astype(jnp.float32))
-    has_logits = objective.scorer != "reward"
+    has_logits = objective.scalar_head != "reward"
     return {"tokens": tokens, "products": body * tokens + has_logits * head * completion_tokens, "attention": attention}

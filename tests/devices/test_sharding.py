@@ -7,12 +7,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
-from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import (
     check_heads,
     check_lengths,
     check_rows,
-    constrainer,
     make_mesh,
     mesh_shape,
     place_batch,
@@ -111,7 +110,7 @@ def test_vectors_out_of_the_embedding_are_exchanged_not_gathered(sizes, gathered
         vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48, tied_head=True
     )  # fmt: skip
     mesh = make_mesh(sizes)
-    model = Model.create(config, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh))
+    model = Model.create(config, layout=make_layout(mesh))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     tokens = jax.ShapeDtypeStruct((8, 24), np.int32, sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     loss = lambda params, *rows: (model.hidden_states(params, *rows) ** 2).sum()  # noqa: E731

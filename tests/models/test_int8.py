@@ -8,6 +8,7 @@ import pytest
 from kto_jax.config import MeshConfig
 from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.int8 import Int8Matrix, quantise, quantised
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params
@@ -55,9 +56,9 @@ def test_a_token_outside_of_the_vocabulary_is_nan_in_int8_too(model, params):
     assert np.isfinite(hidden[0]).all()
 
 
-@pytest.mark.parametrize("scorer", ["reward", "value"])
-def test_reward_and_value_heads_are_not_quantised(scorer, config):
-    model = Model.create(config, scorer=scorer)
+@pytest.mark.parametrize("head", ["reward", "value"])
+def test_reward_and_value_heads_are_not_quantised(head, config):
+    model = Model.create(config, scalar_head=head)
     abstract = model.abstract_params("int8")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract["scorer"])} == {"float32"}
     assert isinstance(abstract["embed"]["table"], Int8Matrix)
@@ -77,7 +78,7 @@ def test_no_matrix_of_all_layers_is_turned_back_at_once(model, params):
 def test_it_is_read_from_files_matrix_by_matrix_onto_any_mesh(sizes, model, params, tmp_path):
     save_hugging_face(tmp_path / "m", model, params, tokenizer_dir=None, model_card="")
     mesh = make_mesh(sizes)
-    spread = Model.create(model.config, remat="none", constrain=constrainer(mesh))
+    spread = Model.create(model.config, remat="none", layout=Layout(constrain=constrainer(mesh)))
     layout = shardings(mesh, spread.logical_axes("int8"), spread.abstract_params("int8"))
     kept = load_params(model, tmp_path / "m", param_dtype="int8", shardings=layout)
     jax.tree.map(np.testing.assert_array_equal, kept, quantised(params))

@@ -115,11 +115,11 @@ def test_only_the_chosen_matrices_have_adapters_and_each_has_its_axes(model, par
     assert np.abs(adapters["layers"]["mlp"]["down"]["weight"].a).max() == pytest.approx(48**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("scorer", ["none", "reward", "value"])
-def test_the_directory_for_peft_names_every_tensor_as_peft_does(scorer, config, params, tmp_path):
-    model = Model.create(config, scorer=scorer)
+@pytest.mark.parametrize("head", ["none", "reward", "value"])
+def test_the_directory_for_peft_names_every_tensor_as_peft_does(head, config, params, tmp_path):
+    model = Model.create(config, scalar_head=head)
     adapters = drawn(params)
-    if scorer != "none":
+    if head != "none":
         adapters |= {"scorer": model.init_params(jax.random.key(0), "float32")["scorer"]}
     for _ in range(2):  # An earlier export gives way.
         save_adapters(
@@ -141,10 +141,10 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(scorer, config, 
     pair = adapters["layers"]["mlp"]["down"]["weight"]
     np.testing.assert_array_equal(tensors.pop(name.format("A")), pair.a[1].T)
     np.testing.assert_array_equal(tensors.pop(name.format("B")), pair.b[1].T)
-    if scorer == "reward":
+    if head == "reward":
         np.testing.assert_array_equal(tensors.pop("base_model.model.score.weight"), adapters["scorer"]["weight"][None])
     assert (values["task_type"], values["modules_to_save"]) == (
-        ("SEQ_CLS", ["score"]) if scorer == "reward" else ("CAUSAL_LM", None)
+        ("SEQ_CLS", ["score"]) if head == "reward" else ("CAUSAL_LM", None)
     )
     assert len(tensors) == 2 * 2 * len(ADAPTED) - 2
     assert set(values["target_modules"]) == {name.split(".")[-3] for name in tensors}

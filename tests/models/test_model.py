@@ -10,7 +10,8 @@ import safetensors.numpy
 
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import PARAMETER_RULES
-from kto_jax.models.heads import init_scorer
+from kto_jax.models.heads import init_scalar_head
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.storage.fetch import local_path
@@ -150,7 +151,7 @@ def test_activations_are_offered_to_constrain_with_their_axes(config, params):
         return array
 
     tokens = draw_tokens(1, 2, 4)
-    hidden_states(Model.create(config, constrain=constrain), params, tokens, *whole_rows(tokens))
+    hidden_states(Model.create(config, layout=Layout(constrain=constrain)), params, tokens, *whole_rows(tokens))
     heads = {("rows", "length", name, "head_dim") for name in ("heads", "kv_heads")}
     looked_up = {("looked_up", "table_embed"), ("looked_up", "length", "half_embed")}
     assert seen == {("rows", "length", "embed")} | looked_up | heads
@@ -164,16 +165,16 @@ def test_random_parameters_have_the_configured_spread_and_dtype(model, config):
     assert not np.array_equal(gate[0], gate[1])
 
 
-@pytest.mark.parametrize("scorer", ["reward", "value"])
+@pytest.mark.parametrize("head", ["reward", "value"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_scorer_is_one_more_branch_of_the_tree_and_leaves_the_trunk_as_it_was(config, scorer, tied):
+def test_a_scalar_head_is_one_more_branch_of_the_tree_and_leaves_the_trunk_as_it_was(config, head, tied):
     config = dataclasses.replace(config, tied_head=tied)
-    plain, model = Model.create(config), Model.create(config, scorer=scorer)
+    plain, model = Model.create(config), Model.create(config, scalar_head=head)
     trunk, params = (m.init_params(jax.random.key(3), "bfloat16") for m in (plain, model))
     added = params.pop("scorer")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(added)} == {"bfloat16"}
     # A reward model has no use for an output head.
-    assert ("head" in params) is (scorer == "value" and not tied)
+    assert ("head" in params) is (head == "value" and not tied)
     jax.tree.map(np.testing.assert_array_equal, params, {name: trunk[name] for name in params})
 
     def check(leaf, axes):
@@ -186,36 +187,36 @@ def test_a_scorer_is_one_more_branch_of_the_tree_and_leaves_the_trunk_as_it_was(
 
 def test_functions_of_the_trunk_take_a_tree_with_a_scorer_and_one_without(config, model, params):
     tokens = draw_tokens(1, 2, 6)
-    scored = Model.create(config, scorer="value")
-    with_scorer = params | {"scorer": scored.init_params(jax.random.key(0), "float32")["scorer"]}
+    scored = Model.create(config, scalar_head="value")
+    with_head = params | {"scorer": scored.init_params(jax.random.key(0), "float32")["scorer"]}
     headless = {name: leaf for name, leaf in params.items() if name != "head"}
     expected = hidden_states(model, params, tokens, *whole_rows(tokens))
-    for other, tree in ((scored, params), (scored, with_scorer), (model, with_scorer), (model, headless)):
+    for other, tree in ((scored, params), (scored, with_head), (model, with_head), (model, headless)):
         np.testing.assert_array_equal(hidden_states(other, tree, tokens, *whole_rows(tokens)), expected)
         hidden, _ = jax.jit(other.decode)(tree, other.init_cache(2, 8), tokens, whole_rows(tokens)[1])
         close(hidden, expected)
-    close(scored.logits(with_scorer, expected), model.logits(params, expected))
+    close(scored.logits(with_head, expected), model.logits(params, expected))
 
 
 def test_a_reward_is_linear_in_the_hidden_state_and_has_the_configured_spread(config):
     wide = dataclasses.replace(config, embed_dim=4096, mlp_dim=8, num_layers=1)
-    weight = jax.eval_shape(lambda: Model.create(wide, scorer="reward").init_params(jax.random.key(0), "float32"))
+    weight = jax.eval_shape(lambda: Model.create(wide, scalar_head="reward").init_params(jax.random.key(0), "float32"))
     assert weight["scorer"]["weight"].shape == (4096,)
-    drawn = np.asarray(init_scorer("reward", wide, jax.random.key(0))["weight"])
+    drawn = np.asarray(init_scalar_head("reward", wide, jax.random.key(0))["weight"])
     assert abs(drawn.std() / config.initializer_range - 1) < 0.05
-    model = Model.create(config, scorer="reward")
+    model = Model.create(config, scalar_head="reward")
     hidden = jax.random.normal(jax.random.key(1), (3, 5, config.embed_dim))
     weight = jax.random.normal(jax.random.key(2), (config.embed_dim,))
     expected = np.einsum("rld,d->rl", np.asarray(hidden, np.float64), np.asarray(weight, np.float64))
-    close(model.scores({"scorer": {"weight": weight}}, hidden), expected)
+    close(model.apply_scalar_head({"scorer": {"weight": weight}}, hidden), expected)
 
 
 def test_a_value_is_that_of_three_layers_and_starts_at_zero_with_a_gradient(config):
-    model = Model.create(config, scorer="value")
+    model = Model.create(config, scalar_head="value")
     params = model.init_params(jax.random.key(0), "float32")
     hidden = jax.random.normal(jax.random.key(1), (2, 5, config.embed_dim))
-    np.testing.assert_array_equal(model.scores(params, hidden), np.zeros((2, 5)))
-    slope = jax.grad(lambda tree: model.scores(tree, hidden).sum())(params)["scorer"]["last"]
+    np.testing.assert_array_equal(model.apply_scalar_head(params, hidden), np.zeros((2, 5)))
+    slope = jax.grad(lambda tree: model.apply_scalar_head(tree, hidden).sum())(params)["scorer"]["last"]
     assert np.abs(slope["weight"]).max() > 0.1 and slope["bias"] == 10
     random = np.random.default_rng(0)
     tree = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape), params["scorer"])
@@ -223,27 +224,27 @@ def test_a_value_is_that_of_three_layers_and_starts_at_zero_with_a_gradient(conf
     for name in ("first", "second"):
         x = np.maximum(np.einsum("rld,de->rle", x, tree[name]["weight"]) + tree[name]["bias"][None, None], 0)
     expected = x @ tree["last"]["weight"] + tree["last"]["bias"]
-    close(model.scores({"scorer": jax.tree.map(jnp.float32, tree)}, hidden), expected)
+    close(model.apply_scalar_head({"scorer": jax.tree.map(jnp.float32, tree)}, hidden), expected)
 
 
-@pytest.mark.parametrize("scorer", ["reward", "value"])
-def test_scores_of_bfloat16_are_computed_in_float32_and_those_of_float64_in_float64(config, scorer):
-    model = Model.create(config, dtype="bfloat16", scorer=scorer)
+@pytest.mark.parametrize("head", ["reward", "value"])
+def test_scores_of_bfloat16_are_computed_in_float32_and_those_of_float64_in_float64(config, head):
+    model = Model.create(config, dtype="bfloat16", scalar_head=head)
     draw = lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # noqa: E731
     params = {"scorer": jax.tree.map(draw, model.abstract_params("float32")["scorer"])}
     hidden = jax.random.normal(jax.random.key(1), (7, config.embed_dim)).astype(jnp.bfloat16)
-    found = model.scores(params, hidden)
+    found = model.apply_scalar_head(params, hidden)
     assert found.dtype == jnp.float32
-    close(found, model.scores(params, hidden.astype(jnp.float32)))
+    close(found, model.apply_scalar_head(params, hidden.astype(jnp.float32)))
     with jax.enable_x64(True):
-        assert model.scores(params, hidden.astype(jnp.float64)).dtype == jnp.float64
+        assert model.apply_scalar_head(params, hidden.astype(jnp.float64)).dtype == jnp.float64
 
 
 def test_a_scorer_is_part_of_what_a_model_is_and_an_unknown_one_is_refused(config):
-    kinds = [Model.create(config, scorer=scorer) for scorer in ("none", "reward", "value")]
+    kinds = [Model.create(config, scalar_head=kind) for kind in ("none", "reward", "value")]
     assert len({*kinds, Model.create(config)}) == 3
-    with pytest.raises(ConfigError, match="scorer='critic' is unknown; it may be none, reward, value"):
-        Model.create(config, scorer="critic")
+    with pytest.raises(ConfigError, match="scalar_head='critic' is unknown; it may be none, reward, value"):
+        Model.create(config, scalar_head="critic")
 
 
 @pytest.mark.parametrize("remat, kept", [("full", 0), ("offload", 1)])
@@ -259,7 +260,7 @@ def test_what_a_layer_keeps_waits_on_the_host_where_offloading_is_asked_for(rema
 
 
 def test_parts_of_rows_have_the_log_probabilities_of_whole_rows(config):
-    whole, parts = (Model.create(config, row_parts=count) for count in (1, 4))
+    whole, parts = (Model.create(config, layout=Layout(row_parts=count)) for count in (1, 4))
     params = whole.init_params(jax.random.key(0), "float32")
     # Ten positions, which four devices cannot share equally.
     hidden = jax.random.normal(jax.random.key(1), (2, 10, config.embed_dim))

@@ -156,7 +156,7 @@ def test_greedy_continuations_past_the_window_are_those_of_transformers(torch, p
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
 def test_a_reward_model_of_each_family_is_a_class_of_transformers(torch, transformers, pair, name, tmp_path):
     both = pair(name)
-    model = Model.create(both.model.config, scorer="reward")
+    model = Model.create(both.model.config, scalar_head="reward")
     weight = np.linspace(-1, 1, model.config.embed_dim, dtype="f")
     params = {part: leaf for part, leaf in both.params.items() if part != "head"} | {"scorer": {"weight": weight}}
     params = jax.tree.map(jnp.asarray, params)

@@ -74,7 +74,7 @@ def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, tra
     """Upon the language model that the reward model was trained from."""
     lora = LoraConfig(rank=3, alpha=4.0)
     config = read_config_json(FILES["mistral"])
-    language_model, model = Model.create(config, remat="none"), Model.create(config, remat="none", scorer="reward")
+    language_model, model = Model.create(config, remat="none"), Model.create(config, remat="none", scalar_head="reward")
     params, adapters = drawn(language_model, lora)
     scorer = {"scorer": {"weight": 0.5 * jax.random.normal(jax.random.key(3), (32,))}}
     base = tmp_path / "base"
@@ -90,7 +90,7 @@ def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, tra
 
     def ours(params):
         hidden = model.hidden_states(params, TOKENS, np.ones_like(TOKENS), positions)
-        return model.scores(params, hidden[:, -1])
+        return model.apply_scalar_head(params, hidden[:, -1])
 
     laid = ours(merge_adapters(params, adapters, lora.alpha / lora.rank) | scorer)
     assert np.min(np.abs(laid - ours(params | scorer))) > 0.01

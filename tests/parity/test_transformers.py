@@ -118,7 +118,7 @@ def test_a_reward_model_scores_in_transformers_as_here(torch, transformers, tmp_
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_MODEL)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # Read as it stands, the token before the EOS would count.
     config = dataclasses.replace(read_config(TINY_MODEL), tied_head=tied, initializer_range=0.2)
-    model = Model.create(config, scorer="reward")
+    model = Model.create(config, scalar_head="reward")
     params = model.init_params(jax.random.key(0), "float32")
     save_hugging_face(tmp_path / "ours", model, params, tokenizer_dir=TINY_MODEL, model_card="")
     theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -134,7 +134,7 @@ def test_a_reward_model_scores_in_transformers_as_here(torch, transformers, tmp_
         assert tokens[0, -1] == config.eos_id
         positions = np.arange(tokens.shape[1])[None]
         hidden = model.hidden_states(params, tokens, np.ones_like(tokens), positions)
-        expected.append(model.scores(params, hidden[0, -1]))
+        expected.append(model.apply_scalar_head(params, hidden[0, -1]))
     with torch.no_grad():
         found = theirs(**tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")).logits.numpy()
     assert abs(expected[0] - expected[1]) > 0.01

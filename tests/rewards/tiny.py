@@ -24,7 +24,7 @@ ROWS = [
 def export(run):
     """A run's folder with a reward model as training exports it, and its model, parameters and tokenizer."""
     config = dataclasses.replace(read_config(TINY), initializer_range=0.2)
-    model = Model.create(config, scorer="reward", remat="none")
+    model = Model.create(config, scalar_head="reward", remat="none")
     params = model.init_params(jax.random.key(0), "float32")
     tokenizer = tokenize.prepare_tokenizer(TINY, run / "tokenizer", chat_template="auto")
     save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")

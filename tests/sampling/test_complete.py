@@ -79,7 +79,7 @@ def save_checkpoint(workdir, policy):
 
 
 def test_a_reward_model_is_refused_before_its_weights_are_read(tmp_path):
-    model = Model.create(read_config(TINY), scorer="reward")
+    model = Model.create(read_config(TINY), scalar_head="reward")
     params = model.init_params(jax.random.key(0), "float32")
     save_checkpoint(tmp_path, params)
     shutil.copytree(TINY, tmp_path / "tokenizer")
@@ -116,7 +116,7 @@ def test_a_path_is_opened_and_completes_as_its_model_does(exported):
 
 def test_a_policy_with_a_value_scorer_writes_as_it_would_without(exported, tmp_path):
     _, model, params, tokenizer = exported
-    scored = Model.create(model.config, scorer="value").init_params(jax.random.key(0), "float32")["scorer"]
+    scored = Model.create(model.config, scalar_head="value").init_params(jax.random.key(0), "float32")["scorer"]
     save_checkpoint(tmp_path, params | {"scorer": scored})
     shutil.copytree(tokenizer.directory, tmp_path / "tokenizer")
     with open_language_model(str(tmp_path)) as found:

@@ -11,6 +11,7 @@ import pytest
 from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.sampling import sample as rollout
 from kto_jax.sampling.sample import Sampling, sample
@@ -124,7 +125,7 @@ def test_the_loop_ends_when_all_rows_have_ended():
             jax.debug.callback(lambda: calls.append(1))
             return super().decode(params, cache, tokens_BL, positions_BL)
 
-    counting = Counting(model.config, model.dtype, model.remat, model.constrain, model.scorer, model.graphdef)
+    counting = Counting(model.config, model.dtype, model.remat, model.scalar_head, model.graphdef)
     greedy = Sampling(temperature=0, max_new_tokens=100)
     sample(counting, params, [[1, 5]], greedy, eos_id=first, key=jax.random.key(0), batch_size=1)
     jax.effects_barrier()
@@ -228,7 +229,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_left(sampling, expected)
 def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = tiny()[1]
-    model = Model.create(CONFIG, constrain=constrainer(mesh))
+    model = Model.create(CONFIG, layout=Layout(constrain=constrainer(mesh)))
     # The vocabulary of 61 does not divide: the head's axis is kept whole here.
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     axes["embed"]["table"] = axes["head"]["weight"] = ("layers", "layers")

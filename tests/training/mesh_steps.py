@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, ProcessesConfig
-from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.processes import gather, is_first, join
-from kto_jax.devices.sharding import constrainer, local_rows, make_mesh, place_batch, shardings
+from kto_jax.devices.sharding import local_rows, make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
@@ -50,10 +50,7 @@ def ten_steps(name, mesh_config, devices):
     model = Model.create(
         CONFIG,
         dtype=dtype,
-        constrain=constrainer(mesh),
-        num_devices=mesh.size,
-        row_parts=mesh.shape["sequence"],
-        packed_attention=choose_attention("auto", mesh),
+        layout=make_layout(mesh),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})

@@ -168,7 +168,7 @@ def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
 
 def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
     mesh = make_mesh(MeshConfig(fsdp=4, data=2))
-    model = Model.create(ARCHITECTURE, scorer="value")
+    model = Model.create(ARCHITECTURE, scalar_head="value")
     optimizer = make_optimizer(OptimizerConfig(), make_learning_rate(OptimizerConfig(), 100), value_head=True)
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     policy = jax.device_put(model.init_params(jax.random.key(0), "float32"), layout)

@@ -19,6 +19,7 @@ from kto_jax.config import (
 )
 from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.objectives import OBJECTIVES, make_objective
 from kto_jax.training.evaluation import make_evaluation
@@ -62,7 +63,7 @@ def train(objective_config, flipped=False, mesh_config=EIGHT, reference_config=F
     objective, model, optimizer, take_step, evaluation = programs(objective_config, mesh_config, reference_config)
     schedule, _ = make_schedules(CONFIG, index, objective, CONTROLS if objective.controls else None)
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
-    policy = jax.device_put(first_policy(model.scorer), layout)
+    policy = jax.device_put(first_policy(model.scalar_head), layout)
     trunk = {name: leaf for name, leaf in policy.items() if name != "scorer"}
     state = create_state(policy, trunk if objective.uses_reference else {}, optimizer, mesh, objective.initial_state)
     before, history = evaluation(state), []
@@ -77,8 +78,8 @@ def mesh_of(config):
 
 
 @functools.cache
-def first_policy(scorer):
-    return jax.device_get(Model.create(ARCHITECTURE, scorer=scorer).init_params(jax.random.key(0), "float32"))
+def first_policy(head):
+    return jax.device_get(Model.create(ARCHITECTURE, scalar_head=head).init_params(jax.random.key(0), "float32"))
 
 
 @functools.cache
@@ -86,10 +87,10 @@ def programs(objective_config, mesh_config, reference_config):
     """Compiled once for both ways round."""
     mesh = mesh_of(mesh_config)
     objective = make_objective(objective_config, num_desirable=1, num_undesirable=1)
-    model = Model.create(ARCHITECTURE, constrain=constrainer(mesh), scorer=objective.scorer)
+    model = Model.create(ARCHITECTURE, layout=Layout(constrain=constrainer(mesh)), scalar_head=objective.scalar_head)
     config = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="constant")
     learning_rate = make_learning_rate(config, STEPS)
-    optimizer = make_optimizer(config, learning_rate, value_head=model.scorer == "value")
+    optimizer = make_optimizer(config, learning_rate, value_head=model.scalar_head == "value")
     _, held_out = make_schedules(CONFIG, feedback(False), objective, CONTROLS if objective.controls else None)
     take_step = jit_train_step(Recipe(model, objective, optimizer, learning_rate, reference_config))
     return objective, model, optimizer, take_step, make_evaluation(model, objective, held_out, mesh)

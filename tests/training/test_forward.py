@@ -9,6 +9,7 @@ from kto_jax.config import ObjectiveConfig
 from kto_jax.losses import token_logps
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.shapes import LabelledRows
@@ -35,7 +36,7 @@ def microbatch(row_length=80):
 def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num_devices, num_chunks):
     # One device has room for the logits of 5 tokens of each row; there are 16 rows of 80.
     monkeypatch.setattr("kto_jax.losses.logprobs._MAX_LOGITS", 98 * 16 * 5)
-    model = Model.create(CONFIG, num_devices=num_devices, packed_attention=dense_attention)
+    model = Model.create(CONFIG, layout=Layout(num_devices=num_devices, attention=dense_attention))
     rows = microbatch()[1]
     jaxpr = jax.make_jaxpr(lambda params: packed_logps(model, params, rows))(model.abstract_params("float32"))
     loops = [loop.params["length"] for loop in equations(jaxpr.jaxpr) if loop.primitive.name == "scan"]
@@ -46,7 +47,7 @@ def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num
 
 @pytest.mark.parametrize("row_length", [38, 80])
 def test_a_reward_is_read_at_the_last_token_of_each_completion(row_length):
-    model = Model.create(CONFIG, scorer="reward")
+    model = Model.create(CONFIG, scalar_head="reward")
     params = model.init_params(jax.random.key(0), "float32")
     index, rows, _, _ = microbatch(row_length)
     got = jax.jit(packed_rewards, static_argnums=0)(model, params, rows)
@@ -54,7 +55,7 @@ def test_a_reward_is_read_at_the_last_token_of_each_completion(row_length):
     @jax.jit
     def scores(ids):
         positions = jnp.arange(ids.shape[1])[None]
-        return model.scores(params, model.hidden_states(params, ids, jnp.ones_like(ids), positions))
+        return model.apply_scalar_head(params, model.hidden_states(params, ids, jnp.ones_like(ids), positions))
 
     expected = []
     for row in range(16):
@@ -66,7 +67,7 @@ def test_a_reward_is_read_at_the_last_token_of_each_completion(row_length):
 
 
 def test_values_are_those_before_each_token_and_their_gradient_stops_at_the_hidden_states():
-    model = Model.create(CONFIG, scorer="value")
+    model = Model.create(CONFIG, scalar_head="value")
     policy = model.init_params(jax.random.key(0), "float32")
     policy["scorer"]["last"]["weight"] += 0.1  # they start at 0
     reference = {name: leaf for name, leaf in policy.items() if name != "scorer"}
@@ -77,7 +78,7 @@ def test_values_are_those_before_each_token_and_their_gradient_stops_at_the_hidd
     def values(policy):
         return read_completions(model, objective, policy, reference, LabelledRows(*rows)).tokens.values
 
-    scores = jax.jit(lambda policy: model.scores(policy, completion_states(model, policy, rows[0])))
+    scores = jax.jit(lambda policy: model.apply_scalar_head(policy, completion_states(model, policy, rows[0])))
     np.testing.assert_array_equal(values(policy), scores(policy))
     gradient = jax.grad(lambda policy: jnp.sum(jnp.square(values(policy))))(policy)
     assert jnp.any(gradient["scorer"]["first"]["weight"] != 0)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from kto_jax.config import LoraConfig, MeshConfig, OptimizerConfig, resolve
-from kto_jax.devices.attention_on_mesh import choose_attention
-from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
+from kto_jax.devices.attention_on_mesh import make_layout
+from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.load import load_params
@@ -34,8 +34,7 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     """Figures of three steps from adapters far from 0 upon a frozen model, and the adapters after them."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     model = Model.create(
-        CONFIG, dtype="float64", constrain=constrainer(mesh), row_parts=mesh.shape["sequence"],
-        packed_attention=choose_attention("auto", mesh), adapter_scale=LORA.alpha / LORA.rank,
+        CONFIG, dtype="float64", layout=make_layout(mesh), adapter_scale=LORA.alpha / LORA.rank,
     )  # fmt: skip
     frozen = parameters("float64")[1]
     adapters = init_adapters(frozen, LORA, jax.random.key(2))

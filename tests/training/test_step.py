@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from kto_jax.devices.attention_on_mesh import choose_attention
-from kto_jax.devices.sharding import constrainer, make_mesh, place_batch, shardings
+from kto_jax.devices.attention_on_mesh import choose_attention, make_layout
+from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
@@ -97,9 +98,7 @@ def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8
     model = Model.create(
         CONFIG,
         dtype=dtype,
-        constrain=constrainer(mesh),
-        row_parts=mesh.shape["sequence"],
-        packed_attention=choose_attention("auto", mesh),
+        layout=make_layout(mesh),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     policy, reference = (jax.device_put(params, layout) for params in parameters(dtype))
@@ -165,9 +164,7 @@ def plain_step():
 def one_step(num_prompts=None, dtype="float32", **changes):
     """One step on one device: (state before, state after, figures)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(
-        CONFIG, dtype=dtype, constrain=constrainer(mesh), packed_attention=choose_attention("auto", mesh)
-    )
+    model = Model.create(CONFIG, dtype=dtype, layout=make_layout(mesh))
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     learning_rate = make_learning_rate(config, 10)
     optimizer = make_optimizer(config, learning_rate)
@@ -202,7 +199,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
 def test_the_learning_rate_is_the_one_that_was_applied_whatever_steps_were_bad():
     """The optimizer counts updates: after two bad steps it is still at the beginning of its warm-up."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(CONFIG, packed_attention=choose_attention("auto", mesh))
+    model = Model.create(CONFIG, layout=Layout(attention=choose_attention("auto", mesh)))
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant")
     learning_rate = make_learning_rate(config, 20)
     optimizer = make_optimizer(config, learning_rate)

@@ -51,7 +51,7 @@ def save_hugging_face(
     time. All is written beside `directory` and renamed when complete.
 
     A reward model becomes its family's `...ForSequenceClassification` of one label. What pads its batches there is a
-    token that is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value scorer is
+    token that is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value head is
     left out: what is written is then a plain language model.
 
     Args:
@@ -78,7 +78,7 @@ def save_hugging_face(
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    expected = expected_tensors(model.config, reward=model.scorer == "reward")
+    expected = expected_tensors(model.config, reward=model.scalar_head == "reward")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     itemsize = jnp.dtype(dtype).itemsize
     plan = split_state_dict_into_shards_factory(
@@ -133,7 +133,7 @@ def _write_small_files(
 ) -> None:
     (directory / "README.md").write_text(model_card, encoding="utf-8")
     copy_tokenizer(tokenizer_dir, directory)
-    if model.scorer == "reward":
+    if model.scalar_head == "reward":
         pad_id, pad_token = choose_padding(model.config, tokenizer_dir, stop_ids)
         write_padding(directory, pad_token)
         values = classifier_values(model.config, pad_id)

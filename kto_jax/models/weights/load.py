@@ -19,7 +19,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS, FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.families.tensors import Tensor
-from kto_jax.models.heads import init_scorer
+from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
 from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.gguf import open_gguf
@@ -73,15 +73,15 @@ def load_params(
 ) -> Params:
     """Reads a model's parameters, each device only its own part.
 
-    A scorer is drawn, unless the model is a reward model and `path` is one too.
+    A scalar head is drawn, unless the model is a reward model and `path` is one too.
 
     Args:
       model: the model; its config must be that of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file.
       param_dtype: what the parameters are kept in; values are converted as they are read, to int8 matrix by matrix.
       shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device. Whole parts
-        (embed, layers, scorer ...) that it does not name are not read.
-      key: decides a scorer that is drawn; None is `jax.random.key(0)`.
+        (embed, layers, the scalar head ...) that it does not name are not read.
+      key: decides a scalar head that is drawn; None is `jax.random.key(0)`.
 
     Raises:
       ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there;
@@ -103,16 +103,18 @@ def load_params(
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
 
     drawn: Params = {}
-    if "scorer" in abstract and "score.weight" not in weights.shapes:
-        del abstract["scorer"]
+    if SCALAR_HEAD in abstract and "score.weight" not in weights.shapes:
+        del abstract[SCALAR_HEAD]
         key = jax.random.key(0) if key is None else key
-        drawn = {"scorer": _draw_scorer(model, key, param_dtype, shardings["scorer"])}
+        drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, shardings[SCALAR_HEAD])}
     return jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract}) | drawn
 
 
-def _draw_scorer(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:
+def _draw_scalar_head(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:
     def draw(key: Array) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_scorer(model.scorer, model.config, key))
+        return jax.tree.map(
+            lambda leaf: leaf.astype(param_dtype), init_scalar_head(model.scalar_head, model.config, key)
+        )
 
     return jax.jit(draw, out_shardings=shardings)(key)
 
@@ -138,7 +140,7 @@ def open_weights(path: Path) -> Weights:
 
 def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
     """Refuses weights that are not exactly those of the model; a reward model may be read from a language model."""
-    config, is_reward = model.config, model.scorer == "reward"
+    config, is_reward = model.config, model.scalar_head == "reward"
     expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)
     if is_reward:
         found.pop("lm_head.weight", None)

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from kto_jax.config import LoraConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.gather import gather
+from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.lora import GROUPS
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.export import copy_tokenizer
@@ -41,7 +42,7 @@ def save_adapters(
     """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
 
     Every process of a run must call this; the first one writes. The weight of a reward model goes along; a value
-    scorer is left out.
+    head is left out.
 
     Args:
       directory: where to; what is there is replaced.
@@ -76,14 +77,14 @@ def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]
             for part, factor in (("A", pair["weight"].a), ("B", pair["weight"].b)):
                 for layer, values in enumerate(gather(factor)):
                     yield f"{theirs.format(layer)}lora_{part}.weight", np.ascontiguousarray(values.T)
-    if model.scorer == "reward":
-        yield f"{_PREFIX}score.weight", gather(adapters["scorer"]["weight"])[None]
+    if model.scalar_head == "reward":
+        yield f"{_PREFIX}score.weight", gather(adapters[SCALAR_HEAD]["weight"])[None]
 
 
 def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, object]:
     tensors = FAMILIES[model.config.family].tensors
     theirs = (tensors[f"layers.{GROUPS[name]}.{name}.weight"].name.split(".")[-2] for name in lora.targets)
-    is_reward = model.scorer == "reward"
+    is_reward = model.scalar_head == "reward"
     on_hub = hub.parse(base) if base else None
     return {
         "peft_type": "LORA",

@@ -54,6 +54,6 @@ def expected_shapes(config: TransformerConfig, *, reward: bool = False) -> dict[
 
 
 def _parameter_shapes(config: TransformerConfig, reward: bool) -> dict[str, tuple[int, ...]]:
-    abstract = Model.create(config, scorer="reward" if reward else "none").abstract_params("float32")
+    abstract = Model.create(config, scalar_head="reward" if reward else "none").abstract_params("float32")
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     return {".".join(key.key for key in key_path): leaf.shape for key_path, leaf in leaves}

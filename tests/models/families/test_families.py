@@ -12,6 +12,7 @@ from kto_jax.devices.sharding import PARAMETER_RULES
 from kto_jax.models.attention.dense import dense_attention, rotary_frequencies
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.families.config_json import read_config_json, write_config_json
+from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.models.rope import LinearScaling
 from kto_jax.models.transformer import Linear, RMSNorm
@@ -209,7 +210,7 @@ def test_flops_count_of_local_layers_only_what_they_see():
 def test_a_model_of_each_family_survives_export_and_import_bitwise(drawn, tmp_path, name, reward):
     model, params = drawn(name)
     if reward:
-        model = Model.create(model.config, scorer="reward")
+        model = Model.create(model.config, scalar_head="reward")
         params = {part: leaf for part, leaf in params.items() if part != "head"}
         params |= {"scorer": {"weight": np.ones(model.config.embed_dim, "f")}}
     params = jax.tree.map(jnp.asarray, params)
@@ -304,7 +305,7 @@ def test_the_soft_cap_of_logits_is_applied_wherever_logits_are_made(drawn):
     [("mistral", 8, 0), ("qwen2", 8, 0), ("gemma2", 8, 1), ("gemma2", WINDOW, 0), ("gemma3", WINDOW, 0)],
 )
 def test_layers_that_see_alike_have_no_branches(name, length, branches):
-    model = Model.create(read(FILES[name]), remat="none", packed_attention=dense_attention)
+    model = Model.create(read(FILES[name]), remat="none", layout=Layout(attention=dense_attention))
     tokens = draw_tokens(1, 1, length)
     forward = lambda params: model.hidden_states(params, tokens, *whole_rows(tokens))  # noqa: E731
     assert str(jax.make_jaxpr(forward)(model.abstract_params("float32"))).count("cond[") == branches

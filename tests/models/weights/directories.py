@@ -45,5 +45,5 @@ def rewrite(directory, change):
 
 
 def reward_model(config):
-    model = Model.create(config, scorer="reward")
+    model = Model.create(config, scalar_head="reward")
     return model, model.init_params(jax.random.key(1), "float32")

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.devices.sharding import make_mesh, shardings
-from kto_jax.models.heads import init_scorer
+from kto_jax.models.heads import init_scalar_head
 from kto_jax.models.model import Model
 from kto_jax.models.weights.classifier import choose_padding, write_padding
 from kto_jax.models.weights.export import save_hugging_face
@@ -35,9 +35,9 @@ def test_a_reward_model_survives_export_and_import_bitwise_without_an_output_hea
     assert read_config(tmp_path) == model.config and is_reward_model(tmp_path)
 
 
-@pytest.mark.parametrize("scorer", ["reward", "value"])
-def test_a_scorer_is_drawn_onto_a_language_model_by_its_key_and_placed(config, directory, scorer):
-    model = Model.create(config, scorer=scorer)
+@pytest.mark.parametrize("head", ["reward", "value"])
+def test_a_scalar_head_is_drawn_onto_a_language_model_by_its_key_and_placed(config, directory, head):
+    model = Model.create(config, scalar_head=head)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
     read = partial(load_params, model, directory, param_dtype="bfloat16")
@@ -49,7 +49,9 @@ def test_a_scorer_is_drawn_onto_a_language_model_by_its_key_and_placed(config, d
     drawn, another = (tree.pop("scorer") for tree in (params, other))
     assert_equal(params, other)
     assert not np.array_equal(jax.tree.leaves(drawn)[-1], jax.tree.leaves(another)[-1])
-    assert_equal(another, jax.tree.map(lambda x: x.astype("bfloat16"), init_scorer(scorer, config, jax.random.key(0))))
+    assert_equal(
+        another, jax.tree.map(lambda x: x.astype("bfloat16"), init_scalar_head(head, config, jax.random.key(0)))
+    )
 
 
 def test_each_device_reads_its_own_part_of_a_reward(config, tmp_path):
@@ -62,20 +64,20 @@ def test_each_device_reads_its_own_part_of_a_reward(config, tmp_path):
     assert back["scorer"]["weight"].addressable_shards[3].data.shape == (config.embed_dim // 8,)
 
 
-def test_a_value_scorer_is_not_exported(config, directory, tmp_path):
-    model = Model.create(config, scorer="value")
+def test_a_value_head_is_not_exported(config, directory, tmp_path):
+    model = Model.create(config, scalar_head="value")
     params = load_params(model, directory, param_dtype="float32")
     save_hugging_face(tmp_path / "out", model, params, tokenizer_dir=None, model_card=CARD)
     assert not is_reward_model(tmp_path / "out")
     assert_equal(load(tmp_path / "out"), {name: leaf for name, leaf in params.items() if name != "scorer"})
 
 
-@pytest.mark.parametrize("scorer", ["none", "value"])
-def test_a_reward_model_is_refused_where_a_language_model_is_needed(config, tmp_path, scorer):
+@pytest.mark.parametrize("head", ["none", "value"])
+def test_a_reward_model_is_refused_where_a_language_model_is_needed(config, tmp_path, head):
     model, params = reward_model(config)
     save_hugging_face(tmp_path, model, params, tokenizer_dir=None, model_card=CARD)
     with pytest.raises(ConfigError, match=r"is a reward model.*language model is needed.*Choose"):
-        load_params(Model.create(config, scorer=scorer), tmp_path, param_dtype="float32")
+        load_params(Model.create(config, scalar_head=head), tmp_path, param_dtype="float32")
 
 
 def test_a_classifier_of_several_labels_and_a_language_model_without_its_head_are_refused(config, tmp_path):

@@ -1,0 +1,41 @@
+"""How a model's activations are sharded over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxtyping import Array
+
+from kto_jax.models.attention.blockwise import blockwise_attention
+
+Constrain = Callable[[Array, tuple[str, ...]], Array]
+PackedAttention = Callable[..., Array]
+
+
+def unconstrained(array: Array, axes: tuple[str, ...]) -> Array:
+    """The array itself: where there is one device, nothing is sharded."""
+    del axes
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The sharding of a model's activations. The defaults are those of one device; `make_layout` gives a mesh's.
+
+    Attributes:
+      constrain: `constrain(array, logical_axes) -> array`, called on activations. Axes are "rows", "length", "slots",
+        "embed", "heads", "kv_heads", "head_dim", "vocab" and "layers", and "looked_up", "table_embed" and "half_embed"
+        of embedded tokens.
+      num_devices: devices that share every activation.
+      row_parts: into how many parts the tokens of a row are sharded.
+      attention: attention over packed rows, called as `dense_attention` is. Decoding from a cache has its own.
+    """
+
+    constrain: Constrain = unconstrained
+    num_devices: int = 1
+    row_parts: int = 1
+    attention: PackedAttention = blockwise_attention
+
+
+ONE_DEVICE = Layout()
