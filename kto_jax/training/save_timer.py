@@ -15,8 +15,8 @@ class SaveTimer:
     """Says when enough minutes have passed since the last save.
 
     The first process decides by its clock and tells the others. To ask it after every step would cost each of them a
-    message per step, so its answer also says after how many steps to ask again: half as many as the time left has room
-    for, at the pace of the steps since the last save, at most as many as those were, and at most 100.
+    message per step, so its answer also says after how many steps to ask again: as many as fit into the time left at
+    the pace since the last save, at most as many as were taken since then, and at most 100.
 
     Args:
       minutes: between saves; 0 for never.
@@ -60,4 +60,4 @@ class SaveTimer:
             return 0
         taken = max(step - self._since_step, 1)
         share_left = (self._period - elapsed) / max(elapsed, 1e-9)
-        return max(min(int(taken * min(share_left / 2, 1)), _LONGEST_SILENCE), 1)
+        return max(min(int(taken * min(share_left, 1)), _LONGEST_SILENCE), 1)

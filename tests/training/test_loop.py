@@ -27,13 +27,17 @@ class World:
         self.config = dataclasses.replace(
             Config(), trackers=(), max_bad_steps=2, **{"checkpoint": CheckpointConfig(every=100)} | config
         )
-        monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda job, steps: self.batches(steps))
+        monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda job, steps: self.hold(self.batches(steps)))
         monkeypatch.setattr(kto_jax.training.loop, "_report_bad_steps", lambda *_: self.events.append("bad"))
         write = kto_jax.training.loop.MetricsLog.write
         monkeypatch.setattr(
             kto_jax.training.loop.MetricsLog, "write",
             lambda log, step, row: (self.events.append(f"log {step}"), write(log, step, row)),
         )  # fmt: skip
+
+    def hold(self, batches):
+        self.held = batches  # Else Python would close what nobody holds.
+        return batches
 
     def batches(self, steps):
         try:
