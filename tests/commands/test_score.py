@@ -174,7 +174,8 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130_and_leaves_no_file(exported
         start_new_session=True,
     )  # fmt: skip
     try:
-        with data.open("w") as feedback:  # Opens once the command reads.
+        # Opened for both, so that a command that ends before it reads fails the test instead of stopping it.
+        with os.fdopen(os.open(data, os.O_RDWR), "w") as feedback:
             feedback.write("{\n" + (json.dumps(ROWS[0]) + "\n") * reward_model._BATCHES_READ_AHEAD)
             feedback.flush()
             # The first rows are scored, by a worker process too, and the command waits for more.

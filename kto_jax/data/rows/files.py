@@ -91,7 +91,7 @@ def expand(source: str) -> list[SourceFile]:
     elif source.startswith("wheel:"):
         path = local_path(source)
         files = [SourceFile(path, path.name)]
-    elif (path := Path(source).expanduser()).is_file():
+    elif (path := Path(source).expanduser()).exists():
         files = [SourceFile(path, source)]
     else:
         raise ConfigError(
