@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kto_jax.config import Config, ConfigError, TransientError, nearest, resolve
+from kto_jax.config import Config, ConfigError, TransientError, resolve
 from kto_jax.config.convert import convert, hints, parse
 from kto_jax.config.documentation import config_table, documentation, table
 from kto_jax.config.errors import FAILED, FINISHED, INTERRUPTED, PREEMPTED, UNUSABLE
 from kto_jax.config.names import closest
 from kto_jax.config.ranges import base
 from kto_jax.config.recipes import load
-from kto_jax.config.resolve import fields_of, type_of
+from kto_jax.config.resolve import meant_elsewhere, type_of
 
 __all__ = [
     "FAILED",
@@ -28,6 +28,7 @@ __all__ = [
     "PREEMPTED",
     "UNUSABLE",
     "TrainOptions",
+    "answer_help",
     "print_error",
     "read_command",
     "read_options",
@@ -72,6 +73,18 @@ def print_error(error: Exception | str) -> None:
     print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
 
 
+def answer_help(kind: type, about: str) -> None:
+    """Prints the help and exits if this process was asked for it: before a command imports what takes seconds.
+
+    Args:
+      kind: the dataclass of the command's flags.
+      about: what is printed above them.
+    """
+    if asks_for_help(sys.argv[1:]):
+        print(help_text(kind, about))
+        sys.exit(FINISHED)
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for help."""
     return any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments)
@@ -81,7 +94,7 @@ def help_text(kind: type, about: str) -> str:
     """What `--help` prints: what the command does, its flags, and the fields of the configuration if it takes any."""
     parts = [about.strip(), "FLAGS", table(kind, "--")]
     if "config" in hints(kind):
-        parts += ["CONFIGURATION: --config=RECIPE sets these fields, --config.FIELD=VALUE one of them", config_table()]
+        parts += ["CONFIGURATION: --config=RECIPE sets its fields, --config.FIELD=VALUE one of them", config_table()]
     return "\n\n".join(parts)
 
 
@@ -168,7 +181,8 @@ def _type_of_flag(name: str, kind: type) -> Any:
     if name.startswith("config.") and "config" in known:
         hint = type_of(name.removeprefix("config."))
         if dataclasses.is_dataclass(hint):
-            raise ConfigError(f"--{name} is a section. Set its fields: --{name}.FIELD=VALUE.")
+            fields = ", ".join(hints(hint))
+            raise ConfigError(f"--{name} is a section. Its fields are {fields}. Write --{name}.FIELD=VALUE.")
         return hint
     if name not in known:
         raise ConfigError(_unknown_flag(name, kind))
@@ -176,12 +190,12 @@ def _type_of_flag(name: str, kind: type) -> Any:
 
 
 def _unknown_flag(name: str, kind: type) -> str:
-    fields = {full.rsplit(".", 1)[-1]: full for full, _, _ in fields_of()} if "config" in hints(kind) else {}
-    field = closest(name, fields)
-    if field and not closest(name, hints(kind)):
-        return f"--{name} is not a flag. Did you mean --config.{fields[field]}? Correct the command."
+    if "config" in hints(kind) and (field := meant_elsewhere(name, hints(kind))):
+        return f"--{name} is not a flag. Did you mean --config.{field}? Correct the command; --help lists all flags."
     flags = [f"--{flag}" for flag in hints(kind)] + (["--config.FIELD"] if "config" in hints(kind) else [])
-    return f"--{name} is not a flag. {nearest(f'--{name}', flags)} Correct the command."
+    close = closest(name, hints(kind))
+    meant = f"Did you mean '--{close}'? " if close else ""
+    return f"--{name} is not a flag. {meant}Allowed: {', '.join(flags)}. Correct the command."
 
 
 def _no_flag(argument: str, kind: type) -> str:

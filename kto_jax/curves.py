@@ -11,16 +11,19 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kto_jax import values
 from kto_jax.command import FINISHED, run_command
+from kto_jax.config.packages import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID = "#1f2328", "#656d76", "#d8dee4"
 _REACH = 3.0
@@ -71,6 +74,8 @@ def points(curve: Curve, *, num_points: int = 401) -> tuple[np.ndarray, np.ndarr
 
 def draw() -> Figure:
     """The figure."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8.4, 4.6), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.axhline(0, color=_MUTED, lw=0.8, zorder=1)
@@ -115,7 +120,13 @@ def write(out: Path) -> tuple[Path, Path]:
 
     Returns:
       The paths of the PNG and the SVG. The same matplotlib writes the same bytes.
+
+    Raises:
+      ConfigError: matplotlib is not installed.
     """
+    require("matplotlib", "the figure", "see docs/value_curves.svg")
+    import matplotlib
+
     out.parent.mkdir(parents=True, exist_ok=True)
     png, svg = out.with_name(out.name + ".png"), out.with_name(out.name + ".svg")
     figure = draw()

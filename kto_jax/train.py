@@ -16,15 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kto_jax.command import TrainOptions, answer_help, run_command
+
 if __name__ == "__main__":  # The imports below take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    answer_help(TrainOptions, str(__doc__))
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("importing JAX …", file=sys.stderr, flush=True)
 
 import jax
 from jax.sharding import Mesh
 
-from kto_jax.command import TrainOptions, run_command
 from kto_jax.config import Config, ConfigError
 from kto_jax.config.errors import PREEMPTED
 from kto_jax.devices import processes
@@ -209,9 +211,8 @@ def _tell_what_next(workdir: Path, inputs: Inputs, seconds: float) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")
     use = "score --data=FILE" if inputs.objective.scalar_head == "reward" else "generate"
-    console.print(
-        f"see {workdir}/report.html and {workdir}/policy; next: python -m kto_jax.{use} --model={workdir}/policy"
-    )
+    report = f"{workdir}/report.html and " if (workdir / "report.html").exists() else ""
+    console.print(f"see {report}{workdir}/policy; next: python -m kto_jax.{use} --model={workdir}/policy")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ORDER = {
         "planning reports",
         "train generate score curves inspect plan __main__",
     ],
-    "kto_jax.config": ["errors names ranges", "fields recipes", "convert rules", "documentation resolve"],
+    "kto_jax.config": ["errors names ranges", "fields packages recipes", "convert rules", "documentation resolve"],
     "kto_jax.data": ["permutation truncation workers", "rows", "tokens", "index", "batches"],
     "kto_jax.data.batches": ["cutting packing partners prefetch reference_logps visits", "schedule"],
     "kto_jax.data.index": ["manifest shared_store", "build_folder conversions", "builder", "index"],

@@ -27,6 +27,11 @@ from kto_jax.config.ranges import (
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
 ADAPTED: tuple[Matrix, ...] = ("query", "key", "value", "output", "gate", "up", "down")
 """Matrices of a layer that can have a low-rank adapter."""
+OBJECTIVE_NAMES = (
+    *("kto", "kto_log_utility", "apo_zero_unpaired", "bco", "dpo", "orpo", "simpo", "cpo", "slic", "sft", "csft"),
+    *("reward", "ppo_offline"),
+)
+"""The objectives that come with the package; `kto_jax.objectives.OBJECTIVES` holds them."""
 Layout = Literal["fields", "messages", "sharegpt", "alpaca", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"]
 Sources = str | tuple[str | Mapping[str, Any], ...]
 
@@ -410,4 +415,5 @@ class Config:
     samples: SamplesConfig = SamplesConfig()
     profile: ProfileConfig = ProfileConfig()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Experiment trackers that receive the metrics. "wandb" and "mlflow" are extras: pip install "kto_jax[wandb]"."""
+    """Experiment trackers that receive the metrics. "wandb" and "mlflow" need the package of that
+    name: pip install wandb."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from kto_jax.config.convert import convert, hints, is_section
 from kto_jax.config.errors import ConfigError
-from kto_jax.config.fields import Config
-from kto_jax.config.names import closest, nearest
+from kto_jax.config.fields import OBJECTIVE_NAMES, Config
+from kto_jax.config.names import closest, likeness, nearest
+from kto_jax.config.packages import require
+from kto_jax.config.ranges import choices
 from kto_jax.config.rules import check
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     Every field accepts any type here (a ConfigDict would otherwise refuse a number where it holds "auto"); `resolve`
     checks the types.
+
+    Raises:
+      ConfigError: ml_collections is not installed.
     """
+    require("ml_collections", "default_config()", "let get_config() return a dict of the fields to set")
     return _to_config_dict(Config())
 
 
@@ -103,14 +109,34 @@ def check_overrides(arguments: Iterable[str]) -> None:
             type_of(argument.lstrip("-").split("=")[0].removeprefix("config."))
 
 
+def meant_elsewhere(name: str, allowed: Iterable[str]) -> str | None:
+    """The field that was probably meant by a name, wherever it is, if none of the allowed names is as much like it.
+
+    A value that only one field takes stands for that field: `adam` for `optimizer.name=adamw`.
+
+    Returns:
+      Its dotted name without `config.`, with "=VALUE" if a value was given; None if an allowed name is nearer.
+    """
+    here = max((likeness(name, candidate) for candidate in allowed), default=0.0)
+    fields, values = dict[str, str](), dict[str, str]()
+    for full, kind, field in fields_of():
+        fields.setdefault(full.rsplit(".", 1)[-1], full)
+        known = OBJECTIVE_NAMES if full == "objective.name" else choices(hints(kind)[field.name])
+        for value in known:
+            values.setdefault(str(value), f"{full}={value}")
+    for candidates in (fields, values):
+        found = closest(name, candidates)
+        if found and likeness(name, found) > here:
+            return candidates[found]
+    return None
+
+
 def unknown(path: str, name: str, allowed: Iterable[str]) -> str:
-    """The error message for a field that does not exist: the nearest name here, or else in another section."""
+    """The error message for a field that does not exist: the nearest name here or in another section."""
     start = f"{path}.{name} is not a field of the configuration."
     allowed = list(allowed)
-    if not closest(name, allowed):
-        everywhere = {full.rsplit(".", 1)[-1]: full for full, _, _ in fields_of()}
-        if elsewhere := closest(name, everywhere):
-            return f"{start} Did you mean config.{everywhere[elsewhere]}?"
+    if field := meant_elsewhere(name, allowed):
+        return f"{start} Did you mean config.{field}? Correct the name; --help lists all fields."
     return f"{start} {nearest(name, allowed)}" if allowed else f"{start} {path} is a field itself. Set {path}."
 
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, nearest
+from kto_jax.config.packages import require
 
 
 class Judge(Protocol):
@@ -126,6 +127,9 @@ JUDGES: dict[str, Callable[[Sequence[str], Sequence[bool], Sequence[Hashable]], 
 }
 
 
+_PACKAGES = {"feedback": "sklearn", "vader": "vaderSentiment"}
+
+
 def fit_judge(name: str, completions: Sequence[str], desirable: Sequence[bool], prompts: Sequence[Hashable]) -> Judge:
     """Makes the judge called `name` from the judge's share of the feedback.
 
@@ -137,13 +141,14 @@ def fit_judge(name: str, completions: Sequence[str], desirable: Sequence[bool], 
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ConfigError unless every name is a judge's; for use before any device is touched."""
+    """Raises ConfigError unless every name is a judge's whose package is installed; touches no device."""
     for name in names:
         if name not in JUDGES:
             raise ConfigError(
-                f"config.samples.judges names {name!r}; the judges are {', '.join(map(repr, JUDGES))}. "
-                "Use one of these, or leave the list empty."
+                f"config.samples.judges names {name!r}, which is not a judge. {nearest(name, JUDGES)} Use one of "
+                "these, or leave the list empty."
             )
+        require(_PACKAGES[name], f"the judge {name!r} of config.samples.judges", f"take {name!r} out of the list")
 
 
 def compare(name: str, judge: Judge, before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:

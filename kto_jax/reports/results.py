@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import Config, to_dict
+from kto_jax.config.packages import is_installed
 from kto_jax.devices import processes
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
@@ -16,11 +17,13 @@ from kto_jax.models.weights.peft import save_adapters
 from kto_jax.reports import samples
 from kto_jax.reports.captions import captions_of
 from kto_jax.reports.model_card import model_card
-from kto_jax.reports.page import Report, write_report
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console, read_metrics
 from kto_jax.training.run_folder import RunFolder
 from kto_jax.training.state import TrainState
+
+REPORT_PACKAGES = ("matplotlib", "jinja2")
+"""What a report is written with."""
 
 
 def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config) -> None:
@@ -46,7 +49,9 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
 def write_results(
     model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
 ) -> None:
-    """Writes policy/, adapter/ if adapters were trained, and report.html, and prints the judges' verdicts."""
+    """Writes policy/, adapter/ if adapters were trained, and report.html if its packages are installed, and
+    prints the judges' verdicts.
+    """
     folder = run.path
     card = model_card(folder.name, config, inputs)
     save_hugging_face(
@@ -81,23 +86,34 @@ def _base(path: str) -> str:
 
 
 def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
-    folder = run.path
+    """Prints the judges' verdicts and writes report.html, or says why there is none."""
     verdicts, notes, rows = _compare(inputs, run, config)
+    for verdict in verdicts:
+        console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
+    if missing := [package for package in REPORT_PACKAGES if not is_installed(package)]:
+        names = " ".join(missing)
+        console.print(
+            f"report.html is skipped: it is written with {names}, which is not installed. Run pip install {names} and "
+            "the same command again to write it.",
+            style="yellow",
+        )
+        return
+    # Imported here because it imports the packages of the report.
+    from kto_jax.reports.page import Report, write_report
+
     report = Report(
-        title=folder.name,
+        title=run.path.name,
         command=command,
         config=to_dict(config),
         manifest=inputs.index.manifest,
-        metrics=read_metrics(folder / "metrics.jsonl"),
+        metrics=read_metrics(run.path / "metrics.jsonl"),
         captions=captions_of(config.objective.name, inputs.objective),
         samples=rows,
         verdicts=verdicts,
-        reference_error=_reference_error(folder),
+        reference_error=_reference_error(run.path),
         notes=notes,
     )
-    write_report(folder / "report.html", report)
-    for verdict in verdicts:
-        console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
+    write_report(run.path / "report.html", report)
 
 
 def _reference_error(folder: Path) -> dict[str, Any]:

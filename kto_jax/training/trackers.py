@@ -6,7 +6,6 @@ that is resumed continues the same W&B or MLflow run, whose id lies in the run's
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kto_jax.config import Config, ConfigError, to_dict
+from kto_jax.config.packages import require
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 _LONGEST_PARAM = 500
@@ -37,11 +37,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
       ConfigError: naming the tracker and the command that installs it.
     """
     for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ConfigError(
-                f"config.trackers has {name!r}, and the package {_PACKAGES[name]} is not installed. A tracker needs "
-                f"its package. Run pip install 'kto_jax[{name}]', or take {name!r} out of config.trackers."
-            )
+        require(_PACKAGES[name], f"the tracker {name!r} of config.trackers", f"take {name!r} out of config.trackers")
 
 
 def open_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker]:

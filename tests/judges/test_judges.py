@@ -94,7 +94,10 @@ def test_verdicts_hold_every_figure_before_and_after():
 
 
 def test_an_unknown_judge_is_refused_with_the_names_of_those_there_are():
-    with pytest.raises(ConfigError, match=r"'vadar'; the judges are 'feedback', 'vader'\. Use one of these"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'vadar', which is not a judge\. Did you mean 'vader'\? Allowed: feedback, vader\. Use one of",
+    ):
         judges.check_names(["feedback", "vadar"])
 
 

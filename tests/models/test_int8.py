@@ -83,5 +83,6 @@ def test_it_is_read_from_files_matrix_by_matrix_onto_any_mesh(sizes, model, para
     kept = load_params(model, tmp_path / "m", param_dtype="int8", shardings=layout)
     jax.tree.map(np.testing.assert_array_equal, kept, quantised(params))
     assert jax.tree.map(lambda leaf: leaf.sharding, kept) == layout
-    expected = hidden_states(model, quantised(params), TOKENS, *whole_rows(TOKENS))
-    np.testing.assert_allclose(hidden_states(spread, kept, TOKENS, *whole_rows(TOKENS)), expected, atol=1e-4)
+    tokens = draw_tokens(0, 8, 16)  # as many rows as data × fsdp, as in training
+    expected = hidden_states(model, quantised(params), tokens, *whole_rows(tokens))
+    np.testing.assert_allclose(hidden_states(spread, kept, tokens, *whole_rows(tokens)), expected, atol=1e-4)

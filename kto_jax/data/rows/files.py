@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kto_jax.config import ConfigError, TransientError
+from kto_jax.config.packages import require
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.digests import file_digest
@@ -118,6 +119,8 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
       ConfigError: the whole file cannot be read: a JSON or Parquet file that is broken.
     """
     suffix, opener = _format(file.path)
+    if suffix in _COLUMNAR or opener is _open_zst:
+        require("pyarrow", f"data source {file.name!r}", "convert the file to .jsonl")
     if suffix in _COLUMNAR:
         yield from _columnar(file, suffix)
         return
@@ -140,6 +143,7 @@ def fetch_hub(source: str, path: Path) -> None:
     name, _, split = source.removeprefix("hub:").rpartition("/")  # of a directory
     options = {"revision": found.revision or None} if found else {}
     name, split = (found.repository, found.split) if found else (name, split)
+    require("datasets", f"data source {source!r}", "name a local file")
     import datasets
 
     try:

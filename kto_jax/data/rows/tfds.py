@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_jax.config import ConfigError
+from kto_jax.config.packages import require
 from kto_jax.data.workers import Workers
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.folders import cache_directory
@@ -29,9 +30,11 @@ def tfds_file(source: str) -> Path:
       A JSONL file in the cache. A directory that has changed is read anew.
 
     Raises:
-      ConfigError: the source is misspelt, is not there, or cannot be read without TensorFlow.
+      ConfigError: the source is misspelt, is not there, or cannot be read without TensorFlow; or tensorflow-datasets
+        is not installed.
     """
     name, split = _parse(source)
+    require("tensorflow_datasets", f"data source {source!r}", "name a local file")
     version: list[Any] = [source, os.environ.get("TFDS_DATA_DIR")]
     if source.startswith("tfds-dir:"):
         files = sorted(path for path in Path(name).rglob("*") if path.is_file())

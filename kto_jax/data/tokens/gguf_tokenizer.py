@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_jax.config import ConfigError
+from kto_jax.config.packages import require
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,6 +60,7 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
     Raises:
       ConfigError: the file is no GGUF, or its tokenizer is of a kind that is not known here.
     """
+    require("gguf", str(path), "set a Hugging Face directory of the same model")
     import gguf
 
     try:

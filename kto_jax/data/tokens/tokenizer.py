@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.config.packages import require
 from kto_jax.data.rows.records import Feedback, Preference, completions_of
 from kto_jax.data.rows.turns import SAME_COMPLETIONS, Message
 from kto_jax.data.tokens import tokenizer_files
@@ -404,6 +405,10 @@ def _try_template(info: TokenizerInfo, chat_template: str, *, find_end: bool) ->
       The tokenizer, whose completions end as the template ends the second turn, if that is asked for. Its digest holds
       the rendering, and of the moment only what prompts depend on.
     """
+    if info.has_chat_template:
+        require(
+            "jinja2", f"the chat template (data.chat_template={chat_template!r})", "set config.data.chat_template=none"
+        )
     try:
         encoder = make_encoder(info)
         encoder.encode_row("How are you?", "Fine.")

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 
 from kto_jax.config import ConfigError
@@ -73,6 +72,9 @@ def save_hugging_face(
             f"{directory} holds files that are not an exported model; an export needs a new or empty directory. "
             "Choose another or empty it."
         )
+    # Imported here because it takes a while to import, and only an export needs it.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     writes = jax.process_index() == 0
     partial = directory.parent / f".{directory.name}.partial"
     if writes:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.config.packages import require
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import Llama3Scaling
@@ -72,6 +73,7 @@ class GgufWeights:
         Raises:
           ConfigError: it is not a GGUF file, or its architecture is not built here.
         """
+        require("gguf", str(path), "set a Hugging Face directory of the same model")
         import gguf
 
         self.path = path
