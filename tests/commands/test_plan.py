@@ -74,7 +74,7 @@ def test_pairs_lie_side_by_side_in_rows_of_twice_the_length():
 
 
 def test_a_mean_example_that_fits_no_row_is_refused():
-    with pytest.raises(ConfigError, match=r"--mean_completion=40 does not fit.*16 may be of completions.*Set --mean"):
+    with pytest.raises(ConfigError, match=r"--mean_completion=40 does not fit.*16 of them for completions.*Set --mean"):
         assumed_shape(config(completion_share=0.25), KTO, Lengths(64, 40))
 
 
