@@ -223,7 +223,7 @@ def _score_batch(
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
     segment_ids_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     hidden_BLD = model.hidden_states(params, tokens_BL, segment_ids_BL, positions_BL)
-    return model.scores(params, hidden_BLD[jnp.arange(len(lengths_B)), lengths_B - 1])
+    return model.apply_scalar_head(params, hidden_BLD[jnp.arange(len(lengths_B)), lengths_B - 1])
 
 
 def score_rows(

@@ -124,7 +124,8 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
     if suffix in _COLUMNAR:
         yield from _columnar(file, suffix)
         return
-    with file.path.open("rb") as raw, opener(wrap(raw)) as stream:
+    # Unbuffered, so that the lines of a pipe are read as they come.
+    with file.path.open("rb", buffering=0) as raw, opener(wrap(raw)) as stream:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](stream, file.name)
 
 
