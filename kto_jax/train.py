@@ -50,6 +50,7 @@ from kto_jax.training.pinning import pin_sources
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
+from kto_jax.training.result import choose_export_dtype
 from kto_jax.training.resume import as_begun, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import Recipe, jit_train_step
@@ -95,7 +96,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
         config = pin_sources(as_begun(config, workdir), workdir)
-        config = with_template_date(processes.together(lambda: choose_dtype(config)))
+        config = with_template_date(processes.together(lambda: choose_export_dtype(choose_dtype(config))))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)

@@ -353,6 +353,15 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What RUN/policy holds when training ends."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the written weights. "auto": the dtype of the base's weights, or bfloat16 if `model.param_dtype` is. The
+    log says what rounding to fewer bits than training used changes; "float32" loses nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Steps that JAX's profiler traces into RUN/profile, for XProf and Perfetto."""
 
@@ -413,6 +422,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+    export: ExportConfig = ExportConfig()
     profile: ProfileConfig = ProfileConfig()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Experiment trackers that receive the metrics. "wandb" and "mlflow" need the package of that

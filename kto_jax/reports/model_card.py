@@ -54,6 +54,7 @@ def _facts(config: Config, inputs: Inputs) -> list[str]:
         facts.append(_reference(config))
     if config.lora.rank:
         facts.append(_adapters(config))
+    facts.append(f"weights in {config.export.dtype}, trained in {config.model.param_dtype}")
     facts.append(f"seed {config.seed}")
     if inputs.controls:
         facts.append(f"sample with `{config.objective.good_control}` after the chat template's generation prompt")

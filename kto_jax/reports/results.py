@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import numpy as np
 from kto_jax.config import Config, to_dict
 from kto_jax.config.packages import is_installed
 from kto_jax.devices import processes
-from kto_jax.models.model import Model
-from kto_jax.models.weights.export import save_hugging_face
+from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.export import Rounding, save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.reports import samples
 from kto_jax.reports.captions import captions_of
 from kto_jax.reports.model_card import model_card
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console, read_metrics
+from kto_jax.training.reference import is_rounded
 from kto_jax.training.run_folder import RunFolder
 from kto_jax.training.state import TrainState
 
@@ -54,15 +57,18 @@ def write_results(
     """
     folder = run.path
     card = model_card(folder.name, config, inputs)
-    save_hugging_face(
+    rounding = save_hugging_face(
         folder / "policy",
         model,
         model.merge_adapters(state.policy, state.reference),
         tokenizer_dir=run.tokenizer.directory,
         stop_ids=run.tokenizer.stop_ids,
         model_card=card,
-        dtype=config.model.param_dtype,
+        dtype=config.export.dtype,
+        start=_start(state, config),
     )
+    note = describe_rounding(config, rounding)
+    console.print(note)
     if config.lora.rank:
         save_adapters(
             folder / "adapter",
@@ -75,7 +81,7 @@ def write_results(
         )
     write_samples("after", model, state, inputs, run, config)
     if processes.is_first():
-        _write_report(inputs, run, config, command)
+        _write_report(inputs, run, config, command, [note] if rounding.largest else [])
     # No process exits before the first one has written the report, however long the judges take.
     processes.tell("written")
 
@@ -85,9 +91,27 @@ def _base(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) -> None:
+def _start(state: TrainState, config: Config) -> Params | None:
+    """The policy's parameters before training, if the reference still is exactly these."""
+    moved = config.reference.path or config.reference.sync_every or is_rounded(config)
+    return None if moved or not state.reference else state.reference
+
+
+def describe_rounding(config: Config, rounding: Rounding) -> str:
+    """One sentence on the dtype of policy/ and on what rounding to it changes."""
+    text = f"policy/ is written in {config.export.dtype}"
+    if not rounding.largest:
+        return text + ", which rounds no weight"
+    undone = "" if math.isnan(rounding.undone) else f", and {rounding.undone:.2g} times what training changed (norm)"
+    return (
+        f"{text}: rounding changes a weight by up to {rounding.largest:.2g} of its value{undone}. "
+        'config.export.dtype="float32" writes the weights as they were trained'
+    )
+
+
+def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, notes: Sequence[str]) -> None:
     """Prints the judges' verdicts and writes report.html, or says why there is none."""
-    verdicts, notes, rows = _compare(inputs, run, config)
+    verdicts, judges_notes, rows = _compare(inputs, run, config)
     for verdict in verdicts:
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
     if missing := [package for package in REPORT_PACKAGES if not is_installed(package)]:
@@ -111,7 +135,7 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str) 
         samples=rows,
         verdicts=verdicts,
         reference_error=_reference_error(run.path),
-        notes=notes,
+        notes=[*notes, *judges_notes],
     )
     write_report(run.path / "report.html", report)
 

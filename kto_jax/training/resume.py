@@ -19,8 +19,8 @@ BEFORE_FIELDS = Config(reference=ReferenceConfig(param_dtype="float32"), optimiz
 def as_begun(config: Config, workdir: Path) -> Config:
     """The configuration with the settings that the run in a folder began with; unchanged if there is no run.
 
-    The dtype of the reference and the date that chat templates show, if `config` leaves them to "auto"; and what weight
-    decay applies to, if the run began before that could be set.
+    The dtypes of the reference and of the written policy and the date that chat templates show, if `config` leaves them
+    to "auto"; and what weight decay applies to, if the run began before that could be set.
 
     Args:
       config: the run.
@@ -30,12 +30,16 @@ def as_begun(config: Config, workdir: Path) -> Config:
         recorded: dict[str, Any] = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         dtype, decayed = recorded["reference"]["param_dtype"], recorded["optimizer"].get("decayed")
         date = recorded["data"].get("template_date", "auto")
+        # Before this could be set, the policy was written as it was trained.
+        written = recorded.get("export", {"dtype": recorded["model"].get("param_dtype", "float32")})["dtype"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # check_folder reports a broken config.json
         return config
     if config.reference.param_dtype == "auto":
         config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=dtype))
     if config.data.template_date == "auto":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=date))
+    if config.export.dtype == "auto":
+        config = dataclasses.replace(config, export=dataclasses.replace(config.export, dtype=written))
     if decayed is None:
         before = BEFORE_FIELDS.optimizer.decayed
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decayed=before))

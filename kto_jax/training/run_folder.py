@@ -56,6 +56,7 @@ _FREE = (
     "reference.max_error",
     "evaluation",
     "checkpoint",
+    "export",
     "profile",
     "trackers",
     "samples.judges",

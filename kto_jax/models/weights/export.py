@@ -5,12 +5,13 @@ Weights are gathered and written one tensor at a time, file by file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,19 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What writing weights in fewer bits than they were trained in changes.
+
+    Attributes:
+      largest: the largest relative change of a weight; 0 if none was rounded.
+      undone: norm of the rounding errors over the norm of what training changed; NaN if the start is not at hand.
+    """
+
+    largest: float
+    undone: float
+
+
 def save_hugging_face(
     directory: str | Path,
     model: Model,
@@ -42,8 +56,9 @@ def save_hugging_face(
     model_card: str,
     stop_ids: Sequence[int] = (),
     dtype: str = "float32",
+    start: Params | None = None,
     max_shard_bytes: int = 4_000_000_000,
-) -> None:
+) -> Rounding:
     """Writes a directory that transformers loads, and whatever else reads its format.
 
     Every process of a run must call this; the first one writes. Arrays are gathered, and written, one tensor at a
@@ -61,10 +76,14 @@ def save_hugging_face(
       model_card: text of README.md.
       stop_ids: ids that end a completion, besides those that the model's config names: generation_config.json has both.
       dtype: what the weights are written in.
+      start: the parameters before training, if they are at hand.
       max_shard_bytes: size of the largest file, unless one tensor is larger.
 
+    Returns:
+      What rounding to `dtype` changes.
+
     Raises:
-      ConfigError: `directory` holds something that is not an exported model.
+      ConfigError: `directory` holds something that is not an exported model, or a weight is not finite in `dtype`.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not list(directory.glob("model*.safetensors")):
@@ -89,8 +108,9 @@ def save_hugging_face(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
+    found: list[_Figures] = []
     for file_name, names in plan.filename_to_tensors.items():
-        tensors = (_gathered(params, expected[name], dtype) for name in names)
+        tensors = (_gathered(params, start, name, expected[name], dtype, found) for name in names)
         if writes:
             write_safetensors(partial / file_name, {name: shapes[name] for name in names}, dtype, tensors)
         else:
@@ -104,25 +124,63 @@ def save_hugging_face(
         publish_folder(partial, directory)
     if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
         multihost_utils.sync_global_devices("export")
+    return _rounding(found, has_start=start is not None)
 
 
-def _gathered(params: Params, expected: Expected, dtype: str) -> np.ndarray:
-    """A tensor as the directory holds it, gathered from all devices."""
-    leaf: Any = params
-    for key in expected.parameter.split("."):
-        leaf = leaf[key]
-    array = _cast(leaf, dtype) if expected.layer is None else _layer(leaf, np.int32(expected.layer), dtype)
+class _Figures(NamedTuple):
+    """Figures of one tensor: weights that are not finite, largest relative change, squared norms."""
+
+    num_bad: Any
+    largest: Any
+    error: Any
+    change: Any
+
+
+def _gathered(
+    params: Params, start: Params | None, name: str, expected: Expected, dtype: str, found: list[_Figures]
+) -> np.ndarray:
+    """A tensor as the directory holds it, gathered from all devices; its figures are added to `found`.
+
+    Raises:
+      ConfigError: a weight is not finite in `dtype`.
+    """
+    layer = None if expected.layer is None else np.int32(expected.layer)
+    leaf, before = _leaf(params, expected.parameter), _leaf(start, expected.parameter)
+    array, figures = _cast(leaf, before, layer, dtype)
+    found.append(_Figures(*map(float, figures)))
+    if found[-1].num_bad:
+        raise ConfigError(
+            f"{found[-1].num_bad:.0f} weights of {name} are not finite in {dtype}. All weights of an export must be "
+            'finite. Set config.export.dtype to "float32" (--dtype of kto_jax.export), or export an earlier checkpoint.'
+        )
     return expected.tensor.to_file(gather(array))
 
 
-@jax.jit(static_argnames="dtype")
-def _cast(leaf: Any, dtype: str) -> jax.Array:
-    return leaf.astype(dtype)
+def _leaf(params: Any, name: str) -> Any:
+    """The parameter of a dotted name; None if there is none."""
+    for key in name.split("."):
+        params = None if params is None else params.get(key)
+    return params
 
 
 @jax.jit(static_argnames="dtype")
-def _layer(leaf: Any, layer: jax.Array, dtype: str) -> jax.Array:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf).astype(dtype)
+def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Figures]:
+    """A parameter, or one layer of it, in `dtype`, and its figures."""
+    if layer is not None:
+        leaf, start = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, start))
+    exact, info = leaf.astype(jnp.float32), jnp.finfo(dtype)
+    # XLA may leave out a cast to fewer bits and back, but not this.
+    rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
+    error = rounded - exact
+    change = 0.0 if start is None else jnp.sum((exact - start.astype(jnp.float32)) ** 2)
+    largest = jnp.max(jnp.abs(error) / jnp.where(exact == 0, 1, jnp.abs(exact)))
+    return leaf.astype(dtype), _Figures(jnp.sum(~jnp.isfinite(rounded)), largest, jnp.sum(error**2), change)
+
+
+def _rounding(found: Sequence[_Figures], *, has_start: bool) -> Rounding:
+    error, change = (math.sqrt(sum(getattr(one, name) for one in found)) for name in ("error", "change"))
+    undone = error / change if has_start and change else math.nan
+    return Rounding(max(one.largest for one in found), undone)
 
 
 def _write_small_files(

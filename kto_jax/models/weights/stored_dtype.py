@@ -1,4 +1,4 @@
-"""The dtype that holds a model's stored weights without loss."""
+"""The dtypes of a model's stored weights: the one they are in, and the one that holds them without loss."""
 
 from __future__ import annotations
 
@@ -29,9 +29,31 @@ def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
         return "float32"
     if any(path.glob("*.safetensors")):
         return "bfloat16" if set(_dtypes(weight_files(path))) == {"BF16"} else "float32"
+    return "bfloat16" if "bfloat16" in _stated(path) else "float32"
+
+
+def written_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
+    """The dtype that all weights of a model are stored in; float32 for several dtypes and for a .gguf file.
+
+    Args:
+      path: as for `stored_dtype`.
+
+    Raises:
+      ConfigError: a weights file is damaged, or config.json is missing.
+    """
+    if stored_dtype(path) == "bfloat16":
+        return "bfloat16"
+    if path.is_file():
+        return "float32"
+    if any(path.glob("*.safetensors")):
+        return "float16" if set(_dtypes(weight_files(path))) == {"F16"} else "float32"
+    return "float16" if "float16" in _stated(path) else "float32"
+
+
+def _stated(path: Path) -> list[object]:
+    """The dtypes that a config.json names."""
     values = read_json(path / "config.json")
-    stated = [part.get(name) for part in (values, values.get("text_config", {})) for name in ("dtype", "torch_dtype")]
-    return "bfloat16" if "bfloat16" in stated else "float32"
+    return [part.get(name) for part in (values, values.get("text_config", {})) for name in ("dtype", "torch_dtype")]
 
 
 def _dtypes(files: Iterable[Path]) -> Iterable[str]:

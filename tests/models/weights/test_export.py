@@ -62,6 +62,31 @@ def test_an_export_in_bfloat16_holds_rounded_weights(config, directory, weights,
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out"))} == {"float32"}
 
 
+def test_an_export_says_what_rounding_changes(config, directory, tmp_path):
+    save = partial(save_hugging_face, tmp_path / "out", Model.create(config), tokenizer_dir=None, model_card=CARD)
+    start = load(directory)
+    exact = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), start)
+    assert save(exact, dtype="bfloat16").largest == 0
+    # A sixteenth of the step between neighbours: rounding takes all of it back.
+    moved = jax.tree.map(lambda leaf: leaf * (1 + 2**-11), exact)
+    rounding = save(moved, dtype="bfloat16", start=exact)
+    assert rounding.largest == pytest.approx(2**-11, rel=1e-2) and rounding.undone == pytest.approx(1, rel=1e-2)
+    kept = save(moved, dtype="float32", start=exact)
+    assert (kept.largest, kept.undone) == (0, 0)
+    assert np.isnan(save(moved, dtype="bfloat16").undone)
+
+
+@pytest.mark.parametrize("value, dtype", [(np.nan, "float32"), (1e5, "float16")])
+def test_weights_that_are_not_finite_are_not_written(config, directory, tmp_path, value, dtype):
+    params = load(directory)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(value)
+    with pytest.raises(ConfigError, match=rf"1 weights of model.norm.weight are not finite in {dtype}"):
+        save_hugging_face(
+            tmp_path / "out", Model.create(config), params, tokenizer_dir=None, model_card=CARD, dtype=dtype
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_export_leaves_the_earlier_one_whole(config, directory, tmp_path, monkeypatch):
     save = partial(save_hugging_face, tmp_path / "out", Model.create(config), tokenizer_dir=None, model_card=CARD)
     params = load(directory)
