@@ -47,8 +47,8 @@ ORDER = {
     "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
         "checks",
-        "forward inputs metrics microbatches pinning preemption reference result resume rounding save_timer state trackers "
-        "work",
+        "forward inputs metrics microbatches pinning preemption reference result resume rounding save_timer state "
+        "trackers work",
         "accumulate checkpoints first_state logs optimizer run_folder sync",
         "in_flight precompute step",
         "evaluation loop",
