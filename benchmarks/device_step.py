@@ -38,9 +38,8 @@ from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import make_objective
 from kto_jax.planning.compile_step import Task
 from kto_jax.training.first_state import make_model
-from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.step import jit_train_step, make_recipe
 
 ROOT = Path(__file__).parent.parent
 _GIB = 2**30
@@ -64,15 +63,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
     device = jax.devices()[0]
     mesh, model = make_model(config, Task(architecture, objective), [device])
-    learning_rate = make_learning_rate(config.optimizer, job["steps"])
-    optimizer = make_optimizer(config.optimizer, learning_rate, param_dtype=kept)
+    recipe = make_recipe(config, objective, model, job["steps"])
     layout = shardings(mesh, model.logical_axes(kept), model.abstract_params(kept))
     draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
     policy = draw(jax.random.key(0), kept)
-    state = create_state(policy, kept_as(policy, kept), optimizer, mesh, objective.initial_state)
+    state = create_state(policy, kept_as(policy, kept), recipe.optimizer, mesh, objective.initial_state)
     del policy
     schedule = _schedule(config, architecture.vocab_size, steps=1 + job["steps"])
-    step: Any = jit_train_step(Recipe(model, objective, optimizer, learning_rate, config.reference))
+    step: Any = jit_train_step(recipe)
     program, seconds, figures = None, [], {}
     for number in range(1 + job["steps"]):
         batch = place_batch(mesh, schedule.batch(number))

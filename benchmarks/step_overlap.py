@@ -29,28 +29,22 @@ from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices.compilation import Program
 from kto_jax.devices.sharding import place_batch
 from kto_jax.train import prepare
-from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.first_state import make_abstract_state, make_state
 from kto_jax.training.in_flight import StepsInFlight
 from kto_jax.training.logs import MetricsLog
-from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.reference import choose_dtype
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.step import jit_train_step, make_recipe
 from kto_jax.training.trackers import open_trackers
 
 
 def measure(config: Config, folder: Path, block: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step, by block, read "at once" and "one step late"; and of the calls that dispatch them."""
-    config = choose_dtype(config, folder / "run")
+    config = choose_dtype(config)
     inputs, mesh, model = prepare(config, folder / "run", folder)
-    learning_rate = make_learning_rate(config.optimizer, inputs.num_steps)
-    optimizer = make_optimizer(
-        config.optimizer, learning_rate, value_head=model.scalar_head == "value", param_dtype=config.model.param_dtype
-    )
-    abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-    checkpoints = Checkpoints(folder / "run", config.checkpoint)
-    state = make_state(config, inputs, model, optimizer, checkpoints, abstract)
-    program = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
+    recipe = make_recipe(config, inputs.objective, model, inputs.num_steps)
+    abstract = make_abstract_state(config, inputs, model, mesh, recipe.optimizer)
+    state = make_state(config, inputs, model, recipe.optimizer, abstract)
+    program = Program(jit_train_step(recipe))
     modes = {"at once": 0, "one step late": 1}
     num_steps = block * (1 + rounds * len(modes))
     batches = prefetch(lambda step: inputs.schedule.batch(step % inputs.num_steps), range(num_steps),
@@ -86,7 +80,6 @@ def measure(config: Config, folder: Path, block: int, rounds: int) -> dict[str, 
                 seconds[name].append(mean)
                 dispatch[name] += calls
         batches.close()
-    checkpoints.close()
     return {"device": jax.devices()[0].device_kind, "seconds": seconds, "dispatch": dispatch, "losses": losses}
 
 

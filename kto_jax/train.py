@@ -45,7 +45,6 @@ from kto_jax.training.first_state import make_abstract_state, make_model, make_s
 from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
-from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.pinning import pin_sources
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
@@ -53,7 +52,7 @@ from kto_jax.training.reference import check_error, choose_dtype, describe_error
 from kto_jax.training.result import choose_export_dtype
 from kto_jax.training.resume import as_begun, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.step import jit_train_step, make_recipe
 from kto_jax.training.trackers import check_trackers
 
 
@@ -114,16 +113,9 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             inputs = precompute(config, inputs, model, mesh, run.path)
 
         # ------------------------------------------------- the step's program, compiled while weights are read
-        learning_rate = make_learning_rate(config.optimizer, inputs.num_steps)
-        optimizer = make_optimizer(
-            config.optimizer,
-            learning_rate,
-            value_head=model.scalar_head == "value",
-            param_dtype=config.model.param_dtype,
-            seed=config.seed,
-        )
-        abstract = make_abstract_state(config, inputs, model, mesh, optimizer)
-        take_step = Program(jit_train_step(Recipe(model, inputs.objective, optimizer, learning_rate, config.reference)))
+        recipe = make_recipe(config, inputs.objective, model, inputs.num_steps)
+        abstract = make_abstract_state(config, inputs, model, mesh, recipe.optimizer)
+        take_step = Program(jit_train_step(recipe))
         first_step = checkpoints.agree_on_latest_step() or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
@@ -134,7 +126,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
                 console.print(f"continuing after step {first_step}")
                 state = checkpoints.restore(abstract, first_step)
             else:
-                state = make_state(config, inputs, model, optimizer, abstract)
+                state = make_state(config, inputs, model, recipe.optimizer, abstract)
                 checkpoints.save_reference(state.reference)
             jax.block_until_ready(state)
         if first_step == 0 and is_rounded(config):

@@ -7,9 +7,8 @@ from benchmarks.peers.turn import read_job
 from kto_jax.config import resolve
 from kto_jax.devices.sharding import place_batch
 from kto_jax.objectives import make_objective
-from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.step import jit_train_step, make_recipe
 
 
 def main() -> None:
@@ -18,10 +17,9 @@ def main() -> None:
     config = resolve(job["config"])
     mesh, model, policy = load_policy(job, config.model.remat)
     objective = make_objective(config.objective, num_desirable=1, num_undesirable=1)
-    learning_rate = make_learning_rate(config.optimizer, len(job["batches"]))
-    optimizer = make_optimizer(config.optimizer, learning_rate)
-    step = jit_train_step(Recipe(model, objective, optimizer, learning_rate, config.reference))
-    state = create_state(policy, policy, optimizer, mesh, objective.initial_state)
+    recipe = make_recipe(config, objective, model, len(job["batches"]))
+    step = jit_train_step(recipe)
+    state = create_state(policy, policy, recipe.optimizer, mesh, objective.initial_state)
     del policy
     take_turn(job, step, state, [place_batch(mesh, load_batch(path)) for path in job["batches"]])
 

@@ -26,9 +26,8 @@ from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
 from kto_jax.storage.fetch import local_path
 from kto_jax.training.checks import check_together
 from kto_jax.training.first_state import make_abstract_state, make_model
-from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.reference import choose_dtype
-from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.step import jit_train_step, make_recipe
 from kto_jax.training.work import work
 
 _NUM_STEPS = 1000  # Steps of the learning rate's schedule: a constant, which does not change the program otherwise.
@@ -264,15 +263,8 @@ def compile_for(
     objective, precomputed = task.objective, config.reference.precompute
     mesh, model = make_model(config, task, topology.devices)
     check_lengths([shape.row_length], dict(mesh.shape))
-    learning_rate = make_learning_rate(config.optimizer, num_steps)
-    optimizer = make_optimizer(
-        config.optimizer,
-        learning_rate,
-        value_head=model.scalar_head == "value",
-        param_dtype=config.model.param_dtype,
-        seed=config.seed,
-    )
-    state = make_abstract_state(config, task, model, mesh, optimizer)
+    recipe = make_recipe(config, objective, model, num_steps)
+    state = make_abstract_state(config, task, model, mesh, recipe.optimizer)
     batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))
     parts = {
         "policy": device_bytes(state.policy),
@@ -280,9 +272,8 @@ def compile_for(
         "moments": device_bytes(state.opt_state),
         "batch": device_bytes(batch),
     }
-    step = jit_train_step(Recipe(model, objective, optimizer, learning_rate, config.reference))
     started = time.perf_counter()
-    arguments, temporaries, refusal, collectives = _compile(step, state, batch, parts, topology)
+    arguments, temporaries, refusal, collectives = _compile(jit_train_step(recipe), state, batch, parts, topology)
     seconds = time.perf_counter() - started
     tokens, flops = count_work(model, objective, lengths, precomputed=precomputed)
     models = 2 if objective.uses_reference and not precomputed else 1

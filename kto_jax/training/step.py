@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from kto_jax.config import ReferenceConfig
+from kto_jax.config import Config, ReferenceConfig
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, FeedbackBatch, LabelledRows
@@ -24,7 +24,7 @@ from kto_jax.training import metrics
 from kto_jax.training.accumulate import accumulate_gradient
 from kto_jax.training.forward import read_completions
 from kto_jax.training.microbatches import map_microbatches
-from kto_jax.training.optimizer import num_updates
+from kto_jax.training.optimizer import make_learning_rate, make_optimizer, num_updates
 from kto_jax.training.state import TrainState
 from kto_jax.training.sync import synced
 from kto_jax.training.work import work
@@ -51,6 +51,26 @@ class Recipe:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     sync: ReferenceConfig = _NEVER
+
+
+def make_recipe(config: Config, objective: Objective, model: Model, num_steps: int) -> Recipe:
+    """What the steps of a run compute: training, planning and benchmarks all make it here.
+
+    Args:
+      config: the run.
+      objective: what is minimised.
+      model: the policy.
+      num_steps: steps of the run, over which the learning rate falls.
+    """
+    learning_rate = make_learning_rate(config.optimizer, num_steps)
+    optimizer = make_optimizer(
+        config.optimizer,
+        learning_rate,
+        value_head=model.scalar_head == "value",
+        param_dtype=config.model.param_dtype,
+        seed=config.seed,
+    )
+    return Recipe(model, objective, optimizer, learning_rate, config.reference)
 
 
 def _without_tokens(completions: Completions) -> Completions:

@@ -58,23 +58,12 @@ def blockwise_attention(
     """As `attention` of the same tokens as queries and keys, in memory linear in the length.
 
     Any order of tokens in a row is right; where each segment is a run of rising positions, as the packer lays them,
-    blocks after a query's are known to hold nothing for it.
+    blocks after a query's are known to hold nothing for it. Arguments and result are those of `dense_attention`,
+    except:
 
     Args:
-      query_RLNH: queries, rotated.
-      key_RLKH: keys, rotated.
-      value_RLKH: values.
-      segment_ids_RL: attention stays inside a segment; 0 is padding, which sees nothing and gets zeros, but in
-        rows of one block, where its values mean nothing.
-      positions_RL: position of every token in its segment.
-      window: keys `window` or more positions before the query's are not seen; None sees them all.
-      softcap: scores are bent to softcap * tanh(score / softcap); None leaves them.
-      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
-      precision: of the products.
+      segment_ids_RL: padding, 0, sees nothing and gets zeros, but in rows of one block, where its values mean nothing.
       block: tokens of a block; a row that is no longer is given to dense attention.
-
-    Returns:
-      The mixed values, in the dtype of `value_RLKH`. Sums are in float32 or wider.
     """
     rows, length, num_heads, head_dim = query_RLNH.shape
     if length <= block:

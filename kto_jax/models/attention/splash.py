@@ -62,22 +62,11 @@ def splash_attention(
     """As `attention` of the same tokens as queries and keys, where every segment is a run of positions 0, 1, 2, ...
 
     The kernel knows a token's place in the row alone. Inside such a segment, places and positions lie equally far
-    apart; the packer lays no others.
+    apart; the packer lays no others. Arguments and result are those of `dense_attention`, except:
 
     Args:
-      query_RLNH: queries, rotated.
-      key_RLKH: keys, rotated.
-      value_RLKH: values.
-      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
       positions_RL: not read.
-      window: keys `window` or more positions before the query's are not seen; None sees them all.
-      softcap: scores are bent to softcap * tanh(score / softcap); None leaves them.
-      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
-      precision: of the products.
       interpret: runs the kernel without a TPU, to test it.
-
-    Returns:
-      The mixed values, in the dtype of `value_RLKH`.
     """
     del positions_RL
     length, num_heads = query_RLNH.shape[1:3]

@@ -63,22 +63,15 @@ def triton_attention(
     """As `attention` of the same tokens as queries and keys, where the positions of every segment rise along the row.
 
     The kernel has no windows, no soft-caps, no grouped heads and, on a GPU, no float32 products. Keys and values are
-    therefore repeated for each query head; `supports` tells the rest.
+    therefore repeated for each query head; `supports` tells the rest. Arguments and result are those of
+    `dense_attention`, except:
 
     Args:
-      query_RLNH: queries, rotated.
-      key_RLKH: keys, rotated.
-      value_RLKH: values.
-      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
       positions_RL: not read.
       window: must be None.
       softcap: must be None.
-      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
       precision: not read.
       interpret: runs the kernel without a GPU, to test it.
-
-    Returns:
-      The mixed values, in the dtype of `value_RLKH`.
     """
     del positions_RL, precision
     assert window is None and softcap is None, "see `supports`"
