@@ -101,7 +101,19 @@ def dense_attention(
     positions_RL: Int[Array, "R L"],
     **options: Any,
 ) -> Float[Array, "R L N H"]:
-    """`attention` of packed rows, whose tokens are the queries and the keys; `options` are its own."""
+    """`attention` of packed rows, whose tokens are the queries and the keys. Every kernel for packed rows is called so.
+
+    Args:
+      query_RLNH: queries, rotated.
+      key_RLKH: keys, rotated.
+      value_RLKH: values.
+      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
+      positions_RL: position of every token in its segment.
+      options: `window`, `softcap`, `scale` and `precision`, as in `attention`; here also `chunk`.
+
+    Returns:
+      The mixed values, in the dtype of `value_RLKH`. Softmax is computed in float32 or wider.
+    """
     return attention(
         query_RLNH, key_RLKH, value_RLKH, query_places_RL=positions_RL, key_places_RS=positions_RL,
         query_segments_RL=segment_ids_RL, key_segments_RS=segment_ids_RL, **options,
