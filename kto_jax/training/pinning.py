@@ -47,7 +47,7 @@ def _commits(config: Config, workdir: Path | None) -> dict[str, str]:
     data = [name for name in (*_names(config.data.train), *_names(config.data.eval)) if name.startswith("hub:")]
     found = {}
     for source in (*models, *data):
-        before = [name for name in recorded if name == source or name.rpartition("@")[0] == source]
+        before = [name for name in recorded if source in (name, name.rpartition("@")[0] or name)]
         found[source] = before[0] if before else pinned(source)
     return found
 

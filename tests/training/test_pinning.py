@@ -70,6 +70,12 @@ def test_a_run_begun_before_commits_were_recorded_is_resumed_as_it_was_recorded(
     assert pin_sources(run_of(), tmp_path) == run_of()
 
 
+def test_a_resumed_run_without_a_reference_path_or_held_out_files_gets_none(tmp_path):
+    config = run_of(str(tmp_path), "", train="feedback.jsonl")
+    record(config, tmp_path / "run")
+    assert pin_sources(config, tmp_path / "run") == config
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_a_config_json_that_is_broken_is_left_to_the_check_of_the_folder(hub, tmp_path, text):
     commit = hub.commit({"config.json": "1"})
