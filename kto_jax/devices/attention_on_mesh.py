@@ -1,11 +1,11 @@
-"""Which attention a run takes, and how it lies on the mesh.
+"""Chooses a run's attention kernel, and shards it over the mesh.
 
-A kernel is opaque to the compiler's partitioner, and so are loops whose length the data decides. Both are run on every
-device by itself, on the rows and heads that lie there: no kernel talks to another device.
+The compiler's partitioner cannot split a kernel, nor a loop whose length depends on the data. Both run inside
+`shard_map`: each device computes its own rows and heads, and no kernel communicates.
 
-Devices that share a row (the mesh axis "sequence") hold a part of its tokens, for all heads. Around attention they
-trade that for all of its tokens, for a part of the heads, and back: exchanges of equal parts, whatever the kernel and
-the segments. docs/design.md says why.
+Devices that share a row (the mesh axis "sequence") each hold a part of its tokens, for all heads. All-to-alls around
+attention exchange that for all tokens of a part of the heads, and back (DeepSpeed-Ulysses). Every device sends and
+receives equally much, whatever the kernel and the segments. docs/design.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Kernel(NamedTuple):
     """An attention kernel for one kind of device, imported only when a run uses it.
 
     Attributes:
-      platform: where it runs.
-      attend: called as `dense_attention` is.
-      supports: whether it can compute attention of these queries, window and soft-cap; otherwise "chunked" does.
-      is_installed: whether the installed JAX has it.
+      platform: the platform that it runs on.
+      attend: has the signature of `dense_attention`.
+      supports: whether it can compute attention with these queries, window and soft-cap; if not, "chunked" is used.
+      is_installed: whether the installed JAX includes it.
     """
 
     platform: str
@@ -45,22 +45,22 @@ class Kernel(NamedTuple):
     is_installed: Callable[[], bool]
 
 
-# "auto" takes the first kernel of the platform that is installed. "dense" and "chunked" run everywhere.
+# "auto" chooses the first kernel of the platform that is installed. "dense" and "chunked" run everywhere.
 KERNELS = {
     "splash": Kernel("tpu", splash.splash_attention, splash.supports, splash.is_installed),
     "triton": Kernel("gpu", triton.triton_attention, triton.supports, triton.is_installed),
 }
-# Tokens of a block of "chunked" where there are more units to fill than on a CPU.
+# Tokens per block of "chunked" on accelerators, which need more parallel work than a CPU.
 LARGE_BLOCK = 512
 _ROWS, _LENGTH, _HEADS = (ACTIVATION_RULES[axis] for axis in ("rows", "length", "heads"))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAttention:
-    """Attention over packed rows that lie on a mesh: see `models.attention.dense_attention` for its arguments.
+    """Attention over packed rows sharded over a mesh: see `models.attention.dense_attention` for its arguments.
 
     Attributes:
-      mesh: the devices; rows lie over data and fsdp, their tokens over sequence, heads over tensor.
+      mesh: the devices; rows are sharded over data and fsdp, their tokens over sequence, heads over tensor.
       name: "dense", "chunked", "splash" or "triton".
     """
 
@@ -70,7 +70,7 @@ class MeshAttention:
     def __call__(
         self, query: Array, key: Array, value: Array, *, segment_ids_RL: Array, positions_RL: Array, **options: Any
     ) -> Array:
-        """Mixes values [R, L, K, H] by queries [R, L, N, H] and keys [R, L, K, H]."""
+        """Attention of queries [R, L, N, H] over keys and values [R, L, K, H]."""
 
         def attend(query: Array, key: Array, value: Array, segment_ids: Array, positions: Array) -> Array:
             heads = (_whole_rows(x, sequence) for x in (query, key, value))
@@ -81,7 +81,7 @@ class MeshAttention:
         rows, length = query.shape[:2]
         sequence = num_parts(self.mesh, _LENGTH)
         if self.mesh.size > 1 and (self.name != "dense" or sequence > 1):
-            # Rows and tokens that the devices cannot share equally get some of padding beside them.
+            # If the devices cannot share rows and tokens equally, padding is added.
             spare = ((0, -rows % num_parts(self.mesh, _ROWS)), (0, -length % sequence))
             arrays = tuple(jnp.pad(x, [*spare] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
             heads, tokens = PartitionSpec(_ROWS, _LENGTH, _HEADS, None), PartitionSpec(_ROWS, None)
@@ -104,7 +104,7 @@ class MeshAttention:
 def _whole_rows(x: Array, sequence: int) -> Array:
     """[R, L / sequence, K, H] -> [R, L, K' / sequence, H]: all tokens, for this device's part of the heads.
 
-    K' is K, or the least multiple of it that can be shared out: keys and values are then written several times.
+    K' is K, or the smallest multiple of K that `sequence` divides: keys and values are then repeated.
     """
     if sequence == 1:
         return x
@@ -118,14 +118,14 @@ def _part_of_rows(x: Array, sequence: int) -> Array:
 
 
 def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton"], mesh: Mesh) -> MeshAttention:
-    """The attention that a model on this mesh uses.
+    """Chooses the attention of a model on this mesh.
 
-    "auto" is the kernel for the mesh's devices (splash on TPU, triton on GPU), and chunked where there is none or the
-    installed JAX has none, which is logged. Where triton was chosen, chunked does what its kernel cannot: windows,
+    "auto" is the kernel for the mesh's devices (splash on TPU, triton on GPU). It is chunked on other devices, and when
+    the installed JAX lacks the kernel, which is logged. With triton, chunked computes what the kernel cannot: windows,
     soft-caps and dtypes other than bfloat16.
 
     Raises:
-      ConfigError: the mesh's devices cannot run it, or the installed JAX does not have it.
+      ConfigError: the mesh's devices cannot run it, or the installed JAX lacks it.
     """
     if name in ("dense", "chunked"):
         return MeshAttention(mesh, name)

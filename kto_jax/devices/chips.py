@@ -1,4 +1,4 @@
-"""What the hardware can do at best: published figures of each chip, and the measured rate of matrix products."""
+"""Peak performance of the hardware: published figures of each chip, and a measured matmul rate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Chip:
     """Published figures of one chip.
 
     Attributes:
-      kinds: beginnings of the `device_kind` that JAX reports for it.
+      kinds: prefixes of the `device_kind` that JAX reports for it.
       peak_flops: dense bfloat16 operations per second.
       hbm_bytes: capacity of its memory.
-      hbm_bandwidth: bytes per second from and to its memory.
+      hbm_bandwidth: memory bandwidth in bytes per second.
       ici_bandwidth: bytes per second that it can send over all its links to other chips of its slice or its NVLink
-        domain; as many can arrive.
+        domain, and receive at the same time.
       dcn_bandwidth: bytes per second to other slices; None if nothing is published.
       num_dims: dimensions of its TPU topologies; 0 for a GPU.
       devices: JAX devices per chip.
@@ -40,10 +40,10 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x, read in 2026. Their interconnect figures count
-# both directions, of which half is taken; that of v4 is 6 links of 50 GB/s (arXiv 2304.01433). The bandwidth of the
-# data center network is per chip; for v5e it is the pod's 6.4 Tb/s divided by 256 chips.
+# both directions, so half is used; v4 has 6 links of 50 GB/s (arXiv 2304.01433). The bandwidth of the data center
+# network is per chip; for v5e it is the pod's 6.4 Tb/s divided by 256 chips.
 # GPUs: NVIDIA's datasheets of the A100 (80 GB), the H100, the H200 and HGX B200: dense bfloat16, which is half of the
-# figures with sparsity; NVLink counts both directions, of which half is taken.
+# figures with sparsity; NVLink counts both directions, so half is used.
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * _GIB, 1.2e12, 300e9, None, 3),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8, 2),
@@ -63,9 +63,9 @@ _SIZES = {"cpu": 2048}
 _SIZE = 8192
 """Rows of the measured matrices: an accelerator needs large ones to reach its peak."""
 _CHAINED = 4
-"""Products in one call on an accelerator, so that the time of a call does not count."""
+"""Products per call on an accelerator, so that the overhead of a call is negligible."""
 _FEWEST, _STABLE, _SECONDS = 5, 4, 2.0
-"""At least so many calls; then until so many in a row were not faster by 1 %; for no longer than this."""
+"""Minimum number of calls; consecutive calls without a gain of 1 % that end the measurement; its limit in seconds."""
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -80,10 +80,10 @@ def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
 
     Args:
       device: the device.
-      dtype: what the model computes in.
+      dtype: the model's compute dtype.
 
     Returns:
-      FLOP/s, and where the figure comes from: "published" for bfloat16 on a known chip, else "measured" with square
+      FLOP/s, and the source of the figure: "published" for bfloat16 on a known chip, otherwise "measured" with square
       matrix products of this dtype.
     """
     chip = find_chip(device.device_kind)
@@ -96,7 +96,7 @@ def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
 def measured_matmul_rate(device: jax.Device, dtype: str) -> float:
     """FLOP/s of the fastest of several products of square matrices.
 
-    Other work on the machine only makes a product slower, so products are repeated until the fastest is stable.
+    Other work on the machine can only slow a product down, so products are repeated until the fastest is stable.
     """
     size = _SIZES.get(device.platform, _SIZE)
     num_products = 1 if device.platform == "cpu" else _CHAINED
@@ -120,7 +120,7 @@ def measured_matmul_rate(device: jax.Device, dtype: str) -> float:
 
 
 def _fastest(run: Callable[[], float]) -> float:
-    """The shortest of repeated times, in seconds, once it is stable."""
+    """The fastest of repeated runs, in seconds, once it is stable."""
     fastest, total, num_runs, num_stable = float("inf"), 0.0, 0, 0
     while num_runs < _FEWEST or (num_stable < _STABLE and total < _SECONDS):
         seconds = run()

@@ -31,7 +31,7 @@ def keep_compiled() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the system; the C library would keep the hundreds of megabytes used for compiling."""
+    """Returns freed memory to the system: the C library would keep the hundreds of megabytes that compilation used."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
@@ -51,7 +51,7 @@ class Program:
     """A jitted function (state, batch) -> results, compiled once for each shape of the batch.
 
     Attributes:
-      compile_seconds: how long calls have waited for programs.
+      compile_seconds: total time that calls have waited for compilation.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
@@ -61,10 +61,10 @@ class Program:
         self.compile_seconds = 0.0
 
     def begin(self, state: Any, batch: Any) -> None:
-        """Starts to compile in the background for arguments of these shapes.
+        """Starts compiling for arguments of these shapes in the background.
 
         Args:
-          state: abstract, with shardings.
+          state: abstract arrays with shardings.
           batch: likewise.
         """
         thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -72,13 +72,13 @@ class Program:
         thread.shutdown(wait=False)
 
     def is_ready(self, batch: Any) -> bool:
-        """Whether a call with this batch need not wait for a program."""
+        """Whether the program for this batch is compiled."""
         if self._begun:
             return self._begun.done()
         return _shapes(batch) in self._programs
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """Calls the function, once its program is compiled."""
+        """Calls the function, after waiting for its program to be compiled."""
         shapes = _shapes(batch)
         if self._begun or shapes not in self._programs:
             started = time.perf_counter()

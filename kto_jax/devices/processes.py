@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, and how they agree.
+"""The processes of a run: how they connect, and how they agree on decisions.
 
-Every process runs the same program on its own devices. A process that does something alone, or decides by what only it
-can see, leaves the others waiting: files are written by the first process, and decisions are agreed on here.
+Every process runs the same program on its own devices. A process that acts alone, or decides on local information,
+leaves the others waiting. The first process therefore writes the files, and processes agree on decisions here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # only its service lets processes talk without devices
+from jax._src import distributed  # only its service lets processes communicate without devices
 from jax.experimental import multihost_utils
 
 from kto_jax.config import ConfigError, ProcessesConfig, TransientError
@@ -28,14 +28,14 @@ T = TypeVar("T")
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _FAILED, _FAILED_FOR_NOW = "failed", "failed for now"
 _TURNS = itertools.count()
-"""All processes exchange words in the same order; the number of the exchange keeps them apart."""
+"""All processes exchange strings in the same order; the number of an exchange identifies it."""
 
 
 def join(config: ProcessesConfig) -> None:
-    """Joins the other processes of the run, if there are any; no device may have been touched before.
+    """Joins the other processes of the run, if there are any; must be called before any device is used.
 
-    They are found by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or, without these, as
-    JAX finds them: on Cloud TPU and GKE, and in a Slurm step of several tasks.
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them. Without these, JAX detects
+    them on Cloud TPU and GKE, and in a Slurm step of several tasks.
 
     Raises:
       ConfigError: the variables are incomplete or not numbers, or the number of processes is not `config.count`.
@@ -66,9 +66,9 @@ def _initialize(address: str | None, count: int | None, number: int | None, *, t
         if address is None and "coordinator_address should be defined" in str(error):
             return  # a TPU host outside of any cluster
         raise TransientError(
-            f"the processes of the run do not find each other: {str(error).splitlines()[0].rstrip('.')}. Each needs "
-            "the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Start all of "
-            "them again; if they are set correctly, raise config.processes.timeout_seconds; for one process, set "
+            f"the processes of the run cannot connect: {str(error).splitlines()[0].rstrip('.')}. Each needs the same "
+            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and a JAX_PROCESS_ID of its own. Start all of them again; "
+            "if they are set correctly, raise config.processes.timeout_seconds; for one process, set "
             "config.processes.count=1."
         ) from None
 
@@ -87,8 +87,8 @@ def _arguments(given: dict[str, str]) -> tuple[str, int, int]:
 
 
 def _in_cluster() -> bool:
-    """Whether JAX finds the processes by itself."""
-    # A batch script that calls Python without srun has a rank, and no step.
+    """Whether JAX can detect the processes."""
+    # A batch script that calls Python without srun has a rank but no step.
     in_slurm_step = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     has_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
     return in_slurm_step or bool(has_tpu)
@@ -100,14 +100,14 @@ def is_first() -> bool:
 
 
 def num_processes() -> int:
-    """Processes of the run; touches no device if there is only one."""
+    """Number of processes of the run; uses no device if there is only one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def together(function: Callable[[], T]) -> T:
-    """Calls the function and waits until all processes have; if it fails on one, all end.
+    """Calls the function and waits until all processes have called it; if it fails on one, it raises on all.
 
-    The one that fails raises at once; the others when they come here.
+    The process that fails raises at once, the others when they reach this call.
 
     Raises:
       ConfigError: the function's own, or another process has failed.
@@ -129,12 +129,12 @@ def together(function: Callable[[], T]) -> T:
 
 
 def tell(word: str) -> list[str]:
-    """Tells all processes a word, and waits, however long, for theirs.
+    """Sends a word to all processes, and waits without a time limit for theirs.
 
-    It uses no device: collectives time out when one process takes much longer than the others.
+    Uses no device, because collectives time out when one process takes much longer than the others.
 
     Returns:
-      The words, by process.
+      One word for each process, in order.
     """
     if num_processes() == 1:
         return [word]
@@ -163,7 +163,7 @@ def _service() -> Any:
 
 
 def as_first_says(value: bool) -> bool:
-    """The first process's value, on all processes, once all have asked."""
+    """The first process's value, on all processes, once all have called this."""
     return tell(str(value))[0] == "True"
 
 
@@ -179,18 +179,18 @@ def number_of_first(value: int) -> int:
 
 @contextlib.contextmanager
 def ending_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
-    """Ends this process at once if an error inside the context comes from the death of another one.
+    """Ends this process at once if an error inside the context was caused by the death of another process.
 
-    A collective fails on every process when one of them dies. To leave in good order would mean to wait for the dead
-    one, in JAX's own shutdown and in Orbax's barriers.
+    A collective fails on every process when one of them dies. A clean exit would wait for the dead process in JAX's
+    shutdown and in Orbax's barriers.
 
-    A process that waits for an accelerator, and one whose first process is lost, get no error: JAX's service aborts
-    them with SIGABRT after the heartbeat timeout, and jaxlib 0.10.2 to 0.12.0 has no way to prevent that from Python
-    (`missed_heartbeat_callback` fails with std::bad_cast). Launch scripts restart such an end too.
+    Two cases raise no error: a process that waits for an accelerator, and a lost first process. JAX's service then
+    aborts the process with SIGABRT after the heartbeat timeout. In jaxlib 0.10.2 to 0.12.0 Python cannot prevent that
+    (`missed_heartbeat_callback` fails with std::bad_cast). Launch scripts restart after SIGABRT too.
 
     Args:
-      exit_code: to end with.
-      timeout: seconds without an answer after which a process is lost; less than the heartbeat timeout.
+      exit_code: the exit code.
+      timeout: seconds without an answer after which a process counts as lost; less than the heartbeat timeout.
     """
     try:
         yield
@@ -203,7 +203,7 @@ def ending_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
 
 
 def _silent(timeout: float) -> list[int]:
-    """The processes that do not call this too within the timeout, in seconds."""
+    """The processes that do not also call this within the timeout, in seconds."""
     service, lost = _service(), []
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         service.key_value_set(f"kto_jax/alive/{jax.process_index()}", "")
@@ -218,7 +218,7 @@ def _silent(timeout: float) -> list[int]:
 
 
 def where_any(mask: np.ndarray) -> np.ndarray:
-    """Where the mask of any process is set; the masks of all processes have one shape."""
+    """Where any process's mask is set; all masks have the same shape."""
     if num_processes() == 1:
         return mask
     return np.any(multihost_utils.process_allgather(mask), axis=0)

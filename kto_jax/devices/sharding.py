@@ -1,4 +1,4 @@
-"""The device mesh, and the rules that lay logical axes along its axes."""
+"""The device mesh, and the rules that map logical axes to its axes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ MeshAxes = str | tuple[str, ...] | None
 # From the widest network to the nearest neighbours.
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axis. A parameter's "embed" axis is spread over fsdp and sequence and gathered where it is used;
-# an activation's rows are spread over data and fsdp and its length over sequence, so its "embed" axis stays whole.
+# Logical axis -> mesh axis. A parameter's "embed" axis is sharded over fsdp and sequence, and all-gathered where it is
+# used. An activation's rows are sharded over data and fsdp and its length over sequence, so its "embed" axis stays
+# whole.
 PARAMETER_RULES: dict[str, MeshAxes] = {
     "layers": None,
     "vocab": "tensor",
@@ -36,8 +37,8 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "vocab": "tensor",
-    # Vectors as they come out of the embedding, before they are laid along rows: first as the table lies, then with
-    # their length split over sequence and only half of that split of the table left, over fsdp.
+    # Vectors that the embedding returns, before they are sharded by rows: first sharded as the table is, then with
+    # their length over sequence and "embed" over fsdp only.
     "looked_up": "data",
     "table_embed": PARAMETER_RULES["embed"],
     "half_embed": "fsdp",
@@ -65,7 +66,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of all processes, with axes data, fsdp, sequence and tensor.
 
-    Of several TPU slices, the data axis is split over the slices: what lies along the others never leaves one.
+    With several TPU slices, only the data axis crosses slices: the other axes stay within one.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or the data axis is no multiple of the slices.
@@ -103,7 +104,7 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
       abstract: the same nested dict of shapes.
 
     Raises:
-      ConfigError: a dimension does not divide over its mesh axis; the message names the leaf and the dimension.
+      ConfigError: a mesh axis does not divide a dimension; the message names the leaf and the dimension.
     """
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
@@ -122,7 +123,7 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
 
 
 def num_parts(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
-    """Over how many devices a dimension laid along these mesh axes is split."""
+    """Number of parts into which these mesh axes split a dimension."""
     return math.prod(mesh.shape[name] for name in _names(axes))
 
 
@@ -152,7 +153,7 @@ def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
 
 
 def check_lengths(row_lengths: Sequence[int], sizes: dict[str, int]) -> None:
-    """Refuses rows whose tokens the sequence axis cannot share out: each of its devices would read all of them.
+    """Refuses rows whose length the sequence axis does not divide: each of its devices would read all tokens.
 
     Raises:
       ConfigError: naming the nearest length that works.
@@ -168,7 +169,7 @@ def check_lengths(row_lengths: Sequence[int], sizes: dict[str, int]) -> None:
 
 
 def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> None:
-    """Refuses a tensor axis that would cut through a head, and a sequence axis that has too few to exchange.
+    """Refuses a tensor axis that would split a head, and a sequence axis with too few heads to exchange.
 
     Raises:
       ConfigError: naming what does not divide.
@@ -183,22 +184,22 @@ def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> Non
     group, local = num_heads // num_kv_heads, num_kv_heads // sizes["tensor"]
     if group % copies_of_kv_heads(local, sizes["sequence"]):
         raise ConfigError(
-            f"config.mesh.sequence={sizes['sequence']} cannot share out the {group * local} query and {local} key "
-            f"heads of a device: attention gives each device of the axis whole heads. Allowed: divisors of {local}, "
-            f"and of {group * local} that are multiples of it. "
-            "Set config.mesh.sequence, or a smaller config.mesh.tensor."
+            f"config.mesh.sequence={sizes['sequence']} cannot divide the {group * local} query and {local} key heads "
+            f"of a device: attention gives each device of the axis whole heads. Allowed: divisors of {local}, and "
+            f"multiples of {local} that divide {group * local}. Set config.mesh.sequence, or a smaller "
+            "config.mesh.tensor."
         )
 
 
 def copies_of_kv_heads(num_kv_heads: int, sequence: int) -> int:
-    """How often each key and value head is written so that the devices of the sequence axis get equally many."""
+    """How often each key and value head is repeated so that the devices of the sequence axis get equally many."""
     return sequence // math.gcd(num_kv_heads, sequence)
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
-    """The function that a model calls to lay an activation along the mesh by logical axis names.
+    """The function that a model calls to shard an activation by logical axis names.
 
-    A length that does not divide, such as that of the one token of a decoding step, is not split.
+    A length that the sequence axis does not divide, such as the one token of a decoding step, is not sharded.
     """
 
     def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -212,7 +213,7 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a [M, R, ...] array of a batch lies: rows over data and fsdp."""
+    """Sharding of a batch's arrays [M, R, ...]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["rows"]))
 
 
@@ -220,7 +221,7 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
     """Which of the rows of every microbatch this process places.
 
     Raises:
-      ConfigError: they are not one range: the mesh interleaves the processes' devices.
+      ConfigError: they are not contiguous: the mesh interleaves the processes' devices.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((1, num_rows)).values()
     ranges = sorted({index[1].indices(num_rows)[:2] for index in indices if index is not None})
@@ -228,13 +229,14 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
     if sum(stop - start for start, stop in ranges) != last - first:
         raise ConfigError(
             f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {ranges}. Each process must have "
-            "neighbouring rows. Give the axes other sizes: config.mesh.data times fsdp a multiple of the processes."
+            "contiguous rows. Change the axes: config.mesh.data times fsdp must be a multiple of the number of "
+            "processes."
         )
     return slice(first, last)
 
 
 def abstract_batch(mesh: Mesh, batch: Any) -> Any:
-    """Shapes, dtypes and shardings of a whole batch (NumPy arrays) as `place_batch` lays it."""
+    """Shapes, dtypes and shardings that `place_batch` gives a whole batch (NumPy arrays)."""
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def describe(x: Any) -> jax.ShapeDtypeStruct:
@@ -245,7 +247,7 @@ def abstract_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """Puts this process's rows of a batch (NumPy arrays) on its devices as part of the global batch."""
+    """Places this process's rows of a batch (NumPy arrays) on its devices as part of the global batch."""
     rows, scalar = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def place(x: Any) -> jax.Array:
