@@ -1,1 +1,1 @@
-"""Decoders of the Llama, Mistral, Qwen and Gemma families: architecture, weights in and out."""
+"""Decoders of the Llama, Mistral, Qwen and Gemma families: architecture, loading and export of weights."""

@@ -10,9 +10,9 @@ from kto_jax.models.rope import Scaling
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder: what its weights are, and what is done with them.
+    """The architecture of a decoder.
 
-    The defaults from `activation` on are those of a Llama. Families differ by these alone: see families/.
+    The defaults from `activation` on are Llama's. Families differ only in these: see families/.
 
     Attributes:
       vocab_size: V, rows of the embedding.
@@ -20,28 +20,29 @@ class TransformerConfig:
       num_layers: blocks.
       num_heads: N, query heads.
       num_kv_heads: K, key and value heads; divides `num_heads`.
-      head_dim: H, width of a head; even, because rotary embedding turns pairs.
+      head_dim: H, width of a head; even, because rotary embedding rotates pairs.
       mlp_dim: F, width of the feed-forward layer.
       max_length: longest sequence that the model was trained on, in tokens.
       norm_eps: epsilon of RMSNorm.
-      rope_theta: base of the rotary wavelengths.
-      rope_scaling: how its waves are stretched, or None.
-      tied_head: whether the output head is the embedding, transposed.
+      rope_theta: base of the rotary embedding.
+      rope_scaling: how its frequencies are scaled, or None.
+      tied_head: whether the output head is the transposed embedding.
       initializer_range: standard deviation of random weights.
-      bos_id: id that starts a sequence, where the model has one.
+      bos_id: id that starts a sequence, if the model has one.
       eos_ids: ids that end a sequence; the first is `eos_id`.
-      family: the `model_type` that its config.json gets; says nothing of what is computed.
-      activation: of the gate of the feed-forward layer: "silu" or "gelu_tanh".
+      family: the `model_type` in its config.json; does not affect the computation.
+      activation: of the feed-forward layer's gate: "silu" or "gelu_tanh".
       qkv_bias: whether queries, keys and values have biases.
-      qk_norm: whether every head's query and key is scaled to unit mean square before it is rotated.
-      norm_offset: added to the factor of every norm; Gemma's are stored less one.
-      post_norms: whether attention and feed-forward layer have norms behind them too.
-      embed_scale: what the embedding is multiplied by on its way in, rounded to the compute dtype.
-      window: how many keys, its own included, a query of a local layer sees; None where no layer is local.
-      local_layers: for each layer, whether it is local; empty where all are alike: local if there is a window.
-      local_rope_theta: base of the rotary wavelengths of local layers, which are not stretched; None for those of all.
+      qk_norm: whether every head's query and key has an RMSNorm before it is rotated.
+      norm_offset: added to the scale of every norm; Gemma stores scales minus one.
+      post_norms: whether attention and feed-forward layer are also followed by norms.
+      embed_scale: factor of the input embedding, rounded to the compute dtype.
+      window: sliding window: keys that a query of a local layer sees, its own included; None if no layer is local.
+      local_layers: for each layer, whether it is local; empty if all are alike: local if there is a window.
+      local_rope_theta: base of the rotary embedding of local layers, which is not scaled; None for the same as other
+        layers.
       query_pre_attn_scalar: scores are divided by its square root; None for `head_dim`.
-      attention_softcap: scores become softcap · tanh(score / softcap), before the mask; None leaves them.
+      attention_softcap: scores become softcap · tanh(score / softcap) before masking; None leaves them.
       final_softcap: logits likewise.
     """
 
@@ -81,32 +82,32 @@ class TransformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(
-                    f"The model has {name}={value!r}; it must be an integer of at least 1. Mend its config.json."
+                    f"The model has {name}={value!r}; it must be an integer of at least 1. Fix its config.json."
                 )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"The model has num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}; the first must be a "
-                "multiple of the second. Mend its config.json."
+                "multiple of the second. Fix its config.json."
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"The model has head_dim={self.head_dim}; rotary embedding needs it even. Mend its config.json."
+                f"The model has head_dim={self.head_dim}; rotary embedding needs an even size. Fix its config.json."
             )
         for name in ("attention_softcap", "final_softcap"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-                raise ConfigError(f"The model has {name}={value!r}; it must be above 0, or null. Mend its config.json.")
+                raise ConfigError(f"The model has {name}={value!r}; it must be above 0, or null. Fix its config.json.")
         assert len(self.local_layers) in (0, self.num_layers), "a kind for each layer, or none"
         assert not self.local_layers or self.window is not None, "local layers have a window"
 
     @property
     def eos_id(self) -> int | None:
-        """The first of the ids that end a sequence; None where the model names none."""
+        """The first of the ids that end a sequence; None if the model has none."""
         return self.eos_ids[0] if self.eos_ids else None
 
     @property
     def layers_are_local(self) -> tuple[bool, ...]:
-        """For each layer, whether it sees only its window."""
+        """For each layer, whether it attends only within the window."""
         return self.local_layers or (self.window is not None,) * self.num_layers
 
     def num_params(self) -> int:
@@ -117,16 +118,16 @@ class TransformerConfig:
         return self.embed_dim + tables + self.num_layers * (norms + biases + self._layer_matmul_weights())
 
     def flops_per_token(self, attended: float, *, attended_locally: float | None = None, head: bool = True) -> float:
-        """Floating-point operations of one token's forward pass; a backward pass costs twice as much.
+        """FLOPs of one token's forward pass; a backward pass costs twice as much.
 
         Args:
-          attended: how many tokens it attends to, itself included: (L + 1) / 2 on average over a causal sequence.
-          attended_locally: how many of them local layers see; None for as many as `attended` and the window allow.
-            On average over sequences longer than the window that is too many: give the average of what each sees.
-          head: whether the token is also multiplied by the output head.
+          attended: tokens that it attends to, itself included: (L + 1) / 2 on average over a causal sequence.
+          attended_locally: how many of them local layers see; None for the smaller of `attended` and the window. For an
+            average over sequences longer than the window that is too many: pass the average of what each sees.
+          head: whether to count the output head.
 
         Returns:
-          Operations, a multiply-add counted as two. Norms, rotations and softmax are left out, as is the custom.
+          FLOPs, with a multiply-add counted as two. Norms, rotations and softmax are not counted, as is customary.
         """
         if attended_locally is None:
             attended_locally = attended if self.window is None else min(attended, self.window)

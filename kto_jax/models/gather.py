@@ -1,4 +1,4 @@
-"""Arrays that are sharded over several processes, brought to each of them."""
+"""Gathers arrays that are sharded over several processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from jax.experimental import multihost_utils
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """The whole of an array on every process; all must call it, unless the array is on this process's devices alone."""
+    """The whole array on every process. All must call it, unless it is on this process's devices alone."""
     whole = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(whole)

@@ -1,4 +1,4 @@
-"""Scalar heads, which give a hidden state one number: the reward of a completion, or the value of a prefix.
+"""Scalar heads, which map a hidden state to one number: the reward of a completion, or the value of a prefix.
 
     reward  weight [D]                                    r = h · w                          (no bias)
     value   first.weight [D, D]   first.bias [D]          v = last(relu(second(relu(first(h)))))
@@ -20,7 +20,7 @@ from kto_jax.models.config import TransformerConfig
 
 SCALAR_HEADS = ("none", "reward", "value")
 SCALAR_HEAD = "scorer"
-"""The head's key among the parameters, which checkpoints keep."""
+"""The head's key among the parameters; checkpoints store it."""
 _AXES: dict[str, dict[str, Any]] = {
     "reward": {"weight": ("embed",)},
     "value": {
@@ -36,9 +36,9 @@ def init_scalar_head(kind: str, config: TransformerConfig, key: Key[Array, ""]) 
 
     Args:
       kind: "reward" or "value".
-      config: the architecture whose hidden states are to be read.
-      key: decides the values. Those of a reward are normal with the config's standard deviation. Values start at 0:
-        only the first two of their layers are random, with the standard deviation that keeps the size of the stream.
+      config: the architecture whose hidden states it reads.
+      key: PRNG key. A reward head is normal with the config's standard deviation. A value head starts at 0: only its
+        first two layers are random, with the standard deviation that preserves the norm of their input.
     """
     width = config.embed_dim
     if kind == "reward":
@@ -57,7 +57,7 @@ def scalar_head_axes(kind: str) -> dict[str, Any]:
 
 
 def apply_scalar_head(kind: str, params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """One number for each hidden state, in float32 or wider, whatever the hidden states and parameters are kept in."""
+    """One number for each hidden state, in float32 or wider, whatever the dtype of hidden states and parameters."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
     x = hidden.astype(wide)

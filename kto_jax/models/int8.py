@@ -1,12 +1,12 @@
-"""A frozen model's matrices in int8: a quarter of the memory of float32 ones.
+"""A frozen model's matrices in int8: a quarter of the memory of float32.
 
-Each output channel of a matrix (each token of the embedding) has its own scale, the largest of its weights divided by
-127; a weight is rounded to the nearest multiple of it, symmetric about 0. Such a matrix is an `Int8Matrix` in place of
-an array among the parameters. Norms, biases, and reward and value heads stay float32.
+Each output channel of a matrix (each token of the embedding) has its own scale, its largest absolute weight divided by
+127; quantisation is symmetric, to the nearest multiple of the scale. An `Int8Matrix` takes the array's place among the
+parameters. Norms, biases, and reward and value heads stay float32.
 
-A layer is dequantised where it is used, inside the scan over layers, so that only one layer exists in the compute dtype
-at a time. The output head is dequantised whole. While a file is read, one matrix of all layers is in float32 at a time,
-sharded over all devices.
+A layer is dequantised where it is used, inside the scan over layers, so only one layer exists in the compute dtype at a
+time. The output head is dequantised whole. Loading holds one matrix of all layers in float32 at a time, sharded over
+all devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 INT8 = "int8"
 # Name of a matrix among the parameters -> the axis along which weights share a scale.
 _SHARED: dict[str, int] = {"weight": -2, "table": -1}
-# Parts of the parameters that have matrices to quantise.
+# Parts of the parameters whose matrices are quantised.
 _TRUNK = ("embed", "layers", "head")
 _LARGEST = 127
 
@@ -30,9 +30,9 @@ _LARGEST = 127
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Matrix:
-    """A quantised matrix. Modules call `astype` or `rows` and get it in a floating dtype.
+    """A quantised matrix. Modules call `astype` or `rows` to dequantise it.
 
-    Its fields are arrays, or whatever a tree of the same structure holds for each array (shapes, shardings, axes).
+    Its fields are arrays, or what a tree of the same structure holds for each array (shapes, shardings, axes).
 
     Attributes:
       int8: weights in units of their scale, [..., in, out], or [V, D] for an embedding.
@@ -45,7 +45,7 @@ class Int8Matrix:
     shared: int = dataclasses.field(metadata={"static": True})
 
     def __getitem__(self, _: Any) -> Int8Matrix:
-        # The modules ask for the whole of a parameter, `weight[...]`.
+        # The modules read a whole parameter as `weight[...]`.
         return self
 
     def astype(self, dtype: Any) -> Array:
@@ -59,12 +59,12 @@ class Int8Matrix:
 
 
 def quantised(params: Any) -> Any:
-    """Parameters with int8 matrices, from parameters in float32 or bfloat16; all others become float32."""
+    """Parameters with int8 matrices, from parameters in float32 or bfloat16; all other leaves become float32."""
     return _map(params, quantise, lambda leaf: leaf.astype(jnp.float32))
 
 
 def kept_as(params: Any, dtype: str) -> Any:
-    """Parameters in "int8", or in any dtype of arrays."""
+    """Parameters quantised to "int8", or cast to any dtype of arrays."""
     return quantised(params) if dtype == INT8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
@@ -79,7 +79,7 @@ def quantised_axes(axes: Any) -> Any:
 
 
 def _map(params: dict[str, Any], matrix: Callable[[Any, int], Any], other: Callable[[Any], Any]) -> dict[str, Any]:
-    """Calls `matrix` with each matrix to quantise and its shared axis, and `other` with all other leaves."""
+    """Applies `matrix` to each matrix to quantise and its shared axis, and `other` to all other leaves."""
 
     def walk(node: Any, name: str, in_trunk: bool) -> Any:
         if isinstance(node, dict):
@@ -90,7 +90,7 @@ def _map(params: dict[str, Any], matrix: Callable[[Any, int], Any], other: Calla
 
 
 def quantise(weights: Array, shared: int) -> Int8Matrix:
-    """One matrix in int8.
+    """Quantises one matrix to int8.
 
     Args:
       weights: the matrix.
@@ -98,6 +98,6 @@ def quantise(weights: Array, shared: int) -> Int8Matrix:
     """
     weights = weights.astype(jnp.float32)
     scales = jnp.max(jnp.abs(weights), axis=shared, keepdims=True) / _LARGEST
-    # A channel of zeros has a scale of 0; whatever it is divided by, it stays zeros.
+    # A channel of zeros has a scale of 0; divided by 1 instead, it stays 0.
     values = jnp.clip(jnp.round(weights / jnp.where(scales == 0, 1, scales)), -_LARGEST, _LARGEST)
     return Int8Matrix(values.astype(jnp.int8), jnp.squeeze(scales, shared), shared)

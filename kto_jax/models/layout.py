@@ -14,22 +14,23 @@ PackedAttention = Callable[..., Array]
 
 
 def unconstrained(array: Array, axes: tuple[str, ...]) -> Array:
-    """The array itself: where there is one device, nothing is sharded."""
+    """The array itself: on one device, nothing is sharded."""
     del axes
     return array
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sharding of a model's activations. The defaults are those of one device; `make_layout` gives a mesh's.
+    """The sharding of a model's activations. The defaults are for one device; `make_layout` makes one for a mesh.
 
     Attributes:
       constrain: `constrain(array, logical_axes) -> array`, called on activations. Axes are "rows", "length", "slots",
         "embed", "heads", "kv_heads", "head_dim", "vocab" and "layers", and "looked_up", "table_embed" and "half_embed"
         of embedded tokens.
       num_devices: devices that share every activation.
-      row_parts: into how many parts the tokens of a row are sharded.
-      attention: attention over packed rows, called as `dense_attention` is. Decoding from a cache has its own.
+      row_parts: number of parts into which the tokens of a row are sharded.
+      attention: attention over packed rows, with the signature of `dense_attention`. Decoding with a KV cache does not
+        use it.
     """
 
     constrain: Constrain = unconstrained

@@ -1,12 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): beside a frozen matrix W a small trained product, W + α/r · A B.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen matrix W plus a small trained product, W + α/r · A B.
 
-The adapters are a parameter tree of their own, with an `Adapter` for each adapted matrix:
+The adapters are a separate parameter tree, with an `Adapter` for each adapted matrix:
 
     layers.attention.query, key, value, output .weight    a [layers, in, r], b [layers, r, out]
     layers.mlp.gate, up, down                  .weight    a, b
 
-Merged into the frozen parameters, an `AdaptedMatrix` takes the place of each such W, which may be in int8. Training
-begins with A B = 0, so that the policy is the frozen model.
+Merging them into the frozen parameters replaces each such W, which may be in int8, by an `AdaptedMatrix`. Training
+starts with A B = 0, so that the policy equals the frozen model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUPS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A pair of low-rank factors, or whatever a tree of the same structure holds for each (shapes, shardings, axes).
+    """A pair of low-rank factors, or what a tree of the same structure holds for each (shapes, shardings, axes).
 
     Attributes:
       a: A, [..., in, r].
@@ -55,7 +55,7 @@ class AdaptedMatrix:
     scale: float = dataclasses.field(metadata={"static": True})
 
     def __getitem__(self, _: Any) -> AdaptedMatrix:
-        # The modules ask for the whole of a parameter, `weight[...]`.
+        # The modules read a whole parameter as `weight[...]`.
         return self
 
     @property
@@ -69,7 +69,7 @@ class AdaptedMatrix:
         return self.scale * self.adapter.b
 
     def astype(self, dtype: Any) -> Array:
-        """The sum W + α/r · A B in `dtype`; added in float32 or wider."""
+        """The sum W + α/r · A B in `dtype`, computed in float32 or wider."""
         wide = jnp.promote_types(dtype, jnp.float32)
         product = jnp.matmul(self.a.astype(wide), self.scaled_b.astype(wide), precision=jax.lax.Precision.HIGHEST)
         return (self.frozen.astype(wide) + product).astype(dtype)
@@ -78,12 +78,12 @@ class AdaptedMatrix:
 def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Adapters in float32 whose product is 0.
 
-    The matrix of a pair that is not zero is uniform within ±1/√n, n its inner size: "in" of A, r of B.
+    The nonzero factor is uniform in ±1/√n, where n is its input size: "in" for A, r for B.
 
     Args:
       params: the model's parameters or their shapes.
-      lora: which matrices, and how.
-      key: decides the values.
+      lora: which matrices, with which rank.
+      key: PRNG key.
     """
 
     def draw(weight: Any, key: Array) -> Adapter:
@@ -119,11 +119,11 @@ def _of_each(targets: Sequence[str], make: Any) -> dict[str, Any]:
 
 
 def merge_adapters(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
-    """The policy's parameters, an `AdaptedMatrix` in place of each matrix with an adapter.
+    """The policy's parameters, with an `AdaptedMatrix` in place of each matrix that has an adapter.
 
     Args:
       frozen: the parameters of a model, as arrays or in int8.
-      trained: adapters, and whatever else is trained that `frozen` does not have.
+      trained: adapters, and other trained parameters that `frozen` lacks.
       scale: α/r.
     """
 

@@ -1,4 +1,4 @@
-"""What everything outside of models/ sees of a model: pure functions of a nested dictionary of parameters."""
+"""The interface of a model: pure functions of a nested dictionary of parameters."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 
 def _parts(x: Array, parts: int) -> Array:
-    """[R, C, ...] -> [R · parts, C / parts, ...], padded where C does not divide."""
+    """[R, C, ...] -> [R · parts, C / parts, ...], padded if `parts` does not divide C."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder without its parameters: hashable, so that it may be a static argument of `jax.jit`.
+    """A decoder without its parameters: hashable, so that it can be a static argument of `jax.jit`.
 
-    Parameters are a nested dictionary of arrays; weights lie as [in, out], stacked over layers:
+    Parameters are a nested dictionary of arrays; weights are stored as [in, out], stacked over layers:
 
         embed.table [V, D]            layers.attention_norm.scale, layers.mlp_norm.scale [layers, D]
         final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
@@ -43,21 +43,20 @@ class Model:
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         scorer, see heads.py          (the scalar head; a reward model has no output head)
 
-    In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a policy of low-rank
-    adapters an `AdaptedMatrix` (lora.py).
+    In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a LoRA policy an
+    `AdaptedMatrix` (lora.py).
 
-    Whatever a function does not read may be absent from the parameters it is given, or there without being needed: a
-    frozen reference has no scalar head.
+    A function's parameters may lack what it does not read, and may hold more: a frozen reference has no scalar head.
 
     Attributes:
       config: the architecture.
-      dtype: what the forward pass computes in.
-      remat: what a layer keeps for its gradient: "none" of it is computed again, all but the "dots", or in "full"; with
-        "offload" too, and the layer's input waits in the host's memory.
-      scalar_head: the head that gives a hidden state one number: "none", "reward" or "value".
-      graphdef: the structure of the NNX module, output head and scalar head apart.
+      dtype: compute dtype of the forward pass.
+      remat: activation checkpointing of layers. "none": recompute nothing. "dots": save matmul outputs. "full": save
+        only each layer's input. "offload": as "full", with those inputs in host memory.
+      scalar_head: the head that maps a hidden state to one number: "none", "reward" or "value".
+      graphdef: the structure of the NNX module, without output head and scalar head.
       layout: how activations are sharded.
-      adapter_scale: what adapters' products are multiplied by, α/r; 0 where all parameters are trained.
+      adapter_scale: factor of the adapters' products, α/r; 0 if all parameters are trained.
     """
 
     config: TransformerConfig
@@ -83,11 +82,11 @@ class Model:
 
         Args:
           config: the architecture.
-          dtype: "float32", "bfloat16" or, where x64 is on, "float64".
-          remat: what a layer keeps for its gradient.
+          dtype: "float32", "bfloat16" or, with x64 enabled, "float64".
+          remat: activation checkpointing of layers.
           scalar_head: a linear reward head, a value head of three layers, or none.
           layout: how activations are sharded.
-          adapter_scale: what adapters' products are multiplied by; 0 for a model without.
+          adapter_scale: factor of the adapters' products; 0 for a model without adapters.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scalar head.
@@ -107,7 +106,7 @@ class Model:
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
     def merge_adapters(self, trained: Params, frozen: Params) -> Params:
-        """The policy's parameters: `trained` itself, or the frozen parameters with the adapters that are trained."""
+        """The policy's parameters: `trained` itself, or the frozen parameters with the trained adapters."""
         return merge_adapters(frozen, trained, self.adapter_scale) if self.adapter_scale else trained
 
     def hidden_states(
@@ -121,26 +120,26 @@ class Model:
 
         Args:
           params: parameters of this model.
-          tokens_RL: token ids; one outside of the vocabulary makes what reads it NaN.
+          tokens_RL: token ids; an id outside the vocabulary makes every state that depends on it NaN.
           segment_ids_RL: attention stays inside a segment; 0 is padding.
           positions_RL: position of every token inside its segment, from 0.
 
         Returns:
-          Hidden states in the compute dtype. Those of padding are finite and mean nothing.
+          Hidden states in the compute dtype. Those of padding are finite but meaningless.
         """
         return self._merge(params).hidden_states(tokens_RL, segment_ids_RL, positions_RL)
 
     def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output head in the compute dtype: the embedding, transposed, where they are tied.
+        """The output head in the compute dtype; the transposed embedding if they are tied.
 
-        Its products are logits only where there is no soft-cap: `logits` and `token_logps` know of it.
+        Its products are logits only without a soft-cap: `logits` and `token_logps` apply it.
         """
         if self.config.tied_head:
             return params["embed"]["table"].astype(self.dtype).T
         return params["head"]["weight"].astype(self.dtype)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits of a few hidden states, float32 or wider, soft-cap applied; training never holds them."""
+        """Logits of a few hidden states, in float32 or wider, with the soft-cap; training never materialises them."""
         wide, precision = jnp.promote_types(self.dtype, jnp.float32), matmul_precision(self.dtype)
         logits = jnp.dot(hidden, self.head(params), precision=precision, preferred_element_type=wide)
         softcap = self.config.final_softcap
@@ -149,8 +148,8 @@ class Model:
     def token_logps(
         self, params: Params, hidden: Float[Array, "*R T D"], targets: Int[Array, "*R T"]
     ) -> Float[Array, "*R T"]:
-        """Log-probability of each target in nats, without an array of all logits: see losses/logprobs.py."""
-        # Laid out once, before the loop over chunks: gathered over fsdp, split over tensor.
+        """Log-probability of each target in nats, without materialising all logits: see losses/logprobs.py."""
+        # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
         tied = self.config.tied_head
         head = self.head(params)
         head = (
@@ -160,7 +159,7 @@ class Model:
         )
         shape = targets.shape
         if self.layout.row_parts > 1:
-            # Parts of rows are taken for rows, so that the devices that hold them all work on every chunk.
+            # Parts of rows become rows, so that all devices that hold them work on every chunk.
             hidden, targets = _parts(hidden, self.layout.row_parts), _parts(targets, self.layout.row_parts)
         logps = token_logps(
             hidden, head, targets,
@@ -171,17 +170,17 @@ class Model:
     def apply_scalar_head(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The reward or the value of each hidden state, in float32 or wider.
 
-        The gradient flows into the hidden states; a value head is trained on `jax.lax.stop_gradient(hidden)`.
+        The gradient flows into the hidden states; to train a value head, pass `jax.lax.stop_gradient(hidden)`.
 
         Args:
           params: parameters with a scalar head of this model's kind.
-          hidden: hidden states after the final norm. A reward is that of a sequence at its last token, the EOS.
+          hidden: hidden states after the final norm. The reward of a sequence is read at its last token, the EOS.
         """
         assert self.scalar_head != "none", "this model was created without a scalar head"
         return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of keys and values, [layers, batch, length, K, H] each, in the compute dtype."""
+        """An empty KV cache, [layers, batch, length, K, H] for keys and for values, in the compute dtype."""
         config = self.config
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
@@ -189,27 +188,27 @@ class Model:
     def decode(
         self, params: Params, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """Reads tokens into the cache and gives their hidden states; a prompt at once, or one token at a time.
+        """Writes tokens to the KV cache and returns their hidden states: prefills a prompt, or decodes token by token.
 
         Keys and values are written at the tokens' positions. A token attends to every cached position up to its own,
-        so positions must be filled from 0 without gaps; how the tokens lie in the row does not matter.
+        so positions must be filled from 0 without gaps; the order of tokens in the row does not matter.
 
         Args:
           params: parameters of this model.
           cache: from `init_cache` or the last call; donate it.
           tokens_BL: token ids.
-          positions_BL: position of every token; -1 is padding, neither written nor attended to.
+          positions_BL: position of every token; -1 is padding, which is neither written nor attended to.
 
         Returns:
-          Hidden states after the final norm (of padding: finite, without meaning), and the cache.
+          Hidden states after the final norm (finite but meaningless for padding), and the cache.
         """
         return self._merge(params).decode(cache, tokens_BL, positions_BL)
 
     def init_params(self, key: Key[Array, ""], param_dtype: str) -> Params:
-        """Random parameters: normal with the config's standard deviation, norms at one; of a head, see heads.py."""
+        """Random parameters: normal with the config's standard deviation, norms at one; scalar heads: see heads.py."""
         params = nnx.to_pure_dict(nnx.state(self._transformer(key, has_head=self._has_head)))
         if self.scalar_head != "none":
-            # From a key of its own, so that the head does not change the trunk's values.
+            # From a separate key, so that the head does not change the trunk's values.
             params[SCALAR_HEAD] = init_scalar_head(self.scalar_head, self.config, jax.random.fold_in(key, 1))
         return kept_as(params, param_dtype)
 
@@ -220,7 +219,7 @@ class Model:
     def logical_axes(self, param_dtype: str = "float32") -> dict[str, Any]:
         """The parameters' logical axes: a tuple of names for each leaf, one per axis.
 
-        "heads" and "kv_heads" name axes of heads times head_dim; a mesh axis must divide the number of heads.
+        "heads" and "kv_heads" are axes of heads times head_dim; a mesh axis must divide the number of heads.
         """
         build = lambda: self._transformer(jax.random.key(0), has_head=self._has_head)  # noqa: E731
         variables = nnx.state(nnx.eval_shape(build))

@@ -1,4 +1,4 @@
-"""How rotary embeddings are spelled in a config.json, and how their waves are stretched for longer contexts."""
+"""Rotary settings in a config.json, and the scaling of rotary frequencies for longer contexts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kto_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """How Llama 3.1 stretches the slow frequencies of its rotary embedding.
+    """Llama 3.1's scaling of the low frequencies of its rotary embedding.
 
     Attributes:
-      factor: by how much wavelengths longer than `original_max_length / low_freq_factor` are stretched.
-      low_freq_factor: where stretching is full.
-      high_freq_factor: where stretching ends; wavelengths in between are interpolated.
-      original_max_length: context of the model before it was stretched, in tokens.
+      factor: factor by which wavelengths longer than `original_max_length / low_freq_factor` grow.
+      low_freq_factor: wavelengths above the context over this are scaled fully.
+      high_freq_factor: wavelengths below the context over this are not scaled; those in between are interpolated.
+      original_max_length: the model's context before scaling, in tokens.
     """
 
     factor: float
@@ -28,7 +28,7 @@ class Llama3Scaling:
     original_max_length: int
 
     def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """Slow waves are stretched by `factor`, fast ones kept, those between interpolated."""
+        """Divides low frequencies by `factor`, keeps high ones, and interpolates in between."""
         turns = self.original_max_length * frequencies / (2 * np.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
@@ -47,10 +47,10 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-    """All waves are stretched alike, as in the global layers of Gemma 3.
+    """Scales all frequencies alike, as in the global layers of Gemma 3.
 
     Attributes:
-      factor: by how much.
+      factor: of the wavelengths.
     """
 
     factor: float
@@ -72,21 +72,21 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
 
     Args:
       parameters: `rope_parameters`, or `rope_scaling` in the older spelling.
-      default_theta: the base where `parameters` names none.
+      default_theta: the base, if `parameters` has none.
 
     Raises:
-      ConfigError: a kind of scaling that is not built here, or one that lacks a value.
+      ConfigError: the kind of scaling is not supported, or lacks a value.
     """
     nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(
-            f"The model's rope_parameters differ by kind of layer ({', '.join(nested)}); of this architecture one set "
-            "of them is built here. Choose another model."
+            f"The model's rope_parameters differ by kind of layer ({', '.join(nested)}); only one set is supported for "
+            "this architecture. Choose another model."
         )
     if parameters.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(
             f"The model's config.json has partial_rotary_factor={parameters['partial_rotary_factor']!r}; only 1 is "
-            "built here. Choose a model without this option."
+            "supported. Choose a model without this option."
         )
     theta = parameters.get("rope_theta")
     theta = float(default_theta if theta is None else theta)
@@ -95,7 +95,7 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
         return theta, None
     if kind not in ("linear", "llama3"):
         raise ConfigError(
-            f"The model's rotary embedding is scaled by {kind!r}; 'default', 'linear' and 'llama3' are built here. "
+            f"The model's rotary embedding is scaled by {kind!r}; 'default', 'linear' and 'llama3' are supported. "
             "Choose a model with one of these."
         )
     names = ["factor"]
@@ -104,8 +104,8 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
     missing = [name for name in names if parameters.get(name) is None]
     if missing:
         raise ConfigError(
-            f"The model's {kind} rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. "
-            "Mend its config.json."
+            f"The model's {kind} rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. Fix its "
+            "config.json."
         )
     if kind == "linear":
         return theta, LinearScaling(float(parameters["factor"]))
@@ -114,7 +114,7 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
 
 
 def either_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and `rope_parameters` of a config.json as one; the newer wins.
+    """Merges `rope_scaling` and `rope_parameters` of a config.json; the newer, `rope_parameters`, wins.
 
     Raises:
       ConfigError: they name different kinds of scaling.
@@ -124,6 +124,6 @@ def either_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     if None not in kinds and kinds[0] != kinds[1]:
         raise ConfigError(
             f"The model's config.json has a rope_scaling of {kinds[0]!r} and rope_parameters of {kinds[1]!r}. They "
-            "must agree. Take out the one that is wrong."
+            "must agree. Remove the wrong one."
         )
     return older | newer

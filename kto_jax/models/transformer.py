@@ -1,12 +1,12 @@
-"""The decoder: parameters and forward pass, in Flax NNX, of a Llama and of what differs from it by a few options.
+"""The decoder's parameters and forward pass in Flax NNX, for Llama and for families that differ by a few options.
 
-All layers are one `Block` whose parameters carry a leading axis "layers"; the forward pass scans over it. The
-residual stream is kept flat, [T, D] with T = R L, because the weight gradients of a flat stream are plain matrix
-products: on CPU this is 1.4 times as fast as a three-dimensional stream. Arrays are given a row axis only around
-attention. Every parameter has the names of its axes in its metadata.
+All layers are one `Block` whose parameters have a leading axis "layers"; the forward pass scans over it. The residual
+stream is flat, [T, D] with T = R L, because the weight gradients of a flat stream are plain matmuls: on CPU this is 1.4
+times as fast as a three-dimensional stream. Arrays have a row axis only around attention. Every parameter's metadata
+names its logical axes.
 
-Layers that see a window and layers that see all keys are told apart by a flag that is scanned over with the parameters.
-A model whose layers are all alike has no flag, and no branches.
+A flag, scanned over with the parameters, distinguishes layers with a sliding window from layers that see all keys. If
+all layers are alike, there is no flag and no branch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from kto_jax.models.lora import AdaptedMatrix
 
 Cache = dict[str, Array]
 Tables = tuple[Array, Array]  # cosine and sine
-# Takes rotated queries and keys, and values, [R, L, heads, H]; gives the mixed values and whatever must be kept.
+# Takes rotated queries and keys, and values, [R, L, heads, H]; returns attention's output and the updated KV cache, if
+# any.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 _LAYER_INPUT = "layer_input"
@@ -37,7 +38,7 @@ REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    # As "full", and what it keeps lies in the host's memory until the gradient comes to the layer.
+    # As "full", with each layer's input in host memory until the backward pass reaches the layer.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_LAYER_INPUT],
@@ -52,12 +53,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """Full float32 products where float32 was asked for, also where the hardware would take a shorter type."""
+    """Full float32 matmuls for float32, where GPU and TPU would use a narrower type by default."""
     return None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
 
 class Linear(nnx.Module):
-    """A projection, x @ weight, and + bias. Every matrix product with a weight of a layer goes through here."""
+    """A projection, x @ weight (+ bias). Every matmul with a layer's weight goes through here."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Scales every vector to unit mean square, then by a learnt factor; in float32 or wider."""
+    """RMSNorm with a learnt scale, computed in float32 or wider."""
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, eps: float, offset: float):
         self.eps, self.offset = eps, offset
@@ -105,13 +106,13 @@ class RMSNorm(nnx.Module):
 
 
 def _norm(config: TransformerConfig, width: int, axis: str) -> RMSNorm:
-    """A norm of every layer."""
+    """A norm of all layers, stacked."""
     shape, axes = (config.num_layers, width), ("layers", axis)
     return RMSNorm(shape, axes, eps=config.norm_eps, offset=config.norm_offset)
 
 
 class Attention(nnx.Module):
-    """Projections to queries, keys and values, their norms where there are any, rotation, and the projection back."""
+    """Projections to queries, keys and values, optional norms, rotation, attention, and the output projection."""
 
     def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
         self.head_dim, self.constrain = config.head_dim, constrain
@@ -128,7 +129,7 @@ class Attention(nnx.Module):
         self.output = Linear((layers, heads, embed), ("layers", "heads", "embed"), **options)
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
-        """Mixes values between tokens; `attend` decides which and what is kept."""
+        """The attention block's output, and what `attend` returns besides its own output."""
         rows, length = tables[0].shape[:2]
 
         def heads(x: Array, name: str) -> Array:
@@ -142,7 +143,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU where the activation is silu."""
+    """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU if the activation is silu."""
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
         layers, embed, mlp = config.num_layers, config.embed_dim, config.mlp_dim
@@ -158,7 +159,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm (or between two), each added to the residual stream."""
+    """One layer: attention and feed-forward, each with a pre-norm, an optional post-norm and a residual connection."""
 
     def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
         norm = partial(_norm, config, config.embed_dim, "embed")
@@ -170,7 +171,7 @@ class Block(nnx.Module):
         self.mlp_post_norm: RMSNorm | None = norm() if config.post_norms else None
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
-        """The stream after this layer, and what `attend` keeps."""
+        """The residual stream after this layer, and what `attend` returns besides its output."""
         mixed_TD, kept = self.attention(self.attention_norm(x_TD), tables, attend)
         x_TD = x_TD + (mixed_TD if self.attention_post_norm is None else self.attention_post_norm(mixed_TD))
         fed_TD = self.mlp(self.mlp_norm(x_TD))
@@ -183,8 +184,8 @@ def _lookup(table: Array | Int8Matrix, tokens_T: Int[Array, " T"]) -> Float[Arra
 
 @jax.custom_vjp
 def _rows(table_VD: Float[Array, "V D"], tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-    """Rows of a table. The gradient of a token that is read often is summed in float32, whatever the table is."""
-    # `take` fills ids outside of the vocabulary with NaN, which the step's guard sees; indexing would clamp them.
+    """Rows of a table. The gradient of a repeated token is summed in float32, whatever the table's dtype."""
+    # `take` returns NaN for ids outside the vocabulary, which the step detects; indexing would clamp them.
     return jnp.take(table_VD, tokens_T, axis=0)
 
 
@@ -203,7 +204,7 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors."""
+    """The token embedding."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.embed_dim)
@@ -212,7 +213,7 @@ class Embedding(nnx.Module):
 
 
 def _of_layer(tables: tuple[Tables, Tables], is_local: Array | None) -> Tables:
-    """Which of the rotary tables of global and of local layers turns a layer's heads."""
+    """The rotary tables of a layer, from those of global and of local layers."""
     shared, local = tables
     if is_local is None or local is shared:
         return shared
@@ -220,7 +221,7 @@ def _of_layer(tables: tuple[Tables, Tables], is_local: Array | None) -> Tables:
 
 
 class Transformer(nnx.Module):
-    """The whole decoder; outside of models/ it is seen through `Model`."""
+    """The whole decoder; code outside models/ uses it through `Model`."""
 
     def __init__(
         self,
@@ -244,7 +245,7 @@ class Transformer(nnx.Module):
     def hidden_states(
         self, tokens_RL: Int[Array, "R L"], segment_ids_RL: Int[Array, "R L"], positions_RL: Int[Array, "R L"]
     ) -> Float[Array, "R L D"]:
-        """Hidden states after the final norm, in the compute dtype; those of padding mean nothing."""
+        """Hidden states after the final norm, in the compute dtype; those of padding are meaningless."""
         tables = self._tables(positions_RL)
         packed = partial(self.packed_attention, segment_ids_RL=segment_ids_RL, positions_RL=positions_RL)
         graphdef, state = nnx.split(self.layers)
@@ -268,11 +269,11 @@ class Transformer(nnx.Module):
     def decode(
         self, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """One step of generation, or the reading of a prompt: see `Model.decode`."""
+        """A decoding step, or the prefill of a prompt: see `Model.decode`."""
         batch, slots = cache["key"].shape[1:3]
         tables = self._tables(positions_BL)
         row_B1 = jnp.arange(batch)[:, None]
-        # Padding is written past the end of the cache, where a scatter drops it.
+        # Padding's slot is past the end of the cache, where the scatter drops it.
         slot_BL = jnp.where(positions_BL < 0, slots, positions_BL)
         slots_BS = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
         cached = partial(
@@ -281,7 +282,7 @@ class Transformer(nnx.Module):
         )  # fmt: skip
         graphdef, state = nnx.split(self.layers)
 
-        # The cache is carried, not scanned over: the loop then writes it in place, a few tokens at a time.
+        # The cache is the scan's carry, not an input: the loop then updates it in place, a few tokens at a time.
         def layer(carry, scanned):
             x_TD, keys, values = carry
             index, is_local, state = scanned
@@ -302,12 +303,12 @@ class Transformer(nnx.Module):
         return self._finish(x_TD, tokens_BL.shape), {"key": keys, "value": values}
 
     def _flags(self) -> Array | None:
-        """For each layer, whether it is local; None where all are alike."""
+        """For each layer, whether it is local; None if all are alike."""
         local = self.config.layers_are_local
         return None if len(set(local)) == 1 else jnp.array(local)
 
     def _tables(self, positions_RL: Array) -> tuple[Tables, Tables]:
-        """Rotary tables of global and of local layers, which most models have in common."""
+        """Rotary tables of global and of local layers, which most models share."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         shared = rotary_tables(positions_RL, self.config, wide, local=all(self.config.layers_are_local))
         if self._flags() is None or self.config.local_rope_theta is None:
@@ -315,22 +316,22 @@ class Transformer(nnx.Module):
         return shared, rotary_tables(positions_RL, self.config, wide, local=True)
 
     def _attend(self, attention: Callable[..., Array], is_local: Array | None, *heads: Array) -> Array:
-        """Calls `attention` with what this layer sees; `is_local` is None where all layers see alike."""
+        """Calls `attention` with this layer's window; `is_local` is None if all layers are alike."""
         config = self.config
         scalar = config.query_pre_attn_scalar
         attend = partial(
             attention, softcap=config.attention_softcap, scale=None if scalar is None else scalar**-0.5,
             precision=matmul_precision(self.dtype),
         )  # fmt: skip
-        if config.window is None or heads[1].shape[1] <= config.window:  # as many keys as that cut nothing off
+        if config.window is None or heads[1].shape[1] <= config.window:  # such a window masks no key
             return attend(*heads)
         within = partial(attend, window=config.window)
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
     def _embedded(self, tokens_RL: Array) -> Array:
         x_TD = _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
-        # As the table lies: each device looks up its part of the vectors, which are then exchanged, not gathered, over
-        # one mesh axis after the other.
+        # Sharded as the table is: each device looks up its part of the vectors. They are then resharded by all-to-all,
+        # not all-gather, one mesh axis after the other.
         x_TD = self.constrain(x_TD, ("looked_up", "table_embed"))
         x_RLD = self.constrain(x_TD.reshape(*tokens_RL.shape, -1), ("looked_up", "length", "half_embed"))
         x_TD = self._pin(x_RLD.reshape(x_TD.shape), tokens_RL.shape)

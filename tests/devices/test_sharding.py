@@ -63,7 +63,9 @@ def test_a_sequence_axis_with_more_devices_than_heads_is_refused():
     for sequence in (2, 4, 8, 16, 32):
         check_heads(32, 8, {"tensor": 1, "sequence": sequence})
     check_heads(32, 8, {"tensor": 2, "sequence": 16})
-    message = r"sequence=32 cannot divide the 16 query and 4 key heads of a device.*divisors of 4, and multiples of 4 that divide 16"
+    message = (
+        r"sequence=32 cannot divide the 16 query and 4 key heads.*divisors of 4, and multiples of 4 that divide 16"
+    )
     with pytest.raises(ConfigError, match=message):
         check_heads(32, 8, {"tensor": 2, "sequence": 32})
     with pytest.raises(ConfigError, match=r"sequence=6 cannot"):

@@ -1,9 +1,9 @@
-"""Dense attention over packed rows and over a cache: causal, grouped heads, memory linear in the length.
+"""Dense attention over packed rows and over a KV cache: causal, grouped-query, memory linear in the length.
 
-It is what every other attention is tested against, and what reads a cache. A query attends to a key when both lie in
-the same segment and the key's place is not after the query's, nor `window` or more before it. In a packed row the place
-is the position inside the segment; in a cache it is the slot. No [L, L] array is made once L exceeds the chunk of
-queries: chunks are taken one after another and computed again for the gradient.
+Every other attention is tested against this one, and decoding uses it. A query attends to a key if both are in the same
+segment and the key's place is not after the query's, nor `window` or more before it. In a packed row the place is the
+position inside the segment; in a cache it is the slot. If L exceeds the chunk of queries, no [L, L] array exists:
+chunks are computed in sequence, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def attention(
 ) -> Float[Array, "R L N H"]:
     """Softmax attention of every query over the keys of its own segment that are not after it.
 
-    Each group of N / K query heads shares a key/value head, which is never repeated in memory. A query with no key
-    gets a finite value that means nothing (the mean of all values), never NaN.
+    Each group of N / K query heads shares a key/value head, which is never repeated in memory. A query without a
+    visible key gets a finite, meaningless value (the mean of all values), never NaN.
 
     Args:
       query_RLNH: queries, rotated.
@@ -49,14 +49,14 @@ def attention(
       key_places_RS: place of every key in its segment.
       query_segments_RL: segment of every query.
       key_segments_RS: segment of every key.
-      window: keys whose place is `window` or more before the query's are not seen; None sees them all.
-      softcap: scores are bent to softcap * tanh(score / softcap), before the mask; None leaves them.
-      scale: what the products of queries and keys are multiplied by; None for head_dim ** -0.5.
-      precision: of the two products.
-      chunk: queries taken at once; the largest temporary is [R, N, chunk, S].
+      window: keys whose place is `window` or more before the query's are masked; None masks none.
+      softcap: scores become softcap * tanh(score / softcap) before masking; None leaves them.
+      scale: factor of the scores; None for head_dim ** -0.5.
+      precision: of the two matmuls.
+      chunk: queries per chunk; the largest temporary is [R, N, chunk, S].
 
     Returns:
-      The mixed values, in the dtype of `value_RSKH`. Softmax is computed in float32 or wider.
+      The output, in the dtype of `value_RSKH`. Softmax is computed in float32 or wider.
     """
     rows, length, num_heads, head_dim = query_RLNH.shape
     groups = num_heads // key_RSKH.shape[2]
@@ -87,7 +87,7 @@ def attention(
 
 
 def scaled(query: Float[Array, "*B H"], scale: float | None) -> Float[Array, "*B H"]:
-    """Queries times the scale of their scores, None for head_dim ** -0.5; it is not rounded to their dtype first."""
+    """Queries times the scale, None for head_dim ** -0.5; the scale is not rounded to their dtype first."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     return (query.astype(wide) * (query.shape[-1] ** -0.5 if scale is None else scale)).astype(query.dtype)
 
@@ -101,18 +101,18 @@ def dense_attention(
     positions_RL: Int[Array, "R L"],
     **options: Any,
 ) -> Float[Array, "R L N H"]:
-    """`attention` of packed rows, whose tokens are the queries and the keys. Every kernel for packed rows is called so.
+    """`attention` over packed rows, whose tokens are the queries and the keys. All kernels have this signature.
 
     Args:
       query_RLNH: queries, rotated.
       key_RLKH: keys, rotated.
       value_RLKH: values.
-      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values mean nothing.
+      segment_ids_RL: attention stays inside a segment; 0 is padding, whose values are meaningless.
       positions_RL: position of every token in its segment.
       options: `window`, `softcap`, `scale` and `precision`, as in `attention`; here also `chunk`.
 
     Returns:
-      The mixed values, in the dtype of `value_RLKH`. Softmax is computed in float32 or wider.
+      The output, in the dtype of `value_RLKH`. Softmax is computed in float32 or wider.
     """
     return attention(
         query_RLNH, key_RLKH, value_RLKH, query_places_RL=positions_RL, key_places_RS=positions_RL,
@@ -130,7 +130,7 @@ def _attend(query, query_places, query_segments, *, key, value, key_places, key_
     visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (distances >= 0)
     if window is not None:
         visible &= distances < window
-    # A finite floor, not -inf: a query that sees nothing must give a number, for itself and for its gradient.
+    # A finite floor, not -inf: a query that sees nothing must have a finite value and gradient.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("rkgqs,rskh->rqkgh", shares, value, precision=precision)
@@ -148,14 +148,14 @@ def rotary_tables(
 
 
 def rotate(x_RLNH: Float[Array, "R L N H"], tables: tuple[Array, Array]) -> Float[Array, "R L N H"]:
-    """Turns the pairs (i, i + H/2) of every head by their angle, in the tables' dtype."""
+    """Rotates the pairs (i, i + H/2) of every head by their angle, in the tables' dtype."""
     cos, sin = tables
     left, right = jnp.split(x_RLNH.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
 
 
 def rotary_frequencies(config: TransformerConfig, *, local: bool = False) -> np.ndarray:
-    """Radians per position of every pair of a head, [H/2], float64; `local` where local layers have their own."""
+    """Radians per position of every pair of a head, [H/2], float64; `local` for local layers' own."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None

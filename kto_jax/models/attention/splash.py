@@ -1,7 +1,7 @@
 """Flash attention over packed rows on TPU: splash attention, the Pallas kernel that comes with JAX.
 
-Blocks above the diagonal and outside the window are skipped when the kernel is built. Segments are known only while it
-runs: they mask scores and skip nothing. The kernel is imported only when a run uses it.
+The kernel skips blocks above the diagonal and outside the window, which are known when it is built. Segments are known
+only at run time: they mask scores, but skip no block. The kernel is imported only when a run uses it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import scaled
 
-# Tokens of a block, from the fastest on: the kernel wants multiples of 128.
+# Tokens per block, fastest first: the kernel requires multiples of 128.
 BLOCKS = (512, 384, 256, 128)
 
 
 def is_installed() -> bool:
-    """Whether this JAX has the kernel."""
+    """Whether this JAX includes the kernel."""
     try:
         _kernel()
     except ImportError:
@@ -31,17 +31,17 @@ def is_installed() -> bool:
 
 
 def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel can compute this attention: it always can."""
+    """Whether the kernel supports this attention: always."""
     del query, window, softcap
     return True
 
 
 @functools.cache
 def _kernel() -> ModuleType:
-    """JAX's module of the kernel.
+    """JAX's module with the kernel.
 
     Raises:
-      ImportError: this JAX has none.
+      ImportError: this JAX lacks it.
     """
     return importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
 
@@ -59,14 +59,14 @@ def splash_attention(
     precision: jax.lax.Precision | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R L N H"]:
-    """As `attention` of the same tokens as queries and keys, where every segment is a run of positions 0, 1, 2, ...
+    """Computes `attention` with the same tokens as queries and keys, if every segment has positions 0, 1, 2, ...
 
-    The kernel knows a token's place in the row alone. Inside such a segment, places and positions lie equally far
-    apart; the packer lays no others. Arguments and result are those of `dense_attention`, except:
+    The kernel knows only a token's index in the row. Inside such a contiguous segment, differences of indices equal
+    those of positions; the packer writes no others. Arguments and result are those of `dense_attention`, except:
 
     Args:
-      positions_RL: not read.
-      interpret: runs the kernel without a TPU, to test it.
+      positions_RL: ignored.
+      interpret: runs the kernel without a TPU, for tests.
     """
     del positions_RL
     length, num_heads = query_RLNH.shape[1:3]
@@ -93,7 +93,7 @@ def splash_attention(
 
 
 def _with_precision(kernel: Callable[..., Array], precision: jax.lax.Precision | None) -> Callable[..., Array]:
-    """The kernel, which takes no precision, with products of this one also where its gradient is made."""
+    """The kernel, which has no precision argument, with matmuls of this precision in both passes."""
     if precision is None:
         return kernel
     name = precision.name.lower()
@@ -116,8 +116,8 @@ def _with_precision(kernel: Callable[..., Array], precision: jax.lax.Precision |
 
 
 def block_and_length(length: int) -> tuple[int, int]:
-    """The largest block that pads a row of this length little more than any other would, and the padded length."""
+    """The largest block that pads a row of this length at most 10 % more than any other, and the padded length."""
     padded = {block: -(-length // block) * block for block in BLOCKS}
-    # Large blocks are worth some padding: of 128, a row has sixteen times as many pairs as of 512.
+    # Large blocks are worth some padding: with blocks of 128, a row has 16 times as many pairs as with blocks of 512.
     block = next(block for block in BLOCKS if padded[block] <= 1.1 * min(padded.values()))
     return block, padded[block]

@@ -1,7 +1,7 @@
 """Flash attention over packed rows on NVIDIA GPUs: the Pallas kernel that comes with JAX, compiled by Triton.
 
-JAX 0.11 deprecated this kernel. It is imported only when a run uses it, and `is_installed` tells whether this JAX still
-has it.
+JAX 0.11 deprecated this kernel. It is imported only when a run uses it; `is_installed` says whether this JAX still
+includes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 128
 
 
 def is_installed() -> bool:
-    """Whether this JAX has the kernel."""
+    """Whether this JAX includes the kernel."""
     try:
         _kernel()
     except ImportError:
@@ -30,19 +30,20 @@ def is_installed() -> bool:
 
 
 def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel can compute this attention: no window, no soft-cap, and bfloat16."""
+    """Whether the kernel supports this attention: no window, no soft-cap, and bfloat16."""
     return window is None and softcap is None and query.dtype == jnp.bfloat16
 
 
 @functools.cache
 def _kernel() -> ModuleType:
-    """JAX's module of the kernel.
+    """JAX's module with the kernel.
 
     Raises:
-      ImportError: this JAX has none.
+      ImportError: this JAX lacks it.
     """
     with warnings.catch_warnings():
-        # Deprecated in favour of tokamax since JAX 0.11. Nobody has to act: without it, `choose_attention` falls back.
+        # Deprecated in favour of tokamax since JAX 0.11. No action is needed: without it, `choose_attention` falls
+        # back.
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
 
@@ -60,18 +61,18 @@ def triton_attention(
     precision: jax.lax.Precision | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R L N H"]:
-    """As `attention` of the same tokens as queries and keys, where the positions of every segment rise along the row.
+    """Computes `attention` with the same tokens as queries and keys, if positions rise along every segment.
 
-    The kernel has no windows, no soft-caps, no grouped heads and, on a GPU, no float32 products. Keys and values are
-    therefore repeated for each query head; `supports` tells the rest. Arguments and result are those of
+    The kernel has no windows, no soft-caps, no grouped-query attention and, on a GPU, no float32 matmuls. Keys and
+    values are therefore repeated for each query head; `supports` rejects the rest. Arguments and result are those of
     `dense_attention`, except:
 
     Args:
-      positions_RL: not read.
+      positions_RL: ignored.
       window: must be None.
       softcap: must be None.
-      precision: not read.
-      interpret: runs the kernel without a GPU, to test it.
+      precision: ignored.
+      interpret: runs the kernel without a GPU, for tests.
     """
     del positions_RL, precision
     assert window is None and softcap is None, "see `supports`"
@@ -79,7 +80,7 @@ def triton_attention(
     padding = -length % BLOCK
 
     def padded(x: Array) -> Array:
-        # In float32, so that the gradients of heads that share keys are summed so.
+        # In float32, so that gradients of heads that share keys are summed in float32.
         repeated = jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[2], axis=2).astype(x.dtype)
         return jnp.pad(repeated, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
@@ -97,6 +98,6 @@ def triton_attention(
 
 
 def _block_sizes(head_dim: int) -> Any:
-    """JAX's default blocks, halved for wide heads: a block of keys and one of values must fit in shared memory."""
+    """JAX's default blocks, halved for wide heads: one block of keys and one of values must fit in shared memory."""
     sizes = _kernel().BlockSizes.get_default()
     return sizes if head_dim <= 128 else dataclasses.replace(sizes, block_q=BLOCK // 2, block_k=BLOCK // 2)

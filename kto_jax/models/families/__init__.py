@@ -1,4 +1,4 @@
-"""The families of models that are built here: one file each, one line in FAMILIES."""
+"""The supported families of models: one file each, one line in FAMILIES."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CLASSIFIERS = tuple(family.classifier for family in FAMILIES.values())
 
 
 def find_family(values: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its `architectures`, or by its `model_type` where it names none.
+    """The family of a config.json, by its `architectures`, or by its `model_type` if it has none.
 
     Raises:
-      ConfigError: another architecture, or one of its options is not built here.
+      ConfigError: the architecture or one of its options is not supported.
     """
     named = (values.get("architectures") or [None])[0]
     kind = values.get("model_type")
@@ -28,12 +28,12 @@ def find_family(values: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(str(kind)) if named is None else by_class.get(named)
     if family is None and (named == "Gemma3ForConditionalGeneration" or (named is None and kind == "gemma3")):
         raise ConfigError(
-            "The model reads images as well (Gemma3ForConditionalGeneration); only text is read here. Choose a text "
-            "model (Gemma3ForCausalLM, such as the 1B size), or save the language model of this one by itself."
+            "The model also reads images (Gemma3ForConditionalGeneration); only text models are supported. Choose a "
+            "text model (Gemma3ForCausalLM, such as the 1B size), or save only the language model of this one."
         )
     if family is None:
         raise ConfigError(
-            f"The model's architecture is {named or kind!r}; {', '.join(ARCHITECTURES + CLASSIFIERS)} are built here. "
+            f"The model's architecture is {named or kind!r}; {', '.join(ARCHITECTURES + CLASSIFIERS)} are supported. "
             "Choose a model of one of these."
         )
     _refuse_options(family, values)
@@ -45,11 +45,11 @@ def _refuse_options(family: Family, values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value not in options:
             raise ConfigError(
-                f"The model's config.json has {name}={value!r}; only {options[0]!r} is built here. "
-                "Choose a model without this option."
+                f"The model's config.json has {name}={value!r}; only {options[0]!r} is supported. Choose a model "
+                "without this option."
             )
     if values.get("quantization_config"):
         raise ConfigError(
-            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are read. "
-            "Choose the unquantised model."
+            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are "
+            "supported. Choose the unquantised model."
         )

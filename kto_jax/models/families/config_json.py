@@ -14,11 +14,11 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads the contents of a config.json.
 
     Args:
-      values: the parsed file. What it leaves out is what transformers takes for it. Rotary settings may be spelled
-        `rope_theta` and `rope_scaling`, or `rope_parameters`.
+      values: the parsed file. Missing entries get transformers' defaults. Rotary settings may be spelled `rope_theta`
+        and `rope_scaling`, or `rope_parameters`.
 
     Raises:
-      ConfigError: the architecture or one of its options is not one that is built here, or a field is missing.
+      ConfigError: the architecture or one of its options is not supported, or a field is missing.
     """
     family = find_family(values)
     values = {**family.defaults, **values}
@@ -26,7 +26,7 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
                                  "intermediate_size") if values.get(name) is None]  # fmt: skip
     if missing:
         raise ConfigError(
-            f"The model's config.json lacks {', '.join(missing)}. A config.json of a {family.name} has them all. "
+            f"The model's config.json lacks {', '.join(missing)}. A config.json of {family.name} has all of them. "
             "Download the file again."
         )
     num_heads = values["num_attention_heads"]
@@ -53,7 +53,7 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
 def write_config_json(config: TransformerConfig) -> dict[str, Any]:
     """The contents of a config.json that transformers, vLLM and `read_config_json` read as this model.
 
-    The rotary settings take the older spelling, which both older and newer readers know.
+    Rotary settings use the older spelling, which both older and newer readers accept.
     """
     family = FAMILIES[config.family]
     values = {
@@ -73,7 +73,7 @@ def write_config_json(config: TransformerConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_id,
     } | family.write(config)
-    # A field that the family's files have no word for would be lost in silence.
+    # A field that the family's config.json cannot express would be lost silently.
     assert read_config_json(values) == config, f"no config.json of a {config.family} describes {config}"
     return values
 

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config.json is read and written, and what its tensors are called."""
+"""A family of models: how its config.json is read and written, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Family:
 
     Attributes:
       name: its `model_type` in a config.json.
-      causal_lm: transformers' class of language models.
-      classifier: transformers' class of the same decoder under a linear map to one number: a reward model.
-      read: fields of TransformerConfig that not all families share, from a config.json that `defaults` have completed.
+      causal_lm: transformers' class for language models.
+      classifier: transformers' class for the same decoder with a linear head of one output: a reward model.
+      read: fields of TransformerConfig that not all families share, from a config.json completed with `defaults`.
       write: entries of a config.json that not all families share.
-      tensors: what its tensors are called: see tensors.py.
-      defaults: what transformers takes where a config.json says nothing.
-      options: entries that must have one of these values, or be absent; others are not built here.
+      tensors: names of its tensors: see tensors.py.
+      defaults: transformers' defaults for entries that a config.json lacks.
+      options: entries that must have one of these values or be absent; other values are not supported.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Family:
 
 
 def read_one_rope(values: Values) -> dict[str, Any]:
-    """Rotary settings of a family whose layers share them."""
+    """Rotary settings of a family whose layers all share them."""
     theta = values.get("rope_theta")
     theta, scaling = read_rope(either_spelling(values), 10000.0 if theta is None else theta)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def write_one_rope(config: TransformerConfig) -> dict[str, Any]:
-    """Rotary settings in the older spelling, which both older and newer readers know."""
+    """Rotary settings in the older spelling, which both older and newer readers accept."""
     scaling = config.rope_scaling
     return {"rope_theta": config.rope_theta, "rope_scaling": None if scaling is None else scaling.to_hugging_face()}
 
@@ -56,12 +56,12 @@ def read_layers(values: Values, window: Any, is_local: Callable[[int], bool]) ->
     """Which layers are local.
 
     Args:
-      values: a config.json, whose `layer_types` decides where it is given.
-      window: what local layers see; None where the model has no window.
-      is_local: the kind of each layer where `layer_types` is not given.
+      values: a config.json; its `layer_types`, if present, takes precedence.
+      window: sliding window of local layers; None if the model has none.
+      is_local: whether each layer is local, if `layer_types` is absent.
 
     Raises:
-      ConfigError: `layer_types` is not one of two kinds for each layer, or needs a window that is not there.
+      ConfigError: `layer_types` does not give each layer one of two kinds, or needs a window and there is none.
     """
     num_layers = values["num_hidden_layers"]
     if not isinstance(num_layers, int):
@@ -78,7 +78,7 @@ def read_layers(values: Values, window: Any, is_local: Callable[[int], bool]) ->
     if any(local) and window is None:
         raise ConfigError(
             "The model's layer_types name layers of sliding_attention, but it has no sliding_window. These need one. "
-            "Mend its config.json."
+            "Fix its config.json."
         )
     if not any(local):
         return {"window": None, "local_layers": ()}

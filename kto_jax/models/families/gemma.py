@@ -1,7 +1,7 @@
-"""Gemma 1, 2 and 3 (text): norms of 1 + w, embeddings times sqrt(D), and from 2 on norms behind each half of a layer.
+"""Gemma 1, 2 and 3 (text): norms of 1 + w, embeddings times sqrt(D), and from Gemma 2 on post-norms.
 
-Gemma 2 bends scores and logits by a soft-cap, and every other layer is local. Of Gemma 3 five layers of six are, with a
-rotary embedding of their own; every query and key head has a norm.
+Gemma 2 soft-caps scores and logits, and every other layer is local. In Gemma 3 five layers of six are local, with their
+own rotary embedding, and every query and key head has a norm.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def _read_gemma1(values: Values) -> dict[str, Any]:
 
 
 def _write_gemma1(config: TransformerConfig) -> dict[str, Any]:
-    # Older readers ask for `hidden_activation`, newer ones for `hidden_act`.
+    # Older readers use `hidden_activation`, newer ones `hidden_act`.
     return write_one_rope(config) | {"hidden_act": _ACTIVATION, "hidden_activation": _ACTIVATION}
 
 
 def _read_later(values: Values) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
+    """Fields that Gemma 2 and 3 share."""
     return _read_gemma(values) | {
         "post_norms": True,
         "query_pre_attn_scalar": values["query_pre_attn_scalar"],
@@ -73,8 +73,8 @@ def _read_ropes(values: Values) -> dict[str, Any]:
     newer = values.get("rope_parameters") or {}
     if newer and not any(isinstance(newer.get(kind), Mapping) for kind in ("full_attention", "sliding_attention")):
         raise ConfigError(
-            "The model's rope_parameters name no kind of layer; those of Gemma 3 are given for full_attention and "
-            "sliding_attention. Mend its config.json."
+            "The model's rope_parameters name no kind of layer; Gemma 3 needs them for full_attention and "
+            "sliding_attention. Fix its config.json."
         )
     global_theta, local_theta = values.get("rope_theta"), values.get("rope_local_base_freq")
     theta, scaling = read_rope(
@@ -86,8 +86,8 @@ def _read_ropes(values: Values) -> dict[str, Any]:
     )
     if local_scaling is not None:
         raise ConfigError(
-            f"The model's rotary embedding of local layers is scaled by {local_scaling.to_hugging_face()}; that of "
-            "global layers alone may be. Choose another model."
+            f"The model scales the rotary embedding of local layers by {local_scaling.to_hugging_face()}; only global "
+            "layers may be scaled. Choose another model."
         )
     return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
 
@@ -96,12 +96,12 @@ def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     local = config.layers_are_local
     pattern = local.index(False) + 1 if not all(local) else config.num_layers + 1
     regular = all(is_local is bool((layer + 1) % pattern) for layer, is_local in enumerate(local))
-    # Readers that do not know `layer_types` ask for the pattern.
+    # Readers that do not know `layer_types` use the pattern.
     values = _write_later(config) | write_one_rope(config) | {"rope_local_base_freq": config.local_rope_theta}
     return values | ({"sliding_window_pattern": pattern} if regular else {})
 
 
-# Gemma's "post_attention" norm stands behind attention; that of other families stands before the feed-forward layer.
+# Gemma's "post_attention" norm follows attention; in other families that name precedes the feed-forward layer.
 _POST_NORMS = {
     "layers.attention_post_norm.scale": Tensor(LAYER + "post_attention_layernorm.weight"),
     "layers.mlp_norm.scale": Tensor(LAYER + "pre_feedforward_layernorm.weight"),
@@ -120,7 +120,7 @@ GEMMA1 = Family(
     write=_write_gemma1,
     tensors=DECODER,
     defaults={**_DEFAULTS, "num_key_value_heads": 16},
-    # "gelu" stands in the first release's files, whose models were trained with the approximation.
+    # The first release's files say "gelu", but its models were trained with the tanh approximation.
     options={**_OPTIONS, "hidden_act": (_ACTIVATION, "gelu"), "hidden_activation": (_ACTIVATION,)},
 )
 GEMMA2 = Family(
@@ -147,6 +147,6 @@ GEMMA3 = Family(
     write=_write_gemma3,
     tensors=DECODER | _POST_NORMS | QK_NORMS,
     defaults={**_DEFAULTS, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096},
-    # transformers' Gemma 3 does not bend its scores, whatever the file says.
+    # transformers' Gemma 3 ignores this entry and does not soft-cap its scores.
     options={**_OPTIONS, "hidden_activation": (_ACTIVATION,), "attn_logit_softcapping": (None,)},
 )

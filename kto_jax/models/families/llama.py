@@ -1,4 +1,4 @@
-"""Llama (1 to 3.3, SmolLM2 and others), and Mistral, which adds a window that all layers have."""
+"""Llama (1 to 3.3, SmolLM2 and others), and Mistral, which adds a sliding window to all layers."""
 
 from __future__ import annotations
 

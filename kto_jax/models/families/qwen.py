@@ -10,7 +10,7 @@ from kto_jax.models.families.tensors import DECODER, QK_NORMS, QKV_BIASES
 
 
 def _read_shared(values: Values) -> dict[str, Any]:
-    # Published files name a window that they do not use.
+    # Published files contain a window that the models do not use.
     window = values.get("sliding_window") if values.get("use_sliding_window") else None
     first_local = values["max_window_layers"]
     return read_one_rope(values) | read_layers(

@@ -1,7 +1,7 @@
-"""What the tensors of a Hugging Face directory are called: the parts of these tables that families share.
+"""Names of tensors in a Hugging Face directory: the tables that families share.
 
-A table maps the name of a parameter here, "a.b.c" for params["a"]["b"]["c"], to a `Tensor`. It may name parameters that
-a particular model does not have, such as the output head of a model whose head is tied.
+A table maps the name of a parameter, "a.b.c" for params["a"]["b"]["c"], to a `Tensor`. It may contain parameters that a
+particular model lacks, such as the output head of a model with a tied head.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ LAYER = "model.layers.{}."
 
 
 class Tensor(NamedTuple):
-    """A tensor of a Hugging Face directory, and how it differs from the parameter here.
+    """A tensor of a Hugging Face directory, and how its layout differs from the parameter's.
 
     Attributes:
-      name: its name; "{}" stands for the number of the layer.
-      transposed: whether it is stored as [out, in], and is [in, out] here.
-      is_row: whether it is stored as [1, n], and is [n] here.
+      name: its name; "{}" stands for the layer's index.
+      transposed: whether it is stored as [out, in]; the parameter is [in, out].
+      is_row: whether it is stored as [1, n]; the parameter is [n].
     """
 
     name: str
@@ -28,23 +28,23 @@ class Tensor(NamedTuple):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether every layer has one; here they are stacked."""
+        """Whether every layer has one; the parameter stacks them."""
         return "{}" in self.name
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor, from that of the parameter (of one layer)."""
+        """The tensor's shape, from the parameter's (of one layer)."""
         return (1, *shape) if self.is_row else shape[::-1] if self.transposed else shape
 
     def index_in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Where a part of the parameter (of one layer) is in the tensor."""
+        """The tensor's index for a part of the parameter (of one layer)."""
         return (slice(0, 1), *index) if self.is_row else index[::-1] if self.transposed else index
 
     def from_file(self, values: np.ndarray) -> np.ndarray:
-        """A part of the tensor as the parameter has it."""
+        """A part of the tensor in the parameter's layout."""
         return values[0] if self.is_row else values.T if self.transposed else values
 
     def to_file(self, values: np.ndarray) -> np.ndarray:
-        """The parameter (of one layer) as the tensor has it."""
+        """The parameter (of one layer) in the tensor's layout."""
         return values[None] if self.is_row else values.T if self.transposed else values
 
 

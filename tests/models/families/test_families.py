@@ -150,8 +150,8 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, "reads images as well.*Gemma3ForCausalLM"),
-        ("gemma3", {"architectures": None, "model_type": "gemma3"}, "reads images as well"),
+        ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, "also reads images.*Gemma3ForCausalLM"),
+        ("gemma3", {"architectures": None, "model_type": "gemma3"}, "also reads images"),
         ("gemma3", {"architectures": ["Gemma3nForCausalLM"]}, "'Gemma3nForCausalLM'.*Gemma3ForCausalLM.* are built"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
