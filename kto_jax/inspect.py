@@ -106,7 +106,7 @@ def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
 
 def as_json(index: Index) -> dict[str, Any]:
     """What was read, as plain data: one example for each completion, and the manifest's counts."""
-    names = ("rows", "accepted", "skipped", "rejected", "rejections", "encoding", "splits", "pairs", "lengths")
+    names = ("rows", "accepted", "skipped", "rejected", "rejections", "skips", "encoding", "splits", "pairs", "lengths")
     splits = [SPLITS[code] for code in index.splits.tolist()]
     examples = [
         {
@@ -198,11 +198,12 @@ def bars(title: str, counts: Mapping[str, int]) -> Table:
 
 def _tables(manifest: Mapping[str, Any]) -> list[Table]:
     counts = ("rows", "accepted", "skipped", "rejected")
-    sources = _table("sources", "name", "split", *((name, "right") for name in counts))
+    sources = _table("sources", "name", "split", "layout", *((name, "right") for name in counts))
     for source in manifest["sources"]:
-        sources.add_row(Text(source["name"]), source["split"], *(f"{source[name]:,}" for name in counts))
+        numbers = (f"{source[name]:,}" for name in counts)
+        sources.add_row(Text(source["name"]), source["split"], source.get("layout", ""), *numbers)
     if len(manifest["sources"]) > 1:
-        sources.add_row("all", "", *(f"{manifest[name]:,}" for name in counts))
+        sources.add_row("all", "", "", *(f"{manifest[name]:,}" for name in counts))
     splits = _table("splits", "", *((name, "right") for name in ("desirable", "undesirable", "prompts", "pairs")))
     for name, split in manifest["splits"].items():
         splits.add_row(name, *(f"{n:,}" for n in (*split.values(), manifest["pairs"][name])))
@@ -217,6 +218,7 @@ def _tables(manifest: Mapping[str, Any]) -> list[Table]:
         sources,
         *_mixture(manifest),
         *_rejections(manifest),
+        *_skips(manifest),
         *_encoding(manifest),
         splits,
         lengths,
@@ -245,6 +247,14 @@ def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
     table = _table("rejected", "reason", ("rows", "right"), "first places")
     for reason, count in manifest["rejections"]["histogram"].items():
         table.add_row(_visible(reason), f"{count:,}", Text(", ".join(first[reason][:_MAX_PLACES])))
+    return [table] if table.row_count else []
+
+
+def _skips(manifest: Mapping[str, Any]) -> list[Table]:
+    """What was left out without being wrong."""
+    table = _table("skipped", "reason", ("rows", "right"))
+    for reason, count in manifest.get("skips", {}).items():
+        table.add_row(_visible(reason), f"{count:,}")
     return [table] if table.row_count else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -72,13 +73,26 @@ def _as(value: Any, option: Any, path: str) -> Any:
     if origin is tuple:
         return _as_tuple(value, typing.get_args(kind)[0], path)
     if origin is collections.abc.Mapping:
-        fits = isinstance(value, Mapping) and all(meaning in (True, False, None) for meaning in value.values())
-        return {str(label): meaning for label, meaning in _or_unfit(value, fits).items()}
+        return {str(name): _as_any(each, typing.get_args(kind)[1], path) for name, each in _mapping(value).items()}
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return _or_unfit(value, type(value) is kind and (bounds is None or value in bounds))
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return _or_unfit(value, isinstance(value, Mapping))
+
+
+def _as_any(value: Any, hint: Any, path: str) -> Any:
+    """`value` as any of a type's alternatives."""
+    if hint is Any:
+        return value
+    for option in options(hint):
+        with contextlib.suppress(_Unfit):
+            return None if option is type(None) and value is None else _as(value, option, path)
+    raise _Unfit
 
 
 def _or_unfit(value: Any, fits: bool) -> Any:

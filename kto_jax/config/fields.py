@@ -32,7 +32,12 @@ OBJECTIVE_NAMES = (
     *("reward", "ppo_offline"),
 )
 """The objectives that come with the package; `kto_jax.objectives.OBJECTIVES` holds them."""
-Layout = Literal["fields", "messages", "sharegpt", "alpaca", "halos", "hh", "shp", "oasst", "ultrafeedback", "kto_mix"]
+Layout = (
+    Literal["auto", "fields", "messages", "sharegpt", "alpaca", "openai", "trl"]
+    | Literal["halos", "hh", "shp", "oasst", "oasst_trees", "ultrafeedback", "kto_mix"]
+    | Literal["open_webui", "librechat", "anythingllm", "langfuse", "langsmith", "argilla"]
+)
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 Sources = str | tuple[str | Mapping[str, Any], ...]
 
 
@@ -122,22 +127,32 @@ class DataConfig:
     completion. "scores": a completion and a number. "demonstrations": a completion, taken as desirable. Objectives on
     pairs also read thumbs and scores, matched within each prompt; objectives on thumbs also read pairs, one completion
     at a time."""
-    layout: Layout = "fields"
-    """Where a record holds it. "fields": in the fields named below. "messages": in the messages of a chat log that have
-    `feedback`, or beside them for the last one. "sharegpt", "alpaca": in the columns of these formats. "halos": in the
-    JSON of the HALOs code. Others: in the columns of that public dataset (kto_jax/data/rows/layouts.py)."""
+    layout: Layout = "auto"
+    """Where a record holds it. "auto": looks at the first rows, reports what it chose, and refuses if two layouts fit.
+    "fields": in the fields named below. "messages": in the messages of a chat log that have `feedback`, or beside them
+    for the last one. Others: as that format, dataset or export has it (docs/data.md has a table)."""
     prompt_field: str = "prompt"
     """Field with the prompt: text or chat messages. Pairs may lack it: chosen and rejected are then whole
-    conversations, as messages or as "Human: ... Assistant: ..." text, whose last turn is the completion."""
+    conversations, as messages or as "Human: ... Assistant: ..." text, whose last turn is the completion. Any field may
+    be a dotted path into objects and lists: "data.question", "votes.0.value"."""
     prompt_template: str = ""
     """Template that builds the prompt from the record's fields, such as "Review the film {title}."; it replaces
     `prompt_field`."""
     completion_field: str = "completion"
     """Field with the completion."""
-    label_field: str = "label"
-    """Field with the label: true is desirable, false undesirable."""
+    label_field: str | tuple[str, ...] = "label"
+    """Field with the label: true is desirable, false undesirable. If several fields are named, any of them may hold it;
+    a record whose labels disagree is skipped and counted."""
+    unlabelled: Literal["skip", "reject"] = "skip"
+    """What happens to a record without a label or score: it is skipped and counted, or rejected."""
     label_map: Labels = dataclasses.field(default_factory=dict)
     """Meaning of each label that is not a boolean: True desirable, False undesirable, None skips the record."""
+    roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
+    """What the messages' words for roles mean: {"customer": "user", "bot": "assistant"}."""
+    system_field: str = ""
+    """Field with a system message to put before the prompt, if any."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Demonstrations that are whole conversations: train on "all" turns of the assistant, or on the "last"."""
     chosen_field: str = "chosen"
     """Field with the chosen completion of a pair."""
     rejected_field: str = "rejected"
@@ -193,6 +208,7 @@ class DataConfig:
 
 SOURCE_FIELDS = (
     *("format", "layout", "prompt_field", "prompt_template", "completion_field", "label_field", "label_map"),
+    *("unlabelled", "roles", "system_field", "assistant_turns"),
     *("chosen_field", "rejected_field", "score_field", "score_rule", "score_threshold", "tools_field", "weight_field"),
 )
 """Fields of `DataConfig` that each source may set for itself."""

@@ -96,7 +96,9 @@ def _describe(option: Any) -> str:
     if origin is tuple:
         return "a tuple of texts" if arguments[0] is str else "a tuple of texts and of mappings with a source"
     if origin is not None:
-        return "a mapping of labels to True, False or None" if kind == Labels else "a mapping"
+        if kind == Labels:
+            return "a mapping of labels to True, False or None"
+        return f"a mapping of texts to {_describe(arguments[1])}" if arguments[1] is not Any else "a mapping"
     name = {str: "text", bool: "True or False", int: "an integer", float: "a number"}[kind]
     if not bounds or not str(bounds):
         return "a finite number" if bounds and kind is float else name

@@ -8,6 +8,7 @@ with open_reward_model("runs/reward") as model:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -302,7 +303,7 @@ def _records(
 ) -> Iterator[tuple[Any, records.Feedback | files.Rejection]]:
     """Every row's fields, with its prompt and completion as the index would read them."""
     names = (data.prompt_field, data.completion_field)
-    waiting: list[Any] = []
+    waiting: collections.deque[Any] = collections.deque()
 
     def trimmed() -> Iterator[tuple[str, Any]]:
         seen = False
@@ -315,9 +316,11 @@ def _records(
                 fields = {name: fields[name] for name in names if name in fields}
             yield place, fields
 
-    for record in records.records_of(trimmed(), dataclasses.replace(data, format="demonstrations")):
-        assert isinstance(record, records.Feedback | files.Rejection)
-        yield waiting.pop(), record
+    for record in records.records_of(trimmed(), dataclasses.replace(data, format="demonstrations", layout="fields")):
+        fields = waiting.popleft()  # Of this layout, each row is one record.
+        if not isinstance(record, records.Skipped):
+            assert isinstance(record, records.Feedback | files.Rejection)
+            yield fields, record
 
 
 def completions_to_score(

@@ -46,6 +46,8 @@ _FREE = (
     "data.num_loaders",
     "data.index_store",
     "data.max_rejected",
+    "data.layout",
+    "data.unlabelled",
     "data.eos_token",
     "data.chat_template_kwargs",
     "data.template_date",

@@ -59,7 +59,7 @@ def test_no_device_is_touched(printed):
 
 
 def test_the_counts_are_those_of_the_file(printed, cache):
-    assert cells(printed, str(cache / "rows.jsonl")) == ["train", "44", "43", "0", "1"]
+    assert cells(printed, str(cache / "rows.jsonl")) == ["train", "fields", "44", "43", "0", "1"]
     assert cells(printed, "train")[:3] == ["12", "31", "41"]
     assert cells(printed, "empty completion") == ["1", f"{cache / 'rows.jsonl'}:43"]
     assert [cells(printed, name)[0] for name in ("duplicates", "contradictory", "prompts_cut")] == ["1", "1", "1"]

@@ -43,7 +43,9 @@ def settings_of(words):
 def test_every_example_row_is_read(words, text):
     settings = settings_of(words)
     records = read(rows_of(text), **settings)
-    assert records and not any(isinstance(record, Rejection | Skipped) for record in records)
+    assert not any(isinstance(record, Rejection) for record in records)
+    records = [record for record in records if not isinstance(record, Skipped)]
+    assert records
     for record in records:
         assert isinstance(record, Preference) == (settings["format"] == "pairs")
         assert all(row.prompt and row.completion for row in completions_of(record))

@@ -21,8 +21,9 @@ from kto_jax.config import DataConfig
 from kto_jax.data.index.conversions import convert
 from kto_jax.data.index.manifest import by_source, statistics
 from kto_jax.data.rows import files
-from kto_jax.data.rows.files import Rejection, SourceFile
-from kto_jax.data.rows.records import Feedback, Preference, Record, Skipped, completions_of, records_of
+from kto_jax.data.rows.files import SourceFile
+from kto_jax.data.rows.records import Feedback, Preference, Record, completions_of, read_as
+from kto_jax.data.rows.rejection import Rejection, Skipped
 from kto_jax.data.rows.sources import Source
 from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, encode_feedback, start_encoder
 from kto_jax.data.workers import Workers
@@ -59,7 +60,8 @@ _MAX_PLACES = 50
 def settings(data: DataConfig) -> dict[str, Any]:
     """The configuration as the manifest holds it."""
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    fields["label_map"] = dict(data.label_map)
+    for name in ("label_map", "roles"):
+        fields[name] = dict(fields[name])
     return json.loads(json.dumps(fields))
 
 
@@ -88,6 +90,7 @@ class Builder:
         progress = _read_progress(directory)
         self._reasons = collections.Counter[str](progress["reasons"])
         self._first: list[dict[str, str]] = progress["first"]
+        self._skips = collections.Counter[str](progress["skips"])
         self._encoding: dict[str, dict[str, int]] = progress["encoding"]
         self._sources: list[dict[str, Any]] = progress["sources"]
         self._num_finished: int = progress["finished"]
@@ -115,8 +118,9 @@ class Builder:
                 size = file.path.stat().st_size
                 task = progress.add_task(f"reading {file.path.name}", total=size)
                 rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
-                records = itertools.islice(records_of(rows, source.data), self._sources[-1]["rows"], None)
-                self._add_records(records, workers)
+                reading = read_as(rows, source.data)
+                self._sources[-1] |= {"layout": reading.layout, "fits": reading.fits}
+                self._add_records(itertools.islice(reading.records, self._sources[-1]["rows"], None), workers)
                 progress.update(task, completed=size)
                 self._num_finished += 1
                 self._save_progress()
@@ -144,6 +148,7 @@ class Builder:
         for record in records:
             if isinstance(record, Skipped):
                 counts["skipped"] += 1
+                self._skips[_known(record.reason, self._skips)] += 1
             elif isinstance(record, Rejection):
                 self._reject(record.reason, record.place)
             elif (reason := next(reasons)) is not None:
@@ -167,8 +172,7 @@ class Builder:
 
     def _reject(self, reason: str, place: str) -> None:
         self._sources[-1]["rejected"] += 1
-        known = reason in self._reasons or len(self._reasons) < _MAX_REASONS
-        self._reasons[reason if known else "other reasons"] += 1
+        self._reasons[_known(reason, self._reasons)] += 1
         if len(self._first) < _MAX_PLACES:
             self._first.append({"reason": reason, "place": place})
 
@@ -181,6 +185,7 @@ class Builder:
             "sources": self._sources,
             "finished": self._num_finished,
             "reasons": self._reasons,
+            "skips": self._skips,
             "encoding": self._encoding,
             "first": self._first,
             "sizes": {name: stream.tell() for name, stream in self._files.items()},
@@ -209,6 +214,7 @@ class Builder:
             "sources": [{**s, "sha256": d} for s, d in zip(self._sources, digests, strict=True)],
             **{n: sum(s[n] for s in self._sources) for n in ("rows", "accepted", "skipped", "rejected")},
             "rejections": {"histogram": dict(self._reasons.most_common()), "first": self._first},
+            "skips": dict(self._skips.most_common()),
             "encoding": self._encoding,
         }
         if manifest["accepted"]:
@@ -257,13 +263,19 @@ class Builder:
         return np.where(from_eval, 1, splits).astype(np.uint8)
 
 
+def _known(reason: str, counts: collections.Counter[str]) -> str:
+    """The reason, or "other reasons" when many others are counted already."""
+    return reason if reason in counts or len(counts) < _MAX_REASONS else "other reasons"
+
+
 def _read_progress(directory: Path) -> dict[str, Any]:
     """How far a killed build came, or the beginning where nothing whole is left."""
     with contextlib.suppress(OSError, ValueError):
         progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-        if all(_path(directory, name).stat().st_size >= size for name, size in progress["sizes"].items()):
+        whole = all(_path(directory, name).stat().st_size >= size for name, size in progress["sizes"].items())
+        if whole and "skips" in progress:
             return progress
-    return {"sources": [], "finished": 0, "reasons": {}, "first": [], "encoding": {}, "sizes": {}}
+    return {"sources": [], "finished": 0, "reasons": {}, "skips": {}, "first": [], "encoding": {}, "sizes": {}}
 
 
 def _path(directory: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError, DataConfig
+from kto_jax.data.rows.detect import suggestion
 from kto_jax.data.truncation import fit_lengths
 
 SPLITS = ("train", "eval", "judge", "unused")
@@ -131,6 +132,24 @@ def _percentiles(lengths: np.ndarray) -> dict[str, float]:
     return {"min": float(lengths.min()), **points, "max": float(lengths.max()), "mean": round(float(lengths.mean()), 2)}
 
 
+def _left(manifest: dict[str, Any], counts: dict[str, int]) -> str:
+    """What became of the rows that are neither rejected nor trained on, in sentences."""
+    skips = ", ".join(f"{n} × {reason}" for reason, n in list(manifest.get("skips", {}).items())[:10])
+    held_out = counts.get("eval", 0) + counts.get("judge", 0)
+    said = [
+        f"Skipped: {skips}. " if skips else "",
+        f"{counts['unused']} are left out by data.score_rule or data.one_per_prompt. " if counts.get("unused") else "",
+        f"{held_out} are held out. " if held_out else "",
+    ]
+    return "".join(said)
+
+
+def _fits(manifest: dict[str, Any]) -> str:
+    """Which settings would fit the files, as sentences."""
+    fitting = [(source["name"], [tuple(fit) for fit in source.get("fits", ())]) for source in manifest["sources"]]
+    return "".join(f"{name} fits {suggestion(fits)}. " for name, fits in fitting[:3] if fits)
+
+
 def check(manifest: dict[str, Any], data: DataConfig) -> None:
     """Refuses rows that must not be trained on.
 
@@ -147,18 +166,16 @@ def check(manifest: dict[str, Any], data: DataConfig) -> None:
     why = f"Rejected: {histogram}. First: {first}. " if rejected else ""
     counts = {name: split["desirable"] + split["undesirable"] for name, split in manifest.get("splits", {}).items()}
     if not counts.get("train"):
-        left = (
-            f"{manifest['skipped']} are left out by data.label_map, {counts.get('unused', 0)} by data.score_rule, "
-            f"{counts.get('eval', 0) + counts.get('judge', 0)} are held out. "
-        )
         raise ConfigError(
-            f"0 of {rows} rows usable to train on. {why}{left}At least one is needed. "
-            "Mend the rows, or set the fields, label_map, holdout and max_length of config.data to fit them."
+            f"0 of {rows} rows usable to train on. {why}{_left(manifest, counts)}At least one is needed. "
+            f"{_fits(manifest)}Correct the rows, or set the fields, label_map, holdout and max_length of "
+            "config.data to fit them."
         )
     if rejected > data.max_rejected * rows:
         raise ConfigError(
             f"{rejected} of {rows} rows are rejected ({rejected / rows:.2%}). {why}"
-            f"At most data.max_rejected={data.max_rejected:.2%} may be. Mend the rows, or set config.data.max_rejected."
+            f"At most data.max_rejected={data.max_rejected:.2%} may be. "
+            "Correct the rows, or set config.data.max_rejected."
         )
     if manifest["train_eval_overlap"]:
         raise ConfigError(

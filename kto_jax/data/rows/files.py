@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.config.packages import require
+from kto_jax.data.rows.rejection import Rejection
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.digests import file_digest
@@ -41,14 +42,6 @@ _SURROGATES = re.compile("[\udc80-\udcff]")
 
 Row = tuple[str, Any]
 Wrap = Callable[[IO[bytes]], IO[bytes]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rejection:
-    """A row that cannot be used."""
-
-    reason: str
-    place: str
 
 
 @dataclasses.dataclass(frozen=True)

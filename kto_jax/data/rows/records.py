@@ -9,124 +9,53 @@
 
 and `data.layout` where it holds them: `kto_jax.data.rows.layouts`. A row of a chat log may hold several.
 
-A broken row costs only itself. Nothing is guessed: a label is a boolean or is mapped by `data.label_map`.
+A broken row costs only itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import json
-import math
-import string
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.rows import files
-from kto_jax.data.rows.files import Rejection
-from kto_jax.data.rows.layouts import LAYOUTS, NEEDED, Fields, Names, Rows
-from kto_jax.data.rows.turns import (
-    SAME_COMPLETIONS,
-    TOOLS,
-    BadRowError,
-    Completion,
-    Message,
-    check_text,
-    decoded,
-    message_of,
-    part,
-    present,
-    with_tools,
+from kto_jax.data.rows import detect, files
+from kto_jax.data.rows.examples import (
+    Feedback,
+    Preference,
+    Record,
+    completions_of,
+    record_of,
+    row_of,
+    template_fields,
+    unlabelled,
 )
+from kto_jax.data.rows.layout import NEEDED, Fields, Rows, Skip
+from kto_jax.data.rows.layouts import LAYOUTS
+from kto_jax.data.rows.rejection import Rejection, Skipped
+from kto_jax.data.rows.turns import BadRowError
 
-_REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
-_USUAL_LABELS = (
-    *(("1", "0"), ("1", "-1"), ("1.0", "0.0"), ("1.0", "-1.0")),
-    *(("True", "False"), ("true", "false"), ("TRUE", "FALSE"), ("yes", "no"), ("up", "down")),
-)
-"""Texts of labels that spreadsheets and programs write, desirable and undesirable. None is mapped without being set."""
-_LARGEST = 3.4e38
-"""Weights and scores are kept as float32."""
+__all__ = [
+    "Feedback", "Preference", "Reading", "Record", "Rejection", "Skipped", "completions_of", "read_as", "read_records",
+    "records_of", "row_of", "template_fields",
+]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Feedback:
-    """One completion, and what is said of it.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the rows of a file are read.
 
     Attributes:
-      prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's, and the first may
-        hold tools (`kto_jax.data.rows.turns.TOOLS`).
-      completion: what the model is rewarded or punished for; a message where it calls tools.
-      desirable: thumbs-up; means nothing yet where rows hold scores.
-      weight: how much the row counts, at least 0.
-      place: `file:line`, from 1; of a Parquet or JSON file the row's number.
-      score: rating, finite; 0 where rows hold none.
+      layout: the one that is set, or that the rows look like.
+      fits: the layouts and formats that the first rows fit, if they do not fit those that they are read by.
+      records: every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`; as several of a chat log with several
+        ratings.
     """
 
-    prompt: str | list[Message]
-    completion: Completion
-    desirable: bool
-    weight: float
-    place: str
-    score: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Preference:
-    """Two completions of one prompt, of which the first is preferred.
-
-    Attributes:
-      chosen: desirable.
-      rejected: undesirable; of the same prompt, weight and place.
-    """
-
-    chosen: Feedback
-    rejected: Feedback
-
-    @property
-    def place(self) -> str:
-        """`file:line` of the row."""
-        return self.chosen.place
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Skipped:
-    """A row that is left out: its label is mapped to None, or it is a chat log without feedback."""
-
-    place: str
-
-
-Record = Feedback | Preference | Rejection | Skipped
-
-
-def completions_of(record: Feedback | Preference) -> tuple[Feedback, ...]:
-    """The completions of a row, in the order in which the index holds them."""
-    return (record.chosen, record.rejected) if isinstance(record, Preference) else (record,)
-
-
-def row_of(feedback: Feedback, data: DataConfig) -> dict[str, Any]:
-    """A row of the layout "fields" that reads back as this completion.
-
-    Args:
-      feedback: read by `records_of`.
-      data: by which it was read; scores are kept as scores, and labels as labels.
-    """
-    prompt, completion = feedback.prompt, feedback.completion
-    row: dict[str, Any] = {}
-    if isinstance(prompt, list) and prompt[0]["role"] == TOOLS:
-        row["tools"], prompt = json.loads(prompt[0]["content"]), prompt[1:]
-    row["prompt"] = prompt if isinstance(prompt, str) else [message_of(message) for message in prompt]
-    row["completion"] = completion if isinstance(completion, str) else [message_of(completion)]
-    if feedback.weight != 1:
-        row["weight"] = feedback.weight
-    if data.format == "scores":
-        row["score"] = feedback.score
-    elif data.format != "demonstrations":
-        row["label"] = feedback.desirable
-    return row
+    layout: str
+    fits: list[detect.Fit]
+    records: Iterator[Record]
 
 
 def read_records(source: str, data: DataConfig) -> Iterator[Record]:
@@ -146,42 +75,64 @@ def read_records(source: str, data: DataConfig) -> Iterator[Record]:
         yield from records_of(files.read_rows(file), data)
 
 
-def records_of(rows: Iterator[tuple[str, Any]], data: DataConfig) -> Iterator[Record]:
+def records_of(rows: Rows, data: DataConfig) -> Iterator[Record]:
+    """The records of `read_as`."""
+    return read_as(rows, data).records
+
+
+def read_as(rows: Rows, data: DataConfig) -> Reading:
     """Turns the raw rows of a file into records.
 
     Args:
       rows: place and fields; a `Rejection` in place of the fields where the row could not be read.
       data: which fields hold what.
 
-    Yields:
-      Every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`; as several of a chat log with several ratings.
+    Returns:
+      The records, and the layout that they are read by.
 
     Raises:
-      ConfigError: the first readable row lacks a field, or `data.layout` or `data.prompt_template` is not usable.
+      ConfigError: the first rows lack a field or fit several layouts, or `data.layout` or `data.prompt_template` is not
+        usable.
     """
+    seen, rows = detect.look(rows)
+    fitting = detect.fitting(seen, data)
+    data = dataclasses.replace(data, layout=detect.choose_layout(seen, data))
+    fits = detect.alternatives(fitting, data)
+    required = _required(data)
+    _check_columns(required, seen, fits, data)
+    if data.layout == "fields" and seen.rows:
+        _warn_of_unread(seen, data, required)
+    return Reading(data.layout, fits, _records(rows, data))
+
+
+def _records(rows: Rows, data: DataConfig) -> Iterator[Record]:
     layout = LAYOUTS[data.layout]
-    rows = _checked(rows, _required(data), data)
+    data = dataclasses.replace(data, label_map={**layout.labels, **data.label_map})
     read = layout.reader(data)
     for place, fields in rows if layout.gather is None else layout.gather(rows):
-        if isinstance(fields, Rejection):
+        if isinstance(fields, Rejection | Skipped):
             yield fields
             continue
         try:
+            if not isinstance(fields, Mapping):
+                raise BadRowError(f"row is not an object but {type(fields).__name__}")
+            _refuse_images(fields)
             examples = read(fields)
         except BadRowError as error:
             yield Rejection(str(error), place)
             continue
-        if not examples:
-            yield Skipped(place)
-        for example, names in examples:
+        for example in examples:
+            if isinstance(example, Skip):
+                yield unlabelled(example.reason, data, place)
+                continue
             try:
-                yield _record(example, names, data, place)
+                yield record_of(*example, data, place)
             except BadRowError as error:
                 yield Rejection(str(error), place)
 
 
-def _required(data: DataConfig) -> list[str]:
-    """The columns that every row must have.
+def _required(data: DataConfig) -> list[str | tuple[str, ...]]:
+    """The columns that the rows must have; of a tuple, one is enough.
 
     Raises:
       ConfigError: the layout does not hold what the format needs, or has no use for the template.
@@ -200,161 +151,63 @@ def _required(data: DataConfig) -> list[str]:
                 'says where the prompt is. Only the layout "fields" takes a template. Take one of the two out.'
             )
         return list(columns[data.format])
-    needed = [getattr(data, f"{key}_field") for key in NEEDED[data.format]]
-    if data.prompt_template:
-        return [*template_fields(data.prompt_template), *needed]
-    # Chosen and rejected may hold the prompt; a column that is asked for by name must be there.
-    may_lack = data.format == "pairs" and data.prompt_field == "prompt"
-    return needed if may_lack else [data.prompt_field, *needed]
+    needed = detect.needed_columns(data)
+    return [*template_fields(data.prompt_template), *needed] if data.prompt_template else needed
 
 
-def _checked(rows: Rows, required: list[str], data: DataConfig) -> Rows:
-    """The rows, of which the first must have the columns, and which are objects or rejections."""
-    seen_header = False
-    if data.layout == "fields":
-        columns = {getattr(data, f"{key}_field") for key in ("prompt", *NEEDED[data.format], "tools", "weight")}
-        columns |= set(template_fields(data.prompt_template)) if data.prompt_template else set()
-    for place, fields in rows:
-        if not isinstance(fields, Mapping | Rejection):
-            fields = Rejection(f"row is not an object but {type(fields).__name__}", place)
-        if not seen_header and not isinstance(fields, Rejection):
-            _check_columns(required, fields, data, place)
-            if data.layout == "fields":
-                _warn_of_unread(fields, data, columns)
-            seen_header = True
-        yield place, fields
-
-
-_CONTENT = ("system", "system_prompt", "input", "context", "history", "images", "image", "videos", "audios")
+_CONTENT = ("system", "system_prompt", "input", "context", "history")
 """Columns that are likely to hold a part of the conversation."""
+_IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that hold what no text model reads."""
 
 
-def _warn_of_unread(fields: Fields, data: DataConfig, read: set[str]) -> None:
+def _refuse_images(fields: Fields) -> None:
+    """Rejects a row with an image, a video or a sound.
+
+    Raises:
+      BadRowError: it has one.
+    """
+    name = next((name for name in _IMAGES if fields.get(name)), None)
+    if name:
+        raise BadRowError(f"{name!r} is not text; only text is trained on")
+
+
+def _warn_of_unread(seen: detect.Seen, data: DataConfig, required: list[str | tuple[str, ...]]) -> None:
     """Names columns that look like content, have some, and are not read."""
-    unread = [name for name in _CONTENT if name in fields and name not in read and fields[name]]
+    read = {data.prompt_field, data.system_field, data.tools_field, data.weight_field}
+    read |= {name for names in required for name in ((names,) if isinstance(names, str) else names)}
+    unread = [name for name in _CONTENT if name not in read and any(row.get(name) for row in seen.rows)]
     if unread:
-        layout = ' data.layout="alpaca" reads system, input and history.' if "instruction" in fields else ""
+        alpaca = ' data.layout="alpaca" reads system, input and history.' if seen.has("instruction") else ""
+        system = next((name for name in unread if name.startswith("system")), None)
+        system = f" data.system_field={system!r} puts it before the prompt." if system and not alpaca else ""
         print(
             f"warning: the columns {', '.join(map(repr, unread))} look like content and are not read with "
-            f"data.layout={data.layout!r}.{layout} data.prompt_template can put them into the prompt.",
+            f"data.layout={data.layout!r}.{alpaca}{system} data.prompt_template can put them into the prompt.",
             file=sys.stderr,
         )
 
 
-@functools.lru_cache
-def template_fields(template: str) -> list[str]:
-    """The fields that `data.prompt_template` names.
-
-    Args:
-      template: text for `str.format_map`, with plain field names only.
-
-    Returns:
-      The names, in order.
+def _check_columns(
+    required: list[str | tuple[str, ...]], seen: detect.Seen, fits: list[detect.Fit], data: DataConfig
+) -> None:
+    """Refuses a file whose first rows all lack a column.
 
     Raises:
-      ConfigError: a name is empty, a number, or reaches into a field by `.` or `[`.
+      ConfigError: naming the columns, the nearest and the settings that would fit.
     """
-    try:
-        parsed = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(
-            f"data.prompt_template={template!r} cannot be read: {error}. Fields are written {{name}}. "
-            "Write literal braces twice."
-        ) from error
-    names = [name for name, _ in parsed]
-    bad = [name for name, spec in parsed if not name or name.isdigit() or "." in name or "[" in name or "{" in spec]
-    if bad or not names:
-        raise ConfigError(
-            f"data.prompt_template={template!r} " + (f"names {bad[0]!r}" if bad else "names no field") + ". "
-            "Only plain field names are allowed, such as {title}. Name a column of the file."
-        )
-    return names
-
-
-def _check_columns(required: list[str], fields: Fields, data: DataConfig, place: str) -> None:
-    columns = list(fields)
-    for name in required:
-        if name in columns:
+    for names in required if seen.rows else ():
+        if seen.has(names):
             continue
-        nearest = difflib.get_close_matches(name, map(str, columns), n=1, cutoff=0.5)
+        name = names if isinstance(names, str) else names[0]
+        nearest = difflib.get_close_matches(name, seen.columns, n=1, cutoff=0.5)
         *others, last = "prompt_field (or prompt_template)", *(f"{key}_field" for key in NEEDED[data.format])
         remedy = f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {data.format!r}."
         if data.layout != "fields":
             remedy = f"Set config.data.layout, which is {data.layout!r}."
         raise ConfigError(
-            f"{place}: no column {name!r}. The columns are {', '.join(map(repr, columns)) or 'none'}. "
+            f"{seen.place}: no column {name!r}. The columns are {', '.join(map(repr, seen.columns)) or 'none'}. "
             + (f"Did you mean {nearest[0]!r}? " if nearest else "")
+            + (f"These rows fit {detect.suggestion(fits)}. " if fits else "")
             + remedy
         )
-
-
-def _record(fields: Fields, names: Names, data: DataConfig, place: str) -> Feedback | Preference | Skipped:
-    desirable = data.format == "demonstrations"
-    if data.format == "thumbs":
-        label = _label(present(fields, names["label"]), data)
-        if label is None:
-            return Skipped(place)
-        desirable = label
-    if data.layout == "fields" and data.prompt_template:
-        # format_map with the named fields alone: the template cannot reach anything else.
-        values = {name: present(fields, name) for name in template_fields(data.prompt_template)}
-        prompt: Any = check_text(data.prompt_template.format_map(values), "prompt")
-    elif data.format == "pairs":
-        prompt = decoded(fields.get(names.get("prompt", "")))
-    else:
-        prompt = decoded(present(fields, names["prompt"]))
-    weight = _weight(fields.get(names.get("weight", data.weight_field)))
-    replies = {key: decoded(present(fields, names[key])) for key in _REPLIES[data.format]}
-    prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
-    prompt = with_tools(prompt, fields.get(data.tools_field))
-    if data.format == "pairs":
-        chosen, rejected = completions
-        if chosen == rejected:
-            raise BadRowError(SAME_COMPLETIONS)
-        return Preference(
-            Feedback(prompt, chosen, True, weight, place), Feedback(prompt, rejected, False, weight, place)
-        )
-    score = _score(present(fields, names["score"])) if data.format == "scores" else 0.0
-    return Feedback(prompt, completions[0], desirable, weight, place, score)
-
-
-def _label(value: Any, data: DataConfig) -> bool | None:
-    if isinstance(value, bool | str | int | float) and str(value) in data.label_map:
-        return data.label_map[str(value)]
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str | int | float):
-        raise BadRowError(f"label is not mapped: {str(value)[:40]!r}{_label_setting(str(value))}")
-    raise BadRowError(f"label is not a boolean, text or number but {type(value).__name__}")
-
-
-def _label_setting(label: str) -> str:
-    """The setting that would read a label written in a usual way, to be appended to the reason; else nothing."""
-    for desirable, undesirable in _USUAL_LABELS:
-        if label in (desirable, undesirable):
-            label_map = {desirable: True, undesirable: False}
-            return f'; set --config.data.label_map="{label_map}"'
-    return ""
-
-
-def _weight(value: Any) -> float:
-    weight = 1.0 if value is None or value == "" else _number(value)
-    if weight is None or weight < 0:
-        raise BadRowError(f"weight is not a finite number of at least 0: {str(value)[:40]!r}")
-    return weight
-
-
-def _score(value: Any) -> float:
-    score = _number(value)
-    if score is None:
-        raise BadRowError(f"score is not a finite number: {str(value)[:40]!r}")
-    return score
-
-
-def _number(value: Any) -> float | None:
-    """A finite number from a number or text, or None."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) <= _LARGEST else None

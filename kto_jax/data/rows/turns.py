@@ -37,7 +37,14 @@ TOOL_FIELDS = ("name", "tool_call_id")
 """What a message of a tool may say of itself."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
 """Why a pair is rejected that teaches nothing."""
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak."""
+_NO_ROLES: Mapping[str, str] = {}
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 _LONGEST_TEXT = 1 << 20
@@ -49,17 +56,45 @@ class BadRowError(ValueError):
     """The row is rejected; the message is the reason."""
 
 
+_ABSENT = object()
+
+
+def lookup(fields: Any, name: str, default: Any = None) -> Any:
+    """A field by its name, or by a dotted path into objects and lists.
+
+        {"data": {"rating": 1}}        "data.rating"     1
+        {"votes": [{"value": 3}]}      "votes.0.value"   3
+        {"data.rating": 1}             "data.rating"     1       the whole name comes first
+
+    Args:
+      fields: a row, or a value inside it.
+      name: name or path.
+      default: returned if nothing is there.
+    """
+    if isinstance(fields, Mapping):
+        if name in fields:
+            return fields[name]
+        head, dot, rest = name.partition(".")
+        return lookup(fields[head], rest, default) if dot and head in fields else default
+    if isinstance(fields, list):
+        head, dot, rest = name.partition(".")
+        if head.isdecimal() and int(head) < len(fields):
+            return lookup(fields[int(head)], rest, default) if dot else fields[int(head)]
+    return default
+
+
 def present(fields: Mapping[str, Any], name: str) -> Any:
-    """A field that must be there.
+    """A field that must be there, by its name or a dotted path.
 
     Raises:
       BadRowError: it is missing or null.
     """
-    if name not in fields:
+    value = lookup(fields, name, _ABSENT)
+    if value is _ABSENT:
         raise BadRowError(f"missing field {name!r}")
-    if fields[name] is None:
+    if value is None:
         raise BadRowError(f"null field {name!r}")
-    return fields[name]
+    return value
 
 
 def check_text(value: Any, name: str) -> str:
@@ -81,11 +116,34 @@ def check_text(value: Any, name: str) -> str:
     return value
 
 
-def decoded(value: Any) -> Any:
-    """Messages that are kept as text, JSON or Python's, as a list; any other value as it is.
+def decoded(value: Any, roles: Mapping[str, str] = _NO_ROLES) -> Any:
+    """Messages in one form; any other value as it is.
 
-    '[{"role": "user", "content": "Q"}]'        [{"role": "user", "content": "Q"}]
+        '[{"role": "user", "content": "Q"}]'        [{"role": "user", "content": "Q"}]      text, JSON or Python's
+        [{"from": "human", "value": "Q"}]           [{"role": "user", "content": "Q"}]      ShareGPT's names
+        [{"role": "customer", "content": "Q"}]      [{"role": "user", "content": "Q"}]      roles={"customer": "user"}
+
+    Args:
+      value: of a row.
+      roles: what other words for roles mean (`data.roles`).
     """
+    value = _parsed(value)
+    if not isinstance(value, list):
+        return value
+    return [_in_one_form(message, roles) if isinstance(message, Mapping) else message for message in value]
+
+
+def _in_one_form(message: Mapping[str, Any], roles: Mapping[str, str]) -> Mapping[str, Any]:
+    speaker = message.get("role", message.get("from"))
+    if "role" not in message and "from" in message:
+        speaker = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        message = {**message, "role": speaker, "content": message.get("value", message.get("content"))}
+        speaker = message["from"] if message["from"] in roles else speaker
+    return {**message, "role": roles[speaker]} if isinstance(speaker, str) and speaker in roles else message
+
+
+def _parsed(value: Any) -> Any:
+    """A list of messages that is kept as text; any other value as it is."""
     if not isinstance(value, str) or not _MESSAGES_AS_TEXT.match(value) or len(value) > _LONGEST_TEXT:
         return value
     for read in (json.loads, ast.literal_eval):
@@ -221,8 +279,9 @@ def _message(message: Any, name: str) -> Message:
     if not isinstance(message, Mapping):
         raise BadRowError(f"message of the {name} is not an object but {type(message).__name__}")
     role = message.get("role")
-    if role not in _ROLES:
-        raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}")
+    if role not in ROLES:
+        setting = f"; data.roles={{{role[:40]!r}: 'user'}} maps it" if isinstance(role, str) else ""
+        raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}{setting}")
     calls = _tool_calls(message.get(TOOL_CALLS), role, name)
     content = _joined(message.get("content"), name)
     if calls and (content is None or (isinstance(content, str) and not content.strip())):

@@ -35,7 +35,7 @@ FAULTS = {
     "lone surrogate in completion": line(completion="\ud800"),
     "line is longer than 4096 bytes": line(prompt="x" * 5000),
     "invalid JSON: Expecting ',' delimiter": b'{"prompt": "a" "b"}',
-    "null field 'label'": line(label=None),
+    "no value in the field 'label'": line(label=None),
     **{f"label is not mapped: {str(label)!r}": line(label=label) for label in ("good", 2.0)},
     **{
         f'label is not mapped: {str(label)!r}; set --config.data.label_map="{label_map}"': line(label=label)
@@ -50,7 +50,9 @@ FAULTS = {
     "label is not a boolean, text or number but list": line(label=[True]),
     "weight is not a finite number of at least 0: 'nan'": line(weight=float("nan")),
     "prompt ends with an assistant message": line(prompt=[{"role": "assistant", "content": "a"}]),
-    "role of the prompt is not known: 'boss'": line(prompt=[{"role": "boss", "content": "a"}]),
+    "role of the prompt is not known: 'boss'; data.roles={'boss': 'user'} maps it": line(
+        prompt=[{"role": "boss", "content": "a"}]
+    ),
     "tools is not a list of objects": line(tools={"name": "x"}),
     "the chat template does not show tools": line(tools=[{"name": "x"}]),
     "invalid JSON: Unterminated string starting at": b'{"prompt": "Hello?", "compl',
@@ -65,7 +67,7 @@ def path(tmp_path, monkeypatch):
 
 
 def test_every_fault_is_explained_by_reason_and_line(path, make_index):
-    index = make_index((), train=str(path), max_length=64, max_rejected=1.0)
+    index = make_index((), train=str(path), max_length=64, max_rejected=1.0, unlabelled="reject")
     expected = [(reason, f"{path}:{number}") for number, reason in enumerate(FAULTS, start=1 + len(USABLE))]
     found = [(first["reason"], first["place"]) for first in index.manifest["rejections"]["first"]]
     # Rows that cannot be encoded may be found later than rows that cannot be read.
@@ -78,10 +80,10 @@ def test_a_file_of_faults_is_refused_with_a_histogram_of_their_reasons(path, mak
     with pytest.raises(
         ConfigError, match=r"28 of 33 rows are rejected \(84\.85%\)\. Rejected: 1 × .*First: .*jsonl:\d+: "
     ):
-        make_index((), train=str(path), max_length=64)
+        make_index((), train=str(path), max_length=64, unlabelled="reject")
 
 
 def test_a_file_without_a_usable_row_says_so_and_why(path, make_index):
     path.write_bytes(b"\n".join(FAULTS.values()))
     with pytest.raises(ConfigError, match=r"0 of 28 rows usable to train on\. Rejected: .*1 × empty completion"):
-        make_index((), train=str(path), max_length=64)
+        make_index((), train=str(path), max_length=64, unlabelled="reject")

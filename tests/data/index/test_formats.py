@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.rows.records import Feedback, Preference, Rejection, read_records
+from kto_jax.data.rows.records import Feedback, Preference, Rejection, Skipped, read_records
 from kto_jax.data.tokens.tokenizer import decode
 
 PAIR = {"prompt": "Hello?", "chosen": "Hi.", "rejected": "Go."}
@@ -65,15 +65,12 @@ def test_a_demonstration_is_desirable_and_needs_no_label(tmp_path):
         ("pairs", {"rejected": "a\0b"}, "NUL character in rejected"),
         ("pairs", {"weight": -1}, "weight is not a finite number of at least 0: '-1'"),
         ("pairs", {"weight": 1e39}, "weight is not a finite number of at least 0: '1e+39'"),
-        ("scores", {"score": float("nan")}, "score is not a finite number: 'nan'"),
         ("scores", {"score": float("-inf")}, "score is not a finite number: '-inf'"),
         ("scores", {"score": 1e39}, "score is not a finite number: '1e+39'"),
         ("scores", {"score": 10**400}, "score is not a finite number: '" + "1" + "0" * 39 + "'"),
         ("scores", {"score": True}, "score is not a finite number: 'True'"),
         ("scores", {"score": "high"}, "score is not a finite number: 'high'"),
-        ("scores", {"score": ""}, "score is not a finite number: ''"),
         ("scores", {"score": [1]}, "score is not a finite number: '[1]'"),
-        ("scores", {"score": None}, "null field 'score'"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_reason_and_costs_only_itself(tmp_path, kind, change, reason):
@@ -81,6 +78,14 @@ def test_a_bad_row_is_rejected_with_its_reason_and_costs_only_itself(tmp_path, k
     first, bad, last = read(tmp_path / "a.jsonl", kind, good, {**good, **change}, good)
     assert bad == Rejection(reason, f"{tmp_path / 'a.jsonl'}:2")
     assert not isinstance(first, Rejection) and not isinstance(last, Rejection)
+
+
+@pytest.mark.parametrize("score", [None, "", float("nan")])
+def test_a_row_without_a_score_is_skipped_or_rejected(tmp_path, score):
+    path = tmp_path / "a.jsonl"
+    reason = ("no value in the field 'score'", f"{path}:2")
+    assert read(path, "scores", SCORED, {**SCORED, "score": score})[1] == Skipped(*reason)
+    assert read(path, "scores", SCORED, {**SCORED, "score": score}, unlabelled="reject")[1] == Rejection(*reason)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_scores_that_give_no_label_are_unused_and_counted(make_index, rule, pivo
 
 
 def test_scores_that_all_tie_leave_nothing_to_train_on(make_index):
-    with pytest.raises(ConfigError, match=r"0 of 3 rows usable.* 3 by data.score_rule, 0 are held out"):
+    with pytest.raises(ConfigError, match=r"0 of 3 rows usable.* 3 are left out by data.score_rule"):
         make_index([SCORED] * 3, format="scores", score_rule="median")
 
 

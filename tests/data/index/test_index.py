@@ -121,14 +121,14 @@ def test_held_out_feedback_of_its_own_is_never_trained_on(make_index):
             r"0 of 3 rows usable.*3 × empty completion.*train.jsonl:1",
         ),
         (
-            [*toy_rows(), {"prompt": "a"}],
+            [*toy_rows(), {"prompt": "a", "label": True}],
             {},
-            r"1 of 121 rows are rejected \(0.83%\).*train.jsonl:121: missing field 'label'",
+            r"1 of 121 rows are rejected \(0.83%\).*train.jsonl:121: missing field 'completion'",
         ),
         (
             [{"prompt": "a", "completion": "b", "label": "x"}],
             {"label_map": {"x": None}},
-            "1 are left out by data.label_map",
+            "0 of 1 rows usable.* Skipped: 1 × its label is mapped to None",
         ),
         (toy_rows(3), {"holdout": 1.0}, "9 are held out"),
         (toy_rows(3), {"vocab_size": 100, "max_rejected": 1.0}, "outside the model's vocabulary"),
@@ -142,7 +142,7 @@ def test_feedback_that_cannot_be_trained_on_is_refused_and_leaves_nothing(make_i
 
 
 def test_lowering_max_rejected_refuses_an_index_that_is_already_built(make_index, tmp_path):
-    rows = [*toy_rows(), {"prompt": "a"}]
+    rows = [*toy_rows(), {"prompt": "a", "label": True}]
     make_index(rows, directory=tmp_path, max_rejected=0.01)
     with pytest.raises(ConfigError, match="1 of 121 rows are rejected"):
         make_index(rows, directory=tmp_path)

@@ -50,7 +50,6 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
             {**GOOD, "label": -1.0},
             """label is not mapped: '-1.0'; set --config.data.label_map="{'1.0': True, '-1.0': False}\"""",
         ),
-        ({**GOOD, "label": None}, "null field 'label'"),
         ({**GOOD, "label": [True]}, "label is not a boolean, text or number but list"),
         ({**GOOD, "weight": -1}, "weight is not a finite number of at least 0: '-1'"),
         ({**GOOD, "weight": True}, "weight is not a finite number of at least 0: 'True'"),
@@ -58,7 +57,10 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
         ({**GOOD, "weight": float("nan")}, "weight is not a finite number of at least 0: 'nan'"),
         ({**GOOD, "prompt": []}, "empty prompt"),
         ({**GOOD, "prompt": ["Hello?"]}, "message of the prompt is not an object but str"),
-        ({**GOOD, "prompt": [{"role": "boss", "content": "x"}]}, "role of the prompt is not known: 'boss'"),
+        (
+            {**GOOD, "prompt": [{"role": "boss", "content": "x"}]},
+            "role of the prompt is not known: 'boss'; data.roles={'boss': 'user'} maps it",
+        ),
         ({**GOOD, "prompt": [{"role": "user"}]}, "message of the prompt has no content"),
         ({**GOOD, "prompt": [{"role": "user", "content": ["x"]}]}, "part of the prompt is not an object but str"),
         ({**GOOD, "prompt": [{"role": "assistant", "content": "x"}]}, "prompt ends with an assistant message"),
@@ -94,6 +96,22 @@ def test_a_giant_line_is_rejected_without_being_kept(tmp_path, monkeypatch):
     first, bad, last = read(path)
     assert bad == Rejection("line is longer than 200 bytes", f"{path}:2")
     assert isinstance(first, Feedback) and last.place == f"{path}:3"
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ({"label": None}, "no value in the field 'label'"),
+        ({"label": ""}, "no value in the field 'label'"),
+        ({"label": float("nan")}, "no value in the field 'label'"),
+        ({}, "missing field 'label'"),
+    ],
+)
+def test_a_row_without_a_label_is_skipped_and_counted_or_rejected(tmp_path, label, reason):
+    row = {name: value for name, value in GOOD.items() if name != "label"} | label
+    path = write_lines(tmp_path / "a.jsonl", GOOD, row)
+    assert read(path)[1] == Skipped(reason, f"{path}:2")
+    assert read(path, unlabelled="reject")[1] == Rejection(reason, f"{path}:2")
 
 
 def test_labels_are_mapped_and_none_leaves_the_row_out(tmp_path):

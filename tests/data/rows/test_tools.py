@@ -112,7 +112,7 @@ def test_tools_that_are_no_schemas_are_rejected(tmp_path, tools, reason):
 def test_a_role_of_a_row_is_never_that_of_the_tools(tmp_path):
     messages = [{"role": "tools", "content": "[]"}, {"role": "user", "content": "Q"}]
     (bad,) = read(tmp_path / "a.jsonl", {**ROW, "prompt": messages})
-    assert bad.reason == "role of the prompt is not known: 'tools'"
+    assert bad.reason.startswith("role of the prompt is not known: 'tools'")
 
 
 def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path, tokenizer, encoder):

@@ -1,0 +1,21 @@
+"""Rows that are not trained on: rejected because they cannot be used, or skipped because they are not meant to be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rejection:
+    """A row that cannot be used."""
+
+    reason: str
+    place: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row, or an answer in it, that nobody asked to train on: it has no label, or its label is mapped to None."""
+
+    reason: str
+    place: str
