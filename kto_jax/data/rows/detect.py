@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.layout import NEEDED, Fields, Rows
@@ -54,8 +55,9 @@ class Seen:
         return any(lookup(row, name, _ABSENT) is not _ABSENT for row in self.rows for name in names)
 
 
-def look(rows: Rows) -> tuple[Seen, Rows]:
+def look(rows: Iterable[tuple[str, Any]]) -> tuple[Seen, Rows]:
     """The first rows, and all rows with them."""
+    rows = iter(rows)
     first = list(itertools.islice(rows, _NUM_SEEN))
     found = [(place, fields) for place, fields in first if isinstance(fields, Mapping)]
     seen = Seen([fields for _, fields in found], found[0][0] if found else "")
