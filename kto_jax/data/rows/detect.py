@@ -55,10 +55,13 @@ class Seen:
         return any(lookup(row, name, _ABSENT) is not _ABSENT for row in self.rows for name in names)
 
 
-def look(rows: Iterable[tuple[str, Any]]) -> tuple[Seen, Rows]:
-    """The first rows, and all rows with them."""
-    rows = iter(rows)
-    first = list(itertools.islice(rows, _NUM_SEEN))
+def look(rows: Iterable[tuple[str, Any]], data: DataConfig) -> tuple[Seen, Rows]:
+    """The first rows, and all rows with them; if the layout is set, no more than needed, since a pipe may be slow."""
+    rows, first = iter(rows), []
+    for place, fields in rows:
+        first.append((place, fields))
+        if len(first) == _NUM_SEEN or (data.layout != "auto" and isinstance(fields, Mapping)):
+            break
     found = [(place, fields) for place, fields in first if isinstance(fields, Mapping)]
     seen = Seen([fields for _, fields in found], found[0][0] if found else "")
     return seen, itertools.chain(first, rows)

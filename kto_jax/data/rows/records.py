@@ -94,7 +94,7 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
       ConfigError: the first rows lack a field or fit several layouts, or `data.layout` or `data.prompt_template` is not
         usable.
     """
-    seen, rows = detect.look(rows)
+    seen, rows = detect.look(rows, data)
     fitting = detect.fitting(seen, data)
     data = dataclasses.replace(data, layout=detect.choose_layout(seen, data))
     fits = detect.alternatives(fitting, data)
