@@ -18,6 +18,7 @@ FREE = {
     "model.path": "a place", "reference.path": "a place", "data.index_store": "a place",
     "data.train": "sources, checked entry by entry", "data.eval": "sources, checked entry by entry",
     "data.prompt_template": "a text with fields of the record", "data.label_map": "labels are the data's",
+    "data.roles": "words for roles are the data's",
     "data.chat_template": "a file, or a word", "data.chat_template_kwargs": "names are the template's",
     "data.template_date": "a date, checked in rules.py", "data.assistant_tokens": "tokens of the tokenizer",
     "data.eos_token": "a token of the tokenizer",
@@ -26,7 +27,7 @@ FREE = {
     "objective.good_control": "any text", "objective.bad_control": "any text",
     "samples.judges": "judges may be added; checked with them",
 } | {f"data.{name}_field": "a column of the data" for name in (
-    "prompt", "completion", "label", "chosen", "rejected", "score", "tools", "weight",
+    "prompt", "completion", "label", "chosen", "rejected", "score", "tools", "weight", "system",
 )}  # fmt: skip
 """Fields that take any text or mapping, and why."""
 
