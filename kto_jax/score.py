@@ -23,13 +23,14 @@ from kto_jax.command import FAILED, FINISHED, run_command
 from kto_jax.config import Config, ConfigError, DataConfig
 from kto_jax.config.ranges import Count, Precision, Range
 from kto_jax.data.rows import files
+from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.progress import note_devices, show_progress
 from kto_jax.rewards.reward_model import completions_to_score, open_reward_model, score_records, score_rows
 from kto_jax.storage.atomic import new_file
 
-Scored = dict[str, Any] | files.Rejection
+Scored = dict[str, Any] | Rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _write(out: Path, rows: Iterable[Scored], counts: dict[str, int]) -> None:
     try:
         with contextlib.suppress(_NothingScored), new_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for row in rows:
-                if isinstance(row, files.Rejection):
+                if isinstance(row, Rejection):
                     counts["rejected"] += 1
                     print(f"{row.place}: {row.reason}", file=sys.stderr)
                 else:

@@ -24,7 +24,9 @@ ORDER = {
     "kto_jax.data.index": ["manifest shared_store", "build_folder conversions", "builder", "index"],
     "kto_jax.data.rows": [
         "rejection sources tfds turns",
-        "files layout logged",
+        "json_rows layout logged",
+        "tables",
+        "files",
         "chats public trees examples exports",
         "layouts",
         "detect",

@@ -111,11 +111,11 @@ class DataConfig:
     """Where the feedback is and how it is read."""
 
     train: Sources = ""
-    """Files (.jsonl, .json, .csv, each also with .gz, .bz2 or .zst; .parquet, .arrow, .feather), directories of them,
-    globs, `hub:org/name/split`, `hub:org/name/split@REVISION`, `tfds:name/split`, `tfds-dir:path:split`, or
-    `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its own:
-    `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight": 0.5}`. The weight is how often an epoch visits
-    each record of that source. Required."""
+    """Files (.jsonl, .json, .csv, .tsv, each also with .gz, .bz2 or .zst; .xlsx, .parquet, .arrow, .feather),
+    directories of them, globs, `hub:org/name/split`, `hub:org/name/split@REVISION`, `tfds:name/split`,
+    `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its
+    own: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight": 0.5}`. The weight is how often an epoch
+    visits each record of that source. Required."""
     eval: Sources = ""
     """Held-out feedback, written as `train` but without weights. Empty holds out the share `holdout` of `train`."""
     holdout: Fraction = 0.05

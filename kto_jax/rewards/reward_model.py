@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kto_jax.config import ConfigError, DataConfig, MeshConfig
-from kto_jax.data.rows import files, records
+from kto_jax.data.rows import records
+from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.truncation import cut_prompt, fit_lengths
@@ -171,7 +172,7 @@ def reward(
     data = DataConfig(max_length=model.max_length, max_prompt_length=model.max_prompt_length)
     found = []
     for row in score_rows(model, rows, data, batch_size=batch_size):
-        if isinstance(row, files.Rejection):
+        if isinstance(row, Rejection):
             raise ConfigError(
                 f"{row.place} cannot be scored: {row.reason}. A completion needs text that fits max_length="
                 f"{model.max_length}, and a finite reward. Leave it out or change it."
@@ -235,7 +236,7 @@ def score_rows(
     batch_size: int,
     score_field: str = "score",
     on_batch: Callable[[int], object] | None = None,
-) -> Iterator[dict[str, Any] | files.Rejection]:
+) -> Iterator[dict[str, Any] | Rejection]:
     """Adds to each row the score of its prompt and completion.
 
     Args:
@@ -258,13 +259,13 @@ def score_rows(
 
 def score_records(
     model: RewardModel,
-    pairs: Iterator[tuple[Any, records.Feedback | files.Rejection]],
+    pairs: Iterator[tuple[Any, records.Feedback | Rejection]],
     data: DataConfig,
     *,
     batch_size: int,
     score_field: str,
     on_batch: Callable[[int], object] | None = None,
-) -> Iterator[dict[str, Any] | files.Rejection]:
+) -> Iterator[dict[str, Any] | Rejection]:
     """Adds to each row the score of its prompt, completion and EOS, encoded as in training.
 
     Args:
@@ -288,19 +289,19 @@ def score_records(
             scores = iter(found.tolist())
             reasons = iter(encoded.reasons)
             for fields, record in chunk:
-                if isinstance(record, files.Rejection):
+                if isinstance(record, Rejection):
                     yield record
                 elif (reason := next(reasons)) is not None:
-                    yield files.Rejection(reason, record.place)
+                    yield Rejection(reason, record.place)
                 elif math.isfinite(score := next(scores)):
                     yield {**fields, score_field: score}
                 else:
-                    yield files.Rejection(f"its score is {score}", record.place)
+                    yield Rejection(f"its score is {score}", record.place)
 
 
 def _records(
     rows: Iterable[tuple[str, Any]], data: DataConfig, score_field: str
-) -> Iterator[tuple[Any, records.Feedback | files.Rejection]]:
+) -> Iterator[tuple[Any, records.Feedback | Rejection]]:
     """Every row's fields, with its prompt and completion as the index would read them."""
     names = (data.prompt_field, data.completion_field)
     waiting: collections.deque[Any] = collections.deque()
@@ -319,13 +320,11 @@ def _records(
     for record in records.records_of(trimmed(), dataclasses.replace(data, format="demonstrations", layout="fields")):
         fields = waiting.popleft()  # Of this layout, each row is one record.
         if not isinstance(record, records.Skipped):
-            assert isinstance(record, records.Feedback | files.Rejection)
+            assert isinstance(record, records.Feedback | Rejection)
             yield fields, record
 
 
-def completions_to_score(
-    data: DataConfig, score_field: str
-) -> Iterator[tuple[Any, records.Feedback | files.Rejection]]:
+def completions_to_score(data: DataConfig, score_field: str) -> Iterator[tuple[Any, records.Feedback | Rejection]]:
     """Every completion of what `data.train` names, and a row of the layout "fields" for it.
 
     Args:
@@ -340,7 +339,7 @@ def completions_to_score(
     """
     for source in sources_of(data):
         for record in records.read_records(source.path, source.data) if source.split == "train" else ():
-            if isinstance(record, files.Rejection):
+            if isinstance(record, Rejection):
                 yield None, record
             elif not isinstance(record, records.Skipped):
                 for completion in records.completions_of(record):

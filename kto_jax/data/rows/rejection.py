@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+BLANK = "a blank line"
+"""Why a line without anything is skipped."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rejection:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.data.rows import files
+from kto_jax.data.rows import json_rows
 
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
 
@@ -61,7 +61,7 @@ FAULTS = {
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_BYTES", 4096)
+    monkeypatch.setattr(json_rows, "MAX_BYTES", 4096)
     (tmp_path / "faults.jsonl").write_bytes(b"\n".join([*USABLE, *FAULTS.values()]))
     return tmp_path / "faults.jsonl"
 

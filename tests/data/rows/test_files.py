@@ -1,6 +1,7 @@
 """Every kind of file, whole and broken: rows come with their places, and a broken row costs only itself."""
 
 import bz2
+import datetime
 import gzip
 import io
 import json
@@ -12,8 +13,9 @@ import pyarrow.ipc
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.data.rows import files
-from kto_jax.data.rows.files import Rejection, expand, read_rows
+from kto_jax.data.rows import json_rows
+from kto_jax.data.rows.files import expand, read_rows
+from kto_jax.data.rows.rejection import Rejection, Skipped
 
 ROWS = [{"prompt": f'Question {i}? 5" é [{{,', "completion": "a\\b\n", "label": i % 2 == 0} for i in range(300)]
 
@@ -54,6 +56,11 @@ WHOLE = {
     "lines.json": lines,
     "lines.json.zst": lambda: zst(lines()),
     "lines.json.gz": lambda: gzip.compress(lines()),
+    "list.jsonl": lambda: json.dumps(ROWS, indent=2).encode(),
+    "a.ndjson": lines,
+    "objects.json": lambda: b"\n\n".join(json.dumps(row, indent=2).encode() for row in ROWS) + b"\n",
+    "objects.json.gz": lambda: gzip.compress(b"".join(json.dumps(row, indent=4).encode() + b"\r\n" for row in ROWS)),
+    "wrapped.json": lambda: json.dumps({"meta": {"page": 1}, "data": ROWS}, indent=2).encode(),
     "file.arrow": lambda: arrow(ROWS, pyarrow.ipc.new_file),
     "stream.arrow": lambda: arrow(ROWS, pyarrow.ipc.new_stream),
     "a.feather": lambda: arrow(ROWS, pyarrow.ipc.new_file),
@@ -68,7 +75,7 @@ def test_every_kind_of_file_gives_the_same_rows_and_places(tmp_path, monkeypatch
     assert read(path) == expected
     # Wherever a chunk ends: inside a text, at a bracket, between a backslash and its character.
     for size in (3, 7, 64):
-        monkeypatch.setattr(files, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(json_rows, "_CHUNK_BYTES", size)
         assert read(path) == expected
 
 
@@ -193,3 +200,79 @@ def test_a_file_and_a_folder_are_found_from_the_home_directory(tmp_path, monkeyp
     (tmp_path / "rows.jsonl").touch()
     assert [file.path for file in expand("~/rows.jsonl")] == [tmp_path / "rows.jsonl"]
     assert [file.path for file in expand("~")] == [tmp_path / "rows.jsonl"]
+
+
+def test_one_object_over_many_lines_is_one_row_and_a_list_inside_it_is_not_taken_for_rows(tmp_path):
+    talk = {"title": "T", "messages": [{"role": "user", "content": "}{"}, {"role": "assistant", "content": "A"}]}
+    (tmp_path / "a.json").write_text(json.dumps(talk, indent=2))
+    assert read(tmp_path / "a.json") == [(f"{tmp_path / 'a.json'}:1", talk)]
+
+
+@pytest.mark.parametrize("end", [b'{\n "a": 2', b'{\n "a": "cut'])
+def test_objects_over_many_lines_that_are_cut_keep_the_whole_ones(tmp_path, end):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{\n "a": 1\n}\n' + end)
+    assert read(path) == [
+        (f"{path}:1", {"a": 1}),
+        (f"{path}:2", Rejection("invalid JSON: the file ends before an object", f"{path}:2")),
+    ]
+
+
+def test_a_sheet_separated_by_tabs_is_read_with_commas_quotes_and_blank_lines(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes('\ufeffprompt\tcompletion\nQ, q?\t"A\n\tb"\n\nR?\tB\n'.encode())
+    assert read(path) == [
+        (f"{path}:2", {"prompt": "Q, q?", "completion": "A\n\tb"}),
+        (f"{path}:4", Skipped("a blank line", f"{path}:4")),
+        (f"{path}:5", {"prompt": "R?", "completion": "B"}),
+    ]
+    (tmp_path / "one.tsv").write_text("a,b\n1,2\n")
+    assert [row for _, row in read(tmp_path / "one.tsv")] == [{"a,b": "1,2"}]
+
+
+def workbook(path, **sheets):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    book.save(path)
+    return path
+
+
+def test_a_workbook_gives_the_rows_of_its_first_sheet_and_names_the_others(tmp_path, capsys):
+    rows = [
+        ["prompt", "thumb", None, "when"],
+        ["Où?", 1, None, datetime.date(2026, 1, 2)],
+        [],
+        ["R?", None, "note", None],
+    ]
+    path = workbook(tmp_path / "a.xlsx", empty=[], feedback=rows, notes=[["x"]])
+    assert read(path) == [
+        (f"{path}:2", {"prompt": "Où?", "thumb": 1, "when": "2026-01-02 00:00:00"}),
+        (f"{path}:3", Skipped("a blank line", f"{path}:3")),
+        (f"{path}:4", {"prompt": "R?", "thumb": None, "when": None}),
+    ]
+    assert "only the sheet 'feedback' is read, not 'notes'" in capsys.readouterr().err
+
+
+def test_a_workbook_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="column 'a' twice"):
+        read(workbook(tmp_path / "twice.xlsx", sheet=[["a", "a"], [1, 2]]))
+    (tmp_path / "broken.xlsx").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match="cannot be read as Excel: BadZipFile"):
+        read(tmp_path / "broken.xlsx")
+    monkeypatch.setattr("kto_jax.config.packages.is_installed", lambda module: False)
+    with pytest.raises(ConfigError, match="Run pip install openpyxl, or save the workbook as CSV"):
+        read(tmp_path / "twice.xlsx")
+
+
+def test_files_of_unknown_ending_in_a_directory_are_counted_and_named(tmp_path, capsys):
+    for name in ("a.jsonl", "b.txt", "c.txt", "LICENSE", ".hidden.txt"):
+        (tmp_path / name).write_text("")
+    assert len(expand(str(tmp_path))) == 1
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: 3 files of unknown ending are not read: 2 × .txt, 1 × no ending\n"
+    )

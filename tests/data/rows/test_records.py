@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.rows import files
+from kto_jax.data.rows import files, json_rows
 from kto_jax.data.rows.records import Feedback, Rejection, Skipped, read_records, template_fields
 
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
@@ -83,15 +83,17 @@ def test_a_bad_row_is_rejected_with_its_reason_and_line_and_costs_only_itself(tm
     assert isinstance(first, Feedback) and isinstance(last, Feedback)
 
 
-def test_a_byte_order_mark_carriage_returns_blank_lines_and_a_missing_last_newline_are_harmless(tmp_path):
+def test_a_byte_order_mark_carriage_returns_blank_lines_and_a_missing_last_newline_cost_nothing(tmp_path):
     line = json.dumps(GOOD).encode()
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
-    assert read(path) == [Feedback("Hello?", "Hi.", True, 1.0, f"{path}:{number}") for number in (1, 3)]
+    first, blank, last = read(path)
+    assert [first, last] == [Feedback("Hello?", "Hi.", True, 1.0, f"{path}:{number}") for number in (1, 3)]
+    assert blank == Skipped("a blank line", f"{path}:2")
 
 
 def test_a_giant_line_is_rejected_without_being_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_BYTES", 200)
+    monkeypatch.setattr(json_rows, "MAX_BYTES", 200)
     path = write_lines(tmp_path / "a.jsonl", GOOD, {**GOOD, "completion": "x" * 1000}, GOOD)
     first, bad, last = read(path)
     assert bad == Rejection("line is longer than 200 bytes", f"{path}:2")
