@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_jax.config import Config, DataConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.data.tokens.encoder import RENDERING_FIELDS, Rendering, rendering_of
+from kto_jax.data.tokens.prompts import RENDERING_FIELDS, Rendering, rendering_of
 from kto_jax.devices import processes
 
 BEFORE_FIELDS = Config(reference=ReferenceConfig(param_dtype="float32"), optimizer=OptimizerConfig(decayed="all"))
