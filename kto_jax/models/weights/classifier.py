@@ -1,8 +1,8 @@
-"""What makes a directory a reward model for transformers: a sequence classification of one label, of its family.
+"""Exports a reward model for transformers as its family's sequence classifier with one label.
 
-Its forward pass scores a sequence at the last token that is not `pad_token_id`. Ours is the score at the EOS that ends
-every completion, so the padding must be any token but an EOS: where both are one, as many tokenizers have it,
-transformers would read the token before.
+transformers scores a sequence at the last token that is not `pad_token_id`; our score is read at the EOS that ends
+every completion. Padding must therefore not be an EOS: with the same token for both, as in many tokenizers,
+transformers would read the token before the EOS.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def choose_padding(
 
     Args:
       config: the architecture.
-      tokenizer_dir: the tokenizer that goes along, or None.
+      tokenizer_dir: the exported tokenizer, or None.
       stop_ids: ids that end a completion, besides the EOS of both.
 
     Returns:
-      The id and the text of the first that is no EOS: the tokenizer's padding, unknown or BOS token, or another of its
-      special tokens. Where none is, the model's BOS or the smallest id, and None: any token serves that ends no
-      sequence, but a word must not become a special token.
+      The id and text of the first of these that is not an EOS: the tokenizer's padding, unknown or BOS token, or
+      another of its special tokens. If there is none, the model's BOS or the smallest id, and None: any token that ends
+      no sequence can pad, but a word must not become a special token.
     """
     directory = Path(tokenizer_dir or "")
     taken = {*config.eos_ids, *stop_ids}
@@ -63,7 +63,7 @@ def choose_padding(
 
 
 def write_padding(directory: Path, content: str | None) -> None:
-    """Makes a tokenizer pad with what the model takes for padding; with None it refuses to pad until it is told how."""
+    """Sets a tokenizer's padding token; with None it removes it, so that the tokenizer refuses to pad."""
     for name in _SETTINGS:
         file = directory / name
         if file.is_file():
@@ -74,11 +74,11 @@ def write_padding(directory: Path, content: str | None) -> None:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """Its special tokens by name; the older file gives way."""
+    """The special tokens by name; the newer file takes precedence."""
     files = [directory / name for name in _SETTINGS]
     return {name: value for file in files if file.is_file() for name, value in read_json(file).items()}
 
 
 def _content(token: Any) -> str:
-    """The text of a special token, which is written plainly or as an object."""
+    """The text of a special token, which is stored as a string or an object."""
     return str(token.get("content")) if isinstance(token, dict) else str(token)

@@ -36,11 +36,11 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """What writing weights in fewer bits than they were trained in changes.
+    """Effect of writing weights in a narrower dtype than they were trained in.
 
     Attributes:
       largest: the largest relative change of a weight; 0 if none was rounded.
-      undone: norm of the rounding errors over the norm of what training changed; NaN if the start is not at hand.
+      undone: norm of the rounding errors over the norm of the training update; NaN if the start is not available.
     """
 
     largest: float
@@ -59,28 +59,28 @@ def save_hugging_face(
     start: Params | None = None,
     max_shard_bytes: int = 4_000_000_000,
 ) -> Rounding:
-    """Writes a directory that transformers loads, and whatever else reads its format.
+    """Writes a directory in transformers' format.
 
-    Every process of a run must call this; the first one writes. Arrays are gathered, and written, one tensor at a
-    time. All is written beside `directory` and renamed when complete.
+    Every process of a run must call this; the first one writes. Arrays are gathered and written one tensor at a time.
+    The export is written beside `directory` and renamed when complete.
 
-    A reward model becomes its family's `...ForSequenceClassification` of one label. What pads its batches there is a
-    token that is no EOS (see classifier.py), written into config.json and the tokenizer's settings. A value head is
-    left out: what is written is then a plain language model.
+    A reward model becomes its family's `...ForSequenceClassification` with one label. config.json and the tokenizer's
+    settings then get a padding token that is not an EOS (see classifier.py). A value head is omitted: the export is a
+    plain language model.
 
     Args:
-      directory: where to; an earlier export there is replaced, anything else refused.
+      directory: the path; an earlier export there is replaced, anything else is refused.
       model: the model.
-      params: its parameters, sharded or not; adapters are added to their matrices, one tensor at a time.
-      tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
+      params: its parameters, sharded or not; adapters are merged into their matrices, one tensor at a time.
+      tokenizer_dir: directory whose tokenizer files are copied; None copies none.
       model_card: text of README.md.
-      stop_ids: ids that end a completion, besides those that the model's config names: generation_config.json has both.
-      dtype: what the weights are written in.
-      start: the parameters before training, if they are at hand.
+      stop_ids: ids that end a completion, besides those in the model's config: generation_config.json gets both.
+      dtype: of the written weights.
+      start: the parameters before training, if available.
       max_shard_bytes: size of the largest file, unless one tensor is larger.
 
     Returns:
-      What rounding to `dtype` changes.
+      The effect of rounding to `dtype`.
 
     Raises:
       ConfigError: `directory` holds something that is not an exported model, or a weight is not finite in `dtype`.
@@ -91,7 +91,7 @@ def save_hugging_face(
             f"{directory} holds files that are not an exported model; an export needs a new or empty directory. "
             "Choose another or empty it."
         )
-    # Imported here because it takes a while to import, and only an export needs it.
+    # Imported here because the import is slow, and only an export needs it.
     from huggingface_hub import split_state_dict_into_shards_factory
 
     writes = jax.process_index() == 0
@@ -122,13 +122,13 @@ def save_hugging_face(
             _write_json(partial / WEIGHTS_INDEX, index)
         _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
         publish_folder(partial, directory)
-    if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
+    if jax.process_count() > 1:  # No process may read the export before it is complete.
         multihost_utils.sync_global_devices("export")
     return _rounding(found, has_start=start is not None)
 
 
 class _Figures(NamedTuple):
-    """Figures of one tensor: weights that are not finite, largest relative change, squared norms."""
+    """Figures of one tensor: number of non-finite weights, largest relative change, squared norms."""
 
     num_bad: Any
     largest: Any
@@ -139,7 +139,7 @@ class _Figures(NamedTuple):
 def _gathered(
     params: Params, start: Params | None, name: str, expected: Expected, dtype: str, found: list[_Figures]
 ) -> np.ndarray:
-    """A tensor as the directory holds it, gathered from all devices; its figures are added to `found`.
+    """A tensor in the directory's layout, gathered from all devices; appends its figures to `found`.
 
     Raises:
       ConfigError: a weight is not finite in `dtype`.
@@ -157,7 +157,7 @@ def _gathered(
 
 
 def _leaf(params: Any, name: str) -> Any:
-    """The parameter of a dotted name; None if there is none."""
+    """The parameter with this dotted name; None if there is none."""
     for key in name.split("."):
         params = None if params is None else params.get(key)
     return params
@@ -169,7 +169,7 @@ def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Fi
     if layer is not None:
         leaf, start = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, start))
     exact, info = leaf.astype(jnp.float32), jnp.finfo(dtype)
-    # XLA may leave out a cast to fewer bits and back, but not this.
+    # XLA may drop a cast to a narrower dtype and back, but not this.
     rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
     error = rounded - exact
     change = 0.0 if start is None else jnp.sum((exact - start.astype(jnp.float32)) ** 2)
@@ -200,7 +200,7 @@ def _write_small_files(
     else:
         values = write_config_json(model.config)
         ends: list[int] = list(dict.fromkeys((*model.config.eos_ids, *stop_ids)))
-        # The base's own sampling defaults stay, and so do its ends.
+        # The base's sampling defaults and EOS ids are kept.
         base = Path(tokenizer_dir or "") / "generation_config.json"
         generation = read_json(base) if tokenizer_dir is not None and base.is_file() else {}
         if model.config.bos_id is not None:
@@ -213,7 +213,7 @@ def _write_small_files(
 
 
 def copy_tokenizer(source: str | Path | None, directory: Path) -> None:
-    """Copies the tokenizer files that a directory has; None has none."""
+    """Copies the tokenizer files of a directory; None has none."""
     for name in TOKENIZER_FILES if source is not None else ():
         file = Path(source or "") / name
         if file.is_file():

@@ -1,8 +1,7 @@
-"""Weights and architecture from a GGUF file, in the names and orientation of Hugging Face.
+"""Weights and architecture from a GGUF file, in Hugging Face's names and layout.
 
-The file is mapped into memory and only the rows asked for are dequantised. llama.cpp stores the rows of the query
-and key projections of Llama models in another order, with the pairs that rotary embedding turns side by side; the
-order is undone here.
+The file is memory-mapped, and only the requested rows are dequantised. llama.cpp permutes the rows of Llama's query and
+key projections so that the pairs of the rotary embedding are adjacent; this module undoes the permutation.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ _OTHER_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# llama3 scaling is stored as one factor per frequency; these are the settings that models were published with.
+# llama3 scaling is stored as one factor per frequency; these are the settings of published models.
 _PUBLISHED_SCALINGS = tuple(Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: Path) -> GgufWeights:
-    """Opens a file, or gives it as opened before: parsing the vocabulary in its metadata takes seconds.
+    """Opens a file, cached: parsing the vocabulary in its metadata takes seconds.
 
     Raises:
       ConfigError: as `GgufWeights`.
@@ -54,7 +53,7 @@ def open_gguf(path: Path) -> GgufWeights:
 
 @functools.lru_cache(maxsize=2)
 def _opened(path: Path, modified: int) -> GgufWeights:
-    del modified  # Part of the key: a file written anew is read anew.
+    del modified  # Part of the key: a rewritten file is read again.
     return GgufWeights(path)
 
 
@@ -71,7 +70,7 @@ class GgufWeights:
         """Opens a file and reads its metadata.
 
         Raises:
-          ConfigError: it is not a GGUF file, or its architecture is not built here.
+          ConfigError: it is not a GGUF file, or its architecture is not supported.
         """
         require("gguf", str(path), "set a Hugging Face directory of the same model")
         import gguf
@@ -79,7 +78,7 @@ class GgufWeights:
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
-        except Exception as error:  # The reader raises whatever its parsing of a broken file runs into.
+        except Exception as error:  # The reader may raise anything on a broken file.
             raise ConfigError(
                 f"{path} cannot be read as GGUF ({type(error).__name__}: {error}). A .gguf file of a Llama-type model "
                 "is needed. Download the file again."
@@ -95,7 +94,7 @@ class GgufWeights:
         """Dequantises the part `index` of the tensor with this Hugging Face name, float32.
 
         Raises:
-          ConfigError: the tensor's quantisation is not one that the gguf package can undo.
+          ConfigError: the gguf package cannot dequantise the tensor.
         """
         from gguf import quants
 
@@ -109,17 +108,18 @@ class GgufWeights:
         except (NotImplementedError, KeyError) as error:
             raise ConfigError(
                 f"{self.path}: tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which the gguf package "
-                "cannot undo; Q4_1, Q8_0, F16, F32 and most others can be. Choose another file of the same model."
+                "cannot dequantise; it can dequantise Q4_1, Q8_0, F16, F32 and most others. Choose another file of "
+                "the same model."
             ) from error
         return values[(slice(None), *index[1:])]
 
     def _read_config(self, metadata: _Metadata) -> TransformerConfig:
-        """The architecture, from metadata; vocabulary and tied head from the tensors themselves."""
+        """The architecture, from metadata; vocabulary size and tied head from the tensors."""
         architecture = metadata.get("general.architecture")
         if architecture != "llama":
             raise ConfigError(
-                f"{self.path} holds a model of architecture {architecture!r}; 'llama' is read here. "
-                "Choose a Llama-type model, or its Hugging Face directory."
+                f"{self.path} holds a model of architecture {architecture!r}; only 'llama' is supported. Choose a "
+                "Llama-type model, or its Hugging Face directory."
             )
         num_heads = metadata.require("llama.attention.head_count")
         embed_dim = metadata.require("llama.embedding_length")
@@ -137,7 +137,7 @@ class GgufWeights:
             head_dim=metadata.get("llama.attention.key_length", embed_dim // num_heads),
             mlp_dim=metadata.require("llama.feed_forward_length"),
             max_length=metadata.get("llama.context_length", 2048),
-            # Stored in float32; the shortest decimal that rounds to it is what the model was made with.
+            # Stored in float32; the model's value is the shortest decimal that rounds to it.
             norm_eps=float(str(np.float32(metadata.require("llama.attention.layer_norm_rms_epsilon")))),
             rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
             tied_head="output.weight" not in self._tensors,
@@ -150,7 +150,7 @@ class GgufWeights:
         kind = metadata.get("llama.rope.scaling.type", "none")
         if kind != "none":
             raise ConfigError(
-                f"{self.path}: rotary embedding is scaled by {kind!r}; none and llama3 are built here. Choose another "
+                f"{self.path}: rotary embedding is scaled by {kind!r}; none and llama3 are supported. Choose another "
                 "model."
             )
         if _ROPE_FACTORS not in self._tensors:
@@ -162,8 +162,8 @@ class GgufWeights:
             if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-4):
                 return scaled
         raise ConfigError(
-            f"{self.path}: the rotary factors in {_ROPE_FACTORS} match no published llama3 scaling. "
-            "Choose the model's Hugging Face directory instead, whose config.json spells its scaling out."
+            f"{self.path}: the rotary factors in {_ROPE_FACTORS} match no published llama3 scaling. Choose the model's "
+            "Hugging Face directory instead, whose config.json states its scaling."
         )
 
 
@@ -185,7 +185,7 @@ class _Metadata:
 
 
 def _hugging_face_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown one keeps its own, and is refused when names are compared."""
+    """The Hugging Face name of a GGUF tensor; an unknown one keeps its name, and the comparison of names refuses it."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if match and match[2] in _LAYER_NAMES:
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
@@ -193,5 +193,5 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _row_order(num_rows: int, num_heads: int) -> np.ndarray:
-    """Which stored row holds each row: the stored order has a head's pairs (i, i + H/2) side by side."""
+    """The stored row of each row: the stored order has a head's pairs (i, i + H/2) adjacent."""
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)

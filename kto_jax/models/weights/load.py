@@ -1,6 +1,6 @@
 """Loads architectures and weights from Hugging Face directories and GGUF files.
 
-Every device reads only the bytes of its own part of each tensor. Nothing is ever unpickled.
+Every device reads only the bytes of its own shard of each tensor. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from kto_jax.models.weights.safetensors_files import SafetensorsWeights, listed,
 from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage.digests import file_digest
 
-# Rows of a tied head that are held against the embedding: those that training seldom touches may be equal by chance.
+# Rows of a tied head that are compared with the embedding: several, because rows that training rarely updates may be
+# equal in different matrices.
 _TIED_ROWS = 64
 
 
@@ -44,7 +45,7 @@ def read_config(path: str | Path) -> TransformerConfig:
     """Reads the architecture of a Hugging Face directory or a .gguf file.
 
     Raises:
-      ConfigError: nothing readable is there, or the architecture is not one that is built here.
+      ConfigError: there is nothing readable, or the architecture is not supported.
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.is_file():
@@ -58,7 +59,7 @@ def read_config(path: str | Path) -> TransformerConfig:
 
 
 def is_reward_model(path: str | Path) -> bool:
-    """Whether a directory's config.json names a reward model: a decoder that gives a sequence one number.
+    """Whether a directory's config.json names a reward model: a decoder with a scalar output per sequence.
 
     Raises:
       ConfigError: the config.json is broken.
@@ -71,21 +72,21 @@ def is_reward_model(path: str | Path) -> bool:
 def load_params(
     model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None, key: Key[Array, ""] | None = None
 ) -> Params:
-    """Reads a model's parameters, each device only its own part.
+    """Reads a model's parameters; each device reads only its own shards.
 
-    A scalar head is drawn, unless the model is a reward model and `path` is one too.
+    A scalar head is initialised at random, unless both the model and `path` are reward models.
 
     Args:
       model: the model; its config must be that of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file.
-      param_dtype: what the parameters are kept in; values are converted as they are read, to int8 matrix by matrix.
-      shardings: nested dictionary of shardings, as the parameters; None puts all on the first local device. Whole parts
-        (embed, layers, the scalar head ...) that it does not name are not read.
-      key: decides a scalar head that is drawn; None is `jax.random.key(0)`.
+      param_dtype: dtype of the parameters; values are converted while reading, to int8 matrix by matrix.
+      shardings: nested dictionary of shardings, as the parameters; None places all on the first local device. Whole
+        parts (embed, layers, the scalar head ...) that it lacks are not read.
+      key: PRNG key of a random scalar head; None is `jax.random.key(0)`.
 
     Raises:
-      ConfigError: the weights are missing, damaged, pickled, of another shape than the config says, or not all there;
-        or they are a reward model's, and `model` is none.
+      ConfigError: the weights are missing, incomplete, damaged, pickled, or of another shape than the config says; or
+        they are a reward model's, and `model` is not one.
     """
     weights, tensors = open_weights(Path(path)), FAMILIES[model.config.family].tensors
     _check_names(weights, model, path)
@@ -130,7 +131,7 @@ def weights_digest(path: Path) -> str:
 
 
 def open_weights(path: Path) -> Weights:
-    """Opens a .gguf file or the safetensors of a directory; reads headers, no weights.
+    """Opens a .gguf file or a directory's safetensors; reads only headers.
 
     Raises:
       ConfigError: there are none, or they are damaged or unsafe.
@@ -139,7 +140,7 @@ def open_weights(path: Path) -> Weights:
 
 
 def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
-    """Refuses weights that are not exactly those of the model; a reward model may be read from a language model."""
+    """Refuses weights that do not match the model exactly; a reward model may be loaded from a language model."""
     config, is_reward = model.config, model.scalar_head == "reward"
     expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)
     if is_reward:
@@ -148,11 +149,11 @@ def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
             del expected["score.weight"]
     elif "score.weight" in found:
         raise ConfigError(
-            f"{path} is a reward model: it has score.weight, and no output head to write text with. A language model "
-            "is needed here. Choose the model that it was trained from."
+            f"{path} is a reward model: it has score.weight, and no output head to generate text with. A language "
+            "model is needed here. Choose the model that it was trained from."
         )
     for name in list(found):
-        if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports; it follows from the config.
+        if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports, which the config determines.
             del found[name]
     if config.tied_head and found.pop("lm_head.weight", None) is not None:
         _check_tied(weights, config, path)
@@ -166,16 +167,16 @@ def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
     problems += [f"of another shape: {listed(wrong)}"] if wrong else []
     if problems:
         raise ConfigError(
-            f"{path}: its weights are not those that its config.json describes. {'; '.join(problems)}. "
-            "Names and shapes must match. Download the model again, or mend its config.json."
+            f"{path}: its weights are not those that its config.json describes. {'; '.join(problems)}. Names and "
+            "shapes must match. Download the model again, or fix its config.json."
         )
 
 
 def _check_tied(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
-    """Refuses a copy of a tied head that is not the embedding, by rows spread over the vocabulary."""
+    """Refuses a stored tied head that differs from the embedding in rows spread over the vocabulary."""
     embedding, shape = "model.embed_tokens.weight", (config.vocab_size, config.embed_dim)
     if weights.shapes.get(embedding) != shape:
-        return  # It is missing or wrong itself, which is said with all else that is.
+        return  # The embedding is missing or wrong, which the caller reports.
     rows = np.linspace(0, config.vocab_size - 1, _TIED_ROWS, dtype=int)
     same = weights.shapes["lm_head.weight"] == shape and all(
         np.array_equal(weights.read("lm_head.weight", index), weights.read(embedding, index))
@@ -189,8 +190,8 @@ def _check_tied(weights: Weights, config: TransformerConfig, path: str | Path) -
 
 
 def _reader(weights: Weights, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
-    """What `jax.make_array_from_callback` calls with the part of a parameter that a device holds."""
-    # Devices that hold the same part share one reading.
+    """The callback of `jax.make_array_from_callback`, which reads the shard of a parameter that a device holds."""
+    # Devices that hold the same shard share one read.
     cache: dict[tuple, np.ndarray] = {}
 
     def read_part(index: tuple[slice, ...]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Low-rank adapters out to a directory that the peft library loads upon the model they were trained beside.
+"""Writes low-rank adapters as a directory that the peft library loads on top of their base model.
 
 base = AutoModelForCausalLM.from_pretrained(base)
-base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)     # of a reward model
+base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)     # for a reward model
 policy = PeftModel.from_pretrained(base, directory)
 """
 
@@ -41,17 +41,17 @@ def save_adapters(
 ) -> None:
     """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
 
-    Every process of a run must call this; the first one writes. The weight of a reward model goes along; a value
-    head is left out.
+    Every process of a run must call this; the first one writes. The head of a reward model is included; a value head is
+    omitted.
 
     Args:
-      directory: where to; what is there is replaced.
+      directory: the path; its content is replaced.
       model: the policy's.
-      adapters: as trained, sharded or not.
+      adapters: the trained adapters, sharded or not.
       lora: how they were trained.
-      base: where the frozen model came from, a directory or a Hub id with or without @REVISION; None where that is
-        nowhere, as of weights that were drawn.
-      tokenizer_dir: Hugging Face tokenizer files to copy along; None copies none.
+      base: source of the frozen model, a directory or a Hub id with or without @REVISION; None if its weights were
+        initialised at random.
+      tokenizer_dir: directory whose tokenizer files are copied; None copies none.
       model_card: text of README.md.
     """
     directory = Path(directory)
@@ -64,12 +64,12 @@ def save_adapters(
             (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             copy_tokenizer(tokenizer_dir, partial)
-    if jax.process_count() > 1:  # Nobody goes on to read what is not yet there.
+    if jax.process_count() > 1:  # No process may read the export before it is complete.
         multihost_utils.sync_global_devices("adapters")
 
 
 def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor by the name that peft gives it; theirs lie as [out, in]."""
+    """Every tensor by its name in peft, which stores them as [out, in]."""
     tensors = FAMILIES[model.config.family].tensors
     for group, matrices in adapters["layers"].items():
         for name, pair in matrices.items():

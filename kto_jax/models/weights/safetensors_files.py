@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face directory: which they are, whether they may be trusted, slices of them."""
+"""The safetensors files of a Hugging Face directory: finds, checks, reads and writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 class SafetensorsWeights:
-    """The safetensors of a Hugging Face directory, one file or several.
+    """The tensors in a Hugging Face directory's safetensors, one file or several.
 
     Attributes:
       shapes: shape of every tensor by name.
@@ -30,7 +30,7 @@ class SafetensorsWeights:
         """Opens all files and reads their headers.
 
         Raises:
-          ConfigError: no safetensors, a damaged file, a file outside of the directory, an index that is not true.
+          ConfigError: there are no safetensors, a file is damaged or outside the directory, or the index is wrong.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[str, Any] = {}
@@ -44,44 +44,44 @@ class SafetensorsWeights:
             names = set(opened.keys())
         except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{file} is damaged or no safetensors file ({error}). Its header must describe all of it. Download it "
-                "again."
+                f"{file} is damaged or not a safetensors file ({error}). Its header must describe the whole file. "
+                "Download it again."
             ) from error
         if expected is not None and names != expected:
             raise ConfigError(
-                f"{file} and model.safetensors.index.json disagree about {listed(names ^ expected)}. Each tensor "
-                "must lie in the file that the index names. Download the model again."
+                f"{file} and model.safetensors.index.json disagree about {listed(names ^ expected)}. Each tensor must "
+                "be in the file that the index names. Download the model again."
             )
         for name in names:
             part = opened.get_slice(name)
             if name in self._slices:
                 raise ConfigError(
-                    f"{file} holds {name}, which another file holds too. Remove the file that is not wanted."
+                    f"{file} holds {name}, which another file also holds. Remove the file that is not wanted."
                 )
             if part.get_dtype() not in _FLOATS:
                 raise ConfigError(
-                    f"{file}: tensor {name} is {part.get_dtype()}; {', '.join(_FLOATS)} are read. "
-                    "Choose the unquantised model."
+                    f"{file}: tensor {name} is {part.get_dtype()}; {', '.join(_FLOATS)} are supported. Choose the "
+                    "unquantised model."
                 )
             self._slices[name], self.shapes[name] = part, tuple(part.get_shape())
         self._files[file.name] = opened
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads the part `index` of a tensor, and only its bytes."""
+        """Reads the part `index` of a tensor, and no other bytes."""
         return self._slices[name][index]
 
 
 def write_safetensors(
     file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
 ) -> None:
-    """Writes a file tensor by tensor, so that no more than one of them must be in memory.
+    """Writes a file tensor by tensor, so that only one tensor is in memory at a time.
 
-    The safetensors library writes a file only from all of its tensors at once.
+    The safetensors library needs all of a file's tensors at once.
 
     Args:
-      file: where to.
+      file: the path.
       shapes: shape of every tensor by name, in the order of `tensors`.
-      dtype: what all tensors are.
+      dtype: of all tensors.
       tensors: the tensors.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -95,7 +95,7 @@ def write_safetensors(
         out.write(len(text).to_bytes(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert (tensor.shape, tensor.dtype) == (shape, jnp.dtype(dtype))
-            # As bytes: NumPy does not hand out a buffer of bfloat16.
+            # As bytes: NumPy gives no buffer of bfloat16.
             out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
 
@@ -109,28 +109,28 @@ def read_json(file: Path) -> dict[str, Any]:
     """Parses a file of a model directory.
 
     Raises:
-      ConfigError: it is not there, no JSON, or no object.
+      ConfigError: it is missing, not JSON, or not an object.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is no readable JSON ({error}). Download the model again.") from error
+        raise ConfigError(f"{file} is not readable JSON ({error}). Download the model again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds a {type(values).__name__}; it must hold an object. Download the model again.")
     return values
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that a directory's weights are read from, by name: others may lie beside them, in another form.
+    """The files with a directory's weights, sorted by name: it may hold other formats too.
 
     Raises:
-      ConfigError: there are none, one lies outside of the directory, or the index is not true.
+      ConfigError: there are none, one is outside the directory, or the index is wrong.
     """
     return [_inside(directory, file_name) for file_name in sorted(_safetensors_files(directory))]
 
 
 def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
-    """The directory's files, with the tensors that its index says each holds (None: no index)."""
+    """The directory's files, each with its tensors according to the index (None: no index)."""
     index = directory / WEIGHTS_INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -146,7 +146,7 @@ def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
     if pickled:
         raise ConfigError(
             f"{directory} holds only pickled weights ({listed(pickled)}), which can run code when they are opened; "
-            "safetensors and .gguf are read. Convert them where you trust them: "
+            "safetensors and .gguf are supported. Convert them if you trust them: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
     raise ConfigError(
@@ -156,14 +156,14 @@ def _safetensors_files(directory: Path) -> dict[str, set[str] | None]:
 
 
 def _inside(directory: Path, file_name: str) -> Path:
-    """The file, if it lies in the directory; the Hub's cache keeps files as links into blobs/, which is let pass."""
+    """The file, if it is in the directory; links into blobs/, as in the Hub's cache, are allowed."""
     root = directory.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     file = directory / file_name
     if Path(file_name).name != file_name or not any(file.resolve().is_relative_to(place) for place in allowed):
         raise ConfigError(
-            f"{directory} names the weights file {file_name!r}, which lies outside of it. Weights must lie in the "
-            "model's own directory. Do not use this model unless you know why; copy the file in if you do."
+            f"{directory} names the weights file {file_name!r}, which is outside it. Weights must be in the model's "
+            "own directory. Do not use this model unless you know why; if you do, copy the file into the directory."
         )
     if not file.is_file():
         raise ConfigError(f"{directory} lacks {file_name}, which its index names. Download the model again.")

@@ -1,4 +1,4 @@
-"""The dtypes of a model's stored weights: the one they are in, and the one that holds them without loss."""
+"""The dtype of a model's stored weights, and the dtype that holds them without loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from kto_jax.models.weights.safetensors_files import read_json, weight_files
 def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
     """The narrower of float32 and bfloat16 that holds every weight of a model exactly.
 
-    Everything but a model of bfloat16 weights alone is "float32": float16 has more digits than bfloat16, and so have
-    the dequantised weights of a .gguf file.
+    "bfloat16" only if all weights are bfloat16: float16 and the dequantised weights of a .gguf file have more digits.
 
     Args:
-      path: a Hugging Face directory or a .gguf file. A directory without weights (`plan` fetches no more than
-        config.json) is judged by the dtype that its config.json states.
+      path: a Hugging Face directory or a .gguf file. For a directory without weights (`plan` fetches only config.json),
+        the dtype in its config.json decides.
 
     Raises:
       ConfigError: a weights file is damaged, or config.json is missing.
@@ -33,7 +32,7 @@ def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
 
 
 def written_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
-    """The dtype that all weights of a model are stored in; float32 for several dtypes and for a .gguf file.
+    """The dtype of a model's stored weights; float32 if there are several dtypes, and for a .gguf file.
 
     Args:
       path: as for `stored_dtype`.
@@ -51,7 +50,7 @@ def written_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
 
 
 def _stated(path: Path) -> list[object]:
-    """The dtypes that a config.json names."""
+    """The dtypes in a config.json."""
     values = read_json(path / "config.json")
     return [part.get(name) for part in (values, values.get("text_config", {})) for name in ("dtype", "torch_dtype")]
 
@@ -64,5 +63,5 @@ def _dtypes(files: Iterable[Path]) -> Iterable[str]:
                 yield from (opened.get_slice(name).get_dtype() for name in names)
         except (safetensors.SafetensorError, OSError) as error:
             raise ConfigError(
-                f"{file} is damaged ({error}). Its header must describe all of it. Download it again."
+                f"{file} is damaged ({error}). Its header must describe the whole file. Download it again."
             ) from error

@@ -1,4 +1,4 @@
-"""Which tensors a Hugging Face directory of an architecture holds."""
+"""The tensors that a Hugging Face directory must hold for an architecture."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kto_jax.models.model import Model
 
 
 class Expected(NamedTuple):
-    """A tensor that a directory holds.
+    """A tensor of a directory.
 
     Attributes:
-      parameter: name of the parameter here that it is, or whose layer it is.
-      layer: number of the layer; None where the parameter is not stacked over layers.
+      parameter: name of the parameter that it is, or is one layer of.
+      layer: index of the layer; None if the parameter is not stacked over layers.
       tensor: how it is stored.
-      shape: its shape there.
+      shape: its stored shape.
     """
 
     parameter: str
@@ -29,7 +29,7 @@ class Expected(NamedTuple):
 
 
 def expected_tensors(config: TransformerConfig, *, reward: bool = False) -> dict[str, Expected]:
-    """Every tensor that a Hugging Face directory of this architecture holds, by name, in the order of the layers.
+    """Every tensor of a Hugging Face directory of this architecture, by name, ordered by layer.
 
     Args:
       config: the architecture.

@@ -152,14 +152,14 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
     [
         ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, "also reads images.*Gemma3ForCausalLM"),
         ("gemma3", {"architectures": None, "model_type": "gemma3"}, "also reads images"),
-        ("gemma3", {"architectures": ["Gemma3nForCausalLM"]}, "'Gemma3nForCausalLM'.*Gemma3ForCausalLM.* are built"),
+        ("gemma3", {"architectures": ["Gemma3nForCausalLM"]}, "Gemma3nForCausalLM'.*Gemma3ForCausalLM.* are supported"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "name no kind of layer"),
         (
             "gemma3",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
-            "local layers is scaled by.*2.0",
+            "embedding of local layers by.*2.0",
         ),
         ("gemma3", {"sliding_window": None}, "no sliding_window"),
         ("gemma2", {"layer_types": ["full_attention"]}, "name 1 layers as full_attention; each of 3"),
@@ -177,7 +177,7 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
         (
             "qwen2",
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "llama3"}},
-            "rope_scaling of 'linear' and rope_parameters of 'llama3'. They must agree. Take out",
+            "rope_scaling of 'linear' and rope_parameters of 'llama3'. They must agree. Remove",
         ),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
     ],
