@@ -1,4 +1,4 @@
-"""The legend of shape letters, and the batch that travels from the data to the step.
+"""The legend of shape letters, and the batch that the data layer passes to the step.
 
 | letter | what it counts |
 |---|---|
@@ -6,8 +6,8 @@
 | M | microbatches of a step |
 | R | packed rows of a microbatch |
 | L | tokens of a packed row |
-| C | completion tokens of a packed row: the only positions whose log-probability is asked for |
-| S | slots of a packed row: the examples that it can hold |
+| C | completion tokens of a packed row: the only positions whose log-probability is computed |
+| S | slots of a packed row, each of which holds at most one example |
 | T | tokens, flattened over rows |
 | V | vocabulary |
 | D | model (residual stream) |
@@ -20,14 +20,14 @@ A suffix such as `x_TD` names the axes of an array, in order.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any as Array  # NumPy's where the data layer makes a batch, JAX's once it is placed on devices.
+from typing import Any as Array  # NumPy's in the data layer, JAX's once a batch is placed on devices.
 
 import jax
 from jaxtyping import Bool, Float, Int
 
 
 def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count` and at least 1: rounded sizes compile fewer programs."""
+    """The smallest power of two that is at least `count` and at least 1. Rounding sizes so compiles fewer programs."""
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -68,7 +68,7 @@ class PackedRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-    """Packed rows, and what the data says about the completion in each slot.
+    """Packed rows, with the label, score and reference log-probability of the completion in each slot.
 
     Attributes:
       rows: the sequences.
@@ -86,23 +86,23 @@ class LabelledRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeedbackBatch:
-    """One global batch of thumbs, packed into microbatches of one fixed shape.
+    """One global batch of feedback, packed into microbatches of one fixed shape.
 
-    `matched` holds prompt + its own completion; `unmatched` holds prompt + the completion of the next example
-    of the global batch whose prompt differs, which estimates the KL reference point. For objectives of pairs, the
-    slots 2k and 2k + 1 of a row hold the chosen and the rejected completion of one prompt, in both.
+    `matched` holds each prompt with its own completion. `unmatched` holds each prompt with the completion of the next
+    example of the global batch whose prompt differs, to estimate the KL reference point. For objectives on pairs, slots
+    2k and 2k + 1 of a row hold the chosen and the rejected completion of one prompt, in both.
 
     Attributes:
       matched: the examples.
       desirable: thumbs-up or thumbs-down of the example in each slot of `matched`.
       weights: weight of the example in each slot of `matched`; 0 in empty slots.
-      scores: rating of the example in each slot of `matched`; 0 in empty slots, and where the data has no ratings.
-      unmatched: prompt i with the unrelated completion; examples without a partner are absent. M is 0 here for
-        objectives that do not read it.
-      num_matched: how many leading microbatches of `matched` hold anything; the rest is padding.
+      scores: rating of the example in each slot of `matched`; 0 in empty slots, and if the data has no ratings.
+      unmatched: each prompt with an unrelated completion; examples without a partner are absent. M is 0 here for
+        objectives that do not use it.
+      num_matched: number of leading microbatches of `matched` that are not empty; the rest is padding.
       num_unmatched: the same for `unmatched`.
-      matched_reference: log-probability of each slot of `matched` under the reference, in nats, where it was computed
-        before training; None where the step reads the reference itself.
+      matched_reference: log-probability of each slot of `matched` under the reference, in nats, if it was precomputed;
+        None if the step evaluates the reference.
       unmatched_reference: the same for `unmatched`.
     """
 
@@ -120,7 +120,7 @@ class FeedbackBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """Completion tokens of packed rows, one by one.
+    """Per-token quantities of the completions in packed rows.
 
     Attributes:
       policy: log-probability under the policy, in nats.
@@ -138,18 +138,18 @@ class TokenScores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """What the models say of the completion in each slot: all that an objective sees. Empty slots hold 0.
+    """The models' outputs for the completion in each slot: the inputs of an objective. Empty slots hold 0.
 
     Attributes:
-      policy: log-probability under the policy, summed over the completion's tokens, in nats; of a reward model, the
-        completion's reward. With humanline, the reference's plus the clamped log-ratios of the tokens.
-      reference: log-probability under the reference; 0 where there is none.
+      policy: log-probability under the policy, summed over the completion's tokens, in nats; for a reward model, the
+        completion's reward. With humanline, the reference's plus the tokens' clamped log-ratios.
+      reference: log-probability under the reference; 0 if there is none.
       likelihood: log-probability under the policy, without humanline.
-      lengths: tokens of the completion.
+      lengths: number of tokens of the completion.
       desirable: thumbs-up or thumbs-down.
-      scores: rating of the example; 0 where the data has none.
+      scores: rating of the example; 0 if the data has none.
       filled: slots that hold an example.
-      tokens: the same, token by token, for models with a value head; else None.
+      tokens: per-token quantities, for models with a value head; else None.
     """
 
     policy: Float[Array, "*M R S"]

@@ -1,7 +1,7 @@
-"""Value functions: what a gain (z > 0) or a loss (z < 0) against the reference point is worth.
+"""Value functions: the value of a gain (z > 0) or a loss (z < 0) relative to the reference point.
 
-Any of them can be the `value_fn` of `kto_loss` and `halo_loss`. All are non-decreasing (PPO-Clip's where A > 0) and
-take at least float32; gradients stay finite for any finite z. Drawn by `python -m kto_jax.curves`.
+Any of them can be the `value_fn` of `kto_loss` and `halo_loss`. All are non-decreasing (PPO-Clip's if A > 0) and
+compute in at least float32; gradients are finite for any finite z. `python -m kto_jax.curves` plots them.
 
 Source: Ethayarajh et al., arXiv 2402.01306, section 3.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from kto_jax.losses.halo import at_least_float32, bounded_exponent
 
-# Nearer to 0 than this the Kahneman-Tversky value is a line.
+# Closer to 0 than this, the Kahneman-Tversky value is linear.
 _KINK = 1e-6
 
 
@@ -24,7 +24,7 @@ def sigmoid(z: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def log_sigmoid(z: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """DPO's value, `log σ(z)`: concave throughout, so that a loss never stops hurting."""
+    """DPO's value, `log σ(z)`: concave everywhere, so that a loss never saturates."""
     return jax.nn.log_sigmoid(at_least_float32(z))
 
 
@@ -36,9 +36,8 @@ def identity(z: Float[Array, "*B"]) -> Float[Array, "*B"]:
 def kahneman_tversky(z: Float[Array, "*B"], *, alpha: float = 0.88, loss_aversion: float = 2.25) -> Float[Array, "*B"]:
     """The value of Tversky and Kahneman, `z^α` for gains and `−λ (−z)^α` for losses, equation (4).
 
-    Its slope is infinite at 0, which is where training starts. For |z| < 1e-6 it is therefore the line through 0 that
-    meets the curve at ±1e-6, with slope `1e-6^(α−1)` (5.2 for α = 0.88), times λ for losses. At z = 0 exactly the
-    slope is that of gains.
+    Its slope is infinite at 0, where training starts. For |z| < 1e-6 it is therefore linear through 0 and ±1e-6, with
+    slope `1e-6^(α−1)` (5.2 for α = 0.88), times λ for losses. At exactly z = 0 the slope is that of gains.
 
     >>> [round(float(value), 4) for value in kahneman_tversky(jnp.array([-2.0, 0.0, 2.0]))]
     [-4.1408, 0.0, 1.8404]
@@ -46,7 +45,7 @@ def kahneman_tversky(z: Float[Array, "*B"], *, alpha: float = 0.88, loss_aversio
     Args:
       z: gain or loss.
       alpha: risk aversion in gains and risk seeking in losses, in (0, 1]; 1 is linear. 0.88 is the human median.
-      loss_aversion: λ, how much more a loss weighs than a gain; 2.25 is the human median.
+      loss_aversion: λ, weight of a loss relative to a gain; 2.25 is the human median.
     """
     z = at_least_float32(z)
     near = jnp.abs(z) < _KINK
@@ -56,7 +55,7 @@ def kahneman_tversky(z: Float[Array, "*B"], *, alpha: float = 0.88, loss_aversio
 
 
 def slic(z: Float[Array, "*B"], *, margin: float = 1.0) -> Float[Array, "*B"]:
-    """SLiC's value, `min(0, z − δ)`: nothing is gained beyond the margin δ."""
+    """SLiC's value, `min(0, z − δ)`: constant beyond the margin δ."""
     return -jax.nn.relu(margin - at_least_float32(z))
 
 

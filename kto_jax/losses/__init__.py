@@ -1,4 +1,4 @@
-"""Losses: pure functions of arrays, one value per example or token out, the reduction left to the caller."""
+"""Losses: pure functions of arrays that return one value per example or token; the caller reduces."""
 
 from kto_jax.losses.bco import bco_loss, update_running_mean
 from kto_jax.losses.cpo import cpo_loss

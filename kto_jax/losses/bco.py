@@ -1,4 +1,4 @@
-"""BCO: a binary classifier of single completions, its rewards centred by their running mean."""
+"""BCO: a binary classifier of single completions, with rewards centred by their running mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bco_loss(
     *,
     beta: float = 0.1,
 ) -> Float[Array, " B"]:
-    """BCO loss of each completion, `−log σ(±(βu − δ))`: plus where it is desirable; u is its log-ratio.
+    """BCO loss of each completion, `−log σ(±(βu − δ))`: plus if it is desirable; u is its log-ratio.
 
     >>> losses = bco_loss(jnp.array([5.0, 5.0]), jnp.zeros(2), jnp.array([True, False]), jnp.array(0.5))
     >>> [round(float(loss), 4) for loss in losses]
@@ -48,7 +48,7 @@ def update_running_mean(
     where: Bool[Array, "*B"] | None = None,
     max_count: float = float("inf"),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Takes a batch into the mean of all rewards seen so far.
+    """Updates the mean of all rewards seen so far with a batch.
 
     >>> mean, count = update_running_mean(2.0, 2.0, jnp.array([5.0, 5.0]))
     >>> float(mean), float(count)
@@ -56,19 +56,19 @@ def update_running_mean(
 
     Args:
       running_mean: mean so far; 0 at the start.
-      count: how many rewards it is of; 0 at the start.
+      count: number of rewards in the mean; 0 at the start.
       rewards: β times the log-ratios of the WHOLE global batch.
       where: which entries count; None counts all.
-      max_count: the count stops here, and the mean forgets like an exponential average over so many rewards.
+      max_count: cap of the count; the mean then becomes an exponential moving average over this many rewards.
 
     Returns:
-      The new mean and count, both without gradient. An empty batch leaves them as they are.
+      The new mean and count, both without gradient. An empty batch leaves them unchanged.
     """
     rewards = at_least_float32(rewards)
     where = jnp.ones(rewards.shape, bool) if where is None else where
     batch_sum, batch_count = jnp.sum(jnp.where(where, rewards, 0)), jnp.sum(where)
     running_mean, count = at_least_float32(running_mean), at_least_float32(count)
     new_count = jnp.minimum(count + batch_count, jnp.maximum(max_count, batch_count))
-    # As a step from the old mean: a long run's sums would lose the batch in rounding.
+    # Computed as an update of the old mean: in a long run, rounding would lose the batch in a sum.
     step = (batch_sum - batch_count * running_mean) / jnp.maximum(new_count, 1)
     return jax.lax.stop_gradient(running_mean + step), jax.lax.stop_gradient(new_count)

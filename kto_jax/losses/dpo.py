@@ -56,12 +56,12 @@ def dpo_loss(
       policy_rejected_logps: likewise, of the rejected completion.
       reference_chosen_logps: log π_reference of the chosen completion, likewise.
       reference_rejected_logps: log π_reference of the rejected completion, likewise.
-      beta: strength of the pull to the reference.
+      beta: strength of the regularisation towards the reference.
       variant: a key of `DPO_VARIANTS`.
       label_smoothing: ε, the share of labels taken to be wrong; for sigmoid, robust (below ½) and exo_pair.
-      f_divergence: a key of `F_DIVERGENCES`; in every variant it turns the log-ratio u into the implied reward.
+      f_divergence: a key of `F_DIVERGENCES`; in every variant it maps the log-ratio u to the implied reward.
       alpha: α of the alpha divergence; 1 is the reverse KL.
-      chosen_lengths: tokens of the chosen completion, which ipo divides by; None where the inputs are means already.
+      chosen_lengths: tokens of the chosen completion, which ipo divides by; None if the inputs are already means.
       rejected_lengths: likewise, of the rejected completion.
       running_mean: δ of bco_pair, a running mean of rewards βu (see `update_running_mean`); without gradient.
 
@@ -88,7 +88,7 @@ def dpo_loss(
 
 
 def check_dpo_options(variant: str, smoothing: float, f_divergence: str) -> None:
-    """Refuses options of `dpo_loss` that do not go together.
+    """Refuses options of `dpo_loss` that conflict.
 
     Raises:
       ValueError: an unknown variant or divergence, or a label smoothing that the variant cannot use.
@@ -99,13 +99,13 @@ def check_dpo_options(variant: str, smoothing: float, f_divergence: str) -> None
         raise ValueError(f"f_divergence={f_divergence!r} is not known. Choose one of {', '.join(F_DIVERGENCES)}.")
     if smoothing and variant not in _SMOOTHED:
         raise ValueError(
-            f"label_smoothing={smoothing} has no meaning for variant={variant!r}; it has for {', '.join(_SMOOTHED)}. "
-            "Set label_smoothing to 0 or take one of these."
+            f"label_smoothing={smoothing} has no meaning for variant={variant!r}; only {', '.join(_SMOOTHED)} use it. "
+            "Set label_smoothing to 0 or choose one of these."
         )
     limit = 0.5 if variant == "robust" else 1.0
     if not 0 <= smoothing < limit:
         raise ValueError(
-            f"label_smoothing={smoothing} with variant={variant!r} must lie in [0, {limit}). It is the share of labels "
+            f"label_smoothing={smoothing} with variant={variant!r} must be in [0, {limit}). It is the share of labels "
             "that are wrong: lower it."
         )
 
@@ -202,7 +202,7 @@ def _js(u: jax.Array, alpha: float) -> jax.Array:
 
 
 def _alpha(u: jax.Array, alpha: float) -> jax.Array:
-    """`(e^{(α−1)u} − 1) / (α−1)`, and its limit u where α = 1."""
+    """`(e^{(α−1)u} − 1) / (α−1)`, and its limit u for α = 1."""
     if alpha == 1:
         return u
     return jnp.expm1(bounded_exponent((alpha - 1) * u)) / (alpha - 1)

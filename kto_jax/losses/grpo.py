@@ -1,4 +1,4 @@
-"""GRPO and RLOO: advantages against the other completions of the same prompt, without a value model."""
+"""GRPO and RLOO: advantages relative to the other completions of the same prompt, without a value model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def grpo_loss(
     kl_weight: float = 0.04,
     where: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B L"]:
-    """GRPO loss of each token, PPO's clipped surrogate + kl_weight · KL, the KL by the k3 estimate.
+    """GRPO loss of each token: PPO's clipped surrogate + kl_weight · KL, with the k3 estimator of the KL.
 
     Args:
       logps: log π_policy of each token, in nats.
-      old_logps: log π of the policy that wrote the tokens.
+      old_logps: log π of the policy that sampled the tokens.
       reference_logps: log π_reference of each token.
       advantages: A of each token, or one per completion; see `group_relative_advantages`, `leave_one_out_advantages`.
       clip_low: ε_low.
       clip_high: ε_high.
-      kl_weight: strength of the pull to the reference; called β in the paper.
+      kl_weight: weight of the KL to the reference; called β in the paper.
       where: which tokens count; None counts all.
 
     Returns:
@@ -49,8 +49,8 @@ def k3_kl(
 ) -> Float[Array, "B L"]:
     """Estimate of KL(policy ‖ reference) at each token, `e^d − d − 1` with d = log π_reference − log π_policy.
 
-    Never negative, and unbiased for tokens that the policy wrote. From d = 20 nats on it is constant: were d bounded in
-    the exponential alone, the −d left over would push the policy further away.
+    Never negative, and unbiased for tokens that the policy sampled. It is constant from d = 20 nats on: if only the
+    exponential's d were bounded, the remaining −d would push the policy further away.
 
     >>> round(float(k3_kl(jnp.array([[0.0]]), jnp.array([[-1.0]]))[0, 0]), 4)  # e^−1 + 1 − 1
     0.3679
@@ -81,7 +81,7 @@ def group_relative_advantages(rewards: Float[Array, "*B G"], *, epsilon: float =
       epsilon: keeps a group of equal rewards at 0.
 
     Returns:
-      Advantages without gradient; std is that of the group itself, not an estimate for a larger one.
+      Advantages without gradient; std is the population standard deviation of the group.
 
     Source: Shao et al., arXiv 2402.03300, section 4.1.2.
     """
@@ -92,7 +92,7 @@ def group_relative_advantages(rewards: Float[Array, "*B G"], *, epsilon: float =
 
 
 def leave_one_out_advantages(rewards: Float[Array, "*B G"]) -> Float[Array, "*B G"]:
-    """RLOO's advantages: each reward less the mean of the prompt's OTHER completions.
+    """RLOO's advantages: each reward minus the mean of the prompt's OTHER completions.
 
     >>> [float(a) for a in leave_one_out_advantages(jnp.array([0.0, 1.0, 2.0]))]
     [-1.5, 0.0, 1.5]
@@ -110,7 +110,7 @@ def leave_one_out_advantages(rewards: Float[Array, "*B G"]) -> Float[Array, "*B 
     """
     group = rewards.shape[-1]
     if group < 2:
-        raise ValueError(f"Groups of {group} completion have no others to compare with. Sample at least 2 a prompt.")
+        raise ValueError(f"Groups of {group} completion have no others to compare with. Sample at least 2 per prompt.")
     rewards = at_least_float32(rewards)
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     return jax.lax.stop_gradient(centred * (group / (group - 1)))

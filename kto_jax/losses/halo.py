@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Shaped
 
 
 def at_least_float32(x: float | Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """`x` in float32, or in float64 where it already is."""
+    """`x` in float32, or in float64 if it already is."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def bounded_exponent(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The log-ratio kept within ±20 nats, so that its exponential and the gradient of that stay finite."""
+    """The log-ratio clamped to ±20 nats, so that its exponential and the exponential's gradient stay finite."""
     return jnp.clip(log_ratio, -20.0, 20.0)
 
 
@@ -31,11 +31,11 @@ def halo_loss(
 
     Args:
       rewards: implied reward of each completion, in nats; usually β · log(π_policy/π_reference).
-      reference_point: what the rewards are gains and losses against; a scalar or one per example. Gradient flows
-        through it, as DPO and SLiC need; KTO stops it.
+      reference_point: gains and losses are measured from it; a scalar or one per example. Gradient flows through it, as
+        DPO and SLiC need; KTO stops it.
       sign: +1 for a desirable completion, −1 for an undesirable one.
       value_fn: the value of a gain (positive) or loss (negative); non-decreasing.
-      weight: how much each example counts.
+      weight: weight of each example.
 
     Returns:
       One loss per example; the reduction is the caller's.

@@ -1,8 +1,8 @@
 """KTO: Kahneman-Tversky optimization. Start here: the whole idea is two functions.
 
-A completion's reward is its log-ratio r = log π_policy(y|x) − log π_reference(y|x). People feel gains and losses
-against a reference point z0, here the KL divergence of the policy from the reference, and with saturation, here a
-sigmoid. A desirable completion should be a gain, an undesirable one a loss:
+A completion's reward is its log-ratio r = log π_policy(y|x) − log π_reference(y|x). People perceive gains and losses
+relative to a reference point z0, here the KL divergence of the policy from the reference, and with diminishing
+sensitivity, here a sigmoid. A desirable completion should be a gain, an undesirable one a loss:
 
     desirable:    λ_D (1 − σ(β (r − z0)))
     undesirable:  λ_U (1 − σ(β (z0 − r)))
@@ -66,14 +66,14 @@ def kl_reference_point(
     where: Bool[Array, "*B"] | None = None,
     clamp: bool = True,
 ) -> Float[Array, ""]:
-    """The reference point z0: mean log-ratio of mismatched pairs, an estimate of KL(policy ‖ reference), from below 0.
+    """The reference point z0: mean log-ratio of mismatched pairs, an estimate of KL(policy ‖ reference), clamped at 0.
 
-    The log-probabilities must be those of the WHOLE global batch: the clamp does not commute with a mean over parts.
+    The log-probabilities must cover the WHOLE global batch: the clamp does not commute with a mean over parts.
 
     Args:
       policy_logps: log π_policy(y_j|x_i) of prompts with another prompt's completion, summed over tokens, in nats.
       reference_logps: log π_reference(y_j|x_i), likewise.
-      where: which entries count; None counts all. With none left, z0 is 0.
+      where: which entries count; None counts all. If none counts, z0 is 0.
       clamp: whether a negative mean becomes 0, as in the paper.
 
     Returns:
@@ -93,7 +93,7 @@ def opposite_class_reference_point(
     where: Bool[Array, " B"] | None = None,
     clamp: bool = True,
 ) -> Float[Array, " B"]:
-    """SimpleKTO's reference point: mean log-ratio of the opposite class, so that no unmatched pairs are needed.
+    """SimpleKTO's reference point: mean log-ratio of the opposite class, which needs no unmatched pairs.
 
     >>> opposite_class_reference_point(jnp.array([4.0, 1.0, 3.0]), jnp.zeros(3), jnp.array([True, False, False]))
     Array([2., 4., 4.], dtype=float32)
@@ -106,8 +106,8 @@ def opposite_class_reference_point(
       clamp: whether a negative mean becomes 0.
 
     Returns:
-      One reference point per example, in nats, without gradient: for the desirable ones from the undesirable ones, and
-      the other way round.
+      One reference point per example, in nats, without gradient: from the undesirable examples for desirable ones, and
+      vice versa.
     """
     where = jnp.ones(desirable.shape, bool) if where is None else where
     of_desirable, of_undesirable = (
@@ -155,7 +155,7 @@ def log_utility_loss(
     """KTO's utility of a PAIR inside a log-sigmoid, `−log σ(λ_D σ(β (r_w − z0)) + λ_U σ(β (z0 − r_l)))`.
 
     A secondary source prints this loss with a minus between the two terms. With the minus the loss FALLS as r_l rises:
-    it rewards the rejected completion. `as_printed=True` is that form, for comparison and for nothing else.
+    it rewards the rejected completion. `as_printed=True` selects that form, only for comparison.
 
     >>> zeros, z0 = jnp.zeros(1), jnp.array(0.0)
     >>> [round(float(log_utility_loss(zeros, zeros, zeros, zeros, z0, as_printed=p)[0]), 4) for p in (False, True)]
@@ -170,7 +170,7 @@ def log_utility_loss(
       beta: how fast the value saturates.
       desirable_weight: λ_D.
       undesirable_weight: λ_U.
-      as_printed: the minus.
+      as_printed: whether to use the minus.
 
     Returns:
       One loss per pair; the reduction is the caller's.
@@ -186,15 +186,15 @@ def log_utility_loss(
 def humanline_clamp(
     token_log_ratios: Float[Array, "*T"], *, low: float = -1.0, high: float = 1.5
 ) -> Float[Array, "*T"]:
-    """Log-ratio of each TOKEN kept in [low, high], before the sum over a completion; a clamped token has no gradient.
+    """Each TOKEN's log-ratio clamped to [low, high] before the sum over a completion; a clamped token has no gradient.
 
     >>> humanline_clamp(jnp.array([-3.0, 0.5, 3.0]))
     Array([-1. ,  0.5,  1.5], dtype=float32)
 
     Args:
       token_log_ratios: log π_policy − log π_reference of each token, in nats.
-      low: lower end, in nats.
-      high: upper end, in nats.
+      low: lower bound, in nats.
+      high: upper bound, in nats.
 
     Source: Ethayarajh et al., "Humanline: Online Alignment as Perceptual Loss", arXiv 2509.24207.
     """

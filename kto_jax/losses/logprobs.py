@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens without an array of all logits, and their sums over examples."""
+"""Log-probabilities of tokens without materialising all logits, and their sums over examples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Logits that exist at one time on a device: 2**25 float32 values are 128 MiB.
+# Logits that exist at a time on a device: 2**25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
-# More than so many are taken in at least two chunks: XLA dissolves a loop of one, and then keeps the logits of several
-# passes at a time (four times the memory, on CPU).
+# More logits than this are computed in at least two chunks: XLA unrolls a loop of one iteration, and then keeps the
+# logits of several passes at a time (four times the memory on CPU).
 _FEW_LOGITS = 2**22
 
 
@@ -29,22 +29,22 @@ def token_logps(
 ) -> Float[Array, "*R T"]:
     """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
 
-    Neither the forward nor the backward pass keeps an array of tokens by vocabulary: logits are made again for the
-    gradient. Products accumulate in float32.
+    Neither pass keeps an array of tokens by vocabulary: the backward pass recomputes the logits. Matmuls accumulate in
+    float32.
 
     Args:
-      hidden: hidden states that predict the targets. With a leading rows axis, chunks are cut along each row, so that
-        rows sharded over devices all work on every chunk.
+      hidden: hidden states that predict the targets. With a leading rows axis, each row is split into chunks, so that
+        devices that share the rows all work on every chunk.
       head: output projection.
       targets: token ids.
-      head_axes: "vd" for a head that lies as a table of embeddings. It is read as it lies: turned round before the loop
-        over chunks, it would be copied.
+      head_axes: "vd" for a head stored as an embedding table. It is used as stored: transposing it before the loop over
+        chunks would copy it.
       softcap: logits become `softcap · tanh(logits / softcap)`.
       bias: added to the logits.
-      chunk_size: tokens (of all rows together) whose logits exist at one time; None chooses by the vocabulary
-        and the devices.
-      num_devices: devices that share the logits of a chunk, by rows, by vocabulary or both. Each reads the whole of its
-        head for every chunk, so chunks must not become small with their number.
+      chunk_size: tokens (of all rows together) whose logits exist at a time; None chooses by the vocabulary and the
+        number of devices.
+      num_devices: devices over which a chunk's logits are sharded, by rows, by vocabulary or both. Each device reads
+        its whole part of the head for every chunk, so chunks grow with the number of devices.
 
     Returns:
       Log-probabilities in nats, in at least float32.
@@ -82,7 +82,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _product(subscripts: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    # Full float32 products where float32 was asked for: GPU and TPU would take a shorter type by default.
+    # Full float32 matmuls for float32: GPU and TPU would use a narrower type by default.
     precision = None if left.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
@@ -95,7 +95,7 @@ def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, axes: str, soft
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A comparison, not a gather: it stays local where the vocabulary is sharded.
+    # A comparison, not a gather: it stays local if the vocabulary is sharded.
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
 
 
@@ -155,11 +155,11 @@ def segment_sums(
     Args:
       values: one per token.
       segment_ids: 0-based example of each token; those outside [0, num_examples) must be masked out by `where`.
-      num_examples: how many examples the result has.
+      num_examples: number of examples in the result.
       where: which tokens count.
 
     Returns:
-      One sum per example; 0 where it has no token.
+      One sum per example; 0 if it has no token.
     """
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     member = (segment_ids[None, :] == jnp.arange(num_examples)[:, None]) & where[None, :]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from kto_jax.losses.halo import at_least_float32
 
-# A probability of 1 has infinite odds: mean log-probabilities stay below this.
+# A probability of 1 has infinite odds: mean log-probabilities are clamped to this.
 _MAX_MEAN_LOGP = -1e-6
 
 

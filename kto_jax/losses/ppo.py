@@ -1,4 +1,4 @@
-"""PPO: clipped losses of policy and value over tokens, and the advantages that they train on."""
+"""PPO: clipped policy and value losses over tokens, and generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def ppo_clip_loss(
 
     Args:
       logps: log π_policy of each token, in nats.
-      old_logps: log π of the policy that wrote the tokens, or the reference for fixed data.
+      old_logps: log π of the policy that sampled the tokens, or of the reference for offline data.
       advantages: A of each token.
       clip_low: ε_low; 0.75 is the lower end of the ratio clip [0.25, 4] of offline PPO in arXiv 2402.01306.
-      clip_high: ε_high; 3 is the upper end of it.
+      clip_high: ε_high; 3 is its upper end.
       where: which tokens count; None counts all.
 
     Returns:
@@ -53,7 +53,7 @@ def ppo_value_loss(
 ) -> Float[Array, "B L"]:
     """Clipped squared error of each token's value, `½ max((V − R)², (V_clipped − R)²)`.
 
-    V_clipped is V kept within ±clip of the value at the time of writing.
+    V_clipped is V clamped to ±clip around the value at sampling time.
 
     >>> losses = ppo_value_loss(jnp.array([[1.0]]), jnp.array([[0.0]]), jnp.array([[1.0]]))
     >>> round(float(losses[0, 0]), 4)  # ½ (0.2 − 1)²
@@ -61,9 +61,9 @@ def ppo_value_loss(
 
     Args:
       values: V, the value head's estimate at each token.
-      old_values: its estimate when the tokens were written.
-      returns: R, what it should estimate: advantages + old_values.
-      clip: how far V may move from old_values before the error counts as if it had not.
+      old_values: its estimate when the tokens were sampled.
+      returns: R, the target: advantages + old_values.
+      clip: how far V may move from old_values; beyond that, the loss has no gradient for moving further.
       where: which tokens count; None counts all.
 
     Returns:
@@ -86,18 +86,18 @@ def generalized_advantages(
 ) -> Float[Array, "B L"]:
     """Generalized advantage estimates, `A_t = δ_t + γλ A_{t+1}` with `δ_t = r_t + γ V_{t+1} − V_t`.
 
-    The completion ends at its last token that counts: beyond it value and advantage are 0. Tokens that do not count
-    (the prompt, padding, a tool's text) are stepped over, as if they were not there.
+    The completion ends at its last token that counts: beyond it, value and advantage are 0. Tokens that do not count
+    (prompt, padding, a tool's text) are skipped.
 
         rewards      0    0    1    0           where   yes  yes  yes  no
         values       ½    ½    ½    ½
         advantages   ½    ½    ½    0           for trace = 1: what is still to come, less V
 
     Args:
-      rewards: reward of each token; a completion's reward lies on its last token.
+      rewards: reward of each token; a completion's reward is on its last token.
       values: V of each token.
       discount: γ.
-      trace: λ; 1 trusts the rewards alone, 0 the next value.
+      trace: λ; 1 uses only rewards, 0 bootstraps from the next value.
       where: which tokens count; None counts all.
 
     Returns:
@@ -123,7 +123,7 @@ def generalized_advantages(
 
 
 def _masked(arrays: tuple[jax.Array, ...], where: jax.Array | None) -> tuple[jax.Array, ...]:
-    """At least float32, with 0 where masked: whatever stands there reaches neither value nor gradient."""
+    """At least float32, with 0 where masked, so that masked entries affect neither value nor gradient."""
     dtype = jnp.result_type(*(at_least_float32(x) for x in arrays))
     arrays = tuple(jnp.asarray(x, dtype) for x in arrays)
     return arrays if where is None else tuple(jnp.where(where, x, 0) for x in arrays)

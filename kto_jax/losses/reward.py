@@ -1,4 +1,4 @@
-"""The reward model's loss: which of two completions people prefer, after Bradley and Terry."""
+"""The reward model's loss: the Bradley-Terry model of which of two completions people prefer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bradley_terry_loss(
 ) -> Float[Array, " B"]:
     """Negative log-likelihood of each preference, `−log σ(r_w − r_l − margin) + centring · (r_w + r_l)²`.
 
-    Adding any h(x) to both rewards of a prompt leaves the first term as it is; centring takes that freedom away.
+    Adding any h(x) to both rewards of a prompt does not change the first term; centring removes that freedom.
 
     >>> round(float(bradley_terry_loss(jnp.array([3.0]), jnp.array([3.0]))[0]), 4)
     0.6931
@@ -26,7 +26,8 @@ def bradley_terry_loss(
     Args:
       chosen_rewards: r of the chosen completion, without unit.
       rejected_rewards: r of the rejected completion.
-      margin: by how much the chosen reward should lead; one number or one per pair, as where annotators graded.
+      margin: by how much the chosen reward should exceed the rejected one; one number, or one per pair, for example
+        from annotators' grades.
       centring: pulls the two rewards of a pair to opposite values.
 
     Returns:

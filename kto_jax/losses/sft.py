@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: likelihood of the completion, and the mean log-probability that many losses take."""
+"""Supervised fine-tuning: likelihood of the completion, and the mean log-probability that many losses use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def mean_logps(logps: Float[Array, "*B"], lengths: Shaped[Array, "*B"]) -> Float
 
     Args:
       logps: log π_policy(y|x), summed over the completion's tokens.
-      lengths: how many tokens each sum is of.
+      lengths: number of tokens in each sum.
     """
     lengths = jnp.asarray(lengths, at_least_float32(logps).dtype)
     return jnp.where(lengths > 0, at_least_float32(logps), 0) / jnp.maximum(lengths, 1)
@@ -30,7 +30,7 @@ def sft_loss(logps: Float[Array, "*B"], lengths: Shaped[Array, "*B"]) -> Float[A
 
     Args:
       logps: log π_policy(y|x), summed over the completion's tokens, in nats.
-      lengths: how many tokens each sum is of.
+      lengths: number of tokens in each sum.
 
     Returns:
       One loss per example, in nats per token, 0 where there are none; the reduction is the caller's.

@@ -24,7 +24,7 @@ def simpo_loss(
       chosen_mean_logps: l̄, mean log π_policy of the chosen completion's tokens, in nats.
       rejected_mean_logps: likewise, of the rejected completion.
       beta: scale of the rewards, usually 2 to 10.
-      margin: γ, by how much the chosen reward should lead; usually 0.3 to 0.5 of beta.
+      margin: γ, by how much the chosen reward should exceed the rejected one; usually 0.3 to 0.5 of beta.
 
     Returns:
       One loss per pair; the reduction is the caller's.

@@ -28,7 +28,7 @@ def slic_loss(
       chosen_logps: log π_policy of the chosen completion, summed over its tokens, in nats.
       rejected_logps: likewise, of the rejected completion.
       chosen_mean_logps: l̄_w, the chosen completion's mean over tokens.
-      margin: δ, by how much the chosen completion should lead, in nats.
+      margin: δ, by how much the chosen log-probability should exceed the rejected one, in nats.
       nll_weight: λ, weight of the chosen completion's negative log-likelihood.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Objectives: from the configuration to the record of pure functions that the step minimises."""
+"""Objectives: builds the record of pure functions that the step minimises from the configuration."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from kto_jax.shapes import Completions
 
 __all__ = ["OBJECTIVES", "Objective", "auto_weights", "check_objective", "defaults", "make_objective"]
 
-# Keep λ_D n_D / (λ_U n_U) between these, arXiv 2402.01306, equation (8).
+# Bounds of λ_D n_D / (λ_U n_U), arXiv 2402.01306, equation (8).
 _WEIGHT_RATIO = (1.0, 4 / 3)
 
 
 def make_objective(config: ObjectiveConfig, *, num_desirable: int, num_undesirable: int) -> Objective:
-    """The objective that the configuration names.
+    """Builds the objective that the configuration names.
 
     Args:
       config: its options.
-      num_desirable: of the training set; the counts resolve weights of "auto". Pairs have as many of each.
+      num_desirable: desirable completions in the training set; the counts resolve "auto" weights. Pairs have equal
+        counts.
       num_undesirable: likewise.
 
     Raises:
-      ConfigError: there is no objective of that name, an option is set that it does not read, options do not go
-        together, or weights of "auto" cannot be resolved.
+      ConfigError: there is no objective of that name, an option is set that it does not use, options conflict, or
+        "auto" weights cannot be resolved.
     """
     _check_options(config)
     accepted = defaults(config.name)
@@ -49,16 +50,16 @@ def make_objective(config: ObjectiveConfig, *, num_desirable: int, num_undesirab
 
 
 def _with_common_options(objective: Objective, config: ObjectiveConfig, options: dict[str, Any]) -> Objective:
-    """The options that every objective takes: the SFT term, and humanline where there is a reference."""
+    """Applies the options of every objective: the SFT term, and humanline if there is a reference."""
     if config.humanline and not objective.uses_reference:
         raise ConfigError(
-            f"config.objective.humanline=True means nothing to {config.name!r}, which takes no log-ratios. It is for "
-            "objectives with a reference. Take it out, or set config.objective.name."
+            f"config.objective.humanline=True has no effect on {config.name!r}, which uses no log-ratios. It is for "
+            "objectives with a reference. Remove it, or set config.objective.name."
         )
     if config.sft_weight and objective.scalar_head == "reward":
         raise ConfigError(
-            f"config.objective.sft_weight={config.sft_weight} means nothing to a reward model, which writes no text. "
-            "It is for every other objective. Take it out."
+            f"config.objective.sft_weight={config.sft_weight} has no effect on a reward model, which generates no "
+            "text. It is for every other objective. Remove it."
         )
     if config.humanline:
         objective = dataclasses.replace(objective, humanline=(config.humanline_low, config.humanline_high))
@@ -78,15 +79,15 @@ def _with_sft(loss: Callable[..., Array], weight: float) -> Callable[..., Array]
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The options of an objective, and what "auto" stands for in each."""
+    """The options of an objective, with the value that "auto" stands for."""
     return {parameter.name: parameter.default for parameter in inspect.signature(OBJECTIVES[name]).parameters.values()}
 
 
 def check_objective(config: ObjectiveConfig) -> Objective:
-    """Refuses what the objective cannot use, before any data is read; weights of "auto" wait for the counts.
+    """Refuses options that the objective cannot use, before any data is read; "auto" weights need the counts later.
 
     Returns:
-      The objective, as it would be with as many desirable completions as undesirable ones.
+      The objective for equally many desirable and undesirable completions.
 
     Raises:
       ConfigError: as `make_objective`.
@@ -104,26 +105,27 @@ def _check_options(config: ObjectiveConfig) -> None:
         value = getattr(config, field.name)
         if value != field.default and field.name not in accepted:
             raise ConfigError(
-                f"config.objective.{field.name}={value!r} means nothing to the objective {config.name!r}. It reads "
-                f"{', '.join(sorted(accepted - {'name'}))}. Take it out, or set config.objective.name."
+                f"config.objective.{field.name}={value!r} has no effect on the objective {config.name!r}. It uses "
+                f"{', '.join(sorted(accepted - {'name'}))}. Remove it, or set config.objective.name."
             )
 
 
 def auto_weights(config: ObjectiveConfig, num_desirable: int, num_undesirable: int) -> tuple[float, float]:
-    """λ_D and λ_U, where "auto" on either raises the one that must rise, and no further than it must.
+    """λ_D and λ_U; "auto" on either raises one of them, by no more than the bounds on their ratio require.
 
-    With 100 desirable and 300 undesirable examples the ratio λ_D n_D / (λ_U n_U) is brought up to 1 by λ_D = 3; with
-    400 and 200 it is brought down to 4/3 by λ_U = 1.5.
+    With 100 desirable and 300 undesirable examples, λ_D = 3 raises the ratio λ_D n_D / (λ_U n_U) to 1. With 400 and
+    200, λ_U = 1.5 lowers it to 4/3.
 
     Raises:
-      ConfigError: "auto" beside a number other than 1, or one of the classes is empty.
+      ConfigError: "auto" is combined with a number other than 1, or a class is empty.
     """
     desirable, undesirable = config.desirable_weight, config.undesirable_weight
     if desirable != "auto" and undesirable != "auto":
         return float(desirable), float(undesirable)
     if not {desirable, undesirable} <= {"auto", 1.0}:
         raise ConfigError(
-            f"config.objective.desirable_weight={desirable!r} stands beside undesirable_weight={undesirable!r}. "
+            f"config.objective.desirable_weight={desirable!r} cannot be combined with "
+            f"undesirable_weight={undesirable!r}. "
             '"auto" chooses both, one of them 1. Set the other to "auto" or 1, or both to numbers.'
         )
     if not num_desirable or not num_undesirable:

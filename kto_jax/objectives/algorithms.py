@@ -1,7 +1,7 @@
 """One function per algorithm, and the table of them.
 
-The keyword arguments of a function are the fields of `config.objective` that it uses; their defaults are what "auto"
-stands for there. Adding an objective: a function and a line of the table.
+A function's keyword arguments are the fields of `config.objective` that it uses; their defaults are what "auto" stands
+for. To add an objective, add a function and a line to the table.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def kto(
 ) -> Objective:
     """KTO, equation (7); `variant` changes its value function or its reference point.
 
-    "zero": z0 is 0. "log_sigmoid", "identity", "kahneman_tversky": another value function; `alpha` and `loss_aversion`
-    are of the last. "reference_free": mean token log-probabilities stand for log-ratios, and their mean over unrelated
-    pairs for z0, not clamped. "simple": z0 of each class is the mean log-ratio of the other one.
+    "zero": z0 is 0. "log_sigmoid", "identity", "kahneman_tversky": another value function; only the last uses `alpha`
+    and `loss_aversion`. "reference_free": mean token log-probabilities replace log-ratios, and z0 is their mean over
+    unrelated pairs, not clamped. "simple": z0 of each class is the mean log-ratio of the other class.
     """
     value_fns: dict[str, Callable[[Array], Array]] = {
         "log_sigmoid": values.log_sigmoid,
@@ -47,15 +47,15 @@ def kto(
     _check_variant("kto", variant, ("standard", "zero", "reference_free", "simple", *value_fns))
     if variant != "kahneman_tversky" and (alpha, loss_aversion) != (0.88, 2.25):
         raise ValueError(
-            f"alpha={alpha} and loss_aversion={loss_aversion} with variant={variant!r}; they are of the variant "
-            "kahneman_tversky alone. Take them out, or set variant."
+            f"alpha={alpha} and loss_aversion={loss_aversion} with variant={variant!r}; only the variant "
+            "kahneman_tversky uses them. Remove them, or set variant."
         )
     if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} of the Kahneman-Tversky value must lie in (0, 1]. Set alpha.")
+        raise ValueError(f"alpha={alpha} of the Kahneman-Tversky value must be in (0, 1]. Set alpha.")
     if variant in ("zero", "reference_free", "simple") and kl_nonzero_mean:
         raise ValueError(
-            f"kl_nonzero_mean=True with variant={variant!r}, which has no KL to divide. It is for the other variants. "
-            "Take it out."
+            f"kl_nonzero_mean=True with variant={variant!r}, which has no KL to average. It is for the other variants. "
+            "Remove it."
         )
     plain = functools.partial(
         losses.kto_loss,
@@ -104,7 +104,7 @@ def apo_zero_unpaired(*, beta: float = 0.1) -> Objective:
 
 
 def bco(*, beta: float = 0.1) -> Objective:
-    """BCO, its rewards centred by the mean of those of all earlier steps, arXiv 2404.04656."""
+    """BCO, with rewards centred by their mean over all earlier steps, arXiv 2404.04656."""
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
         return losses.bco_loss(c.policy, c.reference, c.desirable, state["running_mean"], beta=beta)
@@ -130,9 +130,9 @@ _RUNNING_MEAN: dict[str, Any] = {
 
 
 def csft(*, good_control: str = "<|good|>", bad_control: str = "<|bad|>") -> Objective:
-    """SFT of every completion, behind a control text that says which label it has; sample behind the good one.
+    """Conditional SFT: every completion follows a control text for its label; sample after the good one.
 
-    Held-out rows are all read behind the good control, and the loss is that of the desirable ones.
+    In evaluation all held-out completions follow the good control, and the loss is that of the desirable ones.
     """
     return Objective(
         "thumbs",
@@ -154,12 +154,12 @@ def ppo_offline(
     trace: float = 0.95,
     rewards: str = "labels",
 ) -> Objective:
-    """PPO on fixed data, arXiv 2402.01306, appendix B: the reference stands for the policy that wrote the completions.
+    """Offline PPO, arXiv 2402.01306, appendix B: the reference stands for the policy that sampled the completions.
 
-    The reward of a completion, ±1 by its label or its score, lies on its last token. Each token adds the clipped
-    surrogate, `kl_weight` times its log-ratio, and `value_weight` times the loss of the value head, whose gradient
-    stops at the hidden states; each batch is read once, so that no value has moved far enough to be clipped. The loss
-    of a completion is the mean over its tokens.
+    A completion's reward, ±1 by its label or its score, is on its last token. Each token adds the clipped surrogate,
+    `kl_weight` times its log-ratio, and `value_weight` times the loss of the value head, whose gradient stops at the
+    hidden states. Each batch is used once, so values are never clipped. The loss of a completion is the mean over its
+    tokens.
     """
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
@@ -196,7 +196,7 @@ def _is_last(where_RSC: Bool[Array, "R S C"]) -> Bool[Array, "R S C"]:
 
 
 def sft() -> Objective:
-    """Supervised fine-tuning on the desirable completions: a mean over the tokens of each."""
+    """Supervised fine-tuning on the desirable completions; the loss is a mean over the tokens of each."""
     return Objective("desirable", _sft_of_slot, _mean_logps, uses_reference=False)
 
 
@@ -261,7 +261,7 @@ def dpo(
     f_divergence: str = "reverse_kl",
     alpha: float = 0.5,
 ) -> Objective:
-    """DPO and its variants, see `losses.dpo_loss`; `alpha` is of the alpha divergence."""
+    """DPO and its variants, see `losses.dpo_loss`; only the alpha divergence uses `alpha`."""
     plain = functools.partial(
         losses.dpo_loss,
         variant=variant,
@@ -273,8 +273,8 @@ def dpo(
     losses.check_dpo_options(variant, label_smoothing, f_divergence)
     if alpha != 0.5 and f_divergence != "alpha":
         raise ValueError(
-            f"alpha={alpha} with f_divergence={f_divergence!r}; it is of the divergence alpha alone. Take it out, or "
-            "set f_divergence."
+            f"alpha={alpha} with f_divergence={f_divergence!r}; only the divergence alpha uses it. Remove it, or set "
+            "f_divergence."
         )
     to_reward = losses.F_DIVERGENCES[f_divergence]
 

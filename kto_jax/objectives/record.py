@@ -1,4 +1,4 @@
-"""The record that an objective is: what it reads, its reference point and its loss, over packed slots."""
+"""The record of an objective: its data, reference point and loss, over packed slots."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def _keep_state(state: State, rewards: Array, where: Array) -> State:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """An objective that the step minimises.
 
     Attributes:
-      reads: "thumbs": each completion is an example; "desirable": each desirable one; "pairs": a chosen and a rejected
-        completion of one prompt, in the slots 2k and 2k + 1, are one.
-      loss: (completions of a microbatch, reference point, state) -> one loss per slot [R, S]; of pairs, in the slot of
-        the chosen completion.
-      rewards: completions -> the implied reward of each, for the figures.
-      uses_reference: whether log-ratios are taken; without, no reference is held.
-      first_pass: which rows of the global batch are read, without gradient, before any loss: "none", "unmatched" (each
-        prompt with an unrelated completion) or "matched".
+      reads: what an example is. "thumbs": a completion; "desirable": a desirable completion; "pairs": a chosen and a
+        rejected completion of one prompt, in slots 2k and 2k + 1.
+      loss: (completions of a microbatch, reference point, state) -> one loss per slot [R, S]; a pair's loss is in the
+        slot of the chosen completion.
+      rewards: completions -> their implied rewards, for the metrics.
+      uses_reference: whether the loss uses log-ratios; if not, there is no reference.
+      first_pass: rows of the global batch that are evaluated before any loss, without gradient: "none", "unmatched"
+        (each prompt with an unrelated completion) or "matched".
       reference_point: completions of the first pass [M, R, S] -> a scalar, or one number per slot.
-      reference_reward: (reference point, state) -> what the rewards of thumbs are gains and losses against.
-      saturates: whether the value of a gain is its sigmoid.
-      initial_state: numbers that live through the run, by name.
-      next_state: (state, rewards of the batch [M, R, S], which count) -> the state of the next step.
-      scalar_head: what the model has beside its output head: "none", a "reward" head in place of it, or a "value" head.
-      needs_both_labels: of thumbs, whether examples of one label alone are refused.
-      controls: text before the completion of undesirable and of desirable rows.
-      evaluated_as: the objective that held-out rows are measured by; None for this one.
-      humanline: the range that each token's log-ratio is kept in, in nats; None keeps it as it is.
-      options: the resolved options, for people to read.
+      reference_reward: (reference point, state) -> the reward from which gains and losses of thumbs are measured.
+      saturates: whether the value function is a sigmoid.
+      initial_state: initial values of the objective's state, by name.
+      next_state: (state, rewards of the batch [M, R, S], mask) -> the state of the next step.
+      scalar_head: "none", a "reward" head in place of the output head, or a "value" head besides it.
+      needs_both_labels: whether thumbs of only one label are refused.
+      controls: texts before undesirable and before desirable completions.
+      evaluated_as: the objective that evaluates held-out rows; None for this one.
+      humanline: range that each token's log-ratio is clamped to, in nats; None for no clamp.
+      options: the resolved options, for reports.
     """
 
     reads: Literal["thumbs", "desirable", "pairs"]
@@ -74,11 +74,11 @@ class Objective:
 
     @property
     def examples(self) -> str:
-        """What an example is called."""
+        """The name of the examples."""
         return {"thumbs": "thumbs", "desirable": "demonstrations", "pairs": "pairs"}[self.reads]
 
     def counts(self, filled: Any, desirable: Any) -> Any:
-        """Which slots stand for an example of their own: all, or those of the desirable or chosen completions.
+        """Which slots count as examples: all, or those of the desirable or chosen completions.
 
         Args:
           filled: slots that hold a completion [*M, R, S], bool; NumPy's or JAX's.

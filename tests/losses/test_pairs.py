@@ -157,8 +157,8 @@ def test_a_bounded_count_makes_the_running_mean_forget():
     ({"variant": "sigmod"}, "variant='sigmod' is not a DPO variant. Choose one of sigmoid, robust"),
     ({"f_divergence": "kl"}, "f_divergence='kl' is not known. Choose one of reverse_kl"),
     ({"variant": "ipo", "label_smoothing": 0.1}, "has no meaning for variant='ipo'"),
-    ({"variant": "robust", "label_smoothing": 0.5}, r"must lie in \[0, 0.5\)"),
-    ({"label_smoothing": -0.1}, r"must lie in \[0, 1.0\)"),
+    ({"variant": "robust", "label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
+    ({"label_smoothing": -0.1}, r"must be in \[0, 1.0\)"),
 ])  # fmt: skip
 def test_what_dpo_cannot_do_is_refused_in_words(options, said):
     with pytest.raises(ValueError, match=said):
