@@ -115,10 +115,9 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
     for verdict in verdicts:
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
     if missing := [package for package in REPORT_PACKAGES if not is_installed(package)]:
-        names = " ".join(missing)
         console.print(
-            f"report.html is skipped: it is written with {names}, which is not installed. Run pip install {names} and "
-            "the same command again to write it.",
+            f"report.html is skipped: it is written with {' and '.join(missing)}, not installed here. Run pip install "
+            f"{' '.join(missing)} and the same command again to write it.",
             style="yellow",
         )
         return
