@@ -14,13 +14,14 @@ from kto_jax.data.tokens.encoder import EncodingError
 from tests.data.conftest import TINY_MODEL, as_transformers
 
 WEATHER = {
-    "type": "function",
     "function": {
-        "name": "weather",
         "description": "The weather of a town.",
-        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+        "name": "weather",
+        "parameters": {"properties": {"town": {"type": "string"}}, "required": ["town"], "type": "object"},
     },
+    "type": "function",
 }
+"""Its keys are sorted, as pyarrow 18 writes those of any object."""
 ROW = {"prompt": "Rain?", "completion": "No.", "label": True}
 TEMPLATE = """\
 {%- macro turn(role) %}{{ '<|im_start|>' + role + '\\n' + caller() + '<|im_end|>\\n' }}{% endmacro -%}
