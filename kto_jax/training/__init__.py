@@ -1,1 +1,1 @@
-"""A training run: what it reads, its state, the step, the loop, its folder."""
+"""A training run: its inputs, state, step, loop and folder."""

@@ -1,8 +1,8 @@
 """Gradient accumulation: the sum of a loss and its gradient over microbatches.
 
-With JAX's references to arrays (`jax.new_ref`) the backward pass adds to one gradient in place, layer by layer, and no
-microbatch has a gradient of its own: one copy of the gradient less at the peak of memory. That interface is young.
-Where the installed JAX lacks it, the gradient of each microbatch is computed whole and added.
+With JAX's mutable references (`jax.new_ref`) the backward pass adds to one gradient in place, layer by layer. Without a
+separate gradient per microbatch, peak memory is one gradient smaller. The interface is new: if the installed JAX lacks
+it, each microbatch's gradient is computed whole and added.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kto_jax.training.microbatches import microbatch, put, room_for
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
-# (parameters, microbatch) -> its share of the loss, and results to keep.
+# (parameters, microbatch) -> its share of the loss, and auxiliary results.
 ShareOfLoss = Callable[[Params, Tree], tuple[Float[Array, ""], Result]]
 
 _ad: Any = getattr(jax, "ad", None)
@@ -39,10 +39,10 @@ def accumulate_gradient(
 
     Args:
       share_of_loss: function of the parameters and one microbatch.
-      params: what the gradient is taken of.
+      params: the gradient is with respect to these.
       tree: the microbatches [M, ...].
-      count: how many of them are used.
-      in_place: whether to add to the gradient in place.
+      count: number of microbatches that are used.
+      in_place: whether to accumulate the gradient in place.
 
     Returns:
       The loss, its gradient in at least float32, and the results of all microbatches [M, ...].
@@ -87,7 +87,7 @@ def _sum_in_place(
 
 
 def _add_gradient(total: Any, params: Params, backward: Any, cotangent: Array) -> None:
-    """Runs the backward pass into references; the gradient of a narrower parameter is widened before it is added."""
+    """Accumulates the backward pass into references; gradients of narrower parameters are cast before the addition."""
     in_place = jax.tree.map(lambda ref, leaf: ref if ref.dtype == leaf.dtype else _ad.GradValue(), total, params)
     (gradient,) = backward.with_refs(in_place)(cotangent)
 

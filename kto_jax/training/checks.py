@@ -1,6 +1,6 @@
-"""Refusals of settings, models and feedback that do not go together, in the order in which they fire.
+"""Checks that settings, models and feedback are compatible, in the order in which they run.
 
-A field's own range stands beside the field; here is what two of them, or a field and what was read, must agree on.
+A field's range is declared with the field; this module checks several fields together, and fields against the inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kto_jax.objectives import Objective
 
 
 def check_together(config: Config, objective: Objective) -> None:
-    """Refuses settings that do not go together; reads no file.
+    """Refuses conflicting settings; reads no file.
 
     Raises:
       ConfigError: naming the field.
@@ -38,8 +38,8 @@ def check_models(config: Config, policy: TransformerConfig, reference: Transform
     context = min(policy.max_length, reference.max_length)
     if config.data.max_length > context:
         raise ConfigError(
-            f"config.data.max_length={config.data.max_length} is beyond the model's context of {context} "
-            f"tokens. Allowed: up to {context}. Set config.data.max_length."
+            f"config.data.max_length={config.data.max_length} is beyond the model's context of {context} tokens. "
+            f"Allowed: up to {context}. Set config.data.max_length."
         )
     # These fields change neither the weights nor the logits.
     unrelated = ("family", "bos_id", "eos_ids", "max_length", "initializer_range")
@@ -50,7 +50,7 @@ def check_models(config: Config, policy: TransformerConfig, reference: Transform
     ]
     if differing:
         raise ConfigError(
-            f"config.reference.path={config.reference.path!r} is of another architecture than the policy: "
+            f"config.reference.path={config.reference.path!r} has another architecture than the policy: "
             f"{', '.join(differing)}. Both must be equal. Set config.reference.path."
         )
 
@@ -69,7 +69,7 @@ def check_output_head(config: Config, is_reward_model: bool) -> None:
 
 
 def check_judges(config: Config, index: Index) -> None:
-    """Refuses a judge that has no feedback to be fitted on.
+    """Refuses a judge without feedback to be fitted on.
 
     Raises:
       ConfigError: naming the share to raise.
@@ -80,12 +80,12 @@ def check_judges(config: Config, index: Index) -> None:
         raise ConfigError(
             f'config.samples.judges has "feedback", for which config.data.judge_holdout={config.data.judge_holdout} '
             f"leaves {counts['desirable']} desirable and {counts['undesirable']} undesirable completions. It needs "
-            "both. Raise config.data.judge_holdout, or take the judge out."
+            "both. Raise config.data.judge_holdout, or remove the judge."
         )
 
 
 def _check_unused(config: Config, objective: Objective) -> None:
-    """Refuses a field that is set although nothing reads it."""
+    """Refuses a field that is set but not used."""
     name = f"the objective {config.objective.name!r}"
     scored = [source.data for source in sources_of(config.data) if source.data.format == "scores"]
     by_threshold = any(data.score_rule == "threshold" for data in scored)
@@ -109,8 +109,8 @@ def _check_unused(config: Config, objective: Objective) -> None:
         value = getattr(getattr(config, section), option)
         if value != getattr(getattr(usual, section), option) and not has_use:
             raise ConfigError(
-                f"config.{field}={value!r} has no use: {why}. It must be left at its default then. Take config.{field} "
-                "out, or change what it goes with."
+                f"config.{field}={value!r} has no use: {why}. It must then keep its default. Remove config.{field}, or "
+                "change the setting that it depends on."
             )
 
 
@@ -119,19 +119,19 @@ def _check_int8_is_frozen(config: Config) -> None:
         raise ConfigError(
             f'config.reference.param_dtype="int8" cannot be used with config.reference.sync_every='
             f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
-            "Set config.reference.param_dtype to bfloat16, or take config.reference.sync_every out."
+            "Set config.reference.param_dtype to bfloat16, or remove config.reference.sync_every."
         )
 
 
 def _check_adapters(config: Config) -> None:
-    """Refuses what low-rank adapters cannot go with."""
+    """Refuses settings that conflict with low-rank adapters."""
     conflicts = {
         "reference.path": (config.reference.path, '""', "the reference is the policy without its adapters"),
         "reference.sync_every": (config.reference.sync_every, "0", "the frozen weights cannot move"),
         "model.param_dtype": (
             config.model.param_dtype if config.model.param_dtype != "float32" else "",
             '"float32"',
-            "adapters are small, and kept in float32; config.reference.param_dtype is of the frozen weights",
+            "adapters are small and stored in float32; config.reference.param_dtype is the dtype of the frozen weights",
         ),
     }
     for field, (value, allowed, why) in conflicts.items():
@@ -143,8 +143,8 @@ def _check_adapters(config: Config) -> None:
 
 
 def _check_precompute(config: Config, objective: Objective) -> None:
-    """Refuses to precompute log-probabilities of a reference that moves, or that is asked about single tokens."""
-    by_token = "log-probabilities are kept for whole completions, and {} needs them of each token"
+    """Refuses to precompute log-probabilities of a reference that moves, or that are needed per token."""
+    by_token = "log-probabilities are stored per completion, and {} needs them per token"
     conflicts = [
         (
             config.reference.sync_every > 0,
@@ -156,16 +156,16 @@ def _check_precompute(config: Config, objective: Objective) -> None:
     for conflict, why in conflicts:
         if config.reference.precompute and conflict:
             raise ConfigError(
-                f"config.reference.precompute=True cannot be used: {why}. It is for a frozen reference of whole "
-                "completions. Take config.reference.precompute out, or change what it conflicts with."
+                f"config.reference.precompute=True cannot be used: {why}. It is for a frozen reference and whole "
+                "completions. Remove config.reference.precompute, or change the setting that conflicts."
             )
 
 
 def _check_batch_has_partners(config: Config, objective: Objective) -> None:
     if config.batch_size < 2 and objective.first_pass == "unmatched":
         raise ConfigError(
-            f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 is made of. The "
-            f"objective {config.objective.name!r} needs 2 or more. Set config.batch_size."
+            f"config.batch_size={config.batch_size} leaves no other example, whose completion z0 needs. The objective "
+            f"{config.objective.name!r} needs 2 or more. Set config.batch_size."
         )
 
 
@@ -173,8 +173,8 @@ def _check_only_scores_have_rules(config: Config) -> None:
     for source in sources_of(config.data):
         if source.scale is not None and source.data.format != "scores":
             raise ConfigError(
-                f"the source {source.path!r} of config.data has a score_rule or score_threshold of its own, and its "
-                f"format is {source.data.format!r}. Only scores are judged by a rule. Take it out, or set its format."
+                f"the source {source.path!r} of config.data has its own score_rule or score_threshold, and its format "
+                f"is {source.data.format!r}. Rules apply only to scores. Remove it, or set its format."
             )
 
 

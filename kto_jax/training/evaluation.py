@@ -1,4 +1,4 @@
-"""Measuring a policy on feedback that it does not train on."""
+"""Evaluation of a policy on held-out feedback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kto_jax.training.step import jit_evaluation_step, reference_error
 def measure_reference(
     model: Model, objective: Objective, schedule: Schedule, mesh: Mesh, state: TrainState
 ) -> dict[str, float]:
-    """What rounding did to the reference, on the first batch: see `step.reference_error`."""
+    """The effect of rounding the reference, measured on the first batch: see `step.reference_error`."""
     batch = place_batch(mesh, schedule.batch(0, rows=local_rows(mesh, schedule.microbatch_rows)))
     figures = jax.jit(functools.partial(reference_error, model, objective))(state, batch)
     return {name: float(value) for name, value in jax.device_get(figures).items()}
@@ -32,10 +32,10 @@ def measure_reference(
 def make_evaluation(
     model: Model, objective: Objective, schedule: Schedule, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, float]]:
-    """The function that measures a state on the held-out feedback.
+    """Makes the function that evaluates a state on the held-out feedback.
 
-    Each of its batches makes a z0 of its own, as in training. It returns eval_loss (the mean over all examples),
-    eval_margin and eval_auc (over all completions), and where there is a z0 eval_z0 (the mean over batches).
+    Each batch has its own z0, as in training. The function returns eval_loss (mean over all examples), eval_margin and
+    eval_auc (over all completions), and eval_z0 (mean over batches) if there is a z0.
     """
     objective = objective.evaluated_as or objective
     step = jit_evaluation_step(model, objective)

@@ -1,4 +1,4 @@
-"""What the models say of packed rows: log-probabilities, rewards, values."""
+"""Forward passes over packed rows: log-probabilities, rewards and values of completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kto_jax.shapes import Completions, LabelledRows, PackedRows, TokenScores
 
 
 def completion_states(model: Model, params: Params, rows: PackedRows, *, offset: int = 0) -> Float[Array, "R C D"]:
-    """Hidden states that predict the completion's tokens; with an offset of 1, those that have read them."""
+    """Hidden states before the completion's tokens, which predict them; with an offset of 1, those at the tokens."""
     hidden_RLD = model.hidden_states(params, rows.tokens, rows.segment_ids, rows.positions)
     hidden_RCD = jnp.take_along_axis(hidden_RLD, (rows.predictors + offset)[..., None], axis=1)
     return model.layout.constrain(hidden_RCD, ("rows", "length", "embed"))
@@ -32,7 +32,7 @@ def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array,
 
 
 def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
-    """Reward of the completion in each slot: the reward head on the hidden state at its last token; 0 where empty."""
+    """Reward of the completion in each slot: the reward head on its last token's hidden state; 0 in empty slots."""
     rewards_RC = model.apply_scalar_head(params, completion_states(model, params, rows, offset=1))
     segments = rows.target_segments
     is_last = segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
@@ -46,14 +46,14 @@ def read_completions(
     reference: Params,
     labelled: LabelledRows,
 ) -> Completions:
-    """All that the objective sees of one microbatch.
+    """The objective's inputs for one microbatch.
 
     Args:
       model: the policy.
-      objective: decides what is read.
-      policy: the trained parameters: the only ones that gradients reach.
-      reference: the frozen parameters. They are not read if `labelled` holds the reference's log-probabilities;
-        humanline and value heads need those of each token, and so the reference itself.
+      objective: decides what is computed.
+      policy: the trained parameters, the only ones with gradients.
+      reference: the frozen parameters. They are not used if `labelled` holds the reference's log-probabilities;
+        humanline and value heads need per-token log-probabilities, and therefore the reference.
       labelled: the rows of the microbatch.
     """
     rows, reference_logps = labelled.rows, labelled.reference_logps

@@ -1,4 +1,4 @@
-"""Steps that were dispatched and whose figures are still to be read, with the times of each."""
+"""Dispatched steps whose metrics have not been read yet, with the timing of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kto_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """A step on the devices. Times are readings of one clock, in seconds."""
+    """A dispatched step. Times are readings of one clock, in seconds."""
 
     step: int
     resumed: float
@@ -31,22 +31,22 @@ class _Dispatched:
 
 
 class StepsInFlight:
-    """Dispatches steps without waiting for them; reads their figures later, in order.
+    """Dispatches steps asynchronously; reads their metrics later, in order.
 
-    A thread waits for each step and notes when it completed, so the times do not depend on when a row is read.
+    A thread waits for each step and records when it completed, so timing does not depend on when metrics are read.
 
-        seconds           from the completion of the step before to that of this step, without the two below
-        wait_seconds      of that time, how long the devices had nothing to do because the batch was not there
-        compile_seconds   how long the step waited for its program, if that had to be compiled
+        seconds           from the previous step's completion to this step's, without the two below
+        wait_seconds      idle time of the devices because the batch was not ready
+        compile_seconds   time that the step waited for compilation, if it had to
 
-    Evaluations and saves lie between steps: the time of the next step begins when the loop resumes. The seconds of all
-    rows, their waits, and those pauses add up to the wall time of the loop.
+    Evaluations and saves happen between steps: the next step's time starts when the loop resumes. Seconds, waits,
+    compilation and these pauses add up to the wall time of the loop.
 
     Args:
       peak: FLOP/s of all devices together.
-      peak_is_measured: whether `peak` was measured rather than published. A step that is faster than a measured peak
-        shows that the devices were busy with something else when it was measured, and raises it.
-      clock: seconds from any beginning.
+      peak_is_measured: whether `peak` was measured, not published. A step that is faster than a measured peak shows
+        that the devices were busy during the measurement; it raises the peak.
+      clock: returns seconds from an arbitrary origin.
     """
 
     def __init__(self, peak: float, *, peak_is_measured: bool, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -69,11 +69,11 @@ class StepsInFlight:
         return len(self._steps)
 
     def resume(self) -> None:
-        """Begins to count the time of the next step, after a pause with no step in flight."""
+        """Starts timing the next step, after a pause with no step in flight."""
         self._resumed = self._clock()
 
     def arriving(self, batches: Iterable[FeedbackBatch]) -> Iterator[FeedbackBatch]:
-        """The batches, each with a note of how long it was waited for."""
+        """Yields the batches, and records how long each was waited for."""
         batches = iter(batches)
         end = object()
         while True:
@@ -85,13 +85,13 @@ class StepsInFlight:
             yield batch
 
     def dispatch(self, step: int, program: Program, state: TrainState, batch: FeedbackBatch) -> TrainState:
-        """Hands a step to the devices; returns its state, which is there once the step completes.
+        """Dispatches a step; returns its state, which is ready when the step completes.
 
         Args:
-          step: the number of the step, from 1.
+          step: the step's number, from 1.
           program: the training step.
-          state: the state before; its memory is reused.
-          batch: the step's batch, the last one that arrived.
+          state: the state before; its buffers are donated.
+          batch: the step's batch, the last one from `arriving`.
         """
         rows = " × ".join(map(str, batch.matched.tokens.shape))
         if not program.is_ready(batch):
@@ -113,7 +113,7 @@ class StepsInFlight:
         return figures, self._clock()
 
     def read(self) -> tuple[int, dict[str, float]]:
-        """Waits for the oldest step in flight; returns its number and its figures with its times."""
+        """Waits for the oldest step in flight; returns its number and its metrics, with its timing."""
         done = self._steps.popleft()
         figures, completed = done.result.result()
         begun = max(self._completed, done.resumed)
@@ -134,7 +134,7 @@ class StepsInFlight:
         if self._peak_is_measured and rate > self.peak:
             console.print(
                 f"a step reached {rate / 1e9:.0f} GFLOP/s, above the {self.peak / 1e9:.0f} GFLOP/s measured at the "
-                "start, when the devices must have been busy: mfu is a share of the higher figure from here on",
+                "start, when the devices must have been busy: mfu is relative to the higher figure from here on",
                 style="yellow",
             )
             self.peak = rate

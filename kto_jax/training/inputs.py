@@ -1,4 +1,4 @@
-"""What a run reads, checked and ready before any device is touched."""
+"""A run's inputs, checked and ready before any device is used."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Inputs:
     """A run's inputs.
 
     Attributes:
-      model_path: where the policy's first weights are.
-      reference_path: where the reference's are.
+      model_path: path of the policy's initial weights.
+      reference_path: path of the reference's weights.
       architecture: of both.
       tokenizer: of the policy.
       index: the feedback.
-      schedule: what each step reads.
-      held_out: what each evaluation reads; None where nothing is held out.
-      num_steps: steps of the run.
-      objective: what is minimised, its weights resolved from the counts.
-      controls: ids before undesirable and desirable completions; None where the objective has no control texts.
-      num_desirable: completions that an epoch trains on: rows, each as often as the weight of its source says.
+      schedule: the training batches.
+      held_out: the evaluation batches; None if nothing is held out.
+      num_steps: number of steps of the run.
+      objective: the objective, with weights resolved from the counts.
+      controls: ids before undesirable and desirable completions; None if the objective has no control texts.
+      num_desirable: completions that an epoch trains on, each counted as often as its source's weight says.
       num_undesirable: likewise.
     """
 
@@ -63,11 +63,11 @@ class Inputs:
 
 
 def read_inputs(config: Config, scratch: Path) -> Inputs:
-    """Finds the model and tokenizes the feedback.
+    """Locates the model and tokenizes the feedback.
 
     Args:
       config: the run.
-      scratch: folder for the tokenizer, until the run has a folder of its own.
+      scratch: folder for the tokenizer, until the run has its own folder.
 
     Raises:
       ConfigError: the configuration, the data or the model cannot be used.
@@ -105,13 +105,13 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
 def read_feedback(
     config: Config, model_path: Path, vocab_size: int, scratch: Path
 ) -> tuple[TokenizerInfo, Controls | None, Index]:
-    """Prepares the tokenizer and tokenizes the feedback, as training reads it.
+    """Prepares the tokenizer and tokenizes the feedback for training.
 
     Args:
       config: the run.
-      model_path: where the policy's first weights are.
+      model_path: path of the policy's initial weights.
       vocab_size: of the model.
-      scratch: folder for the tokenizer, needed as long as the tokenizer is.
+      scratch: folder for the tokenizer; must exist as long as the tokenizer is used.
 
     Returns:
       The tokenizer; the ids before undesirable and desirable completions, None without control texts; the index.
@@ -130,19 +130,19 @@ def read_feedback(
     controls = _encode_controls(check_objective(config.objective), tokenizer, vocab_size)
     longest_control = max(map(len, controls)) if controls else 0
     index = build_index(
-        # Prompt and completion leave room for the control between them.
+        # Leaves room for the control text between prompt and completion.
         dataclasses.replace(data, max_length=data.max_length - longest_control),
         tokenizer,
         vocab_size=vocab_size,
         directory=cache_directory() / "indices",
-        # Asking which process this is touches the devices, which only a run of several processes has to.
+        # Asking for the process index uses the devices, so only runs of several processes do it.
         builds=processes.is_first(),
     )
     return tokenizer, controls, index
 
 
 def count_visits(index: Index) -> tuple[int, int]:
-    """Desirable and undesirable completions that an epoch visits, on average over epochs."""
+    """Number of desirable and of undesirable completions per epoch, averaged over epochs."""
     visits = Visits(index.sequences("train"), index.places[:, 0], weights_of(index.manifest), seed=0)
     desirable = np.asarray(index.desirable)
     return round(visits.total(desirable)), round(visits.total(~desirable))
@@ -151,7 +151,7 @@ def count_visits(index: Index) -> tuple[int, int]:
 def make_schedules(
     config: Config, index: Index, objective: Objective, controls: Controls | None
 ) -> tuple[Schedule, Schedule | None]:
-    """What each step reads, and each evaluation; None if nothing that counts is held out."""
+    """The batches of training and of evaluation; the latter is None if no example is held out."""
     paired = objective.reads == "pairs"
     train, weights = _sequences_to_train(index, objective), weights_of(index.manifest)
     visits = Visits(train, index.places[:, 0], weights, seed=config.seed)
@@ -168,7 +168,7 @@ def make_schedules(
 
 
 def _row_limits(config: Config, index: Index, visited: np.ndarray, paired: bool) -> RowLimits:
-    # "auto" rows are found later (planning/rows_that_fit.py), by compiling schedules of one row and more.
+    # "auto" rows are chosen later (planning/rows_that_fit.py), by compiling schedules of one row and more.
     rows = 1 if config.microbatch_rows == "auto" else config.microbatch_rows
     config = dataclasses.replace(config, microbatch_rows=rows)
     lengths = choose_lengths(config, index, visited, paired)
@@ -181,12 +181,12 @@ def _row_limits(config: Config, index: Index, visited: np.ndarray, paired: bool)
 
 
 def choose_lengths(config: Config, index: Index, visited: np.ndarray, paired: bool) -> tuple[int, ...]:
-    """Tokens of a packed row: as configured, what the longest example needs, or the few that leave the least padding.
+    """Lengths of packed rows in tokens: as configured, the longest example's, or a few that minimise padding.
 
     Args:
       config: the run.
-      index: of its feedback.
-      visited: sequences that an epoch visits; with `paired`, the chosen ones.
+      index: the run's feedback.
+      visited: sequences of an epoch; with `paired`, the chosen ones.
       paired: whether they are pairs.
 
     Returns:
@@ -215,10 +215,10 @@ def choose_lengths(config: Config, index: Index, visited: np.ndarray, paired: bo
 
 
 def _sequences_to_train(index: Index, objective: Objective) -> np.ndarray:
-    """The sequences that an epoch visits: all, the desirable ones, or the chosen ones of pairs.
+    """The sequences of an epoch: all, the desirable ones, or the chosen ones of pairs.
 
     Raises:
-      ConfigError: there are none, or they are all of one label although both are needed.
+      ConfigError: there are none, or all have the same label and both are needed.
     """
     train = index.sequences("train")
     desirable = np.asarray(index.desirable)[train]
@@ -238,15 +238,15 @@ def _sequences_to_train(index: Index, objective: Objective) -> np.ndarray:
     needed = "desirable completions" if objective.reads == "desirable" else "both labels"
     raise ConfigError(
         f"all {len(train)} completions to train on are {only}. The objective needs {needed}. Check "
-        "config.data.label_field and label_map, of scores score_rule and score_threshold, or set config.objective.name "
-        "to sft for demonstrations."
+        "config.data.label_field and label_map, score_rule and score_threshold for scores, or set "
+        "config.objective.name to sft for demonstrations."
     )
 
 
 def _sequences_to_evaluate(config: Config, index: Index, objective: Objective) -> np.ndarray:
-    """The held-out sequences that an evaluation reads; none if none of them counts for what is measured."""
+    """The held-out sequences of an evaluation; empty if none of them counts as an example."""
     held_out = index.pairs("eval") if objective.reads == "pairs" else index.sequences("eval")
-    # Files are often sorted by prompt or label: the first ones would be no fair draw, and find no partners.
+    # Files are often sorted by prompt or label: the first ones would be a biased sample without partners.
     held_out = held_out[permute(np.arange(len(held_out)), max(len(held_out), 1), (0,))]
     held_out = held_out[: config.evaluation.max_examples] if config.evaluation.max_examples else held_out
     measured = objective.evaluated_as or objective
@@ -258,7 +258,7 @@ def _encode_controls(objective: Objective, tokenizer: TokenizerInfo, vocab_size:
     """Ids of the objective's control texts, if it has any.
 
     Raises:
-      ConfigError: a text has no tokens, or some that the model does not have.
+      ConfigError: a text has no tokens, or tokens outside the model's vocabulary.
     """
     if not objective.controls:
         return None

@@ -1,4 +1,4 @@
-"""What a run shows and records: messages, the progress bar, metrics.jsonl and the trackers."""
+"""A run's output: messages, the progress bar, metrics.jsonl and the trackers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kto_jax.training.trackers import Tracker, grouped
 
 
 class _Messages(Console):
-    """Messages on stderr: for people at a terminal, and as a log, one line each with the time, elsewhere."""
+    """Messages on stderr: formatted at a terminal; elsewhere a log of one line each, with the time."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's, of plain text."""
+        """As rich's `Console.print`, for plain text."""
         if not self.is_terminal and all(isinstance(text, str) for text in objects):
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             objects = (now, *(" ".join(text.splitlines()) for text in objects))
@@ -32,7 +32,7 @@ class _Messages(Console):
 
     @contextlib.contextmanager
     def phase(self, text: str) -> Iterator[None]:
-        """Shows what happens while the context is open, with a spinner at a terminal, and then how long it took."""
+        """Shows a message while the context is open, with a spinner at a terminal, and then its duration."""
         started = time.monotonic()
         if self.is_terminal and not self.quiet:
             with self.status(f"{text} …"):
@@ -45,13 +45,13 @@ class _Messages(Console):
 
 console = _Messages(stderr=True, markup=False, highlight=False, emoji=False)
 
-# What the progress bar shows of a step, by importance, with the format of each, and what a log line adds.
+# Metrics in the progress bar, by importance, with their formats; and those of a log line.
 _SHOWN = {"loss": ".4f", "margin": "+.3f", "auc": ".2f"}
 _LOGGED = _SHOWN | {"z0": ".2f", "tokens_per_second": ".0f"}
 
 
 class MetricsLog:
-    """Writes one row per step to metrics.jsonl, at once, and to the trackers; on the first process alone."""
+    """Writes one row per step to metrics.jsonl, flushed at once, and to the trackers; only on the first process."""
 
     def __init__(
         self, folder: Path, first_step: int, num_steps: int, *, trackers: Sequence[Tracker] = (), enabled: bool = True
@@ -60,10 +60,10 @@ class MetricsLog:
 
         Args:
           folder: the run's folder.
-          first_step: steps already taken; rows beyond them, left by a run that was killed, are dropped.
-          num_steps: steps of the whole run.
-          trackers: where figures go besides.
-          enabled: False on all processes but the first, which then write nothing.
+          first_step: steps already taken; later rows, left by a killed run, are dropped.
+          num_steps: number of steps of the whole run.
+          trackers: other destinations of the metrics.
+          enabled: False on all processes but the first; these write nothing.
         """
         self._enabled, self._trackers = enabled, list(trackers)
         self._num_steps, self._last_step = num_steps, first_step
@@ -85,7 +85,7 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Logs the figures of a step; one that is not finite becomes null in metrics.jsonl."""
+        """Logs the metrics of a step; non-finite values become null in metrics.jsonl."""
         if not self._enabled:
             return
         self._last_step = step
@@ -96,7 +96,7 @@ class MetricsLog:
         for tracker in list(self._trackers):
             try:
                 tracker.log(step, grouped(finite))
-            except Exception as error:  # A tracker's server may fail in any way; the run goes on.
+            except Exception as error:  # A tracker's server may fail in any way; the run continues.
                 self._drop(tracker, error)
         self._progress.update(self._task, completed=step, figures=_listed(finite, _SHOWN))
         if not console.is_terminal:
@@ -105,7 +105,7 @@ class MetricsLog:
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         self._trackers.remove(tracker)
         console.print(
-            f"warning: the tracker {type(tracker).__name__} failed and gets no more figures ({error}). "
+            f"warning: the tracker {type(tracker).__name__} failed and gets no more metrics ({error}). "
             "metrics.jsonl has all of them.",
             style="yellow",
         )
@@ -124,20 +124,20 @@ class MetricsLog:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left, and the word where there is room for it."""
+    """The time left, followed by "left" if there is room."""
 
     def __init__(self, shown_on: Console) -> None:
         super().__init__(compact=True, table_column=Column(no_wrap=True, min_width=7))
         self._shown_on = shown_on
 
     def render(self, task: Task) -> Text:
-        """As rich's."""
+        """As rich's `render`."""
         text = super().render(task)
         return text.append(" left") if self._shown_on.width >= 76 else text
 
 
 def progress_bar(shown_on: Console) -> Progress:
-    """A bar with step n/N, the time left and the figures of the last step, which fits a terminal of 60 columns."""
+    """A bar with step n/N, the time left and the metrics of the last step; it fits a terminal of 60 columns."""
     return Progress(
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
@@ -146,7 +146,7 @@ def progress_bar(shown_on: Console) -> Progress:
         console=shown_on,
         disable=not shown_on.is_terminal,
         expand=True,
-        speed_estimate_period=float("inf"),  # over the last 1000 steps; rich's 30 s hold no two slow steps
+        speed_estimate_period=float("inf"),  # over 1000 steps; rich's 30 s may hold fewer than two slow steps
     )
 
 
@@ -155,7 +155,7 @@ def _listed(figures: Mapping[str, float], formats: Mapping[str, str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a half-written last line, left by a kill, is dropped."""
+    """The rows of a metrics.jsonl; a half-written last line, left by a killed run, is dropped."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():

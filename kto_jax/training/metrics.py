@@ -1,4 +1,4 @@
-"""Figures of a batch of feedback, as pure functions that run inside the step."""
+"""Metrics of a batch of feedback, as pure functions that run inside the step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float
 from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, FeedbackBatch
 
-# A sigmoid's slope below a tenth of its peak, 1/4: |z| above 3.64.
+# A tenth of the sigmoid's maximum slope, 1/4: reached at |z| = 3.64.
 _SATURATED_SLOPE = 0.025
 
 
 def mean(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Mean of the entries that count; 0 where there is none."""
+    """Mean of the entries that count; 0 if there are none."""
     return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)
 
 
@@ -25,16 +25,16 @@ def standard_error(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Floa
 
 
 def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Chance that a random desirable completion has the larger reward than a random undesirable one, ties as half.
+    """Probability that a random desirable completion has a larger reward than an undesirable one; ties count half.
 
-    NaN where one of the classes is absent: there is nothing to compare.
+    NaN if a class is absent: there is nothing to compare.
     """
     negatives = jnp.sort(jnp.where(where & ~desirable, rewards, jnp.inf))
     num_negatives = jnp.sum(where & ~desirable)
     below = jnp.minimum(jnp.searchsorted(negatives, rewards, side="left"), num_negatives)
     not_above = jnp.minimum(jnp.searchsorted(negatives, rewards, side="right"), num_negatives)
     wins = jnp.sum(jnp.where(where & desirable, (below + not_above) / 2, 0))
-    # In floating point: 50,000 of each class make more pairs than an int32 holds.
+    # In floating point: 50,000 of each class make more pairs than int32 can count.
     pairs = jnp.sum(where & desirable).astype(rewards.dtype) * num_negatives
     return jnp.where(pairs > 0, wins / jnp.maximum(pairs, 1), jnp.nan)
 
@@ -42,11 +42,11 @@ def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[A
 def class_figures(
     rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]
 ) -> dict[str, Float[Array, ""]]:
-    """How well rewards tell the two classes apart.
+    """How well rewards separate the two classes.
 
     Returns:
-      rewards_desirable and rewards_undesirable: means by class, NaN where it is absent. margin: their difference. auc:
-      see `auc`.
+      rewards_desirable and rewards_undesirable: means by class, NaN if it is absent. margin: their difference. auc: see
+      `auc`.
     """
     means = {}
     for name, members in (("desirable", where & desirable), ("undesirable", where & ~desirable)):
@@ -62,13 +62,13 @@ def class_figures(
 def of_examples(
     objective: Objective, completions: Completions, batch: FeedbackBatch, reference_reward: Array
 ) -> dict[str, Float[Array, ""]]:
-    """The figures about rewards that an objective has.
+    """The reward metrics of an objective.
 
     Args:
-      objective: decides which.
-      completions: all of the batch's matched ones, [M, R, S].
+      objective: decides which metrics there are.
+      completions: the batch's matched completions, [M, R, S].
       batch: their labels.
-      reference_reward: what rewards of thumbs are gains and losses against; a scalar or [M, R, S].
+      reference_reward: the reward from which gains and losses of thumbs are measured; a scalar or [M, R, S].
     """
     rewards, filled = objective.rewards(completions), batch.matched.filled
     flat = (rewards.reshape(-1), batch.desirable.reshape(-1), filled.reshape(-1))
@@ -86,17 +86,17 @@ def of_examples(
 
 
 def accuracy(gains: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Share of desirable completions whose reward is above the reference point, and undesirable ones below it."""
+    """Share of completions on the right side of the reference point: desirable above it, undesirable below it."""
     return mean(jnp.where(desirable, gains > 0, gains < 0).astype(gains.dtype), where)
 
 
 def saturated(gains: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Share whose gradient is less than a tenth of the largest, where the value of a gain is its sigmoid."""
+    """Share of completions whose gradient is below a tenth of the maximum, for sigmoid value functions."""
     value = 1 / (1 + jnp.exp(-jnp.clip(gains, -80, 80)))
     return mean((value * (1 - value) < _SATURATED_SLOPE).astype(gains.dtype), where)
 
 
 def pair_accuracy(rewards: Float[Array, "*M R S"], where: Bool[Array, "*M R S"]) -> Float[Array, ""]:
-    """Share of pairs, in the slots 2k and 2k + 1, whose chosen completion has the larger reward."""
+    """Share of pairs, in slots 2k and 2k + 1, whose chosen completion has the larger reward."""
     wins = rewards[..., 0::2] > rewards[..., 1::2]
     return mean(wins.astype(rewards.dtype), where[..., 0::2])

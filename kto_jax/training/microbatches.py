@@ -1,7 +1,7 @@
 """Loops over the microbatches of a step.
 
 Trees of microbatches have a leading axis M, of which the first `count` entries are used. `count` is traced, so that one
-program serves every step.
+compiled program serves every step.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def microbatch(tree: Tree, index: Int[Array, ""]) -> Tree:
 
 
 def room_for(function: Callable[[Tree], Result], tree: Tree) -> Result:
-    """Zeros [M, ...] that hold the function's results for all microbatches."""
+    """Zeros [M, ...] to hold the function's results for all microbatches."""
     num_microbatches = jax.tree.leaves(tree)[0].shape[0]
     one = jax.eval_shape(lambda tree: function(microbatch(tree, jnp.int32(0))), tree)
     return jax.tree.map(lambda leaf: jnp.zeros((num_microbatches, *leaf.shape), leaf.dtype), one)
 
 
 def put(results: Result, index: Int[Array, ""], result: Result) -> Result:
-    """The results with those of one microbatch written."""
+    """The results, with one microbatch's written at `index`."""
     return jax.tree.map(lambda whole, one: whole.at[index].set(one), results, result)
 
 
 def map_microbatches(function: Callable[[Tree], Result], tree: Tree, count: Int[Array, ""]) -> Result:
-    """The results [M, ...] of a function of one microbatch; 0 beyond the first `count`."""
+    """Applies a function to the first `count` microbatches; results are [M, ...], 0 beyond them."""
 
     def body(index: Int[Array, ""], results: Result) -> Result:
         return put(results, index, function(microbatch(tree, index)))

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedul
     }[config.schedule]
     if config.warmup_steps == 0:
         return after
-    # The first step already moves: warm-up counts from 1.
+    # Warm-up counts from 1, so the first step already moves.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
@@ -38,14 +38,14 @@ def make_optimizer(
     param_dtype: str = "float32",
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, of a value head apart from the rest, then AdamW or RMSProp.
+    """Clips by global norm, with a separate norm for a value head, then applies AdamW or RMSProp.
 
     Args:
-      config: which, and what its moments are kept in.
+      config: the optimizer's settings, with the dtype of its moments.
       learning_rate: by step.
       value_head: whether the policy has one.
-      param_dtype: what the policy is kept in.
-      seed: decides how bfloat16 moments and parameters are rounded; see rounding.py.
+      param_dtype: dtype of the policy's parameters.
+      seed: of the stochastic rounding of bfloat16 moments and parameters; see rounding.py.
     """
     clip = clip_by_global_norm(config.clip_norm)
     if value_head:
@@ -67,13 +67,13 @@ def make_optimizer(
 
 
 def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]) -> optax.GradientTransformation:
-    """Adds weight_decay · parameter to the updates of the parameters that are decayed.
+    """Adds weight_decay · parameter to the updates of decayed parameters.
 
-    optax's takes a mask too, but nests the state then, and checkpoints without a mask could not be read.
+    optax's version with a mask nests the state, which would make checkpoints without a mask unreadable.
 
     Args:
       weight_decay: the factor.
-      decayed: "matrices": the stacked matrices of the layers [layers, in, out], adapters among them; or "all".
+      decayed: "matrices": the layers' stacked matrices [layers, in, out], including adapters; or "all".
     """
 
     def is_decayed(path: Any, parameter: Array) -> bool:
@@ -89,20 +89,20 @@ def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]
 
 
 def num_updates(opt_state: Any, default: Int[Array, ""]) -> Int[Array, ""]:
-    """How many updates an optimizer has made: steps less those that were not finite.
+    """Number of updates that an optimizer has made: steps minus non-finite ones.
 
     Args:
-      opt_state: the optimizer's.
-      default: for an optimizer that does not count.
+      opt_state: the optimizer's state.
+      default: returned for an optimizer without a count.
     """
     counts = [count for _, count in optax.tree.get_all_with_path(opt_state, "count")]
     return counts[0] if counts else default
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Scales gradients whose norm, over all arrays, is above `most` down to it.
+    """Scales gradients down to a global norm of at most `most`.
 
-    As optax's, but by a factor: XLA on CPU computes a product where it is read, and a quotient as an array of its own.
+    As optax's, but with a product: XLA on CPU fuses a product into its consumers, and materialises a quotient.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""One commit for each source on the Hub: the same on all hosts, and in every part of a resumed run."""
+"""Pins each source on the Hub to one commit, on all hosts and over all parts of a resumed run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kto_jax.storage.hub import pinned
 
 
 def pin_sources(config: Config, workdir: Path | None = None) -> Config:
-    """The run with every source on the Hub at a commit: `org/name` becomes `org/name@COMMIT`.
+    """The run with every source on the Hub pinned to a commit: `org/name` becomes `org/name@COMMIT`.
 
-    The first process resolves the revisions and tells the others. The run's config.json records the commits; a run that
-    is resumed keeps them. Every process must call this.
+    The first process resolves the revisions and sends them to the others. The run's config.json records the commits,
+    and a resumed run keeps them. Every process must call this.
 
     Args:
       config: the run.
@@ -41,7 +41,7 @@ def pin_sources(config: Config, workdir: Path | None = None) -> Config:
 
 
 def _commits(config: Config, workdir: Path | None) -> dict[str, str]:
-    """Each source of the run as it is written, and at its commit."""
+    """Each source as written in the config -> the source at its commit."""
     recorded = set(_recorded(workdir)) if workdir else set()
     models = (config.model.path, config.reference.path)
     data = [name for name in (*_names(config.data.train), *_names(config.data.eval)) if name.startswith("hub:")]
@@ -58,7 +58,7 @@ def _recorded(workdir: Path) -> Iterator[str]:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         yield from (values["model"]["path"], values["reference"]["path"])
         yield from (*_names(values["data"]["train"]), *_names(values["data"]["eval"]))
-    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a config.json that is broken
+    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a broken config.json
         return
 
 

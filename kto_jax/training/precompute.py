@@ -1,7 +1,7 @@
-"""The reference's log-probabilities of all that a run will read, computed once; training then holds no reference.
+"""Computes all reference log-probabilities of a run up front; training then keeps no reference in memory.
 
-They lie in the cache under a key of all that decides them: the reference's weights, the index, the order and size of
-the batches, the epochs, the truncation and the dtypes. A second run finds them whole, a killed one goes on.
+They are cached under a key of all that determines them: the reference's weights, the index, the order and size of the
+batches, the epochs, the truncation and the dtypes. A second run reuses them, and an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from kto_jax.training.preemption import agreed
 from kto_jax.training.run_folder import write_json
 
 _FORMAT = 2
-"""Version of the stores."""
+"""Version of the stores' format."""
 
 
 def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir: Path) -> Inputs:
-    """Finds or computes what the reference says of every step and evaluation of the run.
+    """Finds or computes the reference's log-probabilities for every step and evaluation of the run.
 
-    The reference is loaded only where something is missing, and is let go of at the end.
+    The reference is loaded only if something is missing, and freed at the end.
 
     Args:
       config: the run.
       inputs: what it reads.
-      model: the policy's; the reference has its architecture.
+      model: the policy's model; the reference has the same architecture.
       mesh: the devices.
-      workdir: the run's folder, which remembers which reference it began with.
+      workdir: the run's folder, which records the reference that the run started with.
 
     Returns:
       The inputs, with schedules whose batches hold the reference's log-probabilities.
 
     Raises:
-      ConfigError: the reference is not the one that the run began with, a store cannot be used, or the reference finds
-        a completion impossible (its log-probability is not finite).
+      ConfigError: the reference is not the one that the run started with, a store cannot be used, or a completion's
+        log-probability is not finite.
     """
     plain = dataclasses.replace(model, scalar_head="none")
     tasks = [("train", inputs.schedule, inputs.num_steps)]
@@ -102,14 +102,15 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
 
 
 def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
-    """The digest of the reference's weights, which must be that of the run's beginning."""
+    """The digest of the reference's weights, which must be the same as at the run's start."""
     if config.model.init == "random" and not config.reference.path:
         return f"random {config.seed} {inputs.architecture}"
     weights, path = weights_digest(inputs.reference_path), workdir / "reference.json"
     if path.exists() and (before := json.loads(path.read_text())["weights"]) != weights:
         raise ConfigError(
             f"the weights in {inputs.reference_path} have changed since the run in {workdir} began (digest "
-            f"{weights[:16]}, was {before[:16]}). Its reference must stay. Restore them, or choose another --workdir."
+            f"{weights[:16]}, was {before[:16]}). Its reference must not change. Restore them, or choose another "
+            "--workdir."
         )
     if processes.is_first():
         write_json(path, {"weights": weights})
@@ -119,14 +120,14 @@ def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
 def _find_store(config: Config, inputs: Inputs, schedule: Schedule, weights: str) -> ReferenceLogps:
     parts = [_FORMAT, weights, schedule.key, config.model.dtype, config.reference.param_dtype]
     if not config.reference.path and config.model.param_dtype != "float32":
-        parts.append(config.model.param_dtype)  # It is the policy's first weights, as they are kept.
+        parts.append(config.model.param_dtype)  # The reference is the policy's initial weights in their dtype.
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     directory = cache_directory() / "reference_logps" / key[:16]
     return open_store(directory, len(inputs.index.splits), schedule.num_steps, schedule.max_sequences)
 
 
 def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
-    """The compiled function: (parameters, rows, microbatches that are used) -> log-probabilities [M, R, S]."""
+    """The compiled function: (parameters, rows, number of microbatches) -> log-probabilities [M, R, S]."""
 
     def read(params: Params, rows: PackedRows, count: Int[Array, ""]) -> Float[Array, "M R S"]:
         return map_microbatches(functools.partial(packed_logps, model, params), rows, count)
@@ -142,7 +143,7 @@ def _compute(
     *,
     reads_matched: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty where they are not read."""
+    """Log-probabilities of a step's sequences, matched and unmatched; matched is empty if they are not needed."""
     nothing = np.zeros(batch.matched.filled.shape, np.float32)
     matched = processes.gather(read(batch.matched, batch.num_matched)) if reads_matched else nothing
     unmatched = processes.gather(read(batch.unmatched, batch.num_unmatched)) if schedule.reads_unmatched else nothing

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a user."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kto_jax.config.errors import INTERRUPTED, PREEMPTED
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SYNC_POINTS = itertools.count()
-"""Numbers every question to JAX's preemption service, which compares the numbers of all processes for equality."""
+"""Numbers the calls of JAX's preemption service, which requires equal numbers on all processes."""
 
 
 class Preemption:
     """Handles the signals of a run while the context is open.
 
-    Outside the steps a signal ends the process where it is: the next run starts again or resumes. During the steps
-    (`deferred`) it is only remembered, and the loop asks for it after every step. A thread answers every Ctrl-C in
-    words at once, and a second one ends the process at once, even while the main thread is inside compiled code.
+    Outside the steps, a signal ends the process at once: the next run starts over or resumes. During the steps
+    (`deferred`) it is only recorded, and the loop checks for it after every step. A thread prints an answer to every
+    Ctrl-C at once. A second Ctrl-C ends the process at once, even while the main thread is inside compiled code.
 
-    With several processes JAX's preemption service receives SIGTERM and agrees on a step at which all processes stop.
-    Nothing agrees on a Ctrl-C, so it ends each process where it is.
+    With several processes, JAX's preemption service receives SIGTERM and agrees on a step at which all processes stop.
+    There is no agreement on a Ctrl-C, so it ends each process at once.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Preemption:
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
         self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        # Python writes the number of every signal there at once; handlers wait for the main thread.
+        # Python writes every signal's number there at once; handlers wait for the main thread.
         self._former_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         return self
 
@@ -58,7 +58,7 @@ class Preemption:
         self._ours.close()
 
     def _listen(self) -> None:
-        """Answers Ctrl-C; the handler cannot, while the main thread waits for compiled code."""
+        """Answers Ctrl-C; the handler cannot while the main thread is inside compiled code."""
         presses = 0
         while numbers := self._ours.recv(64):
             for number in numbers:
@@ -84,7 +84,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Remembers signals, for `requested`, instead of ending the process."""
+        """Records signals for `requested`, instead of ending the process."""
         self._deferred = True
         try:
             yield
@@ -92,29 +92,29 @@ class Preemption:
             self._deferred = False
 
     def requested(self) -> bool:
-        """Whether the run should save and stop; all processes ask together and get the same answer."""
+        """Whether the run should save and stop; all processes must call this together and get the same answer."""
         return agreed() if _several_processes() else self._signal is not None
 
     @property
     def exit_code(self) -> int:
-        """What to end the process with after a requested stop."""
+        """The exit code after a requested stop."""
         return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
 
 def agreed() -> bool:
-    """Whether JAX's preemption service wants all processes to stop here.
+    """Whether JAX's preemption service asks all processes to stop now.
 
-    All processes must call this equally often.
+    All processes must call this the same number of times.
     """
     return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
 
 
 def _several_processes() -> bool:
-    # Asks no device: those may not have been touched yet.
+    # Uses no device, because devices may not be initialised yet.
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _say(text: str) -> None:
-    """Writes a line to stderr, past Python's buffers, whose locks the main thread may hold."""
+    """Writes a line to stderr, bypassing Python's buffers, whose locks the main thread may hold."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), f"\r{text}\n".encode() if sys.stderr.isatty() else f"{text}\n".encode())

@@ -1,7 +1,7 @@
-"""The dtype that the reference is kept in, and what rounding it to fewer bits does to the first batch's rewards.
+"""The reference's dtype, and the effect of rounding the reference on the first batch's rewards.
 
-Before the first step the policy and the reference are the same model, so every reward is 0. A reference with fewer bits
-than the weights it comes from breaks that: after a short SFT, rounding to bfloat16 takes back most of what was learnt.
+Before the first step, policy and reference are the same model, so every reward is 0. A reference that is rounded to a
+narrower dtype breaks that: after a short SFT, rounding to bfloat16 undoes most of what was learnt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def choose_dtype(config: Config, *, only_config: bool = False) -> Config:
 
     Args:
       config: the run.
-      only_config: whether to fetch no more than config.json of a model of the Hub.
+      only_config: whether to fetch only config.json of a model on the Hub.
 
     Raises:
       ConfigError: the objective or the model cannot be used.
@@ -28,14 +28,14 @@ def choose_dtype(config: Config, *, only_config: bool = False) -> Config:
     has_reference = config.lora.rank or check_objective(config.objective).uses_reference
     if config.reference.param_dtype != "auto" or not has_reference:
         return config
-    # A synced reference becomes a mix with the policy.
+    # A synced reference becomes a mixture with the policy.
     moves = config.reference.sync_every > 0
     dtype = config.model.param_dtype if moves else _source_dtype(config, only_config=only_config)
     return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=dtype))
 
 
 def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["float32", "bfloat16"]:
-    """The narrowest dtype that holds the weights that the reference is made from exactly."""
+    """The narrowest dtype that holds the reference's source weights exactly."""
     if not config.reference.path and (config.model.init == "random" or config.model.param_dtype == "bfloat16"):
         return config.model.param_dtype
     path = config.reference.path or config.model.path
@@ -43,10 +43,10 @@ def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["floa
 
 
 def is_rounded(config: Config) -> bool:
-    """Whether the reference begins as the policy's first weights, but in fewer bits.
+    """Whether the reference starts as the policy's initial weights in a narrower dtype.
 
     Args:
-      config: the run, its dtype chosen.
+      config: the run, with its dtype resolved.
 
     Raises:
       ConfigError: the objective or the model cannot be used.
@@ -58,7 +58,7 @@ def is_rounded(config: Config) -> bool:
 
 
 def describe_error(config: Config, errors: dict[str, float]) -> str:
-    """What rounding the reference did on the first batch, and what to do about it.
+    """The message on the effect of rounding the reference on the first batch, with the remedy.
 
     Args:
       config: the run.

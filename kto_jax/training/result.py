@@ -1,4 +1,4 @@
-"""What a run leaves as its result: in which dtype the policy is written."""
+"""The result of a run: the dtype of the exported policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kto_jax.storage.fetch import local_path
 def choose_export_dtype(config: Config) -> Config:
     """The run with `export.dtype="auto"` replaced by the dtype of the base's weights.
 
-    A policy that is trained in bfloat16 is written in bfloat16.
+    A policy trained in bfloat16 is exported in bfloat16.
 
     Raises:
       ConfigError: the model cannot be used.

@@ -1,9 +1,9 @@
 """Stochastic rounding: bfloat16 weights and moments that still learn.
 
-Updates are computed in float32 and rounded when they are stored. bfloat16 has 8 bits of precision, so rounding to the
-nearest loses every change smaller than half a step of a number: at KTO's learning rates the policy would not move, nor
-would a second moment with b2 = 0.999. Stochastic rounding rounds up with a probability equal to the remainder, and so
-is correct on average.
+Updates are computed in float32 and rounded when they are stored. bfloat16 has 8 bits of precision, so rounding to
+nearest loses every change below half a unit in the last place: at KTO's learning rates neither the policy nor a second
+moment with b2 = 0.999 would move. Stochastic rounding rounds up with a probability equal to the remainder, so it is
+correct on average.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float, Int, Key
 
-# The purpose of a draw: the same array and step must not draw the same bits twice.
+# Streams of random bits: each use of an array at a step needs its own.
 _MOMENTS, _PARAMS, _REFERENCE = 0, 1, 2
 
 
@@ -23,11 +23,11 @@ def round_by_chance(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[
     """Rounds stochastically to one of the two nearest bfloat16 numbers, so that the mean over draws is `x`.
 
     A bfloat16 number is the upper half of a float32 number. A uniform 16-bit number is added to the lower half, which
-    is then cut off. The draw depends only on the key and the position in the array, not on how the array is sharded.
+    is then truncated. The random bits depend only on the key and the position in the array, not on its sharding.
 
     Args:
       x: float32. Infinities and NaN are unchanged.
-      key: decides the draws.
+      key: PRNG key.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     drawn = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -43,11 +43,11 @@ class RoundedState(NamedTuple):
 
 
 def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
-    """The same transformation with moments stored in bfloat16 and computed in float32.
+    """Wraps a transformation so that its moments are stored in bfloat16 and updated in float32.
 
     Args:
       inner: for example `optax.adamw`.
-      seed: decides, with the number of the update, how moments are rounded.
+      seed: of the rounding, together with the number of the update.
     """
 
     def init(params: Any) -> RoundedState:
@@ -67,15 +67,15 @@ def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Gr
 
 
 def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
-    """The same transformation for bfloat16 parameters, with stochastically rounded sums.
+    """Wraps an optimizer for bfloat16 parameters, whose updated values are stochastically rounded.
 
-    The inner transformation sees float32 parameters and has the state that goes with them. Its update is added to them
-    in float32 and the sum is rounded. The update returned is the rounded sum minus the parameter, which float32 holds
-    exactly, so that `optax.apply_updates` gives the rounded sum.
+    The inner transformation gets float32 parameters, and its state matches them. Its update is added to them in float32
+    and the sum is rounded. The returned update is the rounded sum minus the parameter, which float32 represents
+    exactly, so that `optax.apply_updates` yields the rounded sum.
 
     Args:
       inner: the whole optimizer.
-      seed: decides, with the number of the update, how parameters are rounded.
+      seed: of the rounding, together with the number of the update.
     """
 
     def init(params: Any) -> tuple[Int[Array, ""], Any]:
@@ -95,15 +95,15 @@ def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Grad
 
 
 def round_reference(values: Any, reference: Any, step: Int[Array, ""]) -> Any:
-    """A reference's next values in the dtypes it is stored in, stochastically rounded if that is bfloat16.
+    """A reference's next values in its stored dtypes, stochastically rounded for bfloat16.
 
-    A mean of policy and reference is so close to the reference that rounding to the nearest could return the old
-    number at every move.
+    A weighted mean of policy and reference is so close to the reference that rounding to nearest could return the old
+    value every time.
 
     Args:
       values: the next values, at least float32.
       reference: the current values, with the same structure.
-      step: decides the draws, together with the position of the array in the tree.
+      step: seeds the rounding, together with the array's position in the tree.
     """
 
     def kept(x: Array, old: Array, key: Array) -> Array:
@@ -121,8 +121,8 @@ def _widened(params: Any) -> Any:
 
 
 def _keys(seed: int, purpose: int, count: Int[Array, ""], tree: Any) -> Any:
-    """A key for each array of a tree."""
-    # The generator is named, so that a run draws the same bits whatever JAX's default generator is.
+    """A PRNG key for each array of a tree."""
+    # The generator is explicit, so that a run draws the same bits whatever JAX's default is.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), purpose)
     key = jax.random.fold_in(key, count)
     structure: Any = jax.tree.structure(tree)

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, at steps on which all processes agree."""
+"""Time-based checkpoints, at steps on which all processes agree."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from kto_jax.devices import processes
 
 _LONGEST_SILENCE = 100
-"""Steps between questions, at most: the pace may change."""
+"""Maximum number of steps between questions, because the pace may change."""
 
 
 class SaveTimer:
-    """Says when enough minutes have passed since the last save.
+    """Decides when enough minutes have passed since the last save.
 
-    The first process decides by its clock and tells the others. To ask it after every step would cost each of them a
-    message per step, so its answer also says after how many steps to ask again: as many as fit into the time left at
-    the pace since the last save, at most as many as were taken since then, and at most 100.
+    The first process decides by its clock and sends its decision to the others. Asking after every step would cost each
+    process a message per step, so the answer also says after how many steps to ask again: as many as fit into the
+    remaining time at the pace since the last save, but no more than were taken since then, and at most 100.
 
     Args:
       minutes: between saves; 0 for never.
-      clock: seconds from any beginning.
-      ask: the first process's number, on all processes.
+      clock: returns seconds from an arbitrary origin.
+      ask: returns the first process's number on all processes.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SaveTimer:
         self._next_question = 0
 
     def restart(self, step: int) -> None:
-        """Counts from this step on; called after every save."""
+        """Restarts the timer at this step; called after every save."""
         self._since, self._since_step = self._clock(), step
         self._next_question = step + 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-from typing import Any as Array  # Arrays, or jax.ShapeDtypeStruct where only the layout of a state is meant.
+from typing import Any as Array  # Arrays, or jax.ShapeDtypeStruct in an abstract state.
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ class TrainState:
     Attributes:
       step: steps taken.
       policy: the trained parameters: the policy's, or only its low-rank adapters.
-      reference: the frozen parameters: those of the reference, to which adapters are added; {} if there are none.
+      reference: the frozen parameters: the reference's, which are also the base of adapters; {} if there are none.
       opt_state: the optimizer's state.
       objective_state: the objective's state, by name; usually {}.
-      num_bad_steps: consecutive steps whose loss or gradient was not finite. They changed nothing else.
+      num_bad_steps: consecutive steps with a non-finite loss or gradient. They changed nothing else.
     """
 
     step: Int[Array, ""]
@@ -50,7 +50,7 @@ def create_state(
     Args:
       policy: placed parameters.
       reference: placed parameters; arrays shared with the policy are copied, because the step donates the policy's
-        memory.
+        buffers.
       optimizer: from `make_optimizer`.
       mesh: scalars are replicated over it.
       objective_state: the objective's initial state.
@@ -85,7 +85,7 @@ def abstract_state(
     mesh: Mesh,
     objective_state: Mapping[str, float],
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, from abstract parameters that carry shardings."""
+    """Shapes, dtypes and shardings of the state, from abstract parameters with shardings."""
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     abstract = jax.eval_shape(optimizer.init, policy)
     layout = state_shardings(abstract, jax.tree.map(lambda leaf: leaf.sharding, policy), mesh)

@@ -1,8 +1,8 @@
 """One training step: log-probabilities, the reference point of the whole batch, gradients, the update.
 
-The first pass, without gradient, reads what the objective's reference point is made of (for KTO the unmatched pairs)
-over all microbatches and makes one z0. The second pass accumulates the gradient over microbatches. Sums are divided
-once, by the count of the whole batch, so that neither the devices nor the microbatches change the numbers.
+The first pass, without gradient, evaluates the rows of the objective's reference point (for KTO the unmatched pairs)
+over all microbatches and computes one z0. The second pass accumulates the gradient over microbatches. Sums are divided
+once, by the count of the whole batch, so the numbers do not depend on devices or microbatches.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _NEVER = ReferenceConfig(sync_every=0)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step computes, apart from the state and the batch.
+    """The static part of a step, apart from the state and the batch.
 
     Attributes:
-      model: the policy, and the reference's architecture.
-      objective: what is minimised.
-      optimizer: moves the policy.
-      learning_rate: the optimizer's schedule, by updates made.
-      sync: when the reference moves.
+      model: the policy; the reference has the same architecture.
+      objective: the objective to minimise.
+      optimizer: updates the policy.
+      learning_rate: the optimizer's schedule, by number of updates.
+      sync: when the reference is synced.
     """
 
     model: Model
@@ -54,13 +54,13 @@ class Recipe:
 
 
 def make_recipe(config: Config, objective: Objective, model: Model, num_steps: int) -> Recipe:
-    """What the steps of a run compute: training, planning and benchmarks all make it here.
+    """The recipe of a run's steps, for training, planning and benchmarks.
 
     Args:
       config: the run.
-      objective: what is minimised.
+      objective: the objective to minimise.
       model: the policy.
-      num_steps: steps of the run, over which the learning rate falls.
+      num_steps: number of steps of the run, for the learning-rate schedule.
     """
     learning_rate = make_learning_rate(config.optimizer, num_steps)
     optimizer = make_optimizer(
@@ -80,9 +80,9 @@ def _without_tokens(completions: Completions) -> Completions:
 def _after(earlier: Iterable[Array], tree: Tree) -> Tree:
     """Returns `tree` unchanged, but on CPU data-dependent on `earlier`, so that XLA cannot run its consumers first.
 
-    CPU devices share a thread pool: if some sum over the batch while others are in a loop that they share with those,
-    all wait for each other for ever. An optimization barrier is not enough, because XLA on CPU deletes it before it
-    schedules; TPU and GPU run a program's operations in one order on all devices and need no dependency.
+    CPU devices share a thread pool: if some are in a collective over the batch while others are in a loop with other
+    collectives, they deadlock. An optimization barrier is not enough, because XLA on CPU deletes it before scheduling.
+    TPU and GPU run a program's operations in the same order on all devices and need no dependency.
     """
 
     def tie(earlier: list[Array], tree: Tree) -> Tree:
@@ -112,7 +112,7 @@ def _unmatched(batch: FeedbackBatch) -> LabelledRows:
 
 
 def read_all(model: Model, objective: Objective, state: TrainState, rows: LabelledRows, count: Array) -> Completions:
-    """The completions of the first `count` microbatches of some rows, without gradient: [M, R, S]."""
+    """The completions of the rows' first `count` microbatches, without gradient: [M, R, S]."""
 
     def read(one: LabelledRows) -> Completions:
         return _without_tokens(read_completions(model, objective, state.policy, state.reference, one))
@@ -123,11 +123,11 @@ def read_all(model: Model, objective: Objective, state: TrainState, rows: Labell
 def reference_point(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
 ) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Figures]:
-    """The reference point of the global batch, and figures about it.
+    """The reference point of the global batch, and its metrics.
 
     Returns:
-      What the objective makes of its first pass: for KTO z0 in nats. Figures: z0 (its mean over the examples) if there
-      is a first pass; of unmatched rows also kl (the unclamped mean log-ratio), kl_standard_error and num_unmatched.
+      The objective's reference point: for KTO z0 in nats. Metrics: z0 (its mean over the examples) if there is a first
+      pass; for unmatched rows also kl (the unclamped mean log-ratio), kl_standard_error and num_unmatched.
     """
     if objective.first_pass == "none":
         return jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32)), {}
@@ -153,7 +153,7 @@ def reference_point(
 def _loss_of(
     model: Model, objective: Objective, state: TrainState, point: Array
 ) -> Callable[[Params, tuple[LabelledRows, Array, Array]], tuple[Completions, Float[Array, ""]]]:
-    """The function of the policy and a matched microbatch: its completions, and Σ weight · loss of its examples."""
+    """The function (policy, matched microbatch) -> its completions, and Σ weight · loss of its examples."""
 
     def loss_sum(policy: Params, one: tuple[LabelledRows, Array, Array]) -> tuple[Completions, Float[Array, ""]]:
         rows, weights, index = one
@@ -166,7 +166,7 @@ def _loss_of(
 
 
 def _matched_microbatches(batch: FeedbackBatch) -> tuple[LabelledRows, Array, Array]:
-    """The matched rows, the weights of their examples and the place of each microbatch."""
+    """The matched rows, the weights of their examples and the index of each microbatch."""
     return _matched(batch), batch.weights, jnp.arange(batch.weights.shape[0])
 
 
@@ -191,14 +191,14 @@ def loss_and_gradient(
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
-    """One step: a synced reference moves if it is due, then the policy.
+    """One step: syncs the reference if it is due, then updates the policy.
 
-    The reference moves at the start, so that whoever measures or saves the state between steps sees the policy beside
-    the reference that it was trained against. A loss or gradient that is not finite leaves the policy, the optimizer
-    and the objective's state as they were, and is counted.
+    The reference is synced at the start, so that between steps the state holds the reference that the policy was
+    trained against. A non-finite loss or gradient leaves policy, optimizer state and objective state unchanged, and is
+    counted.
 
     Returns:
-      The next state, and the figures that docs/metrics.md explains.
+      The next state, and the metrics that docs/metrics.md explains.
     """
     model, objective = recipe.model, recipe.objective
     state = dataclasses.replace(state, reference=synced(state.reference, state.policy, state.step, recipe.sync))
@@ -218,7 +218,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
             objective.next_state(objective_state, rewards, batch.matched.filled),
         )
 
-    # A branch, not a choice between old and new arrays, for which XLA on CPU copies both moments.
+    # A branch, not a `jnp.where` of old and new arrays, for which XLA on CPU copies both moments.
     moved = (state.policy, state.opt_state, state.objective_state)
     policy, opt_state, objective_state = jax.lax.cond(finite, move, lambda *kept: kept, *moved)
     next_state = TrainState(
@@ -246,7 +246,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
 def evaluation_step(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
 ) -> tuple[Figures, Float[Array, "M R S"]]:
-    """Loss and z0 of one held-out batch, and the rewards of its slots, for figures over all of them."""
+    """Loss and z0 of one held-out batch, and the rewards of its slots, for metrics over all batches."""
     point, figures = reference_point(model, objective, state, batch)
     batch = _after([point, *figures.values()], batch)
     loss_sum = _loss_of(model, objective, state, point)
@@ -260,11 +260,11 @@ def evaluation_step(
 
 
 def reference_error(model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch) -> Figures:
-    """The effect of rounding a reference that began as the policy, on a state whose policy has not moved yet.
+    """The effect of rounding a reference that started as the policy, on a state before the first step.
 
     Returns:
       logps_mean, logps_max: absolute error of the log-probabilities of the batch's completions, in nats. rewards_mean,
-      rewards_max: of the rewards, which would all be 0. completions: how many there are.
+      rewards_max: of the rewards, which would all be 0. completions: their number.
     """
     completions, filled = read_all(model, objective, state, _matched(batch), batch.num_matched), batch.matched.filled
     # Not the policy's log-probabilities, which humanline clamps.
@@ -277,7 +277,7 @@ def reference_error(model: Model, objective: Objective, state: TrainState, batch
 
 
 def jit_train_step(recipe: Recipe) -> Callable[[TrainState, FeedbackBatch], tuple[TrainState, Figures]]:
-    """The compiled step; it takes over the state's memory."""
+    """The compiled step; it donates the state's buffers."""
 
     def step(state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
         return train_step(recipe, state, batch)

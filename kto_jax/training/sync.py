@@ -1,4 +1,4 @@
-"""The reference moves towards the policy every so many steps, as in TR-DPO (arXiv 2404.09656)."""
+"""Periodic updates of the reference towards the policy, as in TR-DPO (arXiv 2404.09656)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def synced(reference: Params, policy: Params, step: Int[Array, ""], config: Refe
 
     Args:
       reference: its parameters; {} if there is none.
-      policy: the policy's; a value head in it is left out.
+      policy: the policy's; its value head, if any, is ignored.
       step: steps taken.
-      config: how often it moves, and how far.
+      config: how often and how far it moves.
     """
     if not config.sync_every or not reference:
         return reference
 
     def mix(reference: Params) -> Params:
         moved = jax.tree.map(_mean, reference, {name: policy[name] for name in reference})
-        if config.sync_mix == 1:  # Nothing of the old reference is left whose small moves could be lost.
+        if config.sync_mix == 1:  # With a full copy, no small change can be lost.
             return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, reference)
         return round_reference(moved, reference, step)
 

@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, Weights & Biases and MLflow, chosen by config.trackers.
 
-Each gets the figures of every step as train/NAME, those of an evaluation as eval/NAME, and the configuration. A run
-that is resumed continues the same W&B or MLflow run, whose id lies in the run's folder.
+Each gets the metrics of every step as train/NAME, those of an evaluation as eval/NAME, and the configuration. A resumed
+run continues the same W&B or MLflow run, whose id is stored in the run's folder.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kto_jax.config.packages import require
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 _LONGEST_PARAM = 500
-"""Characters of a parameter that every MLflow server takes."""
+"""Maximum length of a parameter that every MLflow server accepts, in characters."""
 
 
 class Tracker(Protocol):
-    """Where figures go besides metrics.jsonl."""
+    """A destination of metrics besides metrics.jsonl."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Records the figures of a step, all of them finite, by grouped name."""
+        """Records the metrics of a step, all finite, by grouped name."""
 
     def close(self, *, finished: bool) -> None:
         """Ends the tracker's run; `finished` says whether all steps were taken."""
@@ -37,7 +37,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
       ConfigError: naming the tracker and the command that installs it.
     """
     for name in names:
-        require(_PACKAGES[name], f"the tracker {name!r} of config.trackers", f"take {name!r} out of config.trackers")
+        require(_PACKAGES[name], f"the tracker {name!r} of config.trackers", f"remove {name!r} from config.trackers")
 
 
 def open_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker]:
@@ -56,16 +56,16 @@ def open_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker
     for name in config.trackers:
         try:
             opened.append(kinds[name](config, folder, first_step))
-        except Exception as error:  # Whatever its client raises: no login, no server, a broken store.
+        except Exception as error:  # Clients raise anything: no login, no server, a broken store.
             raise ConfigError(
                 f"the tracker {name!r} of config.trackers cannot be opened: {type(error).__name__}: {error}. It needs "
-                f"what its own client needs. See to that, or take {name!r} out of config.trackers."
+                f"what its client needs. Provide that, or remove {name!r} from config.trackers."
             ) from error
     return opened
 
 
 def grouped(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures by the names that trackers group by: eval_loss becomes eval/loss, loss becomes train/loss."""
+    """The metrics under grouped names: eval_loss becomes eval/loss, loss becomes train/loss."""
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
         for name, value in figures.items()
@@ -79,7 +79,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
-        # Figures beyond the first step were left by a run that was killed.
+        # Metrics beyond the first step were left by a killed run.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         shown = {"train/loss": 0.0, "eval/loss": 0.0}
         for summary in hparams(flat(to_dict(config)), shown):
@@ -96,7 +96,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline are read by its own client."""
+    """A run of Weights & Biases; its client reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline."""
 
     def __init__(self, config: Config, folder: Path, first_step: int) -> None:
         import wandb
@@ -122,7 +122,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are read from the environment."""
+    """A run of MLflow; it reads MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME from the environment."""
 
     def __init__(self, config: Config, folder: Path, first_step: int) -> None:
         import mlflow
@@ -163,7 +163,7 @@ def _read_id(path: Path) -> dict[str, str]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """A nested configuration as one level of dotted names; what is no number, truth value or text becomes text."""
+    """Flattens a nested configuration to dotted names; values other than numbers, booleans and text become text."""
     result: dict[str, str | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:

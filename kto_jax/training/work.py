@@ -12,7 +12,7 @@ from kto_jax.shapes import FeedbackBatch, PackedRows
 
 
 def work(model: Model, objective: Objective, batch: FeedbackBatch) -> dict[str, Float[Array, ""]]:
-    """The tokens and operations that a batch asks for, whatever the implementation does besides.
+    """The tokens and FLOPs that a batch requires, whatever the implementation recomputes.
 
     Returns:
       tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
@@ -33,7 +33,7 @@ def work(model: Model, objective: Objective, batch: FeedbackBatch) -> dict[str, 
 
 
 def _forward(model: Model, objective: Objective, rows: PackedRows) -> dict[str, jax.Array]:
-    """Tokens, and the operations of one forward pass: products with weights, and attention."""
+    """Tokens, and the FLOPs of one forward pass: matmuls with weights, and attention."""
     real = rows.segment_ids > 0
     tokens = jnp.sum(real).astype(jnp.float32)
     seen = jnp.where(real, rows.positions + 1, 0)

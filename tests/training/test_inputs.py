@@ -199,7 +199,7 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     ({"name": "bco"}, {"optimizer": OptimizerConfig(value_clip_norm=0.5)}, "'bco' has no value head"),
     ({"name": "kto"}, {"data": DataConfig(train="x", score_threshold=3.0)}, "score_threshold=3.0 has no use"),
     ({"name": "kto"}, {"data": DataConfig(train="x", score_rule="mean")}, "no source holds scores, as"),
-    ({"name": "kto"}, {"data": DataConfig(train=({"source": "y", "score_rule": "mean"},))}, "'y'.* of its own, and"),
+    ({"name": "kto"}, {"data": DataConfig(train=({"source": "y", "score_rule": "mean"},))}, "'y'.* has its own.*, and"),
     ({"name": "ppo_offline", "rewards": "scores"},
      {"data": DataConfig(train=({"source": "y", "format": "scores"}, "z"))},
      "needs scores, and the format of 'z' is 'thumbs'"),

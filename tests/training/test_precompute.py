@@ -159,8 +159,8 @@ def test_a_reference_that_finds_a_completion_impossible_is_refused(tmp_path, mon
 
 @pytest.mark.parametrize("options, why", [
     (["--config.reference.sync_every=2"], "sync_every=2 moves the reference"),
-    (["--config.objective.humanline=True"], "needs them of each token"),
-    (["--config.objective.name=ppo_offline"], "needs them of each token"),
+    (["--config.objective.humanline=True"], "needs them per token"),
+    (["--config.objective.name=ppo_offline"], "needs them per token"),
     (["--config.objective.name=sft"], "holds no reference"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")  # fmt: skip
 def test_what_needs_the_reference_itself_is_refused(tmp_path, capsys, options, why):

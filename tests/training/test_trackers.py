@@ -34,7 +34,7 @@ def test_a_configuration_becomes_one_level_of_values_that_trackers_take():
 def test_a_tracker_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"needs the package wandb, which is not installed\..*Run pip install wandb, or take"
+        ConfigError, match=r"needs the package wandb, which is not installed\..*Run pip install wandb, or remove"
     ):
         check_trackers(("wandb",))
 
@@ -112,7 +112,7 @@ def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_rows_go_on(tmp_p
         log.write(1, ROW)
         log.write(2, ROW)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert capsys.readouterr().err.count("tracker Broken failed and gets no more figures (no server)") == 1
+    assert capsys.readouterr().err.count("tracker Broken failed and gets no more metrics (no server)") == 1
 
 
 def test_a_tracker_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
