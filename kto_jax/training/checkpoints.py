@@ -1,10 +1,10 @@
-"""Checkpoints: the only file that knows Orbax.
+"""Checkpoints: the only file that uses Orbax.
 
     checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and the reference if it is
                                 synced; written in the background
-    checkpoints/reference       the frozen reference, to which low-rank adapters are added; written once
+    checkpoints/reference       the frozen reference, which is also the base of low-rank adapters; written once
 
-A checkpoint gets its final name only when it is complete. A run that was killed resumes from the newest complete one.
+A checkpoint gets its final name only when it is complete. A killed run resumes from the newest complete one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.training.state import TrainState
 
-# Fields of TrainState that a checkpoint holds, where they hold anything.
+# Fields of TrainState that a checkpoint holds, unless they are empty.
 _MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 _BEST = "eval_loss"
-# Replicas of an array write a part of it each. A program of its own cuts out each part, so small arrays stay whole.
+# Each replica of an array writes a part of it. Slicing a part compiles a program, so small arrays stay whole.
 _MIN_PART_BYTES = 2**20
 
 
@@ -42,8 +42,8 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder.
-      config: how many to keep.
-      reference_moves: whether the reference is synced, and so part of every checkpoint.
+      config: how many checkpoints to keep.
+      reference_moves: whether the reference is synced, and therefore part of every checkpoint.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, *, reference_moves: bool = False) -> None:
@@ -71,31 +71,31 @@ class Checkpoints:
         )
 
     def agree_on_latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, None if there is none; waits until every process has called this.
+        """Step of the newest complete checkpoint, None if there is none; waits until every process has called this.
 
         Raises:
-          TransientError: the processes see different ones, as on a shared file system that lags.
+          TransientError: the processes see different ones, as on a shared file system with delays.
         """
         step = self._checkpointer.latest.step if self._checkpointer.latest else None
         seen = processes.tell(str(step))
         if len(set(seen)) > 1:
             raise TransientError(
                 f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "
-                "must see the same. Put --workdir on a file system that they share, and start again in a while."
+                "must see the same. Put --workdir on a file system that they share, and start again later."
             )
         return step
 
     def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
-        """Starts to write a checkpoint; returns once the state's memory may be reused.
+        """Starts writing a checkpoint; returns when the state's buffers may be donated.
 
         Args:
           step: steps taken.
           state: what to save.
-          eval_loss: held-out loss at this step, if it was measured; the checkpoint with the lowest is kept. One that
-            is not finite counts as not measured: NaN compares as neither lower nor higher.
+          eval_loss: held-out loss at this step, if it was measured; the checkpoint with the lowest is kept. A
+            non-finite loss counts as not measured, because NaN is not ordered.
 
         Raises:
-          Exception: the previous save failed; it is not hidden until the end.
+          Exception: the previous save failed.
         """
         if any(found.step == step for found in self._checkpointer.checkpoints):
             return
@@ -106,19 +106,19 @@ class Checkpoints:
             force=True,
         )
         if jax.default_backend() == "cpu":
-            # There the writer reads the state's own memory: a step that ran meanwhile would need as much again.
+            # On CPU the writer reads the state's buffers: a concurrent step would need a second copy of them.
             self.wait()
 
     def wait(self) -> None:
-        """Waits until all started saves are on disk, and raises what went wrong with them."""
+        """Waits until all started saves are on disk, and raises their errors."""
         self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits, and releases what the background writer holds."""
+        """Waits for saves and releases the background writer's resources."""
         self._checkpointer.close()
 
     def save_reference(self, reference: Params) -> None:
-        """Writes the frozen reference, once for the run; nothing where there is none, or where it moves."""
+        """Writes the frozen reference once per run; does nothing if there is none or if it is synced."""
         if reference and "reference" not in self._moving:
             with self._context:
                 ocp.save(self._directory / "reference", reference, overwrite=True)
@@ -128,10 +128,10 @@ class Checkpoints:
         return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Reads the checkpoint of a step, placed as `abstract` says.
+        """Reads the checkpoint of a step, with the shardings of `abstract`.
 
         Raises:
-          ConfigError: the checkpoint is of another model or optimizer; lists what differs.
+          ConfigError: the checkpoint is of another model or optimizer; lists the differences.
         """
         wanted = self._moving_part(abstract)
         found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
@@ -157,7 +157,7 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _check_same(found: Any, wanted: Any, place: Path) -> None:
-    """Refuses a checkpoint whose arrays are not those of the model.
+    """Refuses a checkpoint whose arrays do not match the model's.
 
     Raises:
       ConfigError: listing missing, unexpected and differing arrays.
@@ -194,25 +194,25 @@ def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
 
 
 def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
-    """The policy of a run's newest checkpoint, on one device, for sampling.
+    """Loads the policy of a run's newest checkpoint on one device, for sampling.
 
     Returns:
-      The model, its parameters (with a value head if it is trained with one) and the folder of its tokenizer.
+      The model, its parameters (including a value head if it was trained with one) and its tokenizer's folder.
 
     Raises:
-      ConfigError: the folder holds no run, no whole checkpoint, or a reward model, which has no output head.
+      ConfigError: the folder holds no run, no complete checkpoint, or a reward model, which has no output head.
     """
     workdir = Path(workdir).absolute()
     model = read_model(workdir, dtype=dtype)
     with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
         if checkpointer.latest is None:
-            raise ConfigError(f"{workdir} holds no whole checkpoint yet. Train until the first one is written.")
+            raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
         step = checkpointer.latest.step
         metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
         if "weight" in metadata["policy"].get(SCALAR_HEAD, {}):
             raise ConfigError(
-                f"{workdir} trains a reward model, which gives a completion a number and writes none. The run of a "
-                "language model is needed here. Choose one, or score completions with python -m kto_jax.score."
+                f"{workdir} trains a reward model, which scores completions and generates none. A run of a language "
+                "model is needed here. Choose one, or score completions with python -m kto_jax.score."
             )
         place = SingleDeviceSharding(jax.devices()[0])
 

@@ -26,7 +26,7 @@ from kto_jax.training.state import TrainState, abstract_state, create_state
 
 
 class Subject(Protocol):
-    """The part of a run's inputs that the model and the abstract state need."""
+    """The inputs that the model and the abstract state need."""
 
     @property
     def architecture(self) -> TransformerConfig:
@@ -38,15 +38,16 @@ class Subject(Protocol):
 
 
 def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
-    """The device mesh and the model on it.
+    """Makes the device mesh and the model on it.
 
     Args:
       config: the run.
-      inputs: what it trains.
+      inputs: architecture and objective.
       devices: the devices; empty for all available ones.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices lack the attention kernel.
+      ConfigError: the mesh does not fit the devices, the batch or the model, or the devices do not support the
+        attention kernel.
     """
     architecture = inputs.architecture
     devices = list(devices) or jax.devices()
@@ -67,14 +68,14 @@ def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = 
 
 
 def _check_remat(remat: str, platform: str) -> None:
-    """Refuses to offload on devices whose memory is the host's.
+    """Refuses offloading on devices that use the host's memory.
 
     Raises:
       ConfigError: naming the platform.
     """
     if remat == "offload" and platform not in ("tpu", "gpu"):
         raise ConfigError(
-            f'config.model.remat="offload" cannot be used on {platform}: its memory is the host\'s own. Allowed on TPU '
+            f'config.model.remat="offload" cannot be used on {platform}: its memory is the host\'s. Allowed on TPU '
             'and GPU, whose devices copy to the host while they compute. Set config.model.remat to "full".'
         )
 
@@ -85,7 +86,7 @@ def make_abstract_state(
     """Shapes, dtypes and shardings of the run's state.
 
     Raises:
-      ConfigError: a dimension of the model does not divide over the mesh.
+      ConfigError: the mesh does not divide a dimension of the model.
     """
     if config.lora.rank:
         policy, reference = _placed_adapters(config, model, mesh)
@@ -104,7 +105,7 @@ def make_state(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> TrainState:
-    """The state before the first step, from the first weights."""
+    """The state before the first step, with initial weights."""
     key = jax.random.key(config.seed)
     layout, reference_layout = (
         jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
@@ -127,7 +128,7 @@ def make_state(
 
 
 def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
-    """The policy's parameters from its files, or drawn; those that `layout` names."""
+    """The policy's parameters, loaded or random; only those that `layout` contains."""
     if config.model.init == "random":
 
         def draw(key: Array) -> Params:
@@ -139,22 +140,22 @@ def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, ke
 
 
 def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
-    """Adapters that add nothing, and the first weights of a scalar head."""
+    """Adapters whose product is 0, and the initial weights of a scalar head."""
     layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
-    # From a key of their own, so that they do not change the other values.
+    # From a separate key, so that they do not change the other values.
     draw = jax.jit(lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers)
     adapters = draw(jax.random.fold_in(key, 2))
     return adapters | (_first_weights(config, inputs, model, others, key) if others else {})
 
 
 def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
-    """The reference's parameters from its files, or as drawn where the policy's first weights are.
+    """The reference's parameters, loaded, or random if the policy's initial weights are.
 
     Args:
       config: the run.
-      inputs: what it reads.
+      inputs: the run's inputs.
       model: the architecture.
-      layout: sharding of every parameter of the reference; it names no scalar head.
+      layout: sharding of every parameter of the reference; it has no scalar head.
     """
     if config.model.init == "random" and not config.reference.path:
 
@@ -163,7 +164,7 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
             return kept_as({name: params[name] for name in layout}, config.reference.param_dtype)
 
         return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
-    # Without a path it is what the policy begins with, rounded as the policy is.
+    # Without a path the reference is the policy's initial weights, rounded as the policy is.
     if config.reference.path or config.model.param_dtype == "float32":
         kept = config.reference.param_dtype
         return load_params(model, inputs.reference_path, param_dtype=kept, shardings=layout)
@@ -174,14 +175,14 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
 
 
 def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
-    """Placed parameters in the dtype of the reference."""
+    """Placed parameters, cast to the reference's dtype."""
     if config.reference.param_dtype != INT8:
         return kept_as(params, config.reference.param_dtype)
     return jax.jit(kept_as, static_argnums=1, out_shardings=layout)(params, INT8)
 
 
 def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
-    """What is trained where adapters are, with a scalar head if the model has one; and the frozen parameters."""
+    """The trained parameters of a LoRA run (adapters and an optional scalar head), and the frozen ones."""
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
     policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)

@@ -1,10 +1,10 @@
-"""The steps of a run: dispatch one, log the one before, evaluate and save when due.
+"""The training loop: dispatches a step, logs the previous one, evaluates and saves when due.
 
     host      dispatch 1 | dispatch 2, log 1 | dispatch 3, log 2 | ... | dispatch n, log n - 1, log n, evaluate, save
     devices   [------ step 1 ------][------ step 2 ------][------ step 3 ------]
 
-The host reads the figures of a step only after it has dispatched the next one, so the devices need not wait for it. At
-a step that evaluates, saves or ends the run, all rows are written first.
+The host reads the metrics of a step only after it has dispatched the next one, so the devices do not wait for it.
+Before it evaluates, saves or ends the run, it logs all steps.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from kto_jax.training.trackers import open_trackers
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the loop runs.
+    """The inputs of the loop.
 
     Attributes:
       config: the run.
-      inputs: what it reads.
+      inputs: the run's inputs.
       mesh: the devices.
       take_step: the training step, (state, batch) -> (state, figures).
       evaluate: measures a state on the held-out feedback; None if nothing is held out.
       peak: FLOP/s of all devices together.
-      peak_is_measured: whether that was measured rather than published.
+      peak_is_measured: whether `peak` was measured, not published.
     """
 
     config: Config
@@ -62,14 +62,14 @@ class Job:
 def take_steps(
     job: Job, folder: Path, checkpoints: Checkpoints, preemption: Preemption, state: TrainState
 ) -> tuple[TrainState, int]:
-    """Takes the steps that are left.
+    """Takes the remaining steps.
 
     Args:
       job: what to run.
       folder: the run's folder.
-      checkpoints: where to save.
-      preemption: asked after every step whether to stop.
-      state: the state to start from; its memory is reused.
+      checkpoints: the run's checkpoints.
+      preemption: checked after every step for a request to stop.
+      state: the state to start from; its buffers are donated.
 
     Returns:
       The last state and an exit code, which is 0 if all steps were taken.
@@ -121,7 +121,7 @@ def _run(
                 return state, FAILED
         profile.after(step)
         if saving:
-            # Losses against references that differ do not say which policy is best.
+            # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
             checkpoints.save(step, state, figures.get("eval_loss") if comparable else None)
             save_timer.restart(step)
@@ -134,7 +134,7 @@ def _run(
 
 
 def _batches(job: Job, steps: range) -> Iterator[FeedbackBatch]:
-    """The batches of these steps, on the devices, made ahead of time."""
+    """The batches of these steps, prefetched onto the devices."""
     schedule, mesh = job.inputs.schedule, job.mesh
     return prefetch(
         functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows)),
@@ -149,11 +149,11 @@ def _due(step: int, every: int) -> bool:
 
 
 class Profile:
-    """Traces a range of steps with JAX's profiler, on the first process, while nothing else is in flight.
+    """Traces a range of steps with JAX's profiler, on the first process, with no other step in flight.
 
     Args:
-      folder: where to; XProf and TensorBoard open it, and Perfetto its perfetto_trace.json.gz.
-      config: which steps.
+      folder: folder of the trace, for XProf and TensorBoard; Perfetto opens its perfetto_trace.json.gz.
+      config: the steps to trace.
     """
 
     def __init__(self, folder: Path, config: ProfileConfig) -> None:
@@ -173,7 +173,7 @@ class Profile:
         return step in self._edges
 
     def before(self, step: int) -> None:
-        """Begins the trace, if it begins with this step or the run resumes within the range."""
+        """Starts the trace, if it starts with this step or the run resumes within the range."""
         if step in self._steps and not self._tracing:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._tracing = True
@@ -193,8 +193,8 @@ class Profile:
 def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
     rows = ", ".join(inputs.index.place(sequence) for sequence in inputs.schedule.step(step - 1).ids)
     console.print(
-        f"error: {config.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last on {rows}. "
-        "Such steps change nothing, and the newest checkpoint is finite. Look at these rows, or lower "
+        f"error: {config.max_bad_steps} steps in a row had a non-finite loss or gradient, the last on {rows}. Such "
+        "steps change nothing, and the newest checkpoint is finite. Look at these rows, or lower "
         "config.optimizer.learning_rate.",
         style="red",
     )

@@ -1,4 +1,4 @@
-"""Settings that a resumed run takes from its config.json, because the command line leaves them open."""
+"""Settings that a resumed run takes from its config.json if the command line leaves them open."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kto_jax.data.tokens.prompts import RENDERING_FIELDS, Rendering, rendering_o
 from kto_jax.devices import processes
 
 BEFORE_FIELDS = Config(reference=ReferenceConfig(param_dtype="float32"), optimizer=OptimizerConfig(decayed="all"))
-"""What runs did before config.json had a field for it, where that is not the field's default."""
+"""Behaviour of runs that predate a field of config.json, where it differs from the field's default."""
 
 
 def as_begun(config: Config, workdir: Path) -> Config:
-    """The configuration with the settings that the run in a folder began with; unchanged if there is no run.
+    """The configuration with the settings that the folder's run started with; unchanged if there is no run.
 
-    The dtypes of the reference and of the written policy and the date that chat templates show, if `config` leaves them
-    to "auto"; and what weight decay applies to, if the run began before that could be set.
+    These are the dtypes of the reference and of the exported policy and the date that chat templates show, if `config`
+    has "auto" for them; and what weight decay applies to, if the run predates that field.
 
     Args:
       config: the run.
@@ -30,7 +30,7 @@ def as_begun(config: Config, workdir: Path) -> Config:
         recorded: dict[str, Any] = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         dtype, decayed = recorded["reference"]["param_dtype"], recorded["optimizer"].get("decayed")
         date = recorded["data"].get("template_date", "auto")
-        # Before this could be set, the policy was written as it was trained.
+        # Runs that predate this field exported the policy in its training dtype.
         written = recorded.get("export", {"dtype": recorded["model"].get("param_dtype", "float32")})["dtype"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # check_folder reports a broken config.json
         return config
@@ -47,7 +47,7 @@ def as_begun(config: Config, workdir: Path) -> Config:
 
 
 def with_template_date(config: Config) -> Config:
-    """The configuration with a date for chat templates to show: today, equal on all processes, if it says "auto"."""
+    """The configuration with the date that chat templates show: today, equal on all processes, if it is "auto"."""
     if config.data.template_date != "auto":
         return config
     (date, *_) = processes.tell(datetime.date.today().isoformat())
@@ -55,10 +55,10 @@ def with_template_date(config: Config) -> Config:
 
 
 def rendering_of_run(folder: Path) -> Rendering:
-    """How the conversations of a run are rendered, from its folder or its policy/; as by default if it is no run."""
+    """How a run renders conversations, from its folder or its policy/; the defaults if it is not a run."""
     folder = folder.parent if folder.name == "policy" else folder
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
         return rendering_of(DataConfig(**{name: data[name] for name in RENDERING_FIELDS}))
-    except (OSError, ValueError, LookupError, TypeError):  # A model, or a run of before there were these fields.
+    except (OSError, ValueError, LookupError, TypeError):  # A model, or a run that predates these fields.
         return rendering_of(DataConfig())

@@ -1,13 +1,13 @@
-"""The folder of a run: who may write to it, and whether the same run is being continued.
+"""The folder of a run: locks it, and checks that a resumed run is the same run.
 
 config.json      the resolved configuration     metrics.jsonl   one row per step
-manifest.json    what the data was              checkpoints/    Orbax
+manifest.json    the data's manifest            checkpoints/    Orbax
 model.json       the architecture               policy/         the result, in Hugging Face format
 tokenizer/       the tokenizer                  report.html     curves, samples, verdicts
-config_history.jsonl   the configuration of each part of a run that was resumed, and the step it began after
-adapter/         low-rank adapters as peft reads them, if they were trained
-tensorboard/, wandb/, wandb.json, mlflow.json   what experiment trackers keep here
-profile/         traces of JAX's profiler, if config.profile asks for them
+config_history.jsonl   the configuration of each part of a resumed run, and the step after which it started
+adapter/         low-rank adapters in peft's format, if they were trained
+tensorboard/, wandb/, wandb.json, mlflow.json   files of experiment trackers
+profile/         traces of JAX's profiler, if config.profile enables them
 reference_error.json   the error of log-probabilities and rewards, if the reference is rounded
 reference.json   digest of the reference's weights, if its log-probabilities are precomputed
 """
@@ -33,8 +33,8 @@ from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.storage.locks import lock_file
 from kto_jax.training.resume import BEFORE_FIELDS
 
-# Fields that may differ when a run is continued: they change when things are shown, kept or computed, not what; or what
-# they amount to is held by the index, as of the EOS.
+# Fields that may differ when a run is resumed: they change when results are shown, stored or computed, but not the
+# results; or the index records their effect, as for the EOS.
 _FREE = (
     "max_bad_steps",
     "row_length",
@@ -65,10 +65,10 @@ _FREE = (
 )
 
 _HISTORY = "config_history.jsonl"
-# What of a manifest must be equal: the tokens, labels, weights and splits that the feedback became. Not the key of the
-# index, which changes when a new version adds a setting.
+# Entries of a manifest that must be equal: the digest of the feedback's tokens, labels, weights and splits. Not the
+# index's key, which changes when a new version adds a setting.
 _CONTENT = ("content_sha256",)
-# What a start that was killed before config.json was written may have left.
+# Files that a start may leave if it is killed before it writes config.json.
 _BEGINNINGS = {
     ".lock",
     "tokenizer",
@@ -82,12 +82,12 @@ _BEGINNINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, held by this process.
+    """A run's folder, locked by this process.
 
     Attributes:
       path: the folder.
       tokenizer: the run's own copy of the tokenizer.
-      lock: held by the first process while it lives; the operating system lets go of it when the process is killed.
+      lock: held by the first process as long as it runs; the operating system releases it when the process is killed.
     """
 
     path: Path
@@ -98,11 +98,11 @@ class RunFolder:
 def open_run(
     path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
 ) -> RunFolder:
-    """Creates the folder of a run, or opens it to resume; the first process does, the others look for it.
+    """Creates the folder of a run, or opens it to resume; the first process does so, the others wait for it.
 
     Raises:
-      ConfigError: the folder cannot be written to, another process writes to it, or it holds something else: a run
-        with another configuration or other data, or no run. Nothing in it has been changed then.
+      ConfigError: the folder cannot be written to, another process uses it, or it holds something else: a run with
+        another configuration or other data, or no run. Nothing in it is changed then.
     """
     own = processes.together(
         lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
@@ -129,19 +129,19 @@ def _open(
 
 
 def _find(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
-    """The folder that the first process has opened, for the others.
+    """The folder that the first process opened, on the other processes.
 
-    A shared file system may show a new file late, so it is looked for until the timeout, in seconds.
+    A shared file system may show a new file late, so this waits for it until the timeout, in seconds.
 
     Raises:
-      ConfigError: it is not visible here.
+      ConfigError: the folder is not visible to this process.
     """
     deadline = time.monotonic() + timeout
     while not (path / "config.json").exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"--workdir={path} was made by the first process, and this one has not seen it for {timeout:g} s. A "
-                "run of several processes needs a folder that all of them share. Choose another --workdir."
+                f"--workdir={path} was made by the first process, and this process has not seen it for {timeout:g} s. "
+                "A run of several processes needs a folder that all of them share. Choose another --workdir."
             )
         time.sleep(0.2)
     return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
@@ -155,7 +155,7 @@ def _claim(
     tokenizer: TokenizerInfo,
     architecture: TransformerConfig,
 ) -> RunFolder:
-    """Takes the folder for this process, and writes what a run begins with."""
+    """Locks the folder for this process, and writes a run's first files."""
     try:
         lock_file(lock, wait=False, without=f"Make sure that no other run writes to --workdir={path}.")
     except BlockingIOError:
@@ -164,7 +164,7 @@ def _claim(
             f"--workdir={path} is in use by process {lock.read().strip() or 'unknown'}. One run may write to a folder. "
             "Wait for it to end, or choose another --workdir."
         ) from None
-    check_folder(path, config, index, architecture)  # again: now nobody else can write to it
+    check_folder(path, config, index, architecture)  # again: now no other process can write to it
     copy = dataclasses.replace(tokenizer, directory=path / "tokenizer")
     if not (path / "config.json").exists():
         shutil.rmtree(copy.directory, ignore_errors=True)
@@ -180,16 +180,16 @@ def _claim(
 
 
 def _begin_history(path: Path) -> None:
-    """Keeps the configuration of a run's first part, if that was begun before there was a history."""
+    """Records the configuration of a run's first part, if the run predates the history."""
     history, config = path / _HISTORY, path / "config.json"
     if config.exists() and not history.exists():
         write_text(history, _history_line(0, json.loads(config.read_text(encoding="utf-8"))))
 
 
 def record_part(folder: Path, first_step: int, config: Config) -> None:
-    """Adds the configuration that the rows of metrics.jsonl beyond `first_step` are made with to the history.
+    """Appends the configuration for the rows of metrics.jsonl beyond `first_step` to the history.
 
-    What was recorded for these rows before, by a part that was killed, is dropped as they are.
+    Entries of a killed part for these rows are dropped, as the rows are.
     """
     history = folder / _HISTORY
     lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
@@ -202,16 +202,16 @@ def _history_line(first_step: int, config: Mapping[str, Any]) -> str:
 
 
 def check_folder(path: Path, config: Config, index: Index, architecture: TransformerConfig) -> None:
-    """Refuses a folder that holds anything but the beginning or the continuation of this run; writes nothing.
+    """Refuses a folder that holds anything but this run or its first files; writes nothing.
 
     Raises:
-      ConfigError: it holds other files, or a run that differs; lists what differs, old and new.
+      ConfigError: it holds other files, or a different run; lists the differences, old and new.
     """
     if not (path / "config.json").exists():
         if path.is_dir() and not set(os.listdir(path)) <= _BEGINNINGS:
             raise ConfigError(
-                f"--workdir={path} holds files, and no run. A run needs a folder that is new, empty or its own. "
-                "Choose another --workdir."
+                f"--workdir={path} holds files but no run. A run needs a new folder, an empty one or its own. Choose "
+                "another --workdir."
             )
         return
     try:
@@ -221,7 +221,7 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         model_before = write_config_json(read_config_json(model_before)) | model_before
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--workdir={path} has a config.json, and is no run that can be continued: {error}. Choose another one."
+            f"--workdir={path} has a config.json, but is not a run that can be resumed: {error}. Choose another one."
         ) from None
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
         ("config", _completed(config_before, _as_json(BEFORE_FIELDS)), _as_json(config)),
@@ -236,7 +236,7 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
     ]
     if changes:
         raise ConfigError(
-            f"--workdir={path} holds another run ({'; '.join(changes)}). A run is continued as it was begun. "
+            f"--workdir={path} holds another run ({'; '.join(changes)}). A run must be resumed with the same settings. "
             "Restore these, or choose another --workdir."
         )
 
@@ -246,11 +246,11 @@ def _as_json(config: Config) -> dict[str, Any]:
 
 
 def _completed(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What was recorded, with defaults for the fields that there were not yet: they do what was always done."""
+    """The recorded values, with defaults for fields that did not exist yet; the defaults keep the old behaviour."""
     return {**defaults, **recorded} | {
         name: _completed(recorded[name], default)
         for name, default in defaults.items()
-        # An empty mapping is a value of its own, not a section.
+        # An empty mapping is a value, not a section.
         if default and isinstance(default, Mapping) and isinstance(recorded.get(name), Mapping)
     }
 

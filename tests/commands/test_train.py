@@ -252,13 +252,13 @@ def test_help_lists_the_fields(capsys):
 
 def test_a_workdir_that_holds_something_else_is_refused_and_left_alone(capsys, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "holds files, and no run" in refused(capsys, *TINY, f"--workdir={tmp_path}")
+    assert "holds files but no run" in refused(capsys, *TINY, f"--workdir={tmp_path}")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert "cannot be written to" in refused(capsys, *TINY, f"--workdir={tmp_path / 'thesis.txt' / 'run'}")
     model = tmp_path / "model"
     shutil.copytree(ROOT / "configs" / "tiny_model", model)
     before = contents(model)
-    assert "is no run that can be continued" in refused(capsys, *TINY, f"--workdir={model}")
+    assert "is not a run that can be resumed" in refused(capsys, *TINY, f"--workdir={model}")
     assert contents(model) == before
 
 

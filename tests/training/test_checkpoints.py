@@ -235,7 +235,7 @@ def test_a_folder_without_a_run_or_checkpoint_is_said(tmp_path):
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         load_policy(tmp_path)
     write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
-    with pytest.raises(ConfigError, match="no whole checkpoint"):
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
         load_policy(tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_what_one_process_refuses_ends_all(cache, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     codes, messages = finish(start(cache, tmp_path / "run", 2))
     assert codes == [2, 2], "\n".join(messages)
-    assert all("holds files, and no run" in message for message in messages)
+    assert all("holds files but no run" in message for message in messages)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
@@ -234,7 +234,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
         )
     codes, messages = finish(processes)
     assert codes == [2, 2], "\n".join(messages)
-    assert "this one has not seen it for 10 s" in " ".join(messages[1].split())
+    assert "this process has not seen it for 10 s" in " ".join(messages[1].split())
     assert "process 1 of 2 has failed" in " ".join(messages[0].split())
 
 
