@@ -1,1 +1,1 @@
-"""From rows of feedback to packed batches; no devices, no model."""
+"""From rows of feedback to packed batches, without devices or models."""

@@ -1,4 +1,4 @@
-"""Seeded chance that is computed position by position: no list is shuffled, no generator has a state."""
+"""Stateless, seeded randomness by position: a permutation without shuffling a list, and random bits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _ROUNDS = 4
 
 
 def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a permutation of 0 … size - 1 sends `positions`.
+    """The images of `positions` under a pseudorandom permutation of 0 … size - 1.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the smallest 4^k ≥ size; a position that lands outside is sent on
-    until it lands inside (cycle walking, Black & Rogaway 2002), on average less than four times.
+    A Feistel network (Luby & Rackoff 1988) permutes the smallest 4^k ≥ size. An image outside the range is permuted
+    again until it is inside (cycle walking, Black & Rogaway 2002), on average less than four times.
 
     Args:
       positions: integers in [0, size).
-      size: how many there are, at least 1.
-      key: integers that choose the permutation, for example (seed, epoch).
+      size: length of the permutation, at least 1.
+      key: integers that select the permutation, for example (seed, epoch).
 
     Returns:
       int64, of the shape of `positions`; distinct positions give distinct results.
@@ -35,8 +35,8 @@ def noise(count: int, key: tuple[int, ...]) -> np.ndarray:
     """Random bits for the positions 0 … count - 1, by SplitMix64 (Steele, Lea & Flood 2014).
 
     Args:
-      count: how many.
-      key: integers that choose the sequence.
+      count: number of positions.
+      key: integers that select the sequence.
 
     Returns:
       uint64 [count]; position i has the same bits whatever the count.
@@ -58,7 +58,7 @@ def _feistel(values: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit of the input reaches every bit out."""
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""What of a prompt and a completion is kept: the prompt is cut first, and from the left."""
+"""Truncation of prompts and completions: the prompt is truncated first, from the left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Lengths = int | np.ndarray
 def fit_lengths(
     num_prompt: Lengths, num_completion: Lengths, *, max_length: Lengths, max_prompt_length: Lengths
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many tokens of a prompt and of a completion are kept; elementwise on arrays.
+    """Number of tokens of a prompt and of a completion that are kept; elementwise on arrays.
 
         max_length 8, max_prompt_length 4
         prompt 5, completion 3   ->  5, 3    both fit together: nothing is cut
@@ -21,8 +21,8 @@ def fit_lengths(
     Args:
       num_prompt: tokens of the prompt, at least 1.
       num_completion: tokens of the completion, its EOS included.
-      max_length: most tokens of the two together, at least 2.
-      max_prompt_length: most tokens of the prompt where the two do not fit together.
+      max_length: maximum tokens of the two together, at least 2.
+      max_prompt_length: maximum tokens of the prompt if the two do not fit together.
 
     Returns:
       Tokens kept of the prompt (the last ones) and of the completion (the first ones).
@@ -34,12 +34,12 @@ def fit_lengths(
 
 
 def cut_prompt(ids: np.ndarray, num_kept: int, bos_id: int | None) -> np.ndarray:
-    """The last `num_kept` ids of a prompt; a leading BOS stays where there is room for a second token.
+    """The last `num_kept` ids of a prompt; a leading BOS is kept if there is room for a second token.
 
     Args:
       ids: the prompt's ids [length].
-      num_kept: how many to keep, at least 1.
-      bos_id: the id that is kept at the front, or None.
+      num_kept: number of ids to keep, at least 1.
+      bos_id: the BOS id to keep at the front, or None.
 
     Returns:
       Ids [min(length, num_kept)].

@@ -1,4 +1,4 @@
-"""Spawned processes that know nothing of the program that starts them: neither its main module nor JAX."""
+"""Spawned processes that import neither the parent's main module nor JAX."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kto_jax.config import TransientError
 
 
 class Workers:
-    """A pool of spawned processes. They end when this process ends, however it ends.
+    """A pool of spawned processes. They end when this process ends, even if it is killed.
 
     Args:
-      num_workers: most processes; they are started as work arrives.
-      start: called once in each process, with the arguments; a module-level function. None calls nothing.
-      *arguments: of `start`; they are pickled.
+      num_workers: maximum number of processes; they are started as work arrives.
+      start: module-level function that each process calls once with the arguments; None for none.
+      *arguments: arguments of `start`; they are pickled.
     """
 
     def __init__(self, num_workers: int, start: Callable[..., None] | None = None, *arguments: Any):
@@ -55,7 +55,7 @@ class Workers:
 
 @contextlib.contextmanager
 def bare_main() -> Iterator[None]:
-    """Hides the main module while a process starts: spawn would import it again, and JAX with it."""
+    """Hides the main module while a process starts: spawn would import it again, including JAX."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

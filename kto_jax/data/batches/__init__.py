@@ -1,1 +1,1 @@
-"""Which sequences each step reads, and how they are packed."""
+"""Batches: which sequences each step reads, and how they are packed."""

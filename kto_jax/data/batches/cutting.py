@@ -1,4 +1,4 @@
-"""What a step keeps of each sequence: cut to fit, in pairs that share a prompt, with control tokens at its end."""
+"""Truncates a step's sequences to fit; pairs share a prompt, and control tokens end the prompt."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ _NO_CONTROL = np.zeros(0, np.int32)
 
 
 class Cutter:
-    """Cuts prompts and completions of an index.
+    """Truncates prompts and completions of an index.
 
-    A prompt and a completion are those of one sequence, or, to estimate z0, those of two sequences with different
-    prompts.
+    A prompt and a completion belong to one sequence, or, to estimate z0, to two sequences with different prompts.
 
     Args:
       index: the sequences.
-      max_length: most tokens of a prompt and a completion together.
+      max_length: maximum tokens of a prompt and a completion together.
       unit: 2 if sequences come in pairs, chosen and rejected next to each other; else 1.
-      controls: count as prompt, and are never cut; None for none.
+      controls: control tokens; they count as prompt and are never truncated. None for none.
     """
 
     def __init__(self, index: Index, *, max_length: int, unit: int = 1, controls: Controls | None = None):
@@ -31,14 +30,14 @@ class Cutter:
         self._bos_id = index.manifest["tokenizer"]["bos_id"]
 
     def lengths(self, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens are kept.
+        """Numbers of tokens that are kept.
 
         Args:
           prompts: the sequences whose prompts are read [sequences].
           completions: the sequences whose completions follow them [sequences].
 
         Returns:
-          Tokens of each prompt, its control included, and of each completion [sequences].
+          Tokens of each prompt, including its control, and of each completion [sequences].
         """
         control = self.control_lengths(completions)
         num_prompt, num_completion = fit_lengths(
@@ -47,7 +46,7 @@ class Cutter:
             max_length=self._max_length - control,
             max_prompt_length=self.max_prompt_length - control,
         )
-        # Both completions of a pair follow the same prompt, though the longer one may leave it less room.
+        # Both completions of a pair follow the same truncated prompt: the shorter one.
         shared = np.repeat(num_prompt.reshape(-1, self._unit).min(axis=1), self._unit)
         return shared + control, num_completion
 
@@ -58,12 +57,12 @@ class Cutter:
         return np.where(self._index.desirable[completions], len(self._controls[1]), len(self._controls[0]))
 
     def cut(self, prompt: int, completion: int, num_prompt: int, num_completion: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of one prompt and one completion, cut to lengths that `lengths` gave.
+        """The ids of one prompt and one completion, truncated to lengths from `lengths`.
 
         Args:
           prompt: the sequence whose prompt is read.
           completion: the sequence whose completion follows it.
-          num_prompt: tokens of the prompt, its control included.
+          num_prompt: tokens of the prompt, including its control.
           num_completion: tokens of the completion.
         """
         control = _NO_CONTROL if self._controls is None else self._controls[int(self._index.desirable[completion])]

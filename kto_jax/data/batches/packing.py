@@ -1,4 +1,4 @@
-"""Which sequence lies where in the packed rows, and the rows themselves."""
+"""Packing: assigns sequences to rows, chooses row lengths, and fills the rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_SLOTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What a packed row has room for: L tokens, C completion tokens, S sequences."""
+    """Capacity of a packed row: L tokens, C completion tokens, S sequences."""
 
     length: int
     completion_length: int
@@ -30,13 +30,13 @@ class RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class RowLimits:
-    """What the packed rows of a run must hold.
+    """Limits of a run's packed rows.
 
     Attributes:
-      lengths: tokens of a packed row (L), shortest first; the training step is compiled for each.
-      completion_length: completion tokens that a row of the shortest length has room for (C).
-      microbatch_rows: packed rows of a microbatch, over all hosts (R).
-      max_length: most tokens of a sequence, prompt and completion together.
+      lengths: tokens per packed row (L), shortest first; the training step is compiled for each.
+      completion_length: capacity in completion tokens of a row of the shortest length (C).
+      microbatch_rows: packed rows per microbatch, over all hosts (R).
+      max_length: maximum tokens of a sequence, prompt and completion together.
     """
 
     lengths: tuple[int, ...]
@@ -45,20 +45,20 @@ class RowLimits:
     max_length: int
 
     def shapes(self, slots: int) -> list[RowShape]:
-        """The shape of a row of each length, with room for so many sequences."""
+        """The shape of a row of each length, with `slots` slots."""
         return [RowShape(n, round(self.completion_length * n / self.lengths[0]), slots) for n in self.lengths]
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where each sequence of a list lies. Arrays [sequences], int64.
+    """The place of each sequence of a list. Arrays [sequences], int64.
 
     Attributes:
-      rows: packed row.
-      slots: slot in its row, from 0.
+      rows: its packed row.
+      slots: its slot in the row, from 0.
       starts: its first token's position in its row.
       completion_starts: the position of its first completion token among its row's completion tokens.
-      num_rows: rows in use.
+      num_rows: number of rows used.
     """
 
     rows: np.ndarray
@@ -69,7 +69,7 @@ class Packing:
 
 
 def pack(num_prompt: np.ndarray, num_completion: np.ndarray, shape: RowShape, *, unit: int = 1) -> Packing:
-    """Best fit, longest first, under the three capacities of a row. A pure function of the lengths.
+    """Best-fit decreasing under the three capacities of a row. A pure function of the lengths.
 
         unit 1    a b c d  ->  rows 0 1 0 0      each sequence goes where it leaves the least room
         unit 2    a b c d  ->  rows 0 0 1 1      a and b are in one row, in slots 2k and 2k + 1, and so are c and d
@@ -77,11 +77,11 @@ def pack(num_prompt: np.ndarray, num_completion: np.ndarray, shape: RowShape, *,
     Args:
       num_prompt: tokens of each sequence's prompt [sequences].
       num_completion: tokens of each sequence's completion [sequences].
-      shape: what a row has room for.
-      unit: how many consecutive sequences must lie side by side in one row; each unit fits a row by itself.
+      shape: capacity of a row.
+      unit: number of consecutive sequences that must be adjacent in one row; each unit must fit a row.
 
     Returns:
-      The place of every sequence, in the order given.
+      The place of every sequence, in the given order.
     """
     sizes = np.stack([np.asarray(num_prompt, np.int64) + num_completion, num_completion, np.ones_like(num_completion)])
     sizes = sizes.T.astype(np.int64).reshape(-1, unit, 3)
@@ -104,21 +104,21 @@ def choose_row_lengths(
     num_lengths: int = 1,
     unit: int = 1,
 ) -> tuple[int, ...]:
-    """The row lengths that leave the least padding in the microbatches of a step, tried on batches of the data.
+    """Chooses the row lengths that minimise padding in a step's microbatches, evaluated on batches of the data.
 
-    A microbatch of R rows of L tokens that is in use at all counts as R L tokens. Few examples a step leave the last
-    one half empty, whatever the packing: then several lengths help, of which each step takes the best; every one of
-    them has the training step compiled once more, so another one must save at least 1 %.
+    A non-empty microbatch of R rows of L tokens costs R L tokens. With few examples per step the last microbatch is
+    often half empty. Several lengths then help: each step uses the cheapest. Each length compiles the training step
+    once more, so an additional length must save at least 1 %.
 
     Args:
-      num_prompt: tokens of each example's prompt, as they are kept; of pairs, of both prompts [rows].
-      num_completion: likewise of its completion [rows].
-      batch_size: examples (or pairs) a step.
-      shortest: tokens that a row must have room for: data.max_length; of pairs twice that.
-      completion_share: completion tokens that a row has room for, as a share of its length.
-      microbatch_rows: rows of a microbatch, over all devices (R).
-      num_lengths: how many lengths there may be at most.
-      unit: 2 for pairs, whose completions take two slots.
+      num_prompt: kept tokens of each example's prompt; for pairs, of both prompts [rows].
+      num_completion: likewise for its completion [rows].
+      batch_size: examples (or pairs) per step.
+      shortest: minimum capacity of a row in tokens: data.max_length, or twice that for pairs.
+      completion_share: capacity of a row in completion tokens, as a share of its length.
+      microbatch_rows: rows per microbatch, over all devices (R).
+      num_lengths: maximum number of lengths.
+      unit: 2 for pairs, which take two slots.
 
     Returns:
       The lengths, shortest first: the first is at least `shortest`.
@@ -128,13 +128,13 @@ def choose_row_lengths(
     slots = num_slots(totals / unit, candidates[-1], batch_size * unit)
     shapes = [RowShape(length, round(length * completion_share), slots) for length in candidates]
     needs = np.stack([totals, num_completion, np.full_like(totals, unit)], axis=1)
-    # Half of the batches stand for matched rows, half for unmatched ones; each is drawn by itself.
+    # Half of the batches represent matched rows, half unmatched ones; each is sampled independently.
     size = min(batch_size, len(totals))
     drawn = permute(np.arange(2 * _NUM_TRIALS * size) % len(totals), len(totals), (0,)).reshape(-1, size)
     num_rows = np.array([[max(_best_fit(needs[rows], shape)) + 1 for rows in drawn] for shape in shapes])
     microbatches = -(-num_rows // microbatch_rows)
     tokens = microbatches * microbatch_rows * np.array(candidates)[:, None]
-    # Matched rows have a backward pass, which takes as long again.
+    # Matched rows count twice, because they also have a backward pass.
     costs = 2 * tokens[:, ::2] + tokens[:, 1::2]
 
     def cost(chosen: tuple[int, ...]) -> float:
@@ -146,15 +146,15 @@ def choose_row_lengths(
 
 
 def num_slots(totals: np.ndarray, row_length: int, batch_size: int) -> int:
-    """How many sequences a row has room for (S), a power of two.
+    """Number of sequences that fit in a row (S), a power of two.
 
-    Best fit puts the short sequences together into the last rows, so that a tenth of a set decides; an empty slot costs
-    next to nothing.
+    Best fit packs the short sequences together into the last rows, so the 10th percentile of lengths decides. An empty
+    slot costs almost nothing.
 
     Args:
       totals: tokens of each sequence [sequences].
       row_length: tokens of a row.
-      batch_size: most sequences of a step.
+      batch_size: maximum number of sequences of a step.
     """
     short = max(1.0, float(np.percentile(totals, 10)))
     return min(_MAX_SLOTS, power_of_two(math.ceil(row_length / short)), power_of_two(batch_size))
@@ -165,15 +165,16 @@ def _round_up(value: float, multiple: int) -> int:
 
 
 def _best_fit(needs: np.ndarray, shape: RowShape) -> list[int]:
-    """Row of each unit: the one with the least room for tokens that still holds it, else a new one.
+    """Row of each unit: the one with the least room for tokens that still fits it, else a new one.
 
     Args:
       needs: tokens, completion tokens and slots of each unit [units, 3].
-      shape: what a row has of each.
+      shape: capacities of a row.
     """
     capacity = (shape.length, shape.completion_length, shape.slots)
     rows = [0] * len(needs)
-    # What is left of each row, sorted by tokens: (tokens, row, completion tokens, slots). Plain numbers, for speed.
+    # Remaining capacity of each row, sorted by tokens: (tokens, row, completion tokens, slots). Plain numbers, for
+    # speed.
     left: list[tuple[int, int, int, int]] = []
     num_rows = 0
     listed = needs.tolist()
@@ -193,7 +194,7 @@ def _best_fit(needs: np.ndarray, shape: RowShape) -> list[int]:
 
 
 def _starts(rows: np.ndarray, needs: np.ndarray) -> np.ndarray:
-    """What the row of each unit holds of each resource before it, longest unit first [units, 3]."""
+    """Amount of each resource that precedes each unit in its row, longest unit first [units, 3]."""
     order = np.lexsort((-needs[:, 0], rows))
     before = np.cumsum(needs[order], axis=0) - needs[order]
     is_first = np.diff(rows[order], prepend=-1) > 0
@@ -211,18 +212,18 @@ def fill(
     rows: slice,
     shape: RowShape,
 ) -> PackedRows:
-    """Writes the sequences of some rows of every microbatch.
+    """Fills some rows of every microbatch with their sequences.
 
     Args:
-      packing: where each sequence lies; row r is row r % R of microbatch r // R.
-      sequence: gives the ids of sequence i's prompt and completion; called only for the rows asked for.
+      packing: the place of each sequence; row r is row r % R of microbatch r // R.
+      sequence: returns the ids of sequence i's prompt and completion; called only for the requested rows.
       num_microbatches: M.
       microbatch_rows: R, over all hosts.
-      rows: contiguous part of the R rows to write.
+      rows: contiguous range of the R rows to fill.
       shape: what a row has room for.
 
     Returns:
-      NumPy arrays [M, rows asked for, …]; rows without sequences have segment ids 0.
+      NumPy arrays [M, requested rows, …]; rows without sequences have segment ids 0.
     """
     first, last, _ = rows.indices(microbatch_rows)
     lead = (num_microbatches, last - first)

@@ -1,4 +1,4 @@
-"""Which unrelated completion each prompt of a batch is read with, for KTO's reference point z0."""
+"""Partners: the unrelated completion for each prompt of a batch, for KTO's reference point z0."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import numpy as np
 
 
 def find_partners(prompt_hashes: np.ndarray) -> np.ndarray:
-    """Gives every example of a batch the next one, cyclically, whose prompt differs.
+    """The partner of every example of a batch: cyclically the next one whose prompt differs.
 
         prompts    a a b c a     next with another prompt
         partners   2 2 3 4 2
 
     Args:
-      prompt_hashes: equal where the prompts are equal [batch].
+      prompt_hashes: equal if the prompts are equal [batch].
 
     Returns:
       Positions in the batch, or -1 everywhere if all prompts are the same [batch], int64.
     """
     count = len(prompt_hashes)
-    # Positions whose successor has another prompt: the partner of i is the successor of the first such one from i on.
+    # Positions whose successor has another prompt: the partner of i is the successor of the first of them from i on.
     ends = np.flatnonzero(prompt_hashes != np.roll(prompt_hashes, -1))
     if not len(ends):
         return np.full(count, -1, np.int64)

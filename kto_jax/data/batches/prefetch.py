@@ -1,9 +1,9 @@
-"""Processes that make batches ahead of the step, in order: for data that one thread cannot make fast enough.
+"""Prefetches batches in order, in a thread or in loader processes if one thread is too slow.
 
-A loader is given a function once, then numbers of steps, one at a time, and hands back what the function makes of each.
-Loader k of N makes steps k, k + N, k + 2N, …: which process makes a step has no influence on what is in it.
-`multiprocessing` alone, and no pool of `concurrent.futures`: its processes must be able to ignore the signals that end
-a run (the last steps still need batches), and a pool that lost one process waits for those that do.
+A loader receives a function once, then step numbers one at a time, and returns the function's results. Loader k of N
+makes steps k, k + N, k + 2N, …; the contents of a step do not depend on its process. This uses plain `multiprocessing`,
+not a pool of `concurrent.futures`: loaders must ignore the signals that end a run (the last steps still need batches),
+and a pool that lost one process would wait for processes that ignore signals.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kto_jax.data.workers import bare_main
 T = TypeVar("T")
 _AHEAD = 2
 _ALIGNMENT = 64
-"""Bytes; where each array begins."""
+"""Alignment of each array, in bytes."""
 
 
 def prefetch(
@@ -47,15 +47,15 @@ def prefetch(
     """Computes `finish(function(step))` for each step ahead of time.
 
     Args:
-      function: makes a step's batch, in one background thread; with loaders in their processes, to which it is pickled
-        (a schedule's `batch` can be, a lambda cannot).
-      steps: which steps, in order.
-      finish: what is left to do in this process, in the background thread: placing the batch on devices.
-      num_loaders: processes that make batches, each one ahead; 0 for none.
-      depth: how many finished results are kept ahead.
+      function: makes a step's batch, in one background thread, or in the loaders' processes. It is then pickled, so it
+        cannot be a lambda; a schedule's `batch` works.
+      steps: the steps, in order.
+      finish: runs in this process, in the background thread: places the batch on devices.
+      num_loaders: number of loader processes; 0 for none.
+      depth: number of finished results that are kept ahead.
 
     Yields:
-      The results in order. What either function raises is raised here, in its turn.
+      The results in order. Exceptions of either function are raised at the step's turn.
     """
     with contextlib.ExitStack() as stack:
         batches: Iterator[Any] = map(function, steps)
@@ -67,7 +67,7 @@ def prefetch(
             batch = next(batches, end)
             return end if batch is end else finish(batch)
 
-        # The thread ends before the loaders: it may be waiting for one.
+        # The thread must end before the loaders, because it may be waiting for one.
         thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch"))
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
@@ -83,16 +83,16 @@ def prefetch(
 
 
 class Loaders(Generic[T]):
-    """Processes that compute `function(step)` for each step; iterate to take the results in order.
+    """Processes that compute `function(step)` for each step; iterate to get the results in order.
 
-    Each is two steps ahead at most, so that it works on the second while the first is taken. Their memory is bounded:
-    each holds the function, a result, and two to be taken. They touch no accelerator, end with this process however it
-    ends, and leave SIGINT and SIGTERM to it.
+    Each is at most two steps ahead, so that it computes the second while the first is consumed. Memory is bounded: each
+    holds the function, one result, and two unconsumed ones. Loaders use no accelerator, end when this process ends,
+    even if it is killed, and ignore SIGINT and SIGTERM.
 
     Args:
-      function: makes a step's batch; it is pickled once for each process, so no lambda.
-      steps: which steps, in order.
-      num_loaders: processes, at least 1.
+      function: makes a step's batch; it is pickled once for each process, so it cannot be a lambda.
+      steps: the steps, in order.
+      num_loaders: number of processes, at least 1.
     """
 
     def __init__(self, function: Callable[[int], T], steps: Iterable[int], num_loaders: int):
@@ -123,7 +123,7 @@ class Loaders(Generic[T]):
         Raises:
           TransientError: a loader was killed.
           ConfigError: a loader ended in another way.
-          Exception: whatever `function` raised, in its turn, with a note of where.
+          Exception: raised by `function`, at the step's turn, with a note of the process and step.
         """
         asked: collections.deque[int] = collections.deque()
         num_asked = num_taken = 0
@@ -140,7 +140,7 @@ class Loaders(Generic[T]):
             yield result
 
     def close(self) -> None:
-        """Ends the processes at once; they hold nothing that could be lost."""
+        """Kills the processes; they hold nothing that could be lost."""
         atexit.unregister(self.close)
         for process in self._processes:
             process.kill()
@@ -158,13 +158,13 @@ class Loaders(Generic[T]):
         self._send(number, function)
 
     def _send(self, number: int, message: Any) -> None:
-        with contextlib.suppress(OSError):  # a process that has ended is found where its result is to be taken
+        with contextlib.suppress(OSError):  # `_receive` reports a process that has ended
             self._connections[number].send(message)
 
     def _receive(self, number: int, turn: int, moment: str) -> T:
         try:
             head, places = self._connections[number].recv()
-        except (EOFError, OSError):  # nothing else holds the other end
+        except (EOFError, OSError):  # the loader's end is closed: it has ended
             raise self._ended(number, moment) from None
         result, error, trace = ForkingPickler.loads(head, buffers=self._memories[number][turn].read(places))
         if error is not None:
@@ -177,7 +177,7 @@ class Loaders(Generic[T]):
         process.join()
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (the system does so where memory runs out)" if code == -signal.SIGKILL else ""
+        hint = " (the system does so when memory runs out)" if code == -signal.SIGKILL else ""
         kind = TransientError if code < 0 else ConfigError
         return kind(
             f"{process.name} of config.data.num_loaders={len(self._processes)} {how}{hint} {moment}. Loaders must live "
@@ -186,9 +186,9 @@ class Loaders(Generic[T]):
 
 
 class _SharedMemory:
-    """A file that two processes map, and that grows with what is written to it.
+    """A file that two processes map, and that grows as needed.
 
-    It has no name, so nothing is left of it when both have ended, whichever way.
+    It has no name, so nothing remains when both processes have ended, even if they were killed.
     """
 
     def __init__(self, file: int):
@@ -196,7 +196,7 @@ class _SharedMemory:
         self._map: mmap.mmap | None = None
 
     def write(self, buffers: list[memoryview]) -> list[tuple[int, int]]:
-        """Writes all, in place of what was there; returns where each begins, and its bytes."""
+        """Overwrites the file with the buffers; returns each one's offset and size in bytes."""
         ends = list(itertools.accumulate(_aligned(len(buffer)) for buffer in buffers))
         if buffers and ends[-1] > os.fstat(self.file).st_size:
             os.ftruncate(self.file, ends[-1])
@@ -207,7 +207,7 @@ class _SharedMemory:
         return places
 
     def read(self, places: list[tuple[int, int]]) -> list[memoryview]:
-        """A copy of what was written at each place: the next batch will lie there too."""
+        """A copy of the bytes at each place, because the next batch overwrites them."""
         size = max((start + size for start, size in places), default=0)
         copy = np.empty(size, np.uint8)
         if size:
@@ -215,7 +215,7 @@ class _SharedMemory:
         return [copy.data[start : start + size] for start, size in places]
 
     def close(self) -> None:
-        """Lets go of the file and of the memory."""
+        """Closes the file and its mapping."""
         if self._map is not None:
             self._map.close()
         os.close(self.file)
@@ -243,9 +243,9 @@ def _aligned(size: int) -> int:
 def _serve(connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Before the function comes, whose modules import JAX: a loader must not take hold of an accelerator.
+    # Set before receiving the function, whose modules import JAX: a loader must not claim an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Where the parent is gone, whichever way, the pipe ends.
+    # If the parent has ended, even if it was killed, the pipe is closed.
     with contextlib.suppress(EOFError, OSError):
         memories = [_SharedMemory(recv_handle(connection)) for _ in range(_AHEAD)]
         function = connection.recv()
@@ -256,7 +256,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _pickled(value: Any, buffers: list[memoryview]) -> bytes:
-    """A value without its arrays, which are added to `buffers`."""
+    """A pickled value without its arrays, which are appended to `buffers`."""
     head = io.BytesIO()
     ForkingPickler(head, 5, True, lambda buffer: buffers.append(buffer.raw())).dump(value)
     return head.getvalue()
@@ -269,5 +269,5 @@ def _reply(function: Callable[[int], Any], step: int) -> tuple[Any, BaseExceptio
         trace = traceback.format_exc()
         try:
             return None, ForkingPickler.loads(ForkingPickler.dumps(error)), trace
-        except Exception:  # an exception that cannot travel
+        except Exception:  # an exception that cannot be pickled
             return None, RuntimeError(f"{type(error).__name__}: {error}"), trace

@@ -1,6 +1,6 @@
-"""The schedule: which sequences a step reads, which unrelated completions z0 takes, and where each lies in its row.
+"""The schedule: the sequences of each step, the unrelated completions for z0, and their places in packed rows.
 
-Pure arithmetic over the index: nothing has a state, so any step can be made at any time on any number of hosts.
+Pure, stateless arithmetic over the index: any step can be computed at any time on any number of hosts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How often sequences are visited, and in which order.
+    """How often and in which order sequences are visited.
 
     Attributes:
-      batch_size: examples (sequences, or pairs) a step, over all hosts; the last step of an epoch may have fewer.
-      seed: chooses the order of each epoch.
-      epochs: how often the sequences are visited.
-      shuffle: False visits them in the order given.
-      weights: how often an epoch visits each sequence of each source; None visits all once [sources].
+      batch_size: examples (sequences, or pairs) per step, over all hosts; the last step of an epoch may have fewer.
+      seed: selects the order of each epoch.
+      epochs: number of epochs.
+      shuffle: False keeps the given order.
+      weights: visits of each sequence of each source per epoch; None visits all once [sources].
     """
 
     batch_size: int
@@ -46,12 +46,12 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class StepSequences:
-    """What a step reads.
+    """The sequences of a step.
 
     Attributes:
-      ids: sequences of the global batch, in order; of pairs chosen, rejected, chosen, rejected, … [sequences].
-      partners: for each, the sequence whose completion is unrelated to its prompt, or -1 if the batch has none or none
-        are wanted [sequences].
+      ids: sequences of the global batch, in order; for pairs chosen, rejected, chosen, rejected, … [sequences].
+      partners: for each, the sequence with the unrelated completion for its prompt, or -1 if the batch has none or the
+        schedule needs none [sequences].
       epoch: from 0.
     """
 
@@ -68,7 +68,7 @@ class StepSequences:
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """Where the sequences of a step lie, in rows of one shape."""
+    """The places of a step's sequences, in rows of one shape."""
 
     shape: RowShape
     matched: Packing
@@ -81,15 +81,14 @@ class Schedule:
     Args:
       index: the sequences.
       ids: the sequences to visit; with `paired`, the chosen ones.
-      order: when each is visited.
-      limits: what packed rows have room for. If there are several row lengths, each step takes the one that leaves it
-        the least padding.
+      order: the order of visits.
+      limits: limits of packed rows. If there are several row lengths, each step uses the cheapest.
       paired: each sequence comes with its rejected one, in slots 2k and 2k + 1 of the same packed row.
       unmatched: whether prompts with unrelated completions are packed too.
-      controls: ids that end every prompt; neither with `paired` nor with `unmatched`.
+      controls: ids that end every prompt; not allowed with `paired` or `unmatched`.
 
     Raises:
-      ConfigError: there are no sequences, one is not the chosen one of a pair, or a sequence or pair may not fit a
+      ConfigError: there are no sequences, one is not the chosen one of a pair, or a sequence or pair might not fit a
         packed row.
     """
 
@@ -116,10 +115,10 @@ class Schedule:
         lengths = self._cutter.lengths(sequences, sequences)
         self._check_fit(int(self._by_unit(lengths[1]).max()))
         if self._visits.is_weighted:
-            # All sequences must fit; how much a step holds depends on those that it visits.
+            # All sequences must fit; the typical size of a step depends only on the visited ones.
             sequences = self._members(self._visits.at(np.arange(len(self._visits)), 0))
             lengths = self._cutter.lengths(sequences, sequences)
-        # A power of two, and at least 2 for pairs: a row holds two sequences of any length, and a batch has two.
+        # A power of two, and at least 2 for pairs: a row fits two sequences of any length, and a batch has two.
         slots = num_slots(lengths[0] + lengths[1], limits.lengths[-1], order.batch_size * self._unit)
         self._shapes = limits.shapes(slots)
         self._base = self._base_microbatches(self._by_unit(lengths[0]), self._by_unit(lengths[1]))
@@ -128,32 +127,32 @@ class Schedule:
 
     @property
     def num_examples(self) -> int:
-        """Examples (with `paired`, pairs) that an epoch visits."""
+        """Examples (with `paired`, pairs) per epoch."""
         return len(self._visits)
 
     @property
     def num_slots(self) -> int:
-        """Sequences that a packed row has room for (S); even if they are pairs."""
+        """Sequences that fit in a packed row (S); even for pairs."""
         return self._shapes[0].slots
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """Tokens of a packed row, shortest first."""
+        """Lengths of packed rows in tokens, shortest first."""
         return self._limits.lengths
 
     @property
     def longest_row(self) -> RowShape:
-        """What a packed row of the longest length has room for."""
+        """The shape of a packed row of the longest length."""
         return self._shapes[-1]
 
     @property
     def max_sequences(self) -> int:
-        """Most sequences of a step; a pair is two."""
+        """Maximum number of sequences of a step; a pair is two."""
         return self._order.batch_size * self._unit
 
     @property
     def microbatch_rows(self) -> int:
-        """Packed rows of a microbatch, over all hosts (R)."""
+        """Packed rows per microbatch, over all hosts (R)."""
         return self._limits.microbatch_rows
 
     @property
@@ -163,20 +162,20 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        """Digest of all that decides which sequences each step reads, and where they are cut."""
+        """Digest of all that determines the sequences of each step and their truncation."""
         index = [self._index.manifest[name] for name in ("key", "content_sha256")]
         order = [self._order.batch_size, self._order.seed, self._order.shuffle, self.num_steps]
         parts = [*index, *order, self._unit, self._unmatched, self._limits.max_length, self._cutter.max_prompt_length]
         return hashlib.sha256(json.dumps(parts).encode() + self._visits.digest()).hexdigest()
 
     def with_reference_logps(self, reference: ReferenceLogps) -> Schedule:
-        """The same schedule, whose batches hold the reference's log-probabilities."""
+        """The same schedule with the reference's log-probabilities in its batches."""
         schedule = copy.copy(self)
         schedule._reference = reference
         return schedule
 
     def step(self, step: int) -> StepSequences:
-        """Which sequences a step reads, and their partners: a function of the index, the seed and the step alone.
+        """The sequences of a step and their partners, which depend only on the index, the seed and the step.
 
         Args:
           step: from 0 to num_steps - 1.
@@ -191,7 +190,7 @@ class Schedule:
         if self._unmatched:
             partners = find_partners(self._index.prompt_hashes[ids])
         members = self._members(ids)
-        # Member m of a pair takes the completion of member m of the partner pair.
+        # Member m of a pair gets the completion of member m of the partner pair.
         partner_ids = np.where(partners[:, None] < 0, -1, members.reshape(-1, self._unit)[partners])
         return StepSequences(members, partner_ids.reshape(-1), epoch)
 
@@ -200,11 +199,11 @@ class Schedule:
 
         Args:
           step: from 0 to num_steps - 1.
-          rows: this host's contiguous part of the R rows of every microbatch; the default is all.
+          rows: this host's contiguous range of the R rows of every microbatch; the default is all.
 
         Returns:
-          NumPy arrays. M is a power of two and the same for all but unusually long steps; that of `unmatched` is 0 if
-          the schedule leaves it out.
+          NumPy arrays. M is a power of two, and the same for all but unusually long steps; for `unmatched` it is 0 if
+          the schedule has no unmatched rows.
         """
         sequences = self.step(step)
         packed = self._packed(sequences)
@@ -232,16 +231,16 @@ class Schedule:
         )
 
     def by_sequence(self, step: int, matched: np.ndarray, unmatched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reorders values by slot of a step's batch into values by sequence.
+        """Reorders values from slots of a step's batch to sequences.
 
         Args:
           step: from 0 to num_steps - 1.
           matched: by slot of `matched`, over all hosts' rows [M, R, S].
-          unmatched: likewise of `unmatched`; not read if the schedule leaves it out.
+          unmatched: likewise for `unmatched`; ignored if the schedule has no unmatched rows.
 
         Returns:
-          The value of each sequence behind its own prompt, and of each prompt's unrelated completion, 0 where it has
-          none, each [sequences].
+          The value of each sequence's own completion, and of each prompt's unrelated completion (0 if it has none),
+          each [sequences].
         """
         sequences = self.step(step)
         packed = self._packed(sequences)
@@ -251,13 +250,13 @@ class Schedule:
         return _at_slots(matched, packed.matched), unrelated
 
     def _packed(self, sequences: StepSequences) -> _Packed:
-        """Where each sequence of a step lies, in rows of the length that costs the least."""
+        """The place of each sequence of a step, in rows of the cheapest length."""
         ids, unrelated = sequences.ids, sequences.unrelated
         packed = (_Packed(s, self._pack(ids, ids, s), self._pack(*unrelated, s)) for s in self._shapes)
         return min(packed, key=self._cost)
 
     def _cost(self, packed: _Packed) -> int:
-        """Tokens that pass through the model. The matched rows have a backward pass, which takes as long again."""
+        """Cost in tokens. Matched rows count twice, because they also have a backward pass."""
         microbatches = 2 * self._num_microbatches(packed.matched) + self._num_microbatches(packed.unmatched)
         return microbatches * self.microbatch_rows * packed.shape.length
 
@@ -265,11 +264,11 @@ class Schedule:
         return math.ceil(packing.num_rows / self.microbatch_rows)
 
     def _members(self, ids: np.ndarray) -> np.ndarray:
-        """The sequences themselves, or the chosen and the rejected one of each pair, next to each other."""
+        """The sequences themselves, or the chosen and the rejected one of each pair, adjacent."""
         return ids if self._unit == 1 else np.stack([ids, self._index.rejected[ids]], axis=1).reshape(-1)
 
     def _by_unit(self, lengths: np.ndarray) -> np.ndarray:
-        """The length of each sequence, or of each pair together."""
+        """The length of each sequence, or the total of each pair."""
         return lengths.reshape(-1, self._unit).sum(axis=1)
 
     def _pack(self, prompts: np.ndarray, completions: np.ndarray, shape: RowShape) -> Packing:
@@ -310,7 +309,7 @@ class Schedule:
         return slots.reshape(num_microbatches, self.microbatch_rows, self.num_slots)[:, rows]
 
     def _weights(self, sequences: np.ndarray) -> np.ndarray:
-        """The weight of each sequence; both of a pair have the geometric mean, so that a 0 on either side counts."""
+        """The weight of each sequence; both of a pair get the geometric mean, so that a 0 on either side gives 0."""
         by_unit = self._index.weights[sequences].reshape(-1, self._unit)
         return np.repeat(np.prod(by_unit, axis=1) ** np.float32(1 / self._unit), self._unit)
 
@@ -322,7 +321,7 @@ class Schedule:
         alone = int(np.sum(self._index.rejected[self._ids] < 0)) if self._unit == 2 else 0
         if alone:
             raise ConfigError(
-                f"{alone} of {len(self._ids)} sequences have no rejected completion. A schedule of pairs takes the "
+                f"{alone} of {len(self._ids)} sequences have no rejected completion. A schedule of pairs needs the "
                 "sequences of chosen completions. Pass index.pairs(split)."
             )
 
@@ -356,9 +355,9 @@ class Schedule:
             )
 
     def _base_microbatches(self, num_prompt: np.ndarray, num_completion: np.ndarray) -> int:
-        """Microbatches that nearly all steps fit into: the mean of what a batch needs and three standard deviations.
+        """Microbatches that suffice for nearly all steps: a batch's mean need plus three standard deviations.
 
-        A step that needs more takes the next power of two, and the training step is compiled once more for it.
+        A step that needs more uses the next power of two, for which the training step is compiled once more.
         """
         batch = min(self._order.batch_size, len(self._visits))
         total, shape = num_prompt + num_completion, self._shapes[0]
@@ -367,7 +366,7 @@ class Schedule:
             _upper(num_completion, batch) / shape.completion_length,
             batch * self._unit / shape.slots,
         )
-        # A row may keep a tail: at most about half of a typical sequence, or pair.
+        # The unused end of a row is at most about half of a typical sequence, or pair.
         slack = 1.0 + 0.5 * float(total.mean()) / shape.length
         return power_of_two(math.ceil(max(needs) * slack / self.microbatch_rows))
 

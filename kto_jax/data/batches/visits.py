@@ -1,8 +1,7 @@
-"""How often an epoch visits the sequences of each source of a mixture.
+"""Visits: how often an epoch uses the sequences of each source of a mixture.
 
-A weight of 0.5 visits half of a source's sequences in each epoch, one of 2 each sequence twice. Nothing is sampled and
-there is no state: the visits of all epochs to a source are one cycle through its sequences, of which each epoch takes
-the next part.
+A weight of 0.5 visits half of a source's sequences in each epoch, a weight of 2 visits each sequence twice. Nothing is
+sampled and there is no state: the epochs together cycle through a source's sequences, and each takes the next part.
 
     sequences of a source   a b c d e, in seeded order d a e c b; weight 0.5, which is 3 visits
     epochs                  d a e | c b d | a e c | b d a | …       after 5 epochs each sequence was visited 3 times
@@ -18,14 +17,14 @@ from kto_jax.data.permutation import permute
 
 
 class Visits:
-    """Which sequences an epoch visits: a function of position and epoch, computed position by position.
+    """The sequences that an epoch visits, as a function of position and epoch.
 
     Args:
       sequences: sequence ids.
-      sources: the source of each sequence of the index; read only if a weight is not 1.
-      weights: of each source, above 0; None visits each sequence once. A source gets as many visits as it has
-        sequences, times its weight, rounded, and at least one [sources].
-      seed: chooses the order of each source's cycle.
+      sources: the source of each sequence of the index; used only if a weight is not 1.
+      weights: weight of each source, above 0; None visits each sequence once. A source gets its number of sequences
+        times its weight in visits, rounded, and at least one [sources].
+      seed: selects the order of each source's cycle.
     """
 
     def __init__(self, sequences: np.ndarray, sources: np.ndarray, weights: np.ndarray | None, *, seed: int):
@@ -34,7 +33,7 @@ class Visits:
         self.is_weighted = weights is not None and bool(np.any(weights != 1))
         if weights is not None and self.is_weighted:
             own = np.asarray(sources[sequences])
-            # The sequences of a split are ordered by source already.
+            # The sequences of a split are already ordered by source.
             if np.any(own[1:] < own[:-1]):
                 self._sequences = sequences[np.argsort(own, kind="stable")]
             self._sizes = np.bincount(own, minlength=len(weights))
@@ -43,14 +42,14 @@ class Visits:
         self._ends, self._starts = np.cumsum(self._counts), np.cumsum(self._sizes) - self._sizes
 
     def __len__(self) -> int:
-        """Visits of an epoch."""
+        """Number of visits per epoch."""
         return int(self._ends[-1])
 
     def at(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         """The sequences at some positions of an epoch.
 
-        Within an epoch, the numbers of visits to two sequences of one source differ by at most one; so they do over any
-        number of epochs from the first.
+        Within an epoch, and over any number of epochs from the first, the visits to two sequences of one source differ
+        by at most one.
 
         Args:
           positions: integers from 0 to len(self) - 1.
@@ -70,12 +69,12 @@ class Visits:
         return self._sequences[self._starts[group] + within]
 
     def digest(self) -> bytes:
-        """Digest of all that decides which sequences every epoch visits."""
+        """Digest of all that determines the visits of every epoch."""
         parts = (self._sequences, self._sizes, self._counts, np.array([self._seed]))
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
 
     def total(self, values: np.ndarray) -> float:
-        """Sum of a value over the visits of an epoch, on average over all epochs.
+        """Sum of a value over the visits of an epoch, averaged over epochs.
 
         Args:
           values: by sequence id.

@@ -103,7 +103,7 @@ def test_to_another_process_travels_the_place(tmp_path):
 def test_what_is_no_store_is_refused(tmp_path, damage):
     open_store(tmp_path / "store", 8, 4, 3)
     damage(tmp_path / "store" / "matched.npy")
-    with pytest.raises(ConfigError, match=r"matched.npy is no array of \(8,\).*Delete the folder"):
+    with pytest.raises(ConfigError, match=r"matched.npy is not an array of \(8,\).*Delete the folder"):
         open_store(tmp_path / "store", 8, 4, 3)
 
 
