@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kto_jax.config import DataConfig
+from kto_jax.data.rows.files import SourceFile, read_rows
 from kto_jax.data.rows.records import Feedback, Preference, Rejection, Skipped, completions_of, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from tests.data.conftest import InProcessWorkers
 from tests.data.rows.test_layouts import HALOS, HH, LOG, TREE, assistant, user
+from tests.data.test_docs import BLOCKS, rows_of, settings_of
 
 CALLING = {
     "role": "assistant",
@@ -44,6 +46,9 @@ GOOD = {
     ("ultrafeedback", "pairs"): [{**CHAT, "prompt": "Q"}],
     ("kto_mix", "thumbs"): [{"prompt": [user("Q")], "completion": [assistant("A")], "label": False}],
 }
+for words, text in BLOCKS:  # Every layout that is documented, also one whose rows are not above.
+    kind = settings_of(words)
+    GOOD.setdefault((kind.get("layout", "fields"), kind["format"]), []).extend(rows_of(text))
 WORDS = [
     "",
     " ",
@@ -74,6 +79,14 @@ def places_of(value, path=()):
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from places_of(item, (*path, key))
+
+
+def texts_of(value):
+    """Every text in a JSON value, keys left out, in order."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts_of(item)
 
 
 @st.composite
@@ -132,6 +145,12 @@ def check(tokenizer, tmp_path_factory):
                 for row in completions_of(record):
                     assert isinstance(row.desirable, bool) and 0 <= row.weight < np.inf and abs(row.score) < np.inf
         assert layout == "oasst" or not isinstance(records[0], Rejection)
+        texts = list(texts_of([row for _, row in read_rows(SourceFile(path, "rows"))]))
+        for record in accepted:
+            for row in completions_of(record):
+                said = row.completion if isinstance(row.completion, str) else row.completion["content"]
+                held = any(said.strip() in text for text in texts) or said.strip() in "".join(texts)
+                assert held, f"{said!r} is not in the file"
         encoded = tokenize.encode_feedback(accepted, limits)
         assert len(encoded.reasons) == len(accepted)
         assert (encoded.prompt_lengths < 64).all() and (encoded.completion_lengths < 64).all()
