@@ -268,7 +268,10 @@ def _repeats(head: list[Message], prompt: Prompt) -> bool:
 def _transcript(value: str, name: str) -> list[Message]:
     pieces = _TURN.split(check_text(value, name))
     if pieces[0].strip() or len(pieces) == 1:
-        raise BadRowError(f"no prompt, and {name} is not a transcript of Human and Assistant")
+        raise BadRowError(
+            f"no prompt, and {name} is not a transcript of Human and Assistant; data.layout='trl' takes what both "
+            "texts begin with as the prompt"
+        )
     return [
         {"role": _SPEAKERS[speaker], "content": content.strip()}
         for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True)

@@ -42,6 +42,11 @@ def assistant(text, **fields):
     return {"role": "assistant", "content": text, **fields}
 
 
+NO_TRANSCRIPT = (
+    "is not a transcript of Human and Assistant; data.layout='trl' takes what both texts begin with as the prompt"
+)
+
+
 @pytest.mark.parametrize("layout", ["hh", "fields"])
 def test_two_transcripts_are_parted_before_their_last_turn(tmp_path, layout):
     path = tmp_path / "hh.jsonl"
@@ -56,8 +61,8 @@ def test_two_transcripts_are_parted_before_their_last_turn(tmp_path, layout):
     [
         ({"chosen": f"{HH} "}, "empty chosen"),
         ({"rejected": f"{HH} No."}, "chosen and rejected are the same"),
-        ({"rejected": "No."}, "no prompt, and rejected is not a transcript of Human and Assistant"),
-        ({"chosen": f"So.{HH} No."}, "no prompt, and chosen is not a transcript of Human and Assistant"),
+        ({"rejected": "No."}, f"no prompt, and rejected {NO_TRANSCRIPT}"),
+        ({"chosen": f"So.{HH} No."}, f"no prompt, and chosen {NO_TRANSCRIPT}"),
         ({"rejected": "\n\nHuman: Else?\n\nAssistant: No."}, "chosen and rejected part before their last message"),
         ({"rejected": f"{HH} Yes.\n\nHuman: Why?"}, "rejected has role 'user', not 'assistant'"),
         ({"chosen": "\n\nAssistant: A", "rejected": "\n\nAssistant: B"}, "empty prompt"),
