@@ -17,8 +17,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jaxtyping
 import pytest
 
+import tests.typechecker
+
+# Before anything of the package is imported. Subprocesses of the tests run without checks.
+jaxtyping.install_import_hook(tests.typechecker.MODULES, "tests.typechecker.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and with them every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

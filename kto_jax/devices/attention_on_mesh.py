@@ -147,13 +147,23 @@ def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton
     )
 
 
-def make_layout(mesh: Mesh, attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto") -> Layout:
+def make_layout(
+    mesh: Mesh,
+    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto",
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Layout:
     """How a model on this mesh shards its activations.
+
+    Args:
+      mesh: the devices.
+      attention: the kernel, as `choose_attention` takes it.
+      reduce_dtype: dtype in which gradients of the layers' matrices are summed over devices.
 
     Raises:
       ConfigError: as `choose_attention`.
     """
-    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), choose_attention(attention, mesh))
+    kernel = choose_attention(attention, mesh)
+    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), kernel, reduce_dtype)
 
 
 @functools.cache

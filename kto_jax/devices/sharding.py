@@ -42,6 +42,9 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "looked_up": "data",
     "table_embed": PARAMETER_RULES["embed"],
     "half_embed": "fsdp",
+    # Of a KV cache, beside rows, kv_heads and head_dim.
+    "layers": None,
+    "slots": None,
 }
 
 

@@ -10,13 +10,13 @@ from kto_jax.losses.halo import at_least_float32
 
 
 def bco_loss(
-    policy_logps: Float[Array, " B"],
-    reference_logps: Float[Array, " B"],
-    desirable: Bool[Array, " B"],
+    policy_logps: Float[Array, "*B"],
+    reference_logps: Float[Array, "*B"],
+    desirable: Bool[Array, "*B"],
     running_mean: float | Float[Array, ""],
     *,
     beta: float = 0.1,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """BCO loss of each completion, `−log σ(±(βu − δ))`: plus if it is desirable; u is its log-ratio.
 
     >>> losses = bco_loss(jnp.array([5.0, 5.0]), jnp.zeros(2), jnp.array([True, False]), jnp.array(0.5))

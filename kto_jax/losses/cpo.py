@@ -9,13 +9,13 @@ from kto_jax.losses.halo import at_least_float32
 
 
 def cpo_loss(
-    chosen_logps: Float[Array, " B"],
-    rejected_logps: Float[Array, " B"],
-    chosen_mean_logps: Float[Array, " B"],
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    chosen_mean_logps: Float[Array, "*B"],
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """CPO loss of each pair, `−log σ(β (log π_w − log π_l)) − α l̄_w`.
 
     >>> round(float(cpo_loss(jnp.array([-10.0]), jnp.array([-13.0]), jnp.array([-2.0]))[0]), 4)

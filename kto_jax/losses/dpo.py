@@ -31,20 +31,20 @@ class _Options:
 
 
 def dpo_loss(
-    policy_chosen_logps: Float[Array, " B"],
-    policy_rejected_logps: Float[Array, " B"],
-    reference_chosen_logps: Float[Array, " B"],
-    reference_rejected_logps: Float[Array, " B"],
+    policy_chosen_logps: Float[Array, "*B"],
+    policy_rejected_logps: Float[Array, "*B"],
+    reference_chosen_logps: Float[Array, "*B"],
+    reference_rejected_logps: Float[Array, "*B"],
     *,
     beta: float = 0.1,
     variant: str = "sigmoid",
     label_smoothing: float = 0.0,
     f_divergence: str = "reverse_kl",
     alpha: float = 0.5,
-    chosen_lengths: Float[Array, " B"] | None = None,
-    rejected_lengths: Float[Array, " B"] | None = None,
+    chosen_lengths: Float[Array, "*B"] | None = None,
+    rejected_lengths: Float[Array, "*B"] | None = None,
     running_mean: float | Float[Array, ""] = 0.0,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """DPO loss of each pair, `−(1−ε) log σ(βΔ) − ε log σ(−βΔ)`, or one of its variants.
 
     >>> losses = dpo_loss(jnp.array([-20.0]), jnp.array([-24.0]), jnp.array([-21.0]), jnp.array([-22.0]))

@@ -11,16 +11,16 @@ from kto_jax.losses.ppo import ppo_clip_loss
 
 
 def grpo_loss(
-    logps: Float[Array, "B L"],
-    old_logps: Float[Array, "B L"],
-    reference_logps: Float[Array, "B L"],
-    advantages: Float[Array, "B L"] | Float[Array, " B"],
+    logps: Float[Array, "*B L"],
+    old_logps: Float[Array, "*B L"],
+    reference_logps: Float[Array, "*B L"],
+    advantages: Float[Array, "*B L"] | Float[Array, "*B"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_weight: float = 0.04,
-    where: Bool[Array, "B L"] | None = None,
-) -> Float[Array, "B L"]:
+    where: Bool[Array, "*B L"] | None = None,
+) -> Float[Array, "*B L"]:
     """GRPO loss of each token: PPO's clipped surrogate + kl_weight · KL, with the k3 estimator of the KL.
 
     Args:
@@ -45,8 +45,8 @@ def grpo_loss(
 
 
 def k3_kl(
-    logps: Float[Array, "B L"], reference_logps: Float[Array, "B L"], *, where: Bool[Array, "B L"] | None = None
-) -> Float[Array, "B L"]:
+    logps: Float[Array, "*B L"], reference_logps: Float[Array, "*B L"], *, where: Bool[Array, "*B L"] | None = None
+) -> Float[Array, "*B L"]:
     """Estimate of KL(policy ‖ reference) at each token, `e^d − d − 1` with d = log π_reference − log π_policy.
 
     Never negative, and unbiased for tokens that the policy sampled. It is constant from d = 20 nats on: if only the

@@ -20,13 +20,13 @@ def bounded_exponent(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def halo_loss(
-    rewards: Float[Array, " B"],
-    reference_point: Float[Array, "*B"],
-    sign: Float[Array, " B"],
+    rewards: Float[Array, "*B"],
+    reference_point: Float[Array, "*#B"],
+    sign: Float[Array, "*B"],
     *,
     value_fn: Callable[[jax.Array], jax.Array],
-    weight: float | Float[Array, "*B"] = 1.0,
-) -> Float[Array, " B"]:
+    weight: float | Float[Array, "*#B"] = 1.0,
+) -> Float[Array, "*B"]:
     """Negative weighted value of each completion, `−weight · value_fn(sign · (rewards − reference_point))`.
 
     Args:

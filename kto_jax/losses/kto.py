@@ -22,16 +22,16 @@ from kto_jax.losses.halo import at_least_float32, halo_loss
 
 
 def kto_loss(
-    policy_logps: Float[Array, " B"],
-    reference_logps: Float[Array, " B"],
-    desirable: Bool[Array, " B"],
-    reference_point: Float[Array, "*B"],
+    policy_logps: Float[Array, "*B"],
+    reference_logps: Float[Array, "*B"],
+    desirable: Bool[Array, "*B"],
+    reference_point: Float[Array, "*#B"],
     *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     value_fn: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """KTO loss of each completion, equation (7): `λ_y − λ_y v(β · ±(r − z0))`.
 
     >>> losses = kto_loss(jnp.array([7.0, -3.0]), jnp.zeros(2), jnp.array([True, False]), jnp.array(2.0))
@@ -86,13 +86,13 @@ def kl_reference_point(
 
 
 def opposite_class_reference_point(
-    policy_logps: Float[Array, " B"],
-    reference_logps: Float[Array, " B"],
-    desirable: Bool[Array, " B"],
+    policy_logps: Float[Array, "*B"],
+    reference_logps: Float[Array, "*B"],
+    desirable: Bool[Array, "*B"],
     *,
-    where: Bool[Array, " B"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
     clamp: bool = True,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """SimpleKTO's reference point: mean log-ratio of the opposite class, which needs no unmatched pairs.
 
     >>> opposite_class_reference_point(jnp.array([4.0, 1.0, 3.0]), jnp.zeros(3), jnp.array([True, False, False]))
@@ -118,12 +118,12 @@ def opposite_class_reference_point(
 
 
 def apo_zero_unpaired_loss(
-    policy_logps: Float[Array, " B"],
-    reference_logps: Float[Array, " B"],
-    desirable: Bool[Array, " B"],
+    policy_logps: Float[Array, "*B"],
+    reference_logps: Float[Array, "*B"],
+    desirable: Bool[Array, "*B"],
     *,
     beta: float = 0.1,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """APO-zero on single completions, `1 − σ(βu)` desirable, `σ(βu)` undesirable: KTO with z0 = 0 and weights of 1.
 
     Args:
@@ -141,17 +141,17 @@ def apo_zero_unpaired_loss(
 
 
 def log_utility_loss(
-    policy_chosen_logps: Float[Array, " B"],
-    policy_rejected_logps: Float[Array, " B"],
-    reference_chosen_logps: Float[Array, " B"],
-    reference_rejected_logps: Float[Array, " B"],
+    policy_chosen_logps: Float[Array, "*B"],
+    policy_rejected_logps: Float[Array, "*B"],
+    reference_chosen_logps: Float[Array, "*B"],
+    reference_rejected_logps: Float[Array, "*B"],
     reference_point: Float[Array, ""],
     *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     as_printed: bool = False,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """KTO's utility of a PAIR inside a log-sigmoid, `−log σ(λ_D σ(β (r_w − z0)) + λ_U σ(β (z0 − r_l)))`.
 
     A secondary source prints this loss with a minus between the two terms. With the minus the loss FALLS as r_l rises:

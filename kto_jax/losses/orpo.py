@@ -13,8 +13,8 @@ _MAX_MEAN_LOGP = -1e-6
 
 
 def orpo_loss(
-    chosen_mean_logps: Float[Array, " B"], rejected_mean_logps: Float[Array, " B"], *, odds_weight: float = 0.1
-) -> Float[Array, " B"]:
+    chosen_mean_logps: Float[Array, "*#B"], rejected_mean_logps: Float[Array, "*B"], *, odds_weight: float = 0.1
+) -> Float[Array, "*B"]:
     """ORPO loss of each pair, `−l̄_w − λ log σ(log odds_w − log odds_l)` with odds = p / (1 − p), p = exp(l̄).
 
     >>> round(float(orpo_loss(jnp.array([-1.0]), jnp.array([-1.0]))[0]), 4)  # 1 + 0.1 · log 2

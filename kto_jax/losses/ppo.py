@@ -10,14 +10,14 @@ from kto_jax.losses.halo import at_least_float32, bounded_exponent
 
 
 def ppo_clip_loss(
-    logps: Float[Array, "B L"],
-    old_logps: Float[Array, "B L"],
-    advantages: Float[Array, "B L"],
+    logps: Float[Array, "*B L"],
+    old_logps: Float[Array, "*B L"],
+    advantages: Float[Array, "*B L"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    where: Bool[Array, "B L"] | None = None,
-) -> Float[Array, "B L"]:
+    where: Bool[Array, "*B L"] | None = None,
+) -> Float[Array, "*B L"]:
     """Clipped surrogate of each token, `−min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high) A)` with ρ = π_policy / π_old.
 
     >>> losses = ppo_clip_loss(jnp.log(jnp.array([[1.5, 0.5]])), jnp.zeros((1, 2)), jnp.array([[1.0, 1.0]]))
@@ -44,13 +44,13 @@ def ppo_clip_loss(
 
 
 def ppo_value_loss(
-    values: Float[Array, "B L"],
-    old_values: Float[Array, "B L"],
-    returns: Float[Array, "B L"],
+    values: Float[Array, "*B L"],
+    old_values: Float[Array, "*B L"],
+    returns: Float[Array, "*B L"],
     *,
     clip: float = 0.2,
-    where: Bool[Array, "B L"] | None = None,
-) -> Float[Array, "B L"]:
+    where: Bool[Array, "*B L"] | None = None,
+) -> Float[Array, "*B L"]:
     """Clipped squared error of each token's value, `½ max((V − R)², (V_clipped − R)²)`.
 
     V_clipped is V clamped to ±clip around the value at sampling time.
@@ -77,13 +77,13 @@ def ppo_value_loss(
 
 
 def generalized_advantages(
-    rewards: Float[Array, "B L"],
-    values: Float[Array, "B L"],
+    rewards: Float[Array, "*B L"],
+    values: Float[Array, "*B L"],
     *,
     discount: float = 1.0,
     trace: float = 0.95,
-    where: Bool[Array, "B L"] | None = None,
-) -> Float[Array, "B L"]:
+    where: Bool[Array, "*B L"] | None = None,
+) -> Float[Array, "*B L"]:
     """Generalized advantage estimates, `A_t = δ_t + γλ A_{t+1}` with `δ_t = r_t + γ V_{t+1} − V_t`.
 
     The completion ends at its last token that counts: beyond it, value and advantage are 0. Tokens that do not count

@@ -10,12 +10,12 @@ from kto_jax.losses.halo import at_least_float32
 
 
 def bradley_terry_loss(
-    chosen_rewards: Float[Array, " B"],
-    rejected_rewards: Float[Array, " B"],
+    chosen_rewards: Float[Array, "*B"],
+    rejected_rewards: Float[Array, "*B"],
     *,
-    margin: float | Float[Array, " B"] = 0.0,
+    margin: float | Float[Array, "*B"] = 0.0,
     centring: float = 0.0,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """Negative log-likelihood of each preference, `−log σ(r_w − r_l − margin) + centring · (r_w + r_l)²`.
 
     Adding any h(x) to both rewards of a prompt does not change the first term; centring removes that freedom.

@@ -9,12 +9,12 @@ from kto_jax.losses.halo import at_least_float32
 
 
 def simpo_loss(
-    chosen_mean_logps: Float[Array, " B"],
-    rejected_mean_logps: Float[Array, " B"],
+    chosen_mean_logps: Float[Array, "*B"],
+    rejected_mean_logps: Float[Array, "*B"],
     *,
     beta: float = 2.0,
     margin: float = 1.0,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """SimPO loss of each pair, `−log σ(β (l̄_w − l̄_l) − γ)`.
 
     >>> round(float(simpo_loss(jnp.array([-1.0]), jnp.array([-1.5]))[0]), 4)  # −log σ(2 · 0.5 − 1)

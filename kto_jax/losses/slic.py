@@ -9,13 +9,13 @@ from kto_jax.losses.halo import at_least_float32
 
 
 def slic_loss(
-    chosen_logps: Float[Array, " B"],
-    rejected_logps: Float[Array, " B"],
-    chosen_mean_logps: Float[Array, " B"],
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    chosen_mean_logps: Float[Array, "*B"],
     *,
     margin: float = 1.0,
     nll_weight: float = 0.1,
-) -> Float[Array, " B"]:
+) -> Float[Array, "*B"]:
     """SLiC loss of each pair, `max(0, δ − log π_w + log π_l) − λ l̄_w`.
 
     The hinge alone is a human-aware loss: `halo_loss` with `values.slic` and the rejected log-probability as the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 from jaxtyping import Array
 
@@ -24,19 +25,22 @@ class Layout:
     """The sharding of a model's activations. The defaults are for one device; `make_layout` makes one for a mesh.
 
     Attributes:
-      constrain: `constrain(array, logical_axes) -> array`, called on activations. Axes are "rows", "length", "slots",
-        "embed", "heads", "kv_heads", "head_dim", "vocab" and "layers", and "looked_up", "table_embed" and "half_embed"
-        of embedded tokens.
+      constrain: `constrain(array, logical_axes) -> array`, called on activations. Axes are "rows", "length", "embed",
+        "heads", "kv_heads", "head_dim" and "vocab"; "layers" and "slots" of a KV cache; "looked_up", "table_embed" and
+        "half_embed" of embedded tokens.
       num_devices: devices that share every activation.
       row_parts: number of parts into which the tokens of a row are sharded.
       attention: attention over packed rows, with the signature of `dense_attention`. Decoding with a KV cache does not
         use it.
+      reduce_dtype: dtype of the gradients of the layers' matrices where they are summed over devices; "bfloat16"
+        applies to a model that computes in bfloat16 only.
     """
 
     constrain: Constrain = unconstrained
     num_devices: int = 1
     row_parts: int = 1
     attention: PackedAttention = blockwise_attention
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 ONE_DEVICE = Layout()

@@ -17,7 +17,7 @@ from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, i
 from kto_jax.models.int8 import INT8, kept_as, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
-from kto_jax.models.transformer import REMAT_POLICIES, Cache, Transformer, matmul_precision
+from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
@@ -180,10 +180,10 @@ class Model:
         return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty KV cache, [layers, batch, length, K, H] for keys and for values, in the compute dtype."""
+        """An empty KV cache: keys and values [layers, batch, length, K, H] in the compute dtype, sharded."""
         config = self.config
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+        return {name: self.layout.constrain(jnp.zeros(shape, self.dtype), CACHE_AXES) for name in ("key", "value")}
 
     def decode(
         self, params: Params, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]

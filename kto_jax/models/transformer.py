@@ -23,11 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import attention, rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_product
 from kto_jax.models.int8 import Int8Matrix
-from kto_jax.models.layout import Constrain, Layout
+from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
 
 Cache = dict[str, Array]
+CACHE_AXES = ("layers", "rows", "slots", "kv_heads", "head_dim")
 Tables = tuple[Array, Array]  # cosine and sine
 # Takes rotated queries and keys, and values, [R, L, heads, H]; returns attention's output and the updated KV cache, if
 # any.
@@ -68,9 +70,11 @@ class Linear(nnx.Module):
         scale: float,
         dtype,
         rngs: nnx.Rngs,
+        reduce_dtype: str = "float32",
         has_bias: bool = False,
     ):
         self.dtype = dtype
+        self.has_wide_gradient = dtype == jnp.bfloat16 and reduce_dtype == "float32"
         self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1])), axes=(*axes[:-2], axes[-1])) if has_bias else None
 
@@ -82,9 +86,11 @@ class Linear(nnx.Module):
             x_TO = x_TO + self._product(self._product(x_TI, weight.a), weight.scaled_b)
         else:
             x_TO = self._product(x_TI, weight)
-        return x_TO if self.bias is None else x_TO + self.bias[...].astype(self.dtype)[None, :]
+        return x_TO if self.bias is None else x_TO + repeat_rows(self.bias[...], len(x_TO), self.dtype)
 
     def _product(self, x_TI: Array, weight: Array | Int8Matrix) -> Array:
+        if self.has_wide_gradient and not isinstance(weight, Int8Matrix):
+            return wide_gradient_product(x_TI, weight)
         return jnp.dot(x_TI, weight.astype(self.dtype), precision=matmul_precision(self.dtype))
 
 
@@ -105,6 +111,15 @@ class RMSNorm(nnx.Module):
         return (scaled * scale).astype(x.dtype)
 
 
+def _linear_options(config: TransformerConfig, dtype: Any, layout: Layout, rngs: nnx.Rngs) -> dict[str, Any]:
+    return {
+        "scale": config.initializer_range,
+        "dtype": dtype,
+        "reduce_dtype": layout.reduce_dtype,
+        "rngs": rngs,
+    }
+
+
 def _norm(config: TransformerConfig, width: int, axis: str) -> RMSNorm:
     """A norm of all layers, stacked."""
     shape, axes = (config.num_layers, width), ("layers", axis)
@@ -114,11 +129,11 @@ def _norm(config: TransformerConfig, width: int, axis: str) -> RMSNorm:
 class Attention(nnx.Module):
     """Projections to queries, keys and values, optional norms, rotation, attention, and the output projection."""
 
-    def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
-        self.head_dim, self.constrain = config.head_dim, constrain
+    def __init__(self, config: TransformerConfig, *, dtype, layout: Layout, rngs: nnx.Rngs):
+        self.head_dim, self.constrain = config.head_dim, layout.constrain
         layers, embed = config.num_layers, config.embed_dim
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        options: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "rngs": rngs}
+        options = _linear_options(config, dtype, layout, rngs)
         biased = options | {"has_bias": config.qkv_bias}
         self.query = Linear((layers, embed, heads), ("layers", "embed", "heads"), **biased)
         self.key = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **biased)
@@ -145,9 +160,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU if the activation is silu."""
 
-    def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype, layout: Layout, rngs: nnx.Rngs):
         layers, embed, mlp = config.num_layers, config.embed_dim, config.mlp_dim
-        options: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "rngs": rngs}
+        options = _linear_options(config, dtype, layout, rngs)
         self.activation = config.activation
         self.gate = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
         self.up = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
@@ -161,12 +176,12 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each with a pre-norm, an optional post-norm and a residual connection."""
 
-    def __init__(self, config: TransformerConfig, *, dtype, constrain: Constrain, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype, layout: Layout, rngs: nnx.Rngs):
         norm = partial(_norm, config, config.embed_dim, "embed")
         self.attention_norm = norm()
-        self.attention = Attention(config, dtype=dtype, constrain=constrain, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, layout=layout, rngs=rngs)
         self.mlp_norm = norm()
-        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.mlp = FeedForward(config, dtype=dtype, layout=layout, rngs=rngs)
         self.attention_post_norm: RMSNorm | None = norm() if config.post_norms else None
         self.mlp_post_norm: RMSNorm | None = norm() if config.post_norms else None
 
@@ -179,28 +194,7 @@ class Block(nnx.Module):
 
 
 def _lookup(table: Array | Int8Matrix, tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-    return table.rows(tokens_T) if isinstance(table, Int8Matrix) else _rows(table, tokens_T)
-
-
-@jax.custom_vjp
-def _rows(table_VD: Float[Array, "V D"], tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-    """Rows of a table. The gradient of a repeated token is summed in float32, whatever the table's dtype."""
-    # `take` returns NaN for ids outside the vocabulary, which the step detects; indexing would clamp them.
-    return jnp.take(table_VD, tokens_T, axis=0)
-
-
-def _rows_forward(table_VD: Array, tokens_T: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rows(table_VD, tokens_T), (table_VD, tokens_T)
-
-
-def _rows_backward(residuals: tuple[Array, Array], gradient_TD: Array) -> tuple[Array, None]:
-    table_VD, tokens_T = residuals
-    wide = jnp.promote_types(table_VD.dtype, jnp.float32)
-    summed_VD = jnp.zeros(table_VD.shape, wide).at[tokens_T].add(gradient_TD.astype(wide))
-    return summed_VD.astype(table_VD.dtype), None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)
+    return table.rows(tokens_T) if isinstance(table, Int8Matrix) else table_rows(table, tokens_T)
 
 
 class Embedding(nnx.Module):
@@ -236,7 +230,7 @@ class Transformer(nnx.Module):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.constrain, self.packed_attention = layout.constrain, layout.attention
         self.embed = Embedding(config, rngs=rngs)
-        self.layers = Block(config, dtype=dtype, constrain=layout.constrain, rngs=rngs)
+        self.layers = Block(config, dtype=dtype, layout=layout, rngs=rngs)
         self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps, offset=config.norm_offset)
         if has_head:
             shape = (config.embed_dim, config.vocab_size)
@@ -289,8 +283,8 @@ class Transformer(nnx.Module):
 
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
                 written = (index, row_B1, slot_BL)
-                new_keys = keys.at[written].set(key, mode="drop")
-                new_values = values.at[written].set(value, mode="drop")
+                new_keys = self.constrain(keys.at[written].set(key, mode="drop"), CACHE_AXES)
+                new_values = self.constrain(values.at[written].set(value, mode="drop"), CACHE_AXES)
                 mixed = self._attend(cached, is_local, query, new_keys[index], new_values[index])
                 return mixed, (new_keys, new_values)
 

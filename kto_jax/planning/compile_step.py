@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ class CompiledStep:
       tokens: tokens of matched completions and their prompts per step.
       flops: operations per step that the method needs, by formula: no recomputation, no padding.
       weight_bytes: bytes of weights that one pass of a model reads on each device, in the dtype of the products.
+      gradient_bytes: bytes of the gradients of the layers' matrices that the devices sum for every microbatch, in
+        `model.reduce_dtype`; 0 if no two devices share a gradient.
       passes: passes over a model's weights per step: each forward pass, and one more for each backward pass.
       compile_seconds: time of the compiler.
       host_bytes: peak memory of this process so far.
@@ -116,6 +119,7 @@ class CompiledStep:
     tokens: float
     flops: float
     weight_bytes: float
+    gradient_bytes: float
     passes: int
     compile_seconds: float
     host_bytes: int
@@ -292,10 +296,19 @@ def compile_for(
         tokens=tokens * shape.sequences,
         flops=flops * shape.sequences,
         weight_bytes=task.architecture.num_params() * width / mesh.shape["tensor"],
+        gradient_bytes=_gradient_bytes(config, state.policy["layers"], dict(mesh.shape)),
         passes=shape.microbatches * (first_pass + models + 1),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _gradient_bytes(config: Config, layers: Any, mesh: Mapping[str, int]) -> float:
+    if math.prod(mesh.values()) == mesh["tensor"]:
+        return 0.0
+    summed_in = config.model.reduce_dtype if config.model.dtype == "bfloat16" else config.model.dtype
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(layers) if leaf.ndim == 3)
+    return matrices * jax.numpy.dtype(summed_in).itemsize / mesh["tensor"]
 
 
 def _compile(

@@ -96,6 +96,8 @@ def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: flo
         console.print(f"refused: {program.refusal}", soft_wrap=True, markup=False)
     else:
         console.print(_collectives_table(program))
+        if program.gradient_bytes:
+            console.print(_reduction(program), soft_wrap=True, markup=False)
         console.print(_bounds_table(program, topology, price))
     console.print(
         f"compiled in {program.compile_seconds:.1f} s; peak memory of this process {_size(program.host_bytes)}. "
@@ -159,6 +161,19 @@ def _collectives_table(program: CompiledStep) -> Table:
     return table
 
 
+def _reduction(program: CompiledStep) -> str:
+    model = program.config.model
+    said = f"for every microbatch the devices sum {_size(program.gradient_bytes)} of gradients of the layers' matrices"
+    if model.dtype != "bfloat16":
+        return said
+    other = (
+        "config.model.reduce_dtype=bfloat16 halves them, and rounds the share of every device"
+        if model.reduce_dtype == "float32"
+        else "config.model.reduce_dtype=float32 doubles them, and rounds no share"
+    )
+    return f"{said} in {model.reduce_dtype}; {other}"
+
+
 def _bounds_table(program: CompiledStep, topology: Topology, price: float | None) -> Table:
     bounds = find_bounds(program, topology)
     table = Table(title="bounds of a step", title_justify="left", title_style="bold", show_header=False)
@@ -213,6 +228,7 @@ def as_dict(
         "limit_bytes": program.limit,
         "tokens": program.tokens,
         "flops": program.flops,
+        "gradient_bytes_per_microbatch": program.gradient_bytes,
         "bound_seconds": dataclasses.asdict(bounds),
         "tokens_per_second_at_most": program.tokens / bounds.seconds,
         "collectives": summarize(list(program.collectives), unknown=program.shape.microbatches),

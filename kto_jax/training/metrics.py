@@ -12,19 +12,19 @@ from kto_jax.shapes import Completions, FeedbackBatch
 _SATURATED_SLOPE = 0.025
 
 
-def mean(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+def mean(values: Float[Array, "*B"], where: Bool[Array, "*B"]) -> Float[Array, ""]:
     """Mean of the entries that count; 0 if there are none."""
     return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)
 
 
-def standard_error(values: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+def standard_error(values: Float[Array, "*B"], where: Bool[Array, "*B"]) -> Float[Array, ""]:
     """Standard error of the mean, with the sample variance; 0 for fewer than two entries."""
     count = jnp.sum(where)
     squares = jnp.sum(jnp.where(where, jnp.square(values - mean(values, where)), 0))
     return jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
 
 
-def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+def auc(rewards: Float[Array, "*B"], desirable: Bool[Array, "*B"], where: Bool[Array, "*B"]) -> Float[Array, ""]:
     """Probability that a random desirable completion has a larger reward than an undesirable one; ties count half.
 
     NaN if a class is absent: there is nothing to compare.
@@ -40,7 +40,7 @@ def auc(rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[A
 
 
 def class_figures(
-    rewards: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]
+    rewards: Float[Array, "*B"], desirable: Bool[Array, "*B"], where: Bool[Array, "*B"]
 ) -> dict[str, Float[Array, ""]]:
     """How well rewards separate the two classes.
 
@@ -85,12 +85,12 @@ def of_examples(
     return figures
 
 
-def accuracy(gains: Float[Array, " B"], desirable: Bool[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+def accuracy(gains: Float[Array, "*B"], desirable: Bool[Array, "*B"], where: Bool[Array, "*B"]) -> Float[Array, ""]:
     """Share of completions on the right side of the reference point: desirable above it, undesirable below it."""
     return mean(jnp.where(desirable, gains > 0, gains < 0).astype(gains.dtype), where)
 
 
-def saturated(gains: Float[Array, " B"], where: Bool[Array, " B"]) -> Float[Array, ""]:
+def saturated(gains: Float[Array, "*B"], where: Bool[Array, "*B"]) -> Float[Array, ""]:
     """Share of completions whose gradient is below a tenth of the maximum, for sigmoid value functions."""
     value = 1 / (1 + jnp.exp(-jnp.clip(gains, -80, 80)))
     return mean((value * (1 - value) < _SATURATED_SLOPE).astype(gains.dtype), where)

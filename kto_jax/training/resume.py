@@ -8,19 +8,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kto_jax.config import Config, DataConfig, OptimizerConfig, ReferenceConfig
+from kto_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.data.tokens.prompts import RENDERING_FIELDS, Rendering, rendering_of
 from kto_jax.devices import processes
 
-BEFORE_FIELDS = Config(reference=ReferenceConfig(param_dtype="float32"), optimizer=OptimizerConfig(decayed="all"))
+BEFORE_FIELDS = Config(
+    model=ModelConfig(reduce_dtype="bfloat16"),
+    reference=ReferenceConfig(param_dtype="float32"),
+    optimizer=OptimizerConfig(decayed="all"),
+)
 """Behaviour of runs that predate a field of config.json, where it differs from the field's default."""
+_AS_RECORDED_IF_AUTO = (("reference", "param_dtype"), ("export", "dtype"), ("data", "template_date"))
+_SINCE_THEN = (("model", "reduce_dtype"), ("optimizer", "decayed"))
 
 
 def as_begun(config: Config, workdir: Path) -> Config:
     """The configuration with the settings that the folder's run started with; unchanged if there is no run.
 
     These are the dtypes of the reference and of the exported policy and the date that chat templates show, if `config`
-    has "auto" for them; and what weight decay applies to, if the run predates that field.
+    has "auto" for them; and what weight decay applies to and how gradients are summed, if the run predates that field.
 
     Args:
       config: the run.
@@ -28,22 +34,23 @@ def as_begun(config: Config, workdir: Path) -> Config:
     """
     try:
         recorded: dict[str, Any] = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        dtype, decayed = recorded["reference"]["param_dtype"], recorded["optimizer"].get("decayed")
-        date = recorded["data"].get("template_date", "auto")
+        sections = {section: dict(recorded[section]) for section in ("model", "reference", "optimizer", "data")}
         # Runs that predate this field exported the policy in its training dtype.
-        written = recorded.get("export", {"dtype": recorded["model"].get("param_dtype", "float32")})["dtype"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # check_folder reports a broken config.json
+        sections["export"] = dict(recorded.get("export", {"dtype": sections["model"].get("param_dtype", "float32")}))
+    except (OSError, ValueError, LookupError, TypeError):  # check_folder reports a broken config.json
         return config
-    if config.reference.param_dtype == "auto":
-        config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=dtype))
-    if config.data.template_date == "auto":
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=date))
-    if config.export.dtype == "auto":
-        config = dataclasses.replace(config, export=dataclasses.replace(config.export, dtype=written))
-    if decayed is None:
-        before = BEFORE_FIELDS.optimizer.decayed
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decayed=before))
+    for section, field in _AS_RECORDED_IF_AUTO:
+        if getattr(getattr(config, section), field) == "auto":
+            config = _with(config, section, field, sections[section].get(field, "auto"))
+    for section, field in _SINCE_THEN:
+        if field not in sections[section]:
+            config = _with(config, section, field, getattr(getattr(BEFORE_FIELDS, section), field))
     return config
+
+
+def _with(config: Config, section: str, field: str, value: Any) -> Config:
+    changed = dataclasses.replace(getattr(config, section), **{field: value})
+    return dataclasses.replace(config, **{section: changed})
 
 
 def with_template_date(config: Config) -> Config:
@@ -51,7 +58,7 @@ def with_template_date(config: Config) -> Config:
     if config.data.template_date != "auto":
         return config
     (date, *_) = processes.tell(datetime.date.today().isoformat())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=date))
+    return _with(config, "data", "template_date", date)
 
 
 def rendering_of_run(folder: Path) -> Rendering:

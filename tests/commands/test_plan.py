@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from kto_jax.config import (
     Config,
@@ -33,7 +35,7 @@ from kto_jax.planning.compile_step import (
     read_task,
 )
 from kto_jax.planning.hlo import Collective
-from kto_jax.planning.report import cost_per_million, find_bounds
+from kto_jax.planning.report import cost_per_million, find_bounds, show
 from kto_jax.planning.topology import CHIPS, Topology, open_topology
 from kto_jax.training.first_state import make_abstract_state, make_model
 from tests import ROOT
@@ -54,8 +56,8 @@ def program(total: int, limit: int = 100, **fields) -> CompiledStep:
     values = dict(
         config=config(), mesh={"data": 8, "fsdp": 1, "tensor": 1}, shape=Shape(8, 64, 64, 2, 1, 1, 16),
         parts={"policy": 10, "reference": 5, "moments": 20, "batch": 1}, arguments=40, temporaries=total - 40,
-        refusal="", limit=limit, collectives=(), tokens=512.0, flops=1e15, weight_bytes=1e9, passes=5,
-        compile_seconds=1.0, host_bytes=2**30,
+        refusal="", limit=limit, collectives=(), tokens=512.0, flops=1e15, weight_bytes=1e9,
+        gradient_bytes=2**30, passes=5, compile_seconds=1.0, host_bytes=2**30,
     )  # fmt: skip
     return CompiledStep(**(values | fields))
 
@@ -103,6 +105,16 @@ def test_a_plan_has_the_shapes_and_types_of_the_batch_that_training_makes(tmp_pa
     planned = empty_batch(shape, inputs.objective, precomputed=False)
     described = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch) for batch in (planned, real)]
     assert described[0] == described[1]
+
+
+@pytest.mark.parametrize("chosen, other", [("float32", "bfloat16 halves"), ("bfloat16", "float32 doubles")])
+def test_the_gradients_that_devices_sum_are_reported_with_their_dtype(chosen, other):
+    planned = program(50, config=config(model=ModelConfig(dtype="bfloat16", reduce_dtype=chosen)))
+    console = Console(record=True, file=io.StringIO(), width=200)
+    show(planned, open_topology("local"), Lengths(32, 16), None, console)
+    text = console.export_text()
+    assert f"the devices sum 1.00 GiB of gradients of the layers' matrices in {chosen}; " in text
+    assert f"config.model.reduce_dtype={other} them" in text
 
 
 def test_operations_are_those_that_training_counts():

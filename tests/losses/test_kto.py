@@ -55,7 +55,7 @@ def test_gradient_agrees_with_finite_differences():
     with jax.enable_x64(True):
         policy, reference, desirable = random_batch(0, 16)
         arguments = jnp.array(reference), jnp.array(desirable), jnp.array(1.5)
-        check_grads(lambda p: jnp.sum(kto_loss(p, *arguments)), (jnp.array(policy, jnp.float64),), order=1)
+        check_grads(lambda p: jnp.sum(kto_loss(jnp.asarray(p), *arguments)), (jnp.array(policy, jnp.float64),), order=1)
 
 
 def test_the_loss_falls_as_a_desirable_completion_gets_likelier_and_rises_for_an_undesirable_one():

@@ -66,7 +66,11 @@ def test_gradients_agree_with_finite_differences():
     with jax.enable_x64(True):
         hidden, head, targets = random_head(tokens=5, vocabulary=11)
         wide = hidden.astype(jnp.float64), head.astype(jnp.float64)
-        check_grads(lambda h, w: token_logps(h, w, targets, softcap=4.0, chunk_size=2), wide, order=1, modes=["rev"])
+
+        def logps(hidden, head):
+            return token_logps(jnp.asarray(hidden), jnp.asarray(head), targets, softcap=4.0, chunk_size=2)
+
+        check_grads(logps, wide, order=1, modes=["rev"])
 
 
 def test_rows_are_chunked_along_their_length():

@@ -43,7 +43,7 @@ def test_the_forward_pass_is_that_of_the_dequantised_weights(model, params):
     np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_array_equal(model.head(kept), model.head(whole))
     assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *segments_positions))) > 1e-3
-    prompt = TOKENS[:, :4], np.broadcast_to(np.arange(4)[None], (4, 4))
+    prompt = jnp.asarray(TOKENS[:, :4]), jnp.tile(jnp.arange(4), (4, 1))
     decoded, _ = model.decode(kept, model.init_cache(4, 8), *prompt)
     np.testing.assert_allclose(decoded, got[:, :4], atol=1e-4)
 

@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_whole_matrix_through_the_other_factor(config
         adapters = jax.tree.map(lambda leaf: leaf.astype("float64"), drawn(params))
 
         def loss(params):
-            return jnp.sum(model.token_logps(params, model.hidden_states(params, TOKENS, *rows), TOKENS))
+            return jnp.sum(model.token_logps(params, model.hidden_states(params, TOKENS, *rows), jnp.asarray(TOKENS)))
 
         whole = jax.tree.map(lambda leaf: leaf, params)  # its dictionaries are new
         for group, names in adapters["layers"].items():

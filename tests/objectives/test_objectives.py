@@ -64,8 +64,8 @@ def test_kto_uses_the_resolved_weights():
 
 
 def test_parity_mode_divides_by_the_nonzero_log_ratios():
-    seen = completions([4.0, 1.0, 9.0], [1.0, 1.0, 0.0], [True] * 3)
-    seen = dataclasses.replace(seen, filled=jnp.array([True, True, False]))
+    seen = completions([[4.0, 1.0, 9.0]], [[1.0, 1.0, 0.0]], [[True] * 3])
+    seen = dataclasses.replace(seen, filled=jnp.array([[True, True, False]]))
     for nonzero, expected in ((False, 1.5), (True, 3.0)):
         assert make(kl_nonzero_mean=nonzero).reference_point(seen) == expected
 

@@ -238,6 +238,20 @@ def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit()
     assert [completion.tolist() for completion in drawn] == complete(PROMPTS)
 
 
+def test_the_kv_cache_is_sharded_over_rows_and_heads_and_stays_so_while_it_is_written():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model, params = Model.create(CONFIG, layout=Layout(constrain=constrainer(mesh))), tiny()[1]
+
+    def read_prompt(params, cache):
+        return model.decode(params, cache, jnp.ones((8, 3), jnp.int32), jnp.tile(jnp.arange(3), (8, 1)))[1]
+
+    empty = jax.jit(lambda: model.init_cache(8, 16))()
+    for cache in (empty, jax.jit(read_prompt)(params, empty)):
+        for part in cache.values():
+            layers, batch, slots, heads, width = part.shape
+            assert part.sharding.shard_shape(part.shape) == (layers, batch // 4, slots, heads // 2, width)
+
+
 def test_nothing_is_moved_to_the_device_unasked():
     expected, key = complete(PROMPTS), jax.random.key(1)
     with jax.transfer_guard("disallow"):

@@ -29,7 +29,7 @@ def microbatch(row_length=80):
         index, batch_size=16, row_length=row_length, microbatch_rows=16, max_length=38, shuffle=False
     )
     batch = schedule.batch(0)
-    return index, *jax.tree.map(lambda x: x[0], (batch.matched, batch.desirable, batch.scores))
+    return index, *jax.tree.map(lambda x: jnp.asarray(x[0]), (batch.matched, batch.desirable, batch.scores))
 
 
 @pytest.mark.parametrize("num_devices, num_chunks", [(1, 16), (4, 4), (16, 1)])

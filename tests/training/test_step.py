@@ -241,7 +241,7 @@ def test_a_batch_of_one_prompt_has_no_reference_point_and_says_so():
 
 def test_evaluation_gives_the_loss_that_training_saw():
     before, _, figures, model, batch = plain_step()
-    evaluated, rewards = evaluation_step(model, OBJECTIVE, before, batch)
+    evaluated, rewards = evaluation_step(model, OBJECTIVE, before, jax.tree.map(jnp.asarray, batch))
     assert evaluated["loss_sum"] / BATCH == pytest.approx(float(figures["loss"]), rel=1e-6)
     assert evaluated["z0"] == pytest.approx(float(figures["z0"]), rel=1e-6)
     good = np.asarray(batch.desirable & batch.matched.filled)
