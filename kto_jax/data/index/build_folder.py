@@ -1,8 +1,8 @@
-"""Where an index is built: by one process at a time, which resumes an interrupted build.
+"""The folder in which an index is built, by one process at a time; an interrupted build is resumed.
 
-indices/building-KEY/lock      held by the process that builds; the system releases it however the process ends
-indices/building-KEY/index     what is written so far, and progress.json, which says how far that is
-indices/KEY                    the finished index, renamed there as a whole
+indices/building-KEY/lock      held by the building process; the system releases it when that process ends
+indices/building-KEY/index     the files so far, and progress.json with their valid sizes
+indices/KEY                    the finished index, moved there by one rename
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from kto_jax.config import ConfigError
 from kto_jax.storage.locks import lock_file
 
 _STALE_SECONDS = 86_400
-"""How long a folder that no process holds is kept, so that a run of the same data can resume it."""
+"""How long an unlocked folder is kept, so that a run with the same data can resume it."""
 
 
 def is_finished(final: Path) -> bool:
-    """Whether a finished index lies in its place."""
+    """Whether there is a finished index."""
     return (final / "manifest.json").exists()
 
 
 @contextlib.contextmanager
 def build_folder(final: Path) -> Iterator[Path | None]:
-    """Yields the folder to build an index in, and moves it to its place when the body ends.
+    """Yields the folder to build an index in, and moves it to its final path when the body ends.
 
     Waits for other processes that build the same index.
 
     Args:
-      final: where the finished index will lie. A reader sees a finished one there or none.
+      final: path of the finished index. Readers see a finished index there or none.
 
     Yields:
-      The folder, with what an interrupted build left in it; None if the index is finished, perhaps by another process
-      meanwhile. If the body raises a `ConfigError` nothing is left; after any other exception what was written stays.
+      The folder, with the files of an interrupted build if there are any; None if the index is finished, perhaps by
+      another process meanwhile. If the body raises a `ConfigError` the folder is removed; after any other exception it
+      is kept.
     """
     if is_finished(final):
         yield None
@@ -49,7 +50,7 @@ def build_folder(final: Path) -> Iterator[Path | None]:
     folder = final.with_name(f"building-{final.name}")
     _remove_stale(folder)
     lock, is_locked = _lock(folder)
-    # Without locks, two processes must not write to the same files; what one leaves is then not resumed.
+    # Without locks, each process needs its own folder, because two must not write to the same files; it is not resumed.
     own = folder / ("index" if is_locked else f"index-{secrets.token_hex(4)}")
     with lock:
         try:
@@ -66,7 +67,7 @@ def build_folder(final: Path) -> Iterator[Path | None]:
 
 
 def _publish(folder: Path, final: Path) -> None:
-    """Moves a finished index to its place; what lies there without a manifest is replaced, a finished index stays."""
+    """Moves a finished index to its final path; replaces a folder without a manifest there, keeps a finished index."""
     try:
         os.rename(folder, final)
     except OSError:
@@ -82,7 +83,7 @@ def _lock(folder: Path) -> tuple[IO[str], bool]:
         try:
             lock = (folder / "lock").open("a")
         except FileNotFoundError:
-            continue  # the last holder removed the folder just now
+            continue  # the last holder has just removed the folder
         if not _acquire(lock, folder):
             return lock, False
         with contextlib.suppress(FileNotFoundError):
@@ -92,7 +93,7 @@ def _lock(folder: Path) -> tuple[IO[str], bool]:
 
 
 def _acquire(lock: IO[str], folder: Path) -> bool:
-    without = "Each process then builds an index of its own, and an interrupted build is not resumed."
+    without = "Each process then builds its own index, and an interrupted build is not resumed."
     try:
         return lock_file(lock, wait=False, without=without)
     except BlockingIOError:
@@ -101,7 +102,7 @@ def _acquire(lock: IO[str], folder: Path) -> bool:
 
 
 def _remove_stale(own: Path) -> None:
-    """Removes the folders of builds that were interrupted long ago and that no process holds."""
+    """Removes unlocked folders of builds that were interrupted long ago."""
     for folder in own.parent.glob("building-*"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
@@ -113,5 +114,5 @@ def _remove_stale(own: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # A process that waits for the lock may put a new lock file here meanwhile; it then removes the folder itself.
+    # A process that waits for the lock may create a new lock file here meanwhile; it then removes the folder itself.
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Makes the files of an index: rows stream through the tokenizing workers to disk, in source order."""
+"""Builds the files of an index: rows stream through the tokenizing workers to disk, in source order."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ _STREAMED = {
     "pair_hashes": np.uint64,
     "desirable": np.bool_,
     "weights": np.float32,
-    # In full until the labels are decided: 0.7 in float32 is below a threshold of 0.7.
+    # float64 until labels are decided: 0.7 in float32 is below a threshold of 0.7.
     "scores": np.float64,
-    # Source and line, one after the other.
+    # Source and line, alternating.
     "places": np.int64,
 }
-"""What is written as rows are read; the rest is decided by all rows together."""
+"""Columns that are written while rows are read; the others depend on all rows together."""
 _PROGRESS = "progress.json"
 _SAVE_SECONDS = 5.0
 _CHUNK = 256
-"""Rows that travel to a worker at once."""
+"""Rows per task of a worker."""
 _MAX_REASONS = 200
 _MAX_PLACES = 50
 
 
 def settings(data: DataConfig) -> dict[str, Any]:
-    """The configuration as the manifest holds it."""
+    """The configuration as the manifest stores it."""
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     for name in ("label_map", "roles"):
         fields[name] = dict(fields[name])
@@ -66,13 +66,13 @@ def settings(data: DataConfig) -> dict[str, Any]:
 
 
 class Builder:
-    """Streams rows to disk, so that memory does not grow with their number; goes on where a killed build stopped.
+    """Streams rows to disk in constant memory; resumes a killed build.
 
     Args:
-      directory: an empty folder, or what a build of the same sources and settings left.
+      directory: an empty folder, or one with an interrupted build of the same sources and settings.
       data: limits and splits.
-      sources: the files, in order, and how each is read.
-      tokenizer: how text becomes ids.
+      sources: the files, in order, each with its source's settings.
+      tokenizer: the tokenizer.
       vocab_size: rows of the model's embedding.
     """
 
@@ -110,7 +110,7 @@ class Builder:
             for name in _STREAMED:
                 self._files[name] = streams.enter_context(_path(self._directory, name).open("ab"))
             if done := sum(source["rows"] for source in self._sources):
-                progress.console.print(f"going on with a build that was interrupted after {done} rows")
+                progress.console.print(f"resuming a build that was interrupted after {done} rows")
             for file, source in self._read_from[self._num_finished :]:
                 if len(self._sources) == self._num_finished:
                     counts = {"rows": 0, "accepted": 0, "skipped": 0, "rejected": 0}
@@ -131,7 +131,7 @@ class Builder:
         for chunk in iter(lambda: list(itertools.islice(records, _CHUNK)), []):
             usable = [record for record in chunk if isinstance(record, Feedback | Preference)]
             pending.append((chunk, workers.submit(encode_feedback, usable, self._limits)))
-            # Few chunks wait at a time, so that a fast reader cannot fill the memory.
+            # The number of pending chunks is bounded, so that a fast reader cannot fill the memory.
             while len(pending) > num_pending:
                 self._write(*pending.popleft())
         while pending:
@@ -177,7 +177,7 @@ class Builder:
             self._first.append({"reason": reason, "place": place})
 
     def _save_progress(self) -> None:
-        """Says how much of the files is whole; what was written behind that when a kill came is cut off."""
+        """Records the valid size of each file; a resumed build truncates the files to these sizes."""
         for stream in self._files.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -197,7 +197,7 @@ class Builder:
         """Writes the columns and the manifest.
 
         Args:
-          key: names the content.
+          key: the index's key.
           digests: SHA-256 of each source.
 
         Returns:
@@ -228,7 +228,7 @@ class Builder:
         return manifest
 
     def _write_columns(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
-        """Writes what all rows together decide; returns what the manifest says of it, and of each source."""
+        """Writes the columns that depend on all rows; returns statistics for the manifest, in total and by source."""
         columns: dict[str, np.ndarray] = {
             name: np.memmap(_path(self._directory, name), dtype, mode="r")
             for name, dtype in _STREAMED.items()
@@ -254,7 +254,7 @@ class Builder:
         return {**figures, "content_sha256": digest.hexdigest()}, trained
 
     def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
-        """Decided by the prompt's hash alone: all completions of a prompt share a split, whatever else is read."""
+        """Splits by the prompt's hash alone, so that all completions of a prompt share a split."""
         share = columns["prompt_hashes"] / 2.0**64
         has_eval = any(source["split"] == "eval" for source in self._sources)
         holdout = 0.0 if has_eval else self._data.holdout
@@ -264,12 +264,12 @@ class Builder:
 
 
 def _known(reason: str, counts: collections.Counter[str]) -> str:
-    """The reason, or "other reasons" when many others are counted already."""
+    """The reason, or "other reasons" if there are already too many different ones."""
     return reason if reason in counts or len(counts) < _MAX_REASONS else "other reasons"
 
 
 def _read_progress(directory: Path) -> dict[str, Any]:
-    """How far a killed build came, or the beginning where nothing whole is left."""
+    """The progress of a killed build, or the start if its files are incomplete."""
     with contextlib.suppress(OSError, ValueError):
         progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         whole = all(_path(directory, name).stat().st_size >= size for name, size in progress["sizes"].items())

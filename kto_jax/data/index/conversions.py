@@ -1,7 +1,7 @@
-"""From scores to thumbs, from thumbs to pairs, and from many completions of a prompt to one.
+"""Converts scores to thumbs, thumbs to pairs, and several completions of a prompt to one.
 
-Pure functions of whole columns. What is left to chance depends on the seed and a row's position alone, so it does not
-matter how the rows were read.
+Pure functions of whole columns. Random choices depend only on the seed and a row's position, not on how the rows were
+read.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ROUNDING = 1e-12
 def convert(
     columns: dict[str, np.ndarray], data: DataConfig, sources: Sequence[Source]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What all rows together decide: labels of scores, which rows are used, and pairs.
+    """Computes what depends on all rows: labels of scores, which rows are used, and pairs.
 
     Args:
       columns: prompt_hashes, pair_hashes, splits, desirable, scores and sources (a position in `sources`), each [rows].
       data: seed, and whether one completion of each prompt is kept.
-      sources: of what format the rows of each are, and by what rule its scores are labels.
+      sources: for each, the format of its rows and the rule that labels its scores.
 
     Returns:
-      The columns desirable, splits (position of "unused" for rows that are not used) and rejected; and what the
-      manifest says of scores, one entry for each scale, where there are any.
+      The columns desirable, splits (position of "unused" for rows that are not used) and rejected; and the manifest's
+      entry on scores, with one item for each scale, if there are any.
     """
     hashes, splits = columns["prompt_hashes"], columns["splits"]
     formats = np.array([source.data.format for source in sources])
@@ -43,7 +43,7 @@ def convert(
     if "thumbs" in formats or "scores" in formats:
         rated = np.isin(formats, ("thumbs", "scores"))[columns["sources"]]
         rejected = match_pairs(hashes, splits, desirable, used & rated, data.seed)
-        # A completion that was called both is no preference over itself.
+        # A completion with both labels is not preferred over itself.
         texts = columns["pair_hashes"]
         rejected = np.where((rejected >= 0) & (texts == texts[rejected]), -1, rejected)
     if "pairs" in formats:
@@ -57,10 +57,10 @@ def convert(
 def _label(
     columns: dict[str, np.ndarray], data: DataConfig, sources: Sequence[Source]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Which rows are desirable, which are used, and what the manifest says of scores.
+    """Which rows are desirable, which are used, and the manifest's entry on scores.
 
-    Scores of one scale are judged together: those of a source that names a rule or threshold of its own, or of all
-    sources that do not.
+    Scores of one scale are labelled together. A source with its own rule or threshold is a scale; all other sources
+    share one.
     """
     desirable, used = np.array(columns["desirable"]), np.ones(len(columns["desirable"]), bool)
     facts = []
@@ -93,13 +93,13 @@ def labels_from_scores(
 
         scores            1 2 3 6      of one prompt
         threshold 3       - - + +      at least the threshold
-        mean (3)          - - . +      . is equal to it and left out
+        mean (3)          - - . +      . is equal to it and unused
         median (2.5)      - - + +
         bernoulli         + with probability logistic(score)
 
     Args:
       scores: finite [rows].
-      prompt_hashes: equal where the prompts are equal [rows].
+      prompt_hashes: equal if the prompts are equal [rows].
       rule: a value of `DataConfig.score_rule`.
       threshold: of the rule "threshold".
       seed: of the rule "bernoulli".
@@ -112,9 +112,9 @@ def labels_from_scores(
     if rule == "threshold":
         return scores >= threshold, everything
     if rule == "bernoulli":
-        # The 53 high bits: a uniform number in [0, 1).
+        # The 53 high bits give a uniform number in [0, 1).
         uniform = (noise(len(scores), (seed, 1)) >> np.uint64(11)) * 2.0**-53
-        # logistic(score), without overflow at either end.
+        # logistic(score) without overflow.
         return uniform < 0.5 * (1 + np.tanh(scores / 2)), everything
     groups = _dense(prompt_hashes) if rule.startswith("prompt_") else np.zeros(len(scores), np.int64)
     pivots, largest = _pivots(scores, groups, rule.removeprefix("prompt_"))
@@ -125,7 +125,7 @@ def labels_from_scores(
 def match_pairs(
     prompt_hashes: np.ndarray, splits: np.ndarray, desirable: np.ndarray, used: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Pairs desirable with undesirable completions of the same prompt and split, by chance, each at most once.
+    """Pairs desirable and undesirable completions of the same prompt and split at random, each at most once.
 
         prompt      a a a a b b
         desirable   + + - + + -
@@ -136,7 +136,7 @@ def match_pairs(
       splits: only rows of equal split are paired [rows].
       desirable: thumbs-up [rows].
       used: rows that may be paired [rows].
-      seed: of the draw.
+      seed: of the random choice.
 
     Returns:
       For the chosen row of a pair the row of its rejected completion, -1 elsewhere, int64 [rows].
@@ -144,7 +144,7 @@ def match_pairs(
     groups = _groups(prompt_hashes, splits)
     order = np.lexsort((noise(len(groups), (seed, 2)), groups))
     chosen, undesirable = order[(desirable & used)[order]], order[(~desirable & used)[order]]
-    # Both lists lie in the order of the groups. The k-th desirable row of a group takes the k-th undesirable one.
+    # Both lists are ordered by group. The k-th desirable row of a group takes the k-th undesirable one.
     rank = np.arange(len(chosen)) - np.searchsorted(groups[chosen], groups[chosen])
     partner = np.searchsorted(groups[undesirable], groups[chosen]) + rank
     has_partner = partner < np.searchsorted(groups[undesirable], groups[chosen], side="right")
@@ -154,10 +154,10 @@ def match_pairs(
 
 
 def own_pairs(used: np.ndarray) -> np.ndarray:
-    """The links of rows that are pairs already: 2k is chosen, 2k + 1 is its rejected completion.
+    """The pairs of rows in format "pairs": 2k is chosen, 2k + 1 is its rejected completion.
 
     Args:
-      used: a pair counts where both of its rows are used [rows].
+      used: a pair counts if both of its rows are used [rows].
 
     Returns:
       As `match_pairs`, int64 [rows].
@@ -168,13 +168,13 @@ def own_pairs(used: np.ndarray) -> np.ndarray:
 
 
 def one_per_prompt(prompt_hashes: np.ndarray, splits: np.ndarray, used: np.ndarray, seed: int) -> np.ndarray:
-    """Keeps one row of each prompt and split, each of its used rows with the same chance.
+    """Keeps one row of each prompt and split, chosen uniformly from its used rows.
 
     Args:
       prompt_hashes: equal where the prompts are equal [rows].
       splits: split of each row [rows].
       used: rows to choose from [rows].
-      seed: of the draw.
+      seed: of the random choice.
 
     Returns:
       Which rows are kept, bool [rows].
@@ -212,7 +212,7 @@ def _pivots(scores: np.ndarray, groups: np.ndarray, kind: str) -> tuple[np.ndarr
 
 
 def _groups(prompt_hashes: np.ndarray, splits: np.ndarray) -> np.ndarray:
-    """A small number for every prompt and split."""
+    """A small integer for every prompt and split."""
     return _dense(prompt_hashes) * len(SPLITS) + splits
 
 

@@ -1,22 +1,22 @@
-"""The index: every accepted completion, tokenized once into memory-mapped files, and a manifest that explains them.
+"""The index: every accepted completion, tokenized once into memory-mapped files, with a manifest.
 
 A row of the index is one completion with its prompt; a pair is two rows, chosen and rejected.
 
-    tokens.bin              int32, prompt and completion of every row, one after the other
-    offsets.npy             int64 [rows + 1], where each row begins in tokens.bin
+    tokens.bin              int32, prompt and completion of every row, concatenated
+    offsets.npy             int64 [rows + 1], start of each row in tokens.bin
     prompt_lengths.npy      int32, tokens of each row's prompt; the rest of the row is its completion
     desirable.npy           bool
     weights.npy             float32
-    scores.npy              float32, 0 where the rows have none
+    scores.npy              float32, 0 if the rows have none
     rejected.npy            int64, for the chosen row of a pair the row of its rejected completion, else -1
     prompt_hashes.npy       uint64, of the whole prompt
     splits.npy              uint8, position in SPLITS
-    places.npy              int64 [rows, 2], which source of the manifest, and line
+    places.npy              int64 [rows, 2], source in the manifest, and line
     manifest.json           counts, rejections with their places, lengths, digests
 
-Rows lie in source order. A row whose score gives no label, or of whose prompt `one_per_prompt` keeps another, is in the
-split "unused". The folder's name is a digest of everything that decides its content, so a matching index is reopened
-at once. Two runs may build the same index at once, of which one waits; a build that was killed is gone on with.
+Rows are in source order. A row is in the split "unused" if its score gives no label, or if `one_per_prompt` keeps
+another row of its prompt. The folder's name is a digest of everything that determines its content, so a matching index
+is reopened at once. If two runs build the same index, one waits; an interrupted build is resumed.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Index:
     """An opened index. Arrays are memory-mapped and read-only; a row id is a position in them.
 
     Attributes:
-      directory: where it lies.
+      directory: its folder.
       manifest: counts, digests and configuration; `manifest["key"]` names the content.
       tokens: ids of all rows.
-      offsets: where each row begins in `tokens`, and where the last ends.
+      offsets: start of each row in `tokens`, and the end of the last.
       prompt_lengths: tokens of each row's prompt.
       desirable: thumbs-up.
-      weights: how much each row counts.
-      scores: rating of each row; 0 where the rows have none.
+      weights: weight of each row.
+      scores: rating of each row; 0 if the rows have none.
       rejected: for the chosen row of a pair, the row of its rejected completion; -1 elsewhere.
-      prompt_hashes: equal where the prompts are equal.
+      prompt_hashes: equal if the prompts are equal.
       splits: position in `SPLITS`.
       places: source number and line of each row.
     """
@@ -85,12 +85,12 @@ class Index:
         return ids[self.rejected[ids] >= 0]
 
     def prompt(self, row: int) -> np.ndarray:
-        """Ids of a row's prompt, closed by the generation prompt."""
+        """Ids of a row's prompt, including the generation prompt at its end."""
         start = self.offsets[row]
         return self.tokens[start : start + self.prompt_lengths[row]]
 
     def completion(self, row: int) -> np.ndarray:
-        """Ids of a row's completion, its EOS included (absent only where the completion was cut)."""
+        """Ids of a row's completion, including its EOS (absent only if the completion was truncated)."""
         return self.tokens[self.offsets[row] + self.prompt_lengths[row] : self.offsets[row + 1]]
 
     def place(self, row: int) -> str:
@@ -103,7 +103,7 @@ class Index:
         return (self.offsets[rows + 1] - self.offsets[rows] - self.prompt_lengths[rows]).astype(np.int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the files again: the columns do not travel."""
+        """Pickles the path: another process opens the files again."""
         return _reopen, (self.directory, self.manifest)
 
     @property
@@ -115,14 +115,14 @@ class Index:
 def build_index(
     data: DataConfig, tokenizer: TokenizerInfo, *, vocab_size: int, directory: Path, builds: bool = True
 ) -> Index:
-    """Reads, checks and tokenizes the feedback, or reopens the index of an earlier, equal call.
+    """Reads, checks and tokenizes the feedback, or reopens the index of an earlier call with equal inputs.
 
     Args:
       data: sources, fields, limits and splits.
-      tokenizer: how text becomes ids.
+      tokenizer: the tokenizer.
       vocab_size: rows of the model's embedding; a row with a larger id is rejected.
-      directory: where indices are kept, each in a folder of its own.
-      builds: whether this process builds what `data.index_store` lacks; the others wait for it.
+      directory: folder of all indices, each in its own subfolder.
+      builds: whether this process builds an index that `data.index_store` lacks; the others wait for it.
 
     Returns:
       The opened index.
@@ -140,7 +140,7 @@ def build_index(
 
     store = IndexStore(data.index_store) if data.index_store else None
     if store is not None and not builds and not is_finished(final):
-        # Not under the lock: on this host, it may be the lock of the process that builds.
+        # Not under the lock, which the building process may hold on this host.
         store.wait(key, lambda: is_finished(final))
     publishing = store.publishing(key, final) if store is not None and builds else contextlib.nullcontext()
     with publishing, build_folder(final) as folder:
@@ -152,9 +152,9 @@ def build_index(
             check(builder.finish(key, digests), data)
 
     index = open_index(final)
-    # max_rejected is not part of the key: it changes what is refused, not what is built.
+    # max_rejected is not part of the key: it does not change the index, only whether it is refused.
     check(index.manifest, data)
-    # Nor are weights: they say how often the sequences are visited, and are those of this call.
+    # Nor are weights, which only change how often sequences are visited; the manifest gets this call's weights.
     weights = [source.weight for _, source in sources]
     return dataclasses.replace(index, manifest=with_weights(index.manifest, settings(data), weights))
 
@@ -163,13 +163,13 @@ def open_index(directory: Path) -> Index:
     """Opens an index that `build_index` wrote.
 
     Args:
-      directory: the index's own folder.
+      directory: the index's folder.
 
     Returns:
       The index.
 
     Raises:
-      ConfigError: no whole index of this version is there.
+      ConfigError: the folder holds no complete index of this version.
     """
     directory = Path(directory)
     try:
@@ -183,7 +183,7 @@ def open_index(directory: Path) -> Index:
         ) from error
     if not whole:
         raise ConfigError(
-            f"{directory} holds an index that is cut or of another version. Version {FORMAT} is read. "
+            f"{directory} holds an index that is incomplete or of another version. Only version {FORMAT} is supported. "
             "Delete the folder to build it again."
         )
     return Index(directory, manifest, tokens, **columns)
@@ -194,7 +194,7 @@ def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:
 
 
 def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, Source]]:
-    """Every file to read, in order, and the source that it is of."""
+    """Every file to read, in order, with its source."""
     found: list[tuple[SourceFile, Source]] = []
     for source in sources_of(data):
         if source.path.startswith("hub:"):
@@ -210,7 +210,7 @@ def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, S
 
 
 def _hub_file(source: str, directory: Path) -> SourceFile:
-    """The Hub set as a local file, fetched once: a resumed run must see the same rows, and may be offline."""
+    """A Hub dataset as a local file, fetched once: a resumed run must see the same rows, and may be offline."""
     directory.mkdir(exist_ok=True)
     path = _hub_path(source, directory)
     if not path.exists():
@@ -228,12 +228,12 @@ def _hub_path(source: str, directory: Path) -> Path:
 
 def _key(data: DataConfig, tokenizer: TokenizerInfo, vocab_size: int, sources: list[Source], digests: list[str]) -> str:
     fields = settings(data)
-    # Where the bytes lie, how many processes read them and how many may be broken do not change the content.
+    # The files' paths, the numbers of processes and the limit on rejected rows do not change the content.
     for name in ("train", "eval", "max_rejected", "num_workers", "num_loaders", "index_store"):
         del fields[name]
-    # What these two amount to is in the tokenizer's digest.
+    # The tokenizer's digest covers these two.
     del fields["chat_template"], fields["eos_token"]
-    # The scale: which files are one source matters only to scores that are judged by themselves.
+    # The scale: grouping files into sources matters only for scores with their own rule.
     read = [(digest, s.split, dict(s.own), s.scale) for digest, s in zip(digests, sources, strict=True)]
     key = [FORMAT, fields, tokenizer.sha256, vocab_size, read]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What is said about an index: its figures, and the refusal of feedback that must not be trained on."""
+"""The manifest of an index: its statistics, and the checks of the feedback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = ("train", "eval", "judge", "unused")
 
 
 def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, Any]:
-    """What the manifest says of the accepted rows.
+    """Statistics of the accepted rows for the manifest.
 
     Args:
       columns: prompt_lengths, completion_lengths, prompt_hashes, pair_hashes, desirable, splits and rejected, each
@@ -62,14 +62,14 @@ def statistics(columns: dict[str, np.ndarray], data: DataConfig) -> dict[str, An
 
 
 def by_source(columns: dict[str, np.ndarray], num_sources: int) -> list[dict[str, int]]:
-    """What each source has to train on.
+    """Training data by source.
 
     Args:
       columns: sources (a number below `num_sources`), splits, desirable and rejected, each [rows].
-      num_sources: how many.
+      num_sources: number of sources.
 
     Returns:
-      Desirable and undesirable completions, and pairs, of each.
+      Numbers of desirable completions, undesirable completions and pairs of each.
     """
     train = columns["splits"] == SPLITS.index("train")
     kinds = {
@@ -82,16 +82,15 @@ def by_source(columns: dict[str, np.ndarray], num_sources: int) -> list[dict[str
 
 
 def with_weights(manifest: dict[str, Any], settings: dict[str, Any], weights: list[float]) -> dict[str, Any]:
-    """A manifest that says how a run weighs what was built; the index itself does not depend on it.
+    """The manifest with a run's weights of sources, on which the index itself does not depend.
 
     Args:
       manifest: of an index.
-      settings: of the run's data, as the manifest holds them.
+      settings: the run's data settings, as the manifest stores them.
       weights: of each of the manifest's sources.
 
     Returns:
-      A copy, in which each source has its weight and the share of an epoch's visits that go to it, of completions and
-      of pairs.
+      A copy in which each source has its weight and its share of an epoch's visits, for completions and for pairs.
     """
     sources = []
     counts = [source.get("train", {"desirable": 0, "undesirable": 0, "pairs": 0}) for source in manifest["sources"]]
@@ -107,18 +106,18 @@ def with_weights(manifest: dict[str, Any], settings: dict[str, Any], weights: li
 
 
 def weights_of(manifest: Mapping[str, Any]) -> np.ndarray:
-    """How often an epoch visits each row of each source, float64 [sources]."""
+    """Visits of each row of each source per epoch, float64 [sources]."""
     return np.array([source.get("weight", 1.0) for source in manifest.get("sources", ())])
 
 
 def _num_unique(values: np.ndarray) -> int:
-    # In place, of one copy: np.unique makes several, and there may be ten million rows.
+    # One sorted copy: np.unique makes several, and there may be ten million rows.
     ordered = np.sort(values)
     return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(ordered), 1)
 
 
 def _num_inside(values: np.ndarray, others: np.ndarray) -> int:
-    """How many of `values` are also among `others`."""
+    """Number of `values` that are also among `others`."""
     if not len(values) or not len(others):
         return 0
     ordered = np.sort(others)
@@ -133,7 +132,7 @@ def _percentiles(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _left(manifest: dict[str, Any], counts: dict[str, int]) -> str:
-    """What became of the rows that are neither rejected nor trained on, in sentences."""
+    """Sentences on the rows that are neither rejected nor trained on."""
     skips = ", ".join(f"{n} × {reason}" for reason, n in list(manifest.get("skips", {}).items())[:10])
     held_out = counts.get("eval", 0) + counts.get("judge", 0)
     said = [
@@ -145,13 +144,13 @@ def _left(manifest: dict[str, Any], counts: dict[str, int]) -> str:
 
 
 def _fits(manifest: dict[str, Any]) -> str:
-    """Which settings would fit the files, as sentences."""
+    """Sentences on the settings that would fit the files."""
     fitting = [(source["name"], [tuple(fit) for fit in source.get("fits", ())]) for source in manifest["sources"]]
     return "".join(f"{name} fits {suggestion(fits)}. " for name, fits in fitting[:3] if fits)
 
 
 def check(manifest: dict[str, Any], data: DataConfig) -> None:
-    """Refuses rows that must not be trained on.
+    """Refuses feedback that must not be trained on.
 
     Args:
       manifest: counts, rejections and statistics.

@@ -1,8 +1,8 @@
-"""A store of finished indices: a folder or a bucket, for the hosts of a pod, which share no disk, and for later runs.
+"""A store of finished indices in a folder or a bucket, for hosts without a shared disk and for later runs.
 
-STORE/KEY/contents.json            written last: with it, the index is there; names, sizes and digests of its files
-STORE/KEY/tokens-DIGEST.bin, …     the files; two that publish at once write the same names, or others
-STORE/KEY/building.json            changes every few seconds while somebody builds the index or publishes it
+STORE/KEY/contents.json            names, sizes and digests of the files; written last, so it marks a complete index
+STORE/KEY/tokens-DIGEST.bin, …     the files; names contain digests, so concurrent publishers do not conflict
+STORE/KEY/building.json            heartbeat: changes every few seconds while a process builds or publishes the index
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _SIGN_SECONDS = 10.0
 _POLL_SECONDS = 5.0
 _SAY_SECONDS = 60.0
 _PATIENCE_SECONDS = 600.0
-"""Without a sign of the process that builds, so long, those that wait for it give up."""
+"""Time without a heartbeat of the building process after which the waiting processes give up."""
 _STALE_SECONDS = 86_400
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
 class IndexStore:
-    """Where finished indices are kept for all hosts.
+    """A store of finished indices for all hosts.
 
     Args:
-      url: a folder, or a URL that fsspec has a file system for: `gs://bucket/folder`, `s3://bucket/folder`.
+      url: a folder, or a URL that fsspec supports, such as `gs://bucket/folder` or `s3://bucket/folder`.
 
     Raises:
-      ConfigError: the URL's kind is not known, or its package is not installed. The methods raise it too, where the
-        store cannot be reached, read or written.
+      ConfigError: the URL's scheme is unknown, or its package is not installed. The methods also raise it, if the store
+        cannot be reached, read or written.
     """
 
     def __init__(self, url: str):
@@ -68,10 +68,10 @@ class IndexStore:
         self._is_local = "file" in ([protocol] if isinstance(protocol := self._files.protocol, str) else protocol)
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """What is published of an index: its contents.json, or None where no whole index is there.
+        """The contents.json of a published index, or None if there is no complete index.
 
         Raises:
-          ConfigError: what is there is not of this version, or of another index.
+          ConfigError: contents.json is of another version or another index.
         """
         text = self._read(key, _CONTENTS)
         if text is None:
@@ -82,20 +82,20 @@ class IndexStore:
             if contents["format"] == FORMAT and contents["key"] == key and all(map(_PLAIN_NAME.fullmatch, names)):
                 return contents
         raise ConfigError(
-            f"{self._url}/{key[:16]}/{_CONTENTS} is broken, or of another version than {FORMAT}. It is written by the "
-            f"process that publishes an index. Delete {self._url}/{key[:16]}: the next run builds and publishes anew."
+            f"{self._url}/{key[:16]}/{_CONTENTS} is broken, or of another version than {FORMAT}. The process that "
+            f"publishes an index writes it. Delete {self._url}/{key[:16]}: the next run builds and publishes it again."
         )
 
     def copy(self, key: str, contents: dict[str, Any], directory: Path) -> None:
-        """Copies an index here, and holds every file against its published size and digest.
+        """Copies an index to this host, and checks every file's size and digest against the published ones.
 
         Args:
           key: of the index.
-          contents: what `find` gave.
-          directory: where to write; replaced when it exists.
+          contents: the result of `find`.
+          directory: the target; replaced if it exists.
 
         Raises:
-          ConfigError: a file is missing, or is not what was published.
+          ConfigError: a file is missing, or differs from the published one.
         """
         size = sum(file["bytes"] for file in contents["files"].values())
         print(f"copying the index from {self._url}/{key[:16]} ({size / 1e6:.1f} MB)", file=sys.stderr)
@@ -108,17 +108,17 @@ class IndexStore:
             if found != (file["bytes"], file["sha256"]):
                 raise ConfigError(
                     f"{self._url}/{key[:16]}/{file['object']} has {found[0]} bytes and sha256 {found[1]}; published "
-                    f"were {file['bytes']} and {file['sha256']}. A copy must equal what was published. Delete "
-                    f"{self._url}/{key[:16]}: the next run builds and publishes the index anew."
+                    f"were {file['bytes']} and {file['sha256']}. They must be equal. Delete {self._url}/{key[:16]}: "
+                    "the next run builds and publishes the index again."
                 )
 
     @contextlib.contextmanager
     def publishing(self, key: str, directory: Path) -> Iterator[None]:
-        """Publishes an index once the body has made it, with signs of life meanwhile; nothing if it is here already.
+        """Publishes the index that the body builds, with heartbeats meanwhile; does nothing if it is already published.
 
         Args:
           key: of the index.
-          directory: where the finished index lies when the body ends.
+          directory: path of the finished index when the body ends.
         """
         if self.find(key) is not None:
             yield
@@ -129,7 +129,7 @@ class IndexStore:
                 self.publish(key, directory)
 
     def publish(self, key: str, directory: Path) -> None:
-        """Writes a finished index to the store; a reader sees the whole of it or nothing."""
+        """Writes a finished index to the store; readers see all of it or nothing."""
         files = {}
         paths = sorted(path for path in directory.iterdir() if path.is_file())
         size = sum(path.stat().st_size for path in paths)
@@ -146,7 +146,7 @@ class IndexStore:
 
     @contextlib.contextmanager
     def signs_of_building(self, key: str) -> Iterator[None]:
-        """Tells those that wait, for as long as the body runs, that this process is at work on an index."""
+        """Writes heartbeats for the waiting processes as long as the body runs."""
         token, started, ended = secrets.token_hex(4), time.monotonic(), threading.Event()
 
         def sign() -> None:
@@ -155,10 +155,10 @@ class IndexStore:
 
         def sign_on() -> None:
             while not ended.wait(_SIGN_SECONDS):
-                with contextlib.suppress(ConfigError):  # one sign more or less; the body says what is wrong
+                with contextlib.suppress(ConfigError):  # one heartbeat may fail; the body reports errors
                     sign()
 
-        sign()  # here, so that a store that cannot be written to is said before hours of building
+        sign()  # here, so that an unwritable store is reported before hours of building
         thread = threading.Thread(target=sign_on, name="signs of building", daemon=True)
         thread.start()
         try:
@@ -174,10 +174,10 @@ class IndexStore:
 
         Args:
           key: of the index.
-          is_here: whether the index is on this host meanwhile, whoever brought it.
+          is_here: whether the index is on this host by now, from any process.
 
         Raises:
-          TransientError: no process has shown a sign of building it for long, as when the one that builds was killed.
+          TransientError: there was no heartbeat for too long, for example because the building process was killed.
         """
         started = said = last_sign = time.monotonic()
         sign = None
@@ -206,7 +206,7 @@ class IndexStore:
         return None
 
     def _write(self, key: str, name: str, write: Callable[[str], object]) -> None:
-        """Writes a file that no reader sees in part: so a bucket does by itself, and a folder by renaming."""
+        """Writes a file atomically: buckets do so by themselves, folders need a rename."""
         path = self._path(key, name)
         with self._reachable("be written to"):
             if self._is_local:
@@ -217,7 +217,7 @@ class IndexStore:
                 write(path)
 
     def _remove_stale(self, key: str) -> None:
-        """Removes what processes that were killed long ago left half-written; a bucket has no such thing."""
+        """Removes partial files of processes that were killed long ago; buckets have none."""
         if self._is_local:
             for path in Path(self._root, key[:16]).glob(".*.partial"):
                 with contextlib.suppress(OSError):
@@ -226,7 +226,7 @@ class IndexStore:
 
     @contextlib.contextmanager
     def _reachable(self, purpose: str) -> Iterator[None]:
-        """Turns what the many file systems raise, each its own kind, into one refusal."""
+        """Converts the various file systems' exceptions to one ConfigError."""
         try:
             yield
         except Exception as error:

@@ -121,7 +121,7 @@ def test_a_killed_build_is_gone_on_with_and_leaves_no_process_and_no_folder(star
     killed.wait()
     assert workers and any(name.startswith("building-") for name in names(sources))
     chunks, digest, err = finish(start())
-    assert 0 < chunks <= 4 and "going on with a build that was interrupted after" in err
+    assert 0 < chunks <= 4 and "resuming a build that was interrupted after" in err
     assert len(names(sources)) == 1 and not names(sources)[0].startswith("building")
     deadline = time.monotonic() + 10
     while any(map(is_running, workers)) and time.monotonic() < deadline:

@@ -111,7 +111,7 @@ def test_files_of_other_models_and_broken_files_are_refused(config, tmp_path):
     path = tmp_path / "m.gguf"
     kind = gguf.GGMLQuantizationType.F32
     write_gguf(path, config, kind, architecture="qwen2")
-    with pytest.raises(ConfigError, match="architecture 'qwen2'; 'llama' is read"):
+    with pytest.raises(ConfigError, match="architecture 'qwen2'; only 'llama' is supported"):
         read_config(path)
     write_gguf(path, config, kind, leave_out=["blk.1.attn_q.weight"])
     with pytest.raises(ConfigError, match=r"missing: model\.layers\.1\.self_attn\.q_proj\.weight"):
