@@ -62,7 +62,7 @@ def test_one_process_can_be_asked_for(join):
 
 @pytest.mark.parametrize("variables", [GIVEN, STEP])
 def test_processes_that_do_not_come_are_missed(join, variables):
-    with pytest.raises(TransientError, match=r"cannot connect: no barrier\. Each needs .* raise config.processes.timeout"):
+    with pytest.raises(TransientError, match=r"cannot connect: no barrier\. Each needs .* raise config.processes"):
         join(variables, error=RuntimeError("no barrier.\nand more"))
 
 
