@@ -1,13 +1,14 @@
-"""BCO of Llama-3.1-8B-Instruct on thumbs: a classifier of completions, its rewards centred by their mean.
+"""BCO of Llama-3.1-8B-Instruct on thumbs: a classifier of completions, with rewards centred by their mean.
 
     python -m kto_jax.train --config=configs/bco_llama.py --config.data.train=feedback.jsonl --workdir=runs/bco
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16:
-145 GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ...,
-"completion": ..., "label": true or false}; pairs are read too, one completion at a time (data.format "pairs").
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32, and the reference 2 in
+bfloat16, the dtype of the published files. That is 145 GB plus activations, sharded by fsdp over the chips of one host.
+feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}; pairs also work, one completion
+at a time (data.format "pairs").
 
-Expect: the loss starts at ln 2 = 0.693 and the margin at 0. running_mean is the mean reward of all earlier steps; no
-pass over unrelated completions is made, so that a step costs two thirds of KTO's.
+Expect: the loss starts at ln 2 = 0.693 and the margin at 0. running_mean is the mean reward of all earlier steps; there
+is no pass over unrelated completions, so a step costs two thirds of KTO's.
 """
 
 from kto_jax.config import one_host_config

@@ -1,13 +1,13 @@
-"""CPO of Llama-3.1-8B-Instruct on pairs: DPO without a reference, held up by likelihood.
+"""CPO of Llama-3.1-8B-Instruct on pairs: DPO without a reference, plus a likelihood term.
 
     python -m kto_jax.train --config=configs/cpo_llama.py --config.data.train=pairs.jsonl --workdir=runs/cpo
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
-"rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ...,
+"chosen": ..., "rejected": ...}; thumbs also make pairs, if a prompt has both labels (data.format "thumbs").
 
-Expect: the loss holds the likelihood loss of the chosen completions, a mean over tokens, beside the preference. The
-margin grows with the length of completions, since their log-probabilities are sums.
+Expect: the loss is the preference loss plus the likelihood loss of the chosen completions, a mean over tokens. The
+margin grows with the length of completions, because their log-probabilities are sums.
 """
 
 from kto_jax.config import one_host_config

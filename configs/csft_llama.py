@@ -1,14 +1,14 @@
-"""SFT of Llama-3.1-8B-Instruct on thumbs of both kinds, each behind a text that says which it is.
+"""SFT of Llama-3.1-8B-Instruct on thumbs of both kinds, each after a control text for its label.
 
     python -m kto_jax.train --config=configs/csft_llama.py --config.data.train=feedback.jsonl --workdir=runs/csft
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ..., "completion":
-..., "label": true or false}.
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ...,
+"completion": ..., "label": true or false}.
 
-Expect: sample behind the good control: prompts then end in `<|good|>`, which is plain text and needs no new token.
-eval_loss is that of held-out desirable completions behind it, eval_margin how much likelier they are than undesirable
-ones.
+Expect: sample after the good control: prompts then end in `<|good|>`, which is plain text and needs no new token.
+eval_loss is the loss of held-out desirable completions after it; eval_margin says how much likelier they are than
+undesirable ones.
 """
 
 from kto_jax.config import one_host_config

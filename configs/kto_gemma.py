@@ -2,13 +2,14 @@
 
     python -m kto_jax.train --config=configs/kto_gemma.py --config.data.train=feedback.jsonl --workdir=runs/gemma
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 166
-GB and activations, spread by fsdp over the chips; docs/scale.md has the plan. Gemma 3 takes the same settings where it
-is a text model (`--config.model.path=google/gemma-3-1b-it`). Rows are as in configs/kto_llama.py; Gemma 2's template
-knows no system role. Completions end as its turns do, in <end_of_turn>, and generation stops at <eos> too.
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32, and the reference 2 in
+bfloat16, the dtype of the published files. That is 166 GB plus activations, sharded by fsdp over the chips;
+docs/scale.md has the plan. Gemma 3 text models use the same settings (`--config.model.path=google/gemma-3-1b-it`). Rows
+are as in configs/kto_llama.py; Gemma 2's template has no system role. Completions end as its turns do, with
+<end_of_turn>; generation also stops at <eos>.
 
-Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
-is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.
+Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative; z0 is
+then 0. If `saturated` approaches 1, the run has little left to learn or the learning rate is too high.
 """
 
 from kto_jax.config import one_host_config

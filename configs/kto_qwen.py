@@ -2,13 +2,14 @@
 
     python -m kto_jax.train --config=configs/kto_qwen.py --config.data.train=feedback.jsonl --workdir=runs/qwen
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16: 147
-GB and activations, spread by fsdp over the chips; docs/scale.md has the plan. Qwen2.5-7B-Instruct takes the same
-settings (`--config.model.path=Qwen/Qwen2.5-7B-Instruct`). Rows are as in configs/kto_llama.py.
-Qwen3 is trained not to think: its prompts end in an empty thought, as its template writes them where thinking is off.
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32, and the reference 2 in
+bfloat16, the dtype of the published files. That is 147 GB plus activations, sharded by fsdp over the chips;
+docs/scale.md has the plan. Qwen2.5-7B-Instruct uses the same settings (`--config.model.path=Qwen/Qwen2.5-7B-Instruct`).
+Rows are as in configs/kto_llama.py.
+Qwen3 is trained without thinking: its prompts end in an empty thought, as its template writes them with thinking off.
 
-Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative, then z0
-is 0. Where `saturated` nears 1, the run has little left to learn or the learning rate is too high.
+Expect: the loss starts at half the mean weight, 0.5 with weights of 1, and the margin at 0. kl may be negative; z0 is
+then 0. If `saturated` approaches 1, the run has little left to learn or the learning rate is too high.
 """
 
 from kto_jax.config import one_host_config

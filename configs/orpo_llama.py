@@ -2,12 +2,12 @@
 
     python -m kto_jax.train --config=configs/orpo_llama.py --config.data.train=pairs.jsonl --workdir=runs/orpo
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
-"rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ...,
+"chosen": ..., "rejected": ...}; thumbs also make pairs, if a prompt has both labels (data.format "thumbs").
 
-Expect: the loss starts at the likelihood loss of the chosen completions plus about odds_weight · ln 2, and most of
-its fall is that likelihood. The margin is that of the mean log-probabilities, times odds_weight.
+Expect: the loss starts at the likelihood loss of the chosen completions plus about odds_weight · ln 2, and most of its
+decrease is that likelihood. The margin is the difference of the mean log-probabilities, times odds_weight.
 """
 
 from kto_jax.config import one_host_config

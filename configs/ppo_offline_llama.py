@@ -2,12 +2,12 @@
 
     python -m kto_jax.train --config=configs/ppo_offline_llama.py --config.data.train=feedback.jsonl
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, the reference 2 in bfloat16:
-145 GB and activations, spread by fsdp over the chips of one host. feedback.jsonl holds rows of {"prompt": ...,
-"completion": ..., "label": true or false}.
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32, and the reference 2 in
+bfloat16, the dtype of the published files. That is 145 GB plus activations, sharded by fsdp over the chips of one host.
+feedback.jsonl holds rows of {"prompt": ..., "completion": ..., "label": true or false}.
 
-Expect: the value head starts at 0, so that the first advantages are the rewards themselves. Scores of a reward model
-take the place of ±1 with --config.data.format=scores --config.objective.rewards=scores.
+Expect: the value head starts at 0, so the first advantages are the rewards themselves. To use scores of a reward model
+instead of ±1, set --config.data.format=scores --config.objective.rewards=scores.
 """
 
 from kto_jax.config import one_host_config

@@ -2,11 +2,11 @@
 
     python -m kto_jax.train --config=configs/reward_llama.py --config.data.train=pairs.jsonl --workdir=runs/reward
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
-"rejected": ...}.
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ...,
+"chosen": ..., "rejected": ...}.
 
-Expect: the loss starts near ln 2 = 0.693, accuracy near 0.5. policy/ opens in transformers as
+Expect: the loss starts near ln 2 = 0.693, accuracy near 0.5. transformers loads policy/ as
 LlamaForSequenceClassification; `python -m kto_jax.score --model=runs/reward --data=... --out=scored.jsonl` scores
 rows, which data.format "scores" reads back.
 """

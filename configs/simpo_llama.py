@@ -2,12 +2,12 @@
 
     python -m kto_jax.train --config=configs/simpo_llama.py --config.data.train=pairs.jsonl --workdir=runs/simpo
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
-"rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ...,
+"chosen": ..., "rejected": ...}; thumbs also make pairs, if a prompt has both labels (data.format "thumbs").
 
-Expect: the margin starts at what the model itself prefers, which may be negative. The learning rate decides: too high
-a one writes endless or broken text while the margin still rises, so read the samples.
+Expect: the margin starts at the model's own preference, which may be negative. The learning rate is critical: if it is
+too high, text becomes endless or broken while the margin still rises, so read the samples.
 """
 
 from kto_jax.config import one_host_config

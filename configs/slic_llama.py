@@ -2,12 +2,12 @@
 
     python -m kto_jax.train --config=configs/slic_llama.py --config.data.train=pairs.jsonl --workdir=runs/slic
 
-Hardware: policy, AdamW and the sum of gradients take 16 bytes a parameter in float32, no reference is held: 128 GB
-and activations, spread by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ..., "chosen": ...,
-"rejected": ...}; thumbs make pairs too, where a prompt has both labels (data.format "thumbs").
+Hardware: policy, AdamW and the accumulated gradient take 16 bytes per parameter in float32; there is no reference. That
+is 128 GB plus activations, sharded by fsdp over the chips of one host. pairs.jsonl holds rows of {"prompt": ...,
+"chosen": ..., "rejected": ...}; thumbs also make pairs, if a prompt has both labels (data.format "thumbs").
 
-Expect: the hinge of a pair is 0 once the chosen completion leads by `margin` nats, and nothing pushes it further: the
-loss ends near nll_weight times the likelihood loss. The margin is in nats.
+Expect: the hinge of a pair is 0 once the chosen completion leads by `margin` nats, without further gradient: the loss
+ends near nll_weight times the likelihood loss. The margin is in nats.
 """
 
 from kto_jax.config import one_host_config

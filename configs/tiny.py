@@ -1,4 +1,4 @@
-"""A random 2-layer model on 240 toy rows: seconds, for tests and for a look at the machinery.
+"""A random 2-layer model on 240 toy rows: takes seconds, for tests and first experiments.
 
     python -m kto_jax.train --config=configs/tiny.py
 

@@ -1,1 +1,1 @@
-"""Samples, model card and report: what a run leaves for people to read."""
+"""Samples, model card and report of a run."""

@@ -1,4 +1,4 @@
-"""What the report says beside its curves, for each objective."""
+"""Captions of the report's curves, for each objective."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kto_jax.objectives import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """The words of a report that depend on the objective.
+    """The texts of a report that depend on the objective.
 
     Attributes:
       positive: name of the completions whose reward should rise: desirable or chosen.
@@ -52,7 +52,7 @@ _LOSS_AT_START = {
         "apo_down": 1.0,
     },
 }
-"""The loss, with weights of 1, where policy and reference agree, by objective and variant."""
+"""The loss when policy and reference agree, with weights of 1, by objective and variant."""
 
 _LOSS = {
     "cpo": "CPO's loss: −log σ of the margin, plus the weighted mean negative log-probability of chosen completions.",
@@ -78,7 +78,7 @@ _REWARDS = {
     "simpo": "β times the mean log-probability of a completion token, in nats.",
     "slic": "Log-probability of a completion, in nats.",
 }
-"""Where rewards are not β times the log-ratio of policy to reference."""
+"""Objectives whose rewards are not β times the log-ratio of policy to reference."""
 
 _ACCURACY_OF_THUMBS = {
     "kto": "z0",
@@ -86,16 +86,16 @@ _ACCURACY_OF_THUMBS = {
     "apo_zero_unpaired": "0",
     "ppo_offline": "0",
 }
-"""What the reward of a thumbs-up should exceed, and that of a thumbs-down should not."""
+"""Thresholds: rewards of desirable completions should be above them, rewards of undesirable ones below."""
 
 
 def captions_of(name: str, objective: Objective) -> Captions:
     """Returns the captions of a run.
 
     Args:
-      name: the objective's name in `kto_jax.objectives.OBJECTIVES`. Any other name, of an objective that a user has
-        added, gets captions that hold for every objective.
-      objective: what was minimised.
+      name: the objective's name in `kto_jax.objectives.OBJECTIVES`. Any other name, such as a user's objective, gets
+        generic captions.
+      objective: the objective of the run.
     """
     variant = str(objective.options.get("variant", ""))
     positive, negative = ("chosen", "rejected") if objective.reads == "pairs" else ("desirable", "undesirable")

@@ -36,9 +36,9 @@ class _Line:
     colour: str
     dashed: bool = False
     points: bool = False
-    """A few measurements, such as held-out ones: joined dots."""
+    """A few measurements, such as held-out ones: drawn as connected points."""
     exact: bool = False
-    """Free of noise: never smoothed."""
+    """Without noise: never smoothed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> Series:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the centred running mean over a fifteenth of the run; the window is cut off at both ends."""
+    """Returns the centred running mean over a fifteenth of the run; the window is truncated at both ends."""
     window = np.ones(max(1, len(values) // 15) // 2 * 2 + 1)
     if len(window) > len(values):
         return values
@@ -164,11 +164,11 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], captions: Captions) -> list[d
     """Draws every chart that the run has metrics for.
 
     Args:
-      rows: one mapping of metrics per step, in order; a value that is missing or not finite leaves a gap.
-      captions: the words that depend on the objective.
+      rows: one mapping of metrics per step, in order; a missing or non-finite value leaves a gap.
+      captions: texts that depend on the objective.
 
     Returns:
-      Charts as `{title, caption, svg}`; the SVG is safe to inline: it holds no text of the run.
+      Charts as `{title, caption, svg}`; the SVG is safe to inline because it contains no text of the run.
     """
     drawn = []
     for chart in _charts(captions):
@@ -179,7 +179,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], captions: Captions) -> list[d
 
 
 def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the chart as inline SVG, empty if the run has none of its metrics."""
+    """Returns the chart as inline SVG; empty if the run has none of its metrics."""
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
     if not any([_draw_line(axes, line, rows) for line in chart.lines]):
@@ -246,7 +246,7 @@ def _dress(axes: Axes, chart: _Chart) -> None:
 
 def _to_svg(figure: Figure, chart: _Chart) -> str:
     buffer = io.StringIO()
-    # Text stays text and takes the page's font. The salt makes identifiers, and so the bytes, deterministic.
+    # Text stays text and uses the page's font. The salt makes identifiers, and therefore the bytes, deterministic.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}):
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

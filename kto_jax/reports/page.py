@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML file.
 
-Jinja escapes all text; the only markup inserted as it is are our own curves.
+Jinja escapes all text; only our own curves are inserted as markup.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REFERENCE_ERROR = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the report of a run shows.
+    """The content of a run's report.
 
     Attributes:
       title: heading, for example the run's name.
@@ -40,13 +40,13 @@ class Report:
       config: the resolved configuration, nested.
       manifest: the data's manifest. Its `rejections.histogram` (reason -> count) is drawn.
       metrics: rows of metrics.jsonl, each with a `step`. Rows of the same step are merged and the last wins, so that
-        steps repeated after a resume count once. A value that is missing or not finite leaves a gap. docs/metrics.md
-        explains the names.
-      captions: the words that depend on the objective.
+        steps repeated after a resume count once. A missing or non-finite value leaves a gap. docs/metrics.md explains
+        the names.
+      captions: texts that depend on the objective.
       samples: `{prompt, before, after}`; the prompt is text or chat messages, the completions are text.
-      verdicts: `{judge, figure, before, after}`, as `kto_jax.judges.judges.compare` makes them; `before` or `after` may
-        be None. A figure whose name contains "share" is shown as a percentage.
-      reference_error: what rounding the reference did on the first batch, as in reference_error.json; empty if the
+      verdicts: `{judge, figure, before, after}`, from `kto_jax.judges.judges.compare`; `before` or `after` may be None.
+        A figure whose name contains "share" is shown as a percentage.
+      reference_error: the effect of rounding the reference on the first batch, as in reference_error.json; empty if the
         reference was not rounded.
       figures: more tiles for the summary, name -> text or number; a tile of the same name is replaced.
       notes: sentences for the reader, for example warnings.
@@ -66,11 +66,11 @@ class Report:
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
-    """Writes the report as one HTML file, which readers never see half-written.
+    """Writes the report atomically as one HTML file.
 
     Args:
       path: the file; its folder must exist.
-      report: what it shows.
+      report: its content.
 
     Raises:
       OSError: the file cannot be written.

@@ -26,13 +26,13 @@ from kto_jax.training.run_folder import RunFolder
 from kto_jax.training.state import TrainState
 
 REPORT_PACKAGES = ("matplotlib", "jinja2")
-"""What a report is written with."""
+"""Packages that a report needs."""
 
 
 def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config) -> None:
     """Completes the held-out prompts with the policy and writes samples_NAME.json.
 
-    An existing file is kept, so that a resumed run still compares with the policy before its first step.
+    An existing file is kept, so that a resumed run still compares with the policy before the first step.
     """
     path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
@@ -41,7 +41,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
     console.print(f"completing {len(prompts)} held-out prompts")
-    # Perplexities under a reference that moves cannot be compared.
+    # Perplexities under a moving reference cannot be compared.
     reference = {} if config.reference.sync_every else state.reference
     policy = model.merge_adapters(state.policy, state.reference)
     written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
@@ -52,9 +52,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
 def write_results(
     model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
 ) -> None:
-    """Writes policy/, adapter/ if adapters were trained, and report.html if its packages are installed, and
-    prints the judges' verdicts.
-    """
+    """Writes policy/, adapter/ (for LoRA) and report.html (if its packages are there); prints the judges' verdicts."""
     folder = run.path
     card = model_card(folder.name, config, inputs)
     rounding = save_hugging_face(
@@ -87,18 +85,18 @@ def write_results(
 
 
 def _base(path: str) -> str:
-    """Returns where others find the frozen weights: the absolute path of a folder, or the Hub id."""
+    """Returns where to find the frozen weights: the absolute path of a folder, or the Hub id."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _start(state: TrainState, config: Config) -> Params | None:
-    """The policy's parameters before training, if the reference still is exactly these."""
+    """The policy's parameters before training, if the reference is exactly these."""
     moved = config.reference.path or config.reference.sync_every or is_rounded(config)
     return None if moved or not state.reference else state.reference
 
 
 def describe_rounding(config: Config, rounding: Rounding) -> str:
-    """One sentence on the dtype of policy/ and on what rounding to it changes."""
+    """One sentence on the dtype of policy/ and the effect of rounding to it."""
     text = f"policy/ is written in {config.export.dtype}"
     if not rounding.largest:
         return text + ", which rounds no weight"
@@ -116,7 +114,7 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
     if missing := [package for package in REPORT_PACKAGES if not is_installed(package)]:
         console.print(
-            f"report.html is skipped: it is written with {' and '.join(missing)}, not installed here. Run pip install "
+            f"report.html is skipped: it needs {' and '.join(missing)}, not installed here. Run pip install "
             f"{' '.join(missing)} and the same command again to write it.",
             style="yellow",
         )
@@ -140,7 +138,7 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
 
 
 def _reference_error(folder: Path) -> dict[str, Any]:
-    """Returns what rounding the reference did on the first batch; empty if the reference was not rounded."""
+    """Returns the effect of rounding the reference on the first batch; empty if the reference was not rounded."""
     path = folder / "reference_error.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""Completions before and after training, and what the judges say about them."""
+"""Completions before and after training, and the judges' verdicts on them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from kto_jax.shapes import PackedRows
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.run_folder import write_json
 
-# Prompts completed at once: on CPU a decoding step costs little more for many rows than for one.
+# Prompts per batch: on CPU a decoding step of many rows costs little more than one of a single row.
 _SAMPLING_BATCH = 64
-# Rows whose perplexity is computed at once.
+# Rows per batch of the perplexity.
 _ROWS = 8
 
 
@@ -36,7 +36,7 @@ class Samples:
     Attributes:
       prompts: decoded, without the tokenizer's control tokens.
       completions: decoded.
-      perplexity: under the reference, of all completion tokens together; None without a reference.
+      perplexity: under the reference, over all completion tokens; None without a reference.
     """
 
     prompts: list[str]
