@@ -180,7 +180,7 @@ def _type_of_flag(name: str, kind: type) -> Any:
     known = hints(kind)
     if name.startswith("config.") and "config" in known:
         hint = type_of(name.removeprefix("config."))
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             fields = ", ".join(hints(hint))
             raise ConfigError(f"--{name} is a section. Its fields are {fields}. Write --{name}.FIELD=VALUE.")
         return hint

@@ -87,7 +87,7 @@ def fitting(seen: Seen, data: DataConfig) -> list[Fit]:
     fields = [
         ("fields", format)
         for format in NEEDED
-        if all(map(seen.holds, needed_columns(dataclasses.replace(data, format=format))))
+        if all(map(seen.holds, needed_columns(dataclasses.replace(data, format=format))))  # type: ignore[arg-type]
     ]
     return fields + [
         (name, format)

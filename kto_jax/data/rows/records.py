@@ -96,7 +96,7 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
     """
     seen, rows = detect.look(rows, data)
     fitting = detect.fitting(seen, data)
-    data = dataclasses.replace(data, layout=detect.choose_layout(seen, data))
+    data = dataclasses.replace(data, layout=detect.choose_layout(seen, data))  # type: ignore[arg-type]
     fits = detect.alternatives(fitting, data)
     required = _required(data)
     _check_columns(required, seen, fits, data)

@@ -105,7 +105,8 @@ def _gathered(rows: Rows) -> Rows:
 
 def _trees(data: DataConfig, fields: Fields) -> Examples:
     root = present(fields, "prompt")
-    tree, waiting = _Tree(), [(None, root)]
+    tree = _Tree()
+    waiting: list[tuple[str | None, Any]] = [(None, root)]
     for number in itertools.count():
         if not waiting:
             break
