@@ -1,1 +1,1 @@
-"""What is measured, and the programs that measure it."""
+"""Benchmarks and their results."""

@@ -1,10 +1,10 @@
-"""Attention over packed rows: the blocks of "chunked" beside all pairs of tokens, "dense", by length of the row.
+"""Attention over packed rows: blockwise ("chunked") compared with all pairs of tokens ("dense"), by row length.
 
     python -m benchmarks.attention
 
-Times the forward pass, and forward and backward pass, of one layer of SmolLM2-135M's heads in float32 over one row of
-examples of log-normal length (median 250 tokens), alternating in one process; medians. Memory is what the compiler says
-that forward and backward pass need beside their arguments. The two are compared: values and gradients.
+Measures the forward pass, and forward plus backward pass, of one layer with SmolLM2-135M's heads in float32 over one
+row of examples of log-normal length (median 250 tokens). Both alternate in one process; times are medians. Memory is
+the compiler's figure for both passes beyond their arguments. Values and gradients are also compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ATTENTIONS: dict[str, Callable[..., jax.Array]] = {"dense": dense_attention, "ch
 
 
 def pack(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions [1, length] of a row that is filled with examples, the last cut to fit."""
+    """Segment ids and positions [1, length] of a row that is filled with examples, the last truncated to fit."""
     random = np.random.default_rng(seed)
     segments, positions = np.zeros((2, 1, length), np.int32)
     start, number = 0, 0
@@ -47,7 +47,7 @@ def pack(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def passes(attend: Callable[..., jax.Array], segments: Any, positions: Any) -> dict[str, Callable[..., Any]]:
-    """The forward pass, and both passes, as functions of queries, keys, values and the gradient of what comes out."""
+    """The forward pass, and both passes, as functions of queries, keys, values and the output's gradient."""
     attend = partial(attend, segment_ids_RL=segments, positions_RL=positions, precision=jax.lax.Precision.HIGHEST)
 
     def both(query: Any, key: Any, value: Any, gradient: Any) -> Any:
@@ -84,7 +84,7 @@ def measure(length: int, repeats: int) -> dict[str, Any]:
 
 
 def memory(length: int, name: str) -> float:
-    """MiB that both passes of an attention need beside their arguments and results; nothing is run."""
+    """MiB that both passes of an attention need beyond their arguments and results; compiles without running."""
     heads = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), np.float32)
     shared = jax.ShapeDtypeStruct((1, length, KV_HEADS, HEAD_DIM), np.float32)
     both = jax.jit(passes(ATTENTIONS[name], *pack(length))["both"])

@@ -5,8 +5,8 @@
     python -m benchmarks.device_step --architecture=configs/architectures/gemma_3_1b --dtype=bfloat16 \
       --kept=bfloat16 --lengths 8192 --longest                             # 262,144 tokens of vocabulary
 
-Every example fills a row, and half of it is completion. Each length runs in its own process: running out of memory ends
-only that process, and a peak belongs to one length.
+Every example fills a row, and half of it is completion. Each length runs in its own process, so that running out of
+memory ends only that process, and a peak belongs to one length.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _GIB = 2**30
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Steps of one length in this process: seconds of each but the first, tokens, FLOPs, and bytes at the peak."""
+    """Runs steps of one length in this process: seconds of all but the first, tokens, FLOPs, and peak bytes."""
     length, batch_size = job["length"], job["batch"]
     kept = job["kept"]
     config = dataclasses.replace(
@@ -106,7 +106,7 @@ def _schedule(config: Config, vocab_size: int, steps: int) -> Schedule:
 
 
 def take(options: argparse.Namespace, length: int) -> dict[str, Any] | None:
-    """The figures of one length, from a process of its own; None where the memory ran out.
+    """The figures of one length, from a separate process; None if it ran out of memory.
 
     Raises:
       RuntimeError: the process failed for another reason.
@@ -122,7 +122,7 @@ def take(options: argparse.Namespace, length: int) -> dict[str, Any] | None:
 
 
 def find_longest(options: argparse.Namespace, length: int) -> dict[str, Any] | None:
-    """The longest rows that fit, to a sixteenth, from a length upwards: doubled, then halved between."""
+    """The longest rows that fit, to a sixteenth: doubles the length, then bisects."""
     fits, too_long = take(options, length), None
     while fits and not (too_long and too_long - fits["length"] <= fits["length"] // 16):
         tried = (fits["length"] + too_long) // 2 if too_long else 2 * fits["length"]
@@ -132,7 +132,7 @@ def find_longest(options: argparse.Namespace, length: int) -> dict[str, Any] | N
 
 
 def show(results: list[dict[str, Any]]) -> Table:
-    """The figures, for people."""
+    """The figures as text."""
     table = Table("tokens of a row", "s a step", "tokens/s", "MFU", "peak GiB", title=results[0]["device"])
     for one in results:
         seconds = statistics.median(one["seconds"])
@@ -147,7 +147,7 @@ def show(results: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Measures the lengths asked for, prints a table and writes the figures."""
+    """Measures the requested lengths, prints a table and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="configs/tiny_model", help="a folder with a config.json")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")

@@ -6,7 +6,7 @@
 - named: `psum_scatter` under `shard_map` requests each device's part.
 - staged: one `psum_scatter` after the other, over one dimension of the torus at a time.
 
-Nothing runs: needs the TPU compiler (`pip install "jax[tpu]==0.10.2"`), no TPU.
+Compiles only: needs the TPU compiler (`pip install "jax[tpu]==0.10.2"`), but no TPU.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ways(mesh: Mesh, sizes: tuple[int, ...]) -> dict[str, Callable[[jax.Array, j
 
 
 def compiled_sums(topology: str) -> dict[str, list[Collective]]:
-    """The collectives of each way, compiled for a slice."""
+    """The collectives of each variant, compiled for a slice."""
     devices = list(open_topology(topology).devices)
     sizes = tuple(int(size) for size in topology.split(":")[1].split("x"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), devices)
@@ -77,7 +77,7 @@ def compiled_sums(topology: str) -> dict[str, list[Collective]]:
 
 
 def main() -> None:
-    """Compiles the three ways and prints what they send."""
+    """Compiles the three variants and prints the bytes that they send."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:16x16", help="of one slice, such as v5e:16x16 or v5p:4x4x4")
     topology = parser.parse_args().topology

@@ -1,9 +1,9 @@
-"""KTO through one output head, value and gradient: chunked log-probabilities beside dense logits.
+"""KTO through one output head, value and gradient: chunked log-probabilities compared with dense logits.
 
     python -m benchmarks.head                                    # a shape for a laptop
     python -m benchmarks.head --batch=32 --length=512 --width=1024 --vocabulary=128256 --dtype=bfloat16
 
-Both forms alternate in one process; times are medians. Memory is what the compiled program needs beyond its arguments.
+Both alternate in one process; times are medians. Memory is what the compiled program needs beyond its arguments.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kto_jax.losses import kto_loss, token_logps
 
 
 def dense_logps(hidden, head, targets):
-    """Log-probabilities through an array of all logits, in float32."""
+    """Log-probabilities from an array of all logits, in float32."""
     logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def make_step(logps):
-    """Loss and gradient with respect to hidden states and head; the reference has a head of its own."""
+    """Loss and gradient with respect to hidden states and head; the reference has its own head."""
 
     def loss(policy, reference, targets, desirable):
         policy_logps = jnp.sum(logps(*policy, targets), axis=1)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def report(options, programs, seconds, values) -> None:
-    """Prints and writes what was measured."""
+    """Prints and writes the measurements."""
     table = Table("form", "ms, median", "MiB beyond the arguments", "loss")
     results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **vars(options)}
     for name, program in programs.items():

@@ -1,13 +1,13 @@
-"""What an index of many rows costs: to build, to reopen, and to schedule steps on.
+"""Cost of an index of many rows: building, reopening, and scheduling steps.
 
     python -m benchmarks.index_scale                          # a million short rows, through the real build
     python -m benchmarks.index_scale --rows=10_000_000
     python -m benchmarks.index_scale --rows=10_000_000 --encoded    # all but tokenizing, which is linear in the rows
 
-Rows are synthetic: a prompt and a completion of some words each, four completions a prompt. The tokenizer is that of
-configs/tiny_model, without a chat template unless asked for. Memory is the sum over this process and its workers of
-their resident memory, looked at ten times a second; the pages of memory-mapped files, which the system may take back
-at any time, are counted apart.
+Rows are synthetic: a prompt and a completion of a few words, four completions per prompt. The tokenizer is that of
+configs/tiny_model, by default without a chat template. Memory is the resident memory of this process and its workers,
+sampled ten times a second. Pages of memory-mapped files, which the system can reclaim at any time, are counted
+separately.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def write_rows(path: Path, count: int) -> None:
 
 
 class Memory:
-    """The most memory that this process and its children held together, in bytes: private, and with mapped files."""
+    """Peak memory of this process and its children, in bytes: private, and including mapped files."""
 
     private, resident = 0, 0
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Looks at it until the body ends."""
+        """Samples the memory until the body ends."""
         stop = threading.Event()
         thread = threading.Thread(target=self._watch, args=(stop,))
         thread.start()
@@ -89,7 +89,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 class EncodedWorkers:
-    """Stands in for the tokenizing processes: every row is four ids of prompt and three of completion."""
+    """Replaces the tokenizing processes: every row has four prompt ids and three completion ids."""
 
     def __init__(self, *_: object) -> None:
         self._count = 0
@@ -101,10 +101,10 @@ class EncodedWorkers:
         pass
 
     def submit(self, _: object, rows: list[Feedback], *__: object) -> concurrent.futures.Future:
-        """Encodes at once."""
+        """Encodes immediately."""
         numbers = np.arange(self._count, self._count + len(rows), dtype=np.uint64)
         self._count += len(rows)
-        # Multiplied by an odd number: hashes that look random, and are equal where the prompts are.
+        # Multiplied by an odd number: hashes that look random, and are equal if the prompts are.
         hashes = (numbers // np.uint64(4) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         future: concurrent.futures.Future = concurrent.futures.Future()
         lengths = np.full(len(rows), 4, np.int32)
@@ -118,7 +118,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, float]:
     tokenizer = prepare_tokenizer(TINY_MODEL, directory / "tokenizer", chat_template=options.chat_template)
     source = directory / "rows.jsonl"
     write_rows(source, options.rows)
-    time.sleep(3)  # a file that was written just now has its digest remembered only when it is next asked for
+    time.sleep(3)  # the digest of a file that was just written is cached only at the next request
     data = DataConfig(train=str(source), max_length=64, holdout=0.01, num_workers=options.workers)
     settings = {"vocab_size": 512, "directory": directory / "indices"}
     memory, figures = Memory(), {"rows": float(options.rows), "source_bytes": float(source.stat().st_size)}

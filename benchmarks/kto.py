@@ -1,4 +1,4 @@
-"""Our KTO step beside the peers': tokens per second, memory and padding on the same model, rows, batch and threads.
+"""Our KTO step compared with peers': tokens per second, memory and padding on the same model, rows, batch and threads.
 
     python -m benchmarks.kto                                    # the quickstart's reviews, and log-normal lengths
     python -m benchmarks.kto --sets quickstart --contenders kto_jax trl --rounds 5
@@ -14,10 +14,10 @@ Contenders, each from the same weights, on the same batches, in the same order:
     easydel     EasyDeL's KTOTrainer with its defaults, and easydel_saving with what it has to save memory; the latter
                 is slow, and takes part only by name
 
-They take turns: round by round each one starts as a new process, takes a step to warm up, then the timed ones. None is
-idle beside another, so none can take its memory or its cores; the peak rate of matrix products is measured between the
-rounds. Peers get environments of their own, made on first use under the cache. A step is timed from a batch that is
-ready to the updated policy; programs are compiled before. Tokens are the real ones of matched rows.
+They alternate: in each round every contender runs in a new process, with one warm-up step before the timed ones. No two
+run at the same time, so none takes another's memory or cores. The peak matmul rate is measured between rounds. Each
+peer has its own environment, created on first use in the cache. A step is timed from a ready batch to the updated
+policy, with programs compiled before. Tokens are the real tokens of matched rows.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ console = Console()
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One that is timed.
+    """A contender.
 
     Attributes:
-      module: what its process runs.
-      batches: which of our batches it gets, for contenders that do not pad for themselves.
-      requirements: what its own environment holds; none runs in ours.
+      module: the module that its process runs.
+      batches: which of our batches it gets, for contenders that do not pad themselves.
+      requirements: packages of its own environment; empty to run in ours.
       options: entries of its job.
     """
 
@@ -94,9 +94,9 @@ WITHOUT_PEERS = ("kto_jax", "padded", "plain_jax")
 
 
 def main() -> None:
-    """Takes all turns, prints a table for each set, and writes benchmarks/results/kto.json."""
+    """Runs all contenders, prints a table for each set, and writes benchmarks/results/kto.json."""
     options = read_options()
-    # Nothing but the contender whose turn it is may hold a GPU's memory, or run on more cores than asked for.
+    # Only the current contender may hold a GPU's memory, and none may use more cores than requested.
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(options.threads)}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, every contender takes one
@@ -176,7 +176,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> Iterator[d
 def make_job(
     feedback: FeedbackSet, model_dir: Path, options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What every contender is told, and what is known of each timed step: real tokens and FLOPs."""
+    """Every contender's job, and real tokens and FLOPs of each timed step."""
     of_model = dataclasses.replace(feedback.config.model, dtype=options.dtype)
     config = dataclasses.replace(feedback.config, model=of_model)
     job: dict[str, Any] = {
@@ -207,7 +207,7 @@ def make_job(
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:
-    """What of the job explains the figures; nothing that names this machine's folders."""
+    """The entries of the job that explain the figures, without this machine's paths."""
     of_run = ("batch_size", "row_length", "microbatch_rows", "completion_share", "optimizer")
     return {key: job[key] for key in ("max_length", "dtype", "threads", "plain_remat")} | {
         "model": Path(job["config"]["model"]["path"]).name,
@@ -217,7 +217,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.Namespace) -> dict[str, Any] | str:
-    """One turn of a contender in its own process: its figures, the first step's apart; or why it failed."""
+    """Runs a contender once in its own process: its figures, with the first step's separate; or why it failed."""
     contender = CONTENDERS[name]
     python = make_environment(contender) if contender.requirements else sys.executable
     result, log = scratch / "result.json", scratch / "log.txt"
@@ -228,7 +228,7 @@ def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.N
     path.write_text(json.dumps(job))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        # The second turn finds the first one's programs; compiling is not timed.
+        # The second run reuses the first one's compiled programs; compilation is not timed.
         "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "benchmarks" / "compiled"),
     }
     command = [str(python), "-m", f"benchmarks.peers.{contender.module}", str(path)]
@@ -242,7 +242,7 @@ def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.N
 
 
 def make_environment(contender: Contender) -> Path:
-    """The Python of a peer's own environment, made on first use; pip's settings decide where packages come from."""
+    """The Python of a peer's own environment, created on first use; pip's settings decide where packages come from."""
     directory = cache_directory() / "benchmarks" / f"environment-{contender.module}"
     python, done = directory / "bin" / "python", directory / "requirements.txt"
     wanted = "\n".join(contender.requirements)
@@ -310,7 +310,7 @@ def summarise(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def make_table(name: str, result: dict[str, Any]) -> Table:
-    """The summary, for people."""
+    """The summary as text."""
     steps = result["steps"]
     packed, padded = result["padding"]["packed"], result["padding"]["padded"]
     tokens = statistics.mean(step["tokens"] for step in steps)
@@ -335,14 +335,15 @@ def make_table(name: str, result: dict[str, Any]) -> Table:
 
 
 def flops_check() -> dict[str, float]:
-    """The formula of `work` beside XLA's count, for the forward and the backward pass over all tokens' logits.
+    """The formula of `work` compared with XLA's count, for forward and backward pass over all tokens' logits.
 
-    XLA counts the body of a loop once, however often it runs. So the model here has one layer, and its attention is
-    dense, over rows that are one chunk of queries: each loop runs once, and the counts can be compared. Attention there
-    multiplies each query with all keys, which the formula is told.
+    XLA counts the body of a loop once, however often it runs. The model here therefore has one layer and dense
+    attention over rows of one chunk of queries: each loop runs once, so the counts are comparable. This attention
+    multiplies each query with all keys, which the formula accounts for.
 
     Returns:
-      FLOPs by formula and by XLA, and XLA's by the formula's: what norms, rotations and softmax add.
+      FLOPs by formula, FLOPs by XLA, and XLA's divided by the formula's: norms, rotations and softmax are the
+      difference.
     """
     architecture = TransformerConfig(
         vocab_size=4096, embed_dim=512, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1536

@@ -25,12 +25,12 @@ Sequences = list[tuple[list[int], list[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackSet:
-    """What all contenders train on.
+    """A set that all contenders train on.
 
     Attributes:
-      config: how a user of kto_jax would train on it; what peers share is read from it.
-      schedule: its batches, packed.
-      plain_remat: what the plain step keeps for its gradient, so that it fits 24 GB.
+      config: a user's kto_jax configuration for it; the peers' shared settings come from it.
+      schedule: its packed batches.
+      plain_remat: activation checkpointing of the plain step, so that it fits 24 GB.
     """
 
     config: Config
@@ -39,7 +39,7 @@ class FeedbackSet:
 
 
 def quickstart_set(model: str) -> FeedbackSet:
-    """The quickstart as it is: short reviews, 16 examples a step."""
+    """The quickstart unchanged: short reviews, 16 examples per step."""
     config = quickstart.get_config()
     config.model.path = model or config.model.path
     return _make_set(resolve(config), plain_remat="none")
@@ -56,8 +56,8 @@ def small_set(model: str) -> FeedbackSet:
 def log_normal_set(model: str) -> FeedbackSet:
     """Chat-like lengths: median 250, 95th percentile 1,000, cap 2,048 tokens.
 
-    The tokens are the quickstart's reviews, strung together. A third of each example is completion; half of the
-    examples are desirable.
+    The tokens are the quickstart's reviews, concatenated. A third of each example is completion; half of the examples
+    are desirable.
     """
     config = quickstart.get_config()
     config.model.path = model or config.model.path
@@ -106,7 +106,7 @@ def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -
 
 
 def sequences(rows: PackedRows) -> Sequences:
-    """The prompts and completions that lie in packed rows, slot by slot."""
+    """The prompts and completions in packed rows, slot by slot."""
     found = []
     for place in zip(*np.nonzero(rows.filled), strict=True):
         *row, slot = place
@@ -117,7 +117,7 @@ def sequences(rows: PackedRows) -> Sequences:
 
 
 def as_lists(batch: FeedbackBatch) -> dict[str, list]:
-    """The same examples as plain lists, for contenders that pad for themselves.
+    """The same examples as plain lists, for contenders that pad themselves.
 
     Every prompt has an unmatched completion, so that peers, which always make as many pairs, do the same work.
     """
@@ -130,7 +130,7 @@ def as_lists(batch: FeedbackBatch) -> dict[str, list]:
 def pad_batch(batch: FeedbackBatch) -> FeedbackBatch:
     """The same examples with a row for each, padded to the longest, in one microbatch: packing switched off.
 
-    Lengths are rounded up to a multiple of 8, so that there are few programs to compile.
+    Lengths are rounded up to a multiple of 8, so that few programs are compiled.
     """
 
     def by_row(values: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ def _pad(rows: PackedRows) -> PackedRows:
 
 
 def padding(batches: list[FeedbackBatch]) -> float:
-    """Share of padding in what passes through the model, matched and unmatched."""
+    """Share of padding in the model's input, matched and unmatched."""
     used = [batch.matched.segment_ids[: batch.num_matched] for batch in batches]
     used += [batch.unmatched.segment_ids[: batch.num_unmatched] for batch in batches]
     return 1 - sum(int((ids > 0).sum()) for ids in used) / sum(ids.size for ids in used)

@@ -1,11 +1,11 @@
-"""What loader processes bring: batches a second made by a thread, and by one and two processes.
+"""Gain of loader processes: batches per second from a thread, and from one and two processes.
 
     python -m benchmarks.loaders
 
 Lengths are log-normal (median 250, 95th percentile 1,000, cap 2,048), batches of 256 examples, matched and unmatched
-rows. "Unhurried" takes batches as fast as they come; the other steps stand for a device that works by itself meanwhile
-(the step sleeps), and for one that takes this process's cores too (the step multiplies matrices, as JAX does on CPU).
-The first batches, while processes start, are not counted.
+rows. "Unhurried" consumes batches as fast as they come. The other steps simulate a device that computes independently
+(the step sleeps), and one that uses this process's cores (the step multiplies matrices, as JAX does on CPU). The first
+batches, while processes start, are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def written(index: Index, directory: Path) -> Index:
 
 
 def measure(schedule: Schedule, num_loaders: int, step: Callable[[], object], num_steps: int) -> dict[str, float]:
-    """Steps a second, and the milliseconds that a step waited for its batch."""
+    """Steps per second, and the milliseconds that a step waited for its batch."""
     batches = prefetch(schedule.batch, range(num_steps + _WARM_UP), num_loaders=num_loaders)
     started = time.perf_counter()
     next(batches)

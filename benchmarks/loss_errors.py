@@ -1,8 +1,8 @@
-"""How far each loss is from its independent float64 NumPy version, and what holds: `python -m benchmarks.loss_errors`.
+"""Errors of each loss against an independent float64 NumPy version: `python -m benchmarks.loss_errors`.
 
-First table: errors relative to max(1, |value|), the largest of 1,000 random inputs; "finite" is said of value and
-gradient with log-probabilities of ±1e4 in all combinations. Second table: ten properties of KTO and its family, with
-the figures that show each. Exit code 1 when a loss misses or a property does not hold.
+First table: the largest error of 1,000 random inputs, relative to max(1, |value|); "finite" refers to value and
+gradient at log-probabilities of ±1e4 in all combinations. Second table: ten properties of KTO and its family, with
+figures. Exit code 1 if a loss exceeds its tolerance or a property does not hold.
 """
 
 import sys
@@ -16,7 +16,7 @@ from tests.losses.properties import PROPERTIES
 
 
 def print_errors(console: Console) -> list[str]:
-    """Prints the table of errors; returns the losses that miss."""
+    """Prints the table of errors; returns the losses that exceed their tolerance."""
     table = Table(
         title=f"Largest error against float64 NumPy at {NUM_INPUTS:,} random inputs; allowed: {TOLERANCE:.0e}"
     )
@@ -60,5 +60,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for the property that speaks of meshes
+    jax.config.update("jax_num_cpu_devices", 8)  # fake devices, for the property about meshes
     sys.exit(main())

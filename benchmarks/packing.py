@@ -1,11 +1,11 @@
-"""How much of what passes through the model is padding: packed rows, and rows padded to the longest of the batch.
+"""Share of padding in the model's input: packed rows, and rows padded to the longest of the batch.
 
     python -m benchmarks.packing
 
-Three sets of lengths: the quickstart's reviews; the second speaker's last turn, behind the conversation, of 5,988 rated
-conversations (chitchat-dataset 0.9.0, MIT, fetched as a wheel; about 8 MB); log-normal ones with median 250, 95th
-percentile 1,000 and cap 2,048. Padding is counted in the microbatches that are used, matched and unmatched, as the
-training step does. Only lengths matter here: no model runs.
+Three sets of lengths: the quickstart's reviews; the second speaker's last turn, after the conversation, of 5,988 rated
+conversations (chitchat-dataset 0.9.0, MIT, fetched as a wheel; about 8 MB); log-normal lengths with median 250, 95th
+percentile 1,000 and cap 2,048. Padding is counted in the non-empty microbatches, matched and unmatched, as in the
+training step. No model runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CHITCHAT = "wheel:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """A set's tokens [rows], and what it is trained with."""
+    """A set's tokens [rows], and its training settings."""
 
     name: str
     prompt: np.ndarray
     completion: np.ndarray
     max_length: int
     settings: tuple[tuple[int, int], ...]
-    """Batch size and rows of a microbatch, of each line of the table."""
+    """Batch size and rows per microbatch, of each line of the table."""
 
 
 def quickstart_lengths() -> Lengths:
@@ -93,7 +93,7 @@ def log_normal_lengths(count: int = 40_000) -> Lengths:
 
 
 def make_index(lengths: Lengths) -> Index:
-    """An index that has the lengths and no text."""
+    """An index with lengths but no text."""
     count = len(lengths.prompt)
     offsets = np.concatenate([[0], np.cumsum(lengths.prompt + lengths.completion)]).astype(np.int64)
     zeros = np.zeros(count, np.float32)

@@ -31,7 +31,7 @@ FIXED_LENGTH, FIXED_VOCABULARY = 2048, 32_768
 
 
 def measure(length: int, vocabulary: int, topology: Topology) -> dict[str, float]:
-    """MiB of one step over one row: beyond the arguments, of gradients alone, and of all logits."""
+    """MiB of one step over one row: beyond the arguments, gradients alone, and all logits."""
     architecture = TransformerConfig(
         vocab_size=vocabulary, embed_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
         max_length=max(LENGTHS), tied_head=True,

@@ -1,12 +1,12 @@
-"""Step time with the figures of a step read one step late against read at once, alternating in one run.
+"""Step time when metrics are read one step late, compared with reading them at once, alternating in one run.
 
     python -m benchmarks.step_overlap                                            # the tiny model
     python -m benchmarks.step_overlap --config=configs/quickstart.py --block=2 --rounds=4
 
-Blocks of steps take turns: in one the host waits for every step before it dispatches the next, in the other it
-dispatches first. Both log every row as training does, to metrics.jsonl and TensorBoard. Each block starts and ends
-with nothing in flight, so the wall time of a block divided by its steps is comparable. "Dispatch" is how long the call
-took that hands over a step: if it is close to the time of a step, the runtime itself waits, and nothing can overlap.
+Blocks of steps alternate: in one the host waits for every step before it dispatches the next, in the other it
+dispatches first. Both log every step as training does, to metrics.jsonl and TensorBoard. Each block starts and ends
+with no step in flight, so wall times divided by steps are comparable. "Dispatch" is the duration of the call that
+dispatches a step: if it is close to the step time, the runtime itself blocks, and nothing can overlap.
 """
 
 from __future__ import annotations

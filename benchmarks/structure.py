@@ -1,9 +1,9 @@
-"""Figures of the package's structure, by reading its source: modules, folders, imports, files and functions.
+"""Statistics of the package's structure, from its source: modules, folders, imports, files and functions.
 
     python -m benchmarks.structure
     python -m benchmarks.structure ../before .     # a column for each checkout
 
-A unit is what stands directly in kto_jax/: a module or a folder. Imports inside functions count as imports.
+A unit is a module or a folder directly in kto_jax/. Imports inside functions count as imports.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Function(NamedTuple):
 
 
 def find_modules(checkout: Path) -> dict[str, Path]:
-    """The files of the package by the names of their modules; a folder's __init__ has the name of the folder."""
+    """The files of the package by module name; a folder's __init__ has the folder's name."""
     return {
         ".".join(path.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted((checkout / PACKAGE).rglob("*.py"))
@@ -40,7 +40,7 @@ def find_modules(checkout: Path) -> dict[str, Path]:
 
 
 def imported_names(path: Path) -> Iterator[tuple[str, str]]:
-    """What a file imports, at its top or inside functions: `from a import b` gives ("a", "b"), `import a` ("a", "")."""
+    """A file's imports, at its top or inside functions: `from a import b` gives ("a", "b"), `import a` ("a", "")."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -50,7 +50,7 @@ def imported_names(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def import_graph(modules: dict[str, Path]) -> Graph:
-    """The modules of the package that each module imports; a folder counts only if a name of its __init__ is taken."""
+    """The modules of the package that each module imports; folders count if a name of their __init__ is imported."""
     graph: Graph = {}
     for name, path in modules.items():
         pairs = imported_names(path)
@@ -88,7 +88,7 @@ def cycles(graph: Graph) -> list[set[str]]:
 
 
 def functions(path: Path) -> Iterator[Function]:
-    """The functions and methods of a file; `self` and `cls` are no parameters."""
+    """The functions and methods of a file; `self` and `cls` do not count as parameters."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -100,7 +100,7 @@ def functions(path: Path) -> Iterator[Function]:
 
 
 def measure(checkout: Path) -> dict[str, str]:
-    """The figures of one checkout, as they are printed."""
+    """The printed figures of one checkout."""
     modules = find_modules(checkout)
     graph = import_graph(modules)
     units = {unit(name) for name in modules if unit(name)}

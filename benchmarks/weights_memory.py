@@ -4,7 +4,7 @@
 
 Writes a random model of 2 GB in 8 files, loads it in two processes that hold half each (mesh axis fsdp), exports it
 from both, and prints the peak private memory of each process: beyond its imports, and beyond its share of the weights.
-Mapped pages of the files are not counted, since the kernel can reclaim them.
+Mapped pages of the files are not counted, because the kernel can reclaim them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def private_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Private (anonymous) memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) << 10
@@ -34,7 +34,7 @@ def private_bytes() -> int:
 
 
 class Peak:
-    """The largest private memory while a block runs, sampled a hundred times a second."""
+    """Peak private memory while a block runs, sampled a hundred times a second."""
 
     def __enter__(self) -> Peak:
         self.bytes, self._ended = private_bytes(), threading.Event()
@@ -52,7 +52,7 @@ class Peak:
 
 
 def architecture(num_layers: int):
-    """A Llama of 15.7 M weights a layer, and 66 M in its tables."""
+    """A Llama with 15.7 M weights per layer, and 66 M in its tables."""
     from kto_jax.models.config import TransformerConfig
 
     return TransformerConfig(
@@ -61,7 +61,7 @@ def architecture(num_layers: int):
 
 
 def write_model(directory: Path, num_layers: int, num_files: int) -> int:
-    """Random float32 weights in `num_files` files; gives their bytes."""
+    """Writes random float32 weights to `num_files` files; returns their bytes."""
     import safetensors.numpy
 
     from kto_jax.models.families.config_json import write_config_json
@@ -84,7 +84,7 @@ def write_model(directory: Path, num_layers: int, num_files: int) -> int:
 
 
 def work(directory: Path, num_layers: int) -> None:
-    """One of the processes: reads, writes, and prints what that took."""
+    """One of the processes: loads, exports, and prints its memory."""
     import jax
 
     from kto_jax.config import MeshConfig, ProcessesConfig
