@@ -28,7 +28,7 @@ def params(model):
 
 
 def draw_params(model):
-    """Random parameters whose norms are not one, or a norm left out could not be seen."""
+    """Random parameters whose norms are not one, so that a missing norm is visible."""
 
     def tilt(leaf):
         is_norm = leaf.shape in ((model.config.embed_dim,), stacked_norm)
@@ -50,5 +50,5 @@ def whole_rows(tokens_RL):
 
 @partial(jax.jit, static_argnums=0)
 def hidden_states(model, params, tokens_RL, segment_ids_RL, positions_RL):
-    """Compiled once per model and shape, where the bare method would compile every operation."""
+    """Compiled once per model and shape; the bare method would compile every operation."""
     return model.hidden_states(params, tokens_RL, segment_ids_RL, positions_RL)

@@ -1,4 +1,4 @@
-"""Gradients of mixed precision: accumulated in float32, and summed over devices in the dtype that was chosen."""
+"""Gradients of mixed precision: accumulated in float32, and reduced over devices in the configured dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -92,5 +92,5 @@ def test_gradients_summed_in_float32_are_those_of_one_device_and_in_bfloat16_are
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, sequence=4)])
 def test_meshes_that_also_split_sums_of_the_forward_pass_are_closer_in_float32(mesh, on_one_device):
-    # The parts of those sums are bfloat16 activations: 6e-4 and 1.5e-3 here, whatever the gradients are summed in.
+    # The terms of those sums are bfloat16 activations: 6e-4 and 1.5e-3 here, whatever the dtype of the reduction.
     assert error(mesh, "float32", on_one_device) < 2e-3 < error(mesh, "bfloat16", on_one_device)

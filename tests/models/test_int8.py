@@ -1,4 +1,4 @@
-"""A reference in int8: what is kept, how far off it is, and that it lies and is read like any other."""
+"""A reference in int8: its contents, its error, its sharding and its loading."""
 
 import jax
 import jax.numpy as jnp

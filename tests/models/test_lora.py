@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add, what their gradients are, and the directory that peft reads."""
+"""Low-rank adapters: forward pass, gradients, and the directory for peft."""
 
 import json
 import zlib
@@ -22,14 +22,14 @@ SCALE = 4 / 3
 
 
 def drawn(params, lora=LORA, size=0.3):
-    """Adapters of which neither matrix is 0."""
+    """Adapters with nonzero A and B."""
     adapters = init_adapters(params, lora, jax.random.key(1))
     noise = lambda path, leaf: size * jax.random.normal(jax.random.key(zlib.crc32(str(path).encode())), leaf.shape)  # noqa: E731
     return jax.tree_util.tree_map_with_path(noise, adapters)
 
 
 def merged(params, adapters):
-    """Arrays that the frozen matrices and the adapters amount to."""
+    """The merged parameters as arrays."""
 
     def one(node):
         return node.astype("float32") if isinstance(node, AdaptedMatrix) else node
@@ -53,7 +53,7 @@ def test_a_policy_begins_as_the_frozen_model_to_the_bit_and_can_leave_it(zero, m
     for group in gradient(adapters)["layers"].values():
         for pair in group.values():
             assert np.all(np.any(getattr(pair["weight"], zero) != 0, axis=(1, 2)))
-            assert np.all(getattr(pair["weight"], other) == 0)  # until the first has moved
+            assert np.all(getattr(pair["weight"], other) == 0)  # until the first matrix has moved
 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])
@@ -121,7 +121,7 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(head, config, pa
     adapters = drawn(params)
     if head != "none":
         adapters |= {"scorer": model.init_params(jax.random.key(0), "float32")["scorer"]}
-    for _ in range(2):  # An earlier export gives way.
+    for _ in range(2):  # An earlier export is replaced.
         save_adapters(
             tmp_path / "adapter",
             model,

@@ -28,12 +28,12 @@ CONFIG = TransformerConfig(
     vocab_size=104, embed_dim=32, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4, mlp_dim=64, tied_head=True
 )
 OBJECTIVE = make_objective(ObjectiveConfig(desirable_weight=1.5, beta=0.3), num_desirable=1, num_undesirable=1)
-# What ten steps compute in, and how far they move: SGD's steps are as long as its gradients.
+# Compute dtype and learning rate of the ten steps: SGD's steps are as long as its gradients.
 OPTIMIZERS = {"sgd": ("float32", optax.sgd(0.3)), "adamw": ("float64", optax.adamw(1e-2, weight_decay=0.1))}
 
 
 def first_weights(dtype, layout):
-    """A policy and a reference far apart: the reference is the surer of the two, so z0 is clearly positive."""
+    """A policy and a reference far apart: the reference is more confident, so z0 is clearly positive."""
     model = Model.create(CONFIG, dtype="float32")
     policy, noise = (jax.device_get(model.init_params(jax.random.key(seed), "float32")) for seed in (0, 1))
     reference = jax.tree.map(lambda leaf, other: leaf + 2 * other, policy, noise)
@@ -54,7 +54,7 @@ def ten_steps(name, mesh_config, devices):
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract_params(dtype))
     state = create_state(*first_weights(dtype, layout), optimizer, mesh, {})
-    # Devices that share a row read one at a time. How many rows there are does not change the numbers.
+    # Devices that share a row process one row at a time. The number of rows does not change the results.
     rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] if mesh.shape["sequence"] > 1 else ROWS
     plan = make_schedule(
         make_index(5 * BATCH, vocab_size=CONFIG.vocab_size, max_length=MAX_LENGTH),
@@ -77,7 +77,7 @@ def main():
     jax.config.update("jax_enable_x64", OPTIMIZERS[name][0] == "float64")
     results = ten_steps(name, MeshConfig(*map(int, sizes.split(","))), jax.devices())
     if is_first():
-        # Whole or not at all: who reads it waits for it.
+        # Written atomically: the reader waits for it.
         np.savez(Path(out).with_suffix(".part.npz"), **results)
         os.replace(Path(out).with_suffix(".part.npz"), out)
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: in place and plainly, the same sums."""
+"""Gradient accumulation: the same sums in place and plainly."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ INPUTS = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float32)
 
 
 def share_of_loss(params, x):
-    """A tied matrix, used twice, around a scan over layers; with the hidden states as results."""
+    """A tied matrix, used twice, around a scan over layers; returns the hidden states as results."""
     hidden, _ = jax.lax.scan(
         lambda h, layer: (jnp.tanh(h @ layer.astype(h.dtype)), None), x @ params["in"], params["layers"]
     )

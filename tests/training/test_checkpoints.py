@@ -49,7 +49,7 @@ def advance(state):
 
 
 def save_steps(workdir, mesh, losses, keep=2):
-    """Takes a step per loss, saving each in the background while the next reuses its memory."""
+    """Takes a step per loss, saving each in the background while the next donates its buffers."""
     checkpoints = Checkpoints(workdir, CheckpointConfig(keep=keep))
     state = make_state(mesh)
     checkpoints.save_reference(state.reference)
@@ -121,7 +121,7 @@ def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
 
 
 def as_dictionaries(tree):
-    """The tree as versions before 0.2 kept it: a dictionary for each adapter and each int8 matrix."""
+    """The tree as versions before 0.2 stored it: a dictionary for each adapter and each int8 matrix."""
 
     def plain(node):
         if isinstance(node, Adapter):
@@ -192,7 +192,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_loss_that_is_not_finite_is_never_the_best(broken, tmp_path):
-    """NaN compares as neither lower nor higher, so that a sort by it could put it anywhere."""
+    """NaN is not ordered, so a sort could put it anywhere."""
     checkpoints, _ = save_steps(tmp_path, make_mesh(MeshConfig()), [0.5, broken, 0.4, broken, None], keep=1)
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"3", "5", "reference"}

@@ -1,6 +1,6 @@
 """Pairs that contradict each other, on a model: each completion is once chosen and once rejected.
 
-KTO's gradient is zero wherever the policy is (arXiv 2402.01306, theorem 4.3); DPO pulls until the rewards are equal.
+KTO's gradient is zero for every policy (arXiv 2402.01306, theorem 4.3); DPO moves the policy until rewards are equal.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MODEL = Model.create(
 
 
 def contradictory():
-    """Every pair of an index, and after them every pair the other way round."""
+    """Every pair of an index, followed by every pair reversed."""
     index = make_index(2 * NUM_PAIRS, paired=True)
     swapped = np.arange(2 * NUM_PAIRS).reshape(-1, 2)[:, ::-1].reshape(-1)
     order = np.concatenate([np.arange(2 * NUM_PAIRS), swapped])

@@ -1,4 +1,4 @@
-"""Every objective trains, on 8 devices: what it calls its margin rises, and falls where the labels are flipped."""
+"""Every objective trains on 8 devices: its margin rises, and falls if the labels are flipped."""
 
 import functools
 
@@ -84,7 +84,7 @@ def first_policy(head):
 
 @functools.cache
 def programs(objective_config, mesh_config, reference_config):
-    """Compiled once for both ways round."""
+    """Compiled once for both labellings."""
     mesh = mesh_of(mesh_config)
     objective = make_objective(objective_config, num_desirable=1, num_undesirable=1)
     model = Model.create(ARCHITECTURE, layout=Layout(constrain=constrainer(mesh)), scalar_head=objective.scalar_head)
@@ -133,11 +133,11 @@ def flat(params):
 
 
 def test_a_synced_reference_is_the_policy_only_from_the_step_after():
-    """So that whoever measures or saves the state after step 10 or 20 sees what the policy has gained."""
+    """So that an evaluation or checkpoint after step 10 or 20 shows the policy's gain."""
     sync = ReferenceConfig(sync_every=10, sync_mix=1.0)
     _, after, history, state = train(ObjectiveConfig(name="apo_zero_unpaired"), mesh_config=ONE, reference_config=sync)
     assert history[9]["margin"] > 0.1
-    assert history[10]["margin"] == 0  # the first step beside the new reference
+    assert history[10]["margin"] == 0  # the first step with the new reference
     assert after["eval_margin"] > 0.1
     assert np.max(np.abs(flat(state.reference) - flat(first_policy("none")))) > 0.01
 
@@ -158,7 +158,7 @@ def moved(reference, policy, *, mix, moves=1, first=1):
 
 
 def test_small_moves_of_a_bfloat16_reference_add_up():
-    policy = {"w": jnp.full(8192, 1.002)}  # A step of bfloat16 is 0.008 there.
+    policy = {"w": jnp.full(8192, 1.002)}  # The spacing of bfloat16 is 0.008 there.
     ends = [
         float(jnp.mean(moved({"w": jnp.ones(8192, dtype)}, policy, mix=0.05, moves=40)["w"].astype(jnp.float32)))
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -179,7 +179,7 @@ def test_moves_of_a_bfloat16_reference_differ_by_step_and_by_array_but_not_by_me
 
 
 def test_a_move_is_exact_in_float32_and_to_the_nearest_where_nothing_of_the_old_stays():
-    # Of 20 bits, so that float32 holds the mean, and bfloat16 neither of the two.
+    # 20 bits, so that float32 represents the mean exactly and bfloat16 neither of the two.
     old, new = (np.random.default_rng(seed).integers(1 << 20, size=999).astype(np.float32) for seed in (0, 1))
     mixed = moved({"w": jnp.asarray(old)}, {"w": jnp.asarray(new)}, mix=0.5)["w"]
     np.testing.assert_array_equal(mixed, (old + new) / 2)
@@ -195,7 +195,7 @@ def test_bco_goes_on_from_the_mean_of_the_rewards_so_far():
 
 
 def test_the_value_head_learns():
-    """Values leave 0, where they start; the frozen reference has no such head."""
+    """Values move from 0, where they start; the frozen reference has no such head."""
     state = train(ObjectiveConfig(name="ppo_offline"))[3]
     assert float(np.abs(jax.device_get(state.policy["scorer"]["last"]["weight"])).max()) > 0
     assert "scorer" not in state.reference

@@ -1,4 +1,4 @@
-"""What is read of packed rows, against the sequences themselves."""
+"""Log-probabilities, rewards and values of packed rows, compared with the sequences themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ CONFIG = TransformerConfig(
 
 
 def microbatch(row_length=80):
-    """The index, and rows, labels and scores of one microbatch that holds all of it."""
+    """The index, and rows, labels and scores of one microbatch that holds all sequences."""
     index = make_index(16, paired=True)
     schedule = make_schedule(
         index, batch_size=16, row_length=row_length, microbatch_rows=16, max_length=38, shuffle=False
@@ -34,7 +34,7 @@ def microbatch(row_length=80):
 
 @pytest.mark.parametrize("num_devices, num_chunks", [(1, 16), (4, 4), (16, 1)])
 def test_chunks_of_logits_grow_with_the_devices_that_share_them(monkeypatch, num_devices, num_chunks):
-    # One device has room for the logits of 5 tokens of each row; there are 16 rows of 80.
+    # One device fits the logits of 5 tokens of each row; there are 16 rows of 80.
     monkeypatch.setattr("kto_jax.losses.logprobs._MAX_LOGITS", 98 * 16 * 5)
     model = Model.create(CONFIG, layout=Layout(num_devices=num_devices, attention=dense_attention))
     rows = microbatch()[1]

@@ -1,4 +1,4 @@
-"""Steps in flight: figures are read later, and the times are still those of the steps."""
+"""Steps in flight: metrics are read later, but the timing is that of the steps."""
 
 import threading
 import types
@@ -10,7 +10,7 @@ from kto_jax.training.in_flight import StepsInFlight
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that tests advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -20,7 +20,7 @@ class Clock:
 
 
 class Devices:
-    """Completes steps when a test says so; stands in for jax.device_get."""
+    """Completes steps when a test asks for it; replaces jax.device_get."""
 
     def __init__(self, clock, monkeypatch):
         self.clock = clock
@@ -35,7 +35,7 @@ class Devices:
         self.completions[step] = threading.Event()
 
     def complete(self, in_flight, step, at):
-        """Completes a step, the oldest in flight, at a time."""
+        """Completes the oldest step in flight at a given time."""
         self.clock.now = at
         self.completions[step].set()
         place = [entry.step for entry in in_flight._steps].index(step)
@@ -83,7 +83,7 @@ def test_a_step_takes_from_the_completion_of_the_one_before_to_its_own(setting):
     in_flight.dispatch(1, program, 0, next(batches))
     in_flight.dispatch(2, program, 1, next(batches))
     devices.complete(in_flight, 1, at=2.0)
-    clock.now = 9.0  # However late the row is read.
+    clock.now = 9.0  # However late the metrics are read.
     step, figures = in_flight.read()
     assert (step, figures["seconds"], figures["wait_seconds"]) == (1, 2.0, 0.0)
     assert figures["tokens_per_second"] == 50.0

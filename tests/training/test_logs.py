@@ -1,4 +1,4 @@
-"""What a run shows at a terminal and writes to files."""
+"""A run's output at a terminal and in files."""
 
 import io
 import json

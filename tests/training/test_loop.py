@@ -1,4 +1,4 @@
-"""The loop: what is written, saved and reported when; with a real run of the tiny model where that matters."""
+"""The loop: when it logs, saves and reports; with real runs of the tiny model where needed."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ NUM_STEPS = 6
 
 
 class World:
-    """Records what happens, in order; takes the place of devices, checkpoints and signals."""
+    """Records events in order; replaces devices, checkpoints and signals."""
 
     def __init__(self, monkeypatch, tmp_path, *, bad_from=None, stop_at=None, **config):
         self.events = []
@@ -36,7 +36,7 @@ class World:
         )  # fmt: skip
 
     def hold(self, batches):
-        self.held = batches  # Else Python would close what nobody holds.
+        self.held = batches  # Otherwise Python would close unreferenced objects.
         return batches
 
     def batches(self, steps):
@@ -180,7 +180,7 @@ def test_whatever_goes_wrong_the_log_and_the_batches_are_closed_and_the_rows_bef
         run.run(evaluate=True)
     assert closed == [True]
     assert run.events[-1] == "batches closed"
-    assert "saved" not in run.events  # Whoever failed is not waited for.
+    assert "saved" not in run.events  # A failed step is not waited for.
     assert {row["step"] for row in run.rows()} >= {1, 2}
 
 

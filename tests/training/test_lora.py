@@ -31,7 +31,7 @@ RUN += ["--config.max_steps=8", "--config.checkpoint.every=4", "--config.evaluat
 
 
 def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
-    """Figures of three steps from adapters far from 0 upon a frozen model, and the adapters after them."""
+    """Metrics of three steps from adapters far from 0 on a frozen model, and the adapters after them."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     model = Model.create(
         CONFIG, dtype="float64", layout=make_layout(mesh), adapter_scale=LORA.alpha / LORA.rank,
@@ -118,7 +118,7 @@ def figures(workdir):
 
 def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(finished):
     log = figures(finished)
-    assert (log[0]["loss"], log[0]["margin"]) == (0.5, 0.0)  # it begins as the reference
+    assert (log[0]["loss"], log[0]["margin"]) == (0.5, 0.0)  # it starts as the reference
     assert log[-1]["margin"] > 0.3
     model, laid, _ = load_policy(finished)
     adapters = load_file(finished / "adapter" / "adapter_model.safetensors")
@@ -128,7 +128,7 @@ def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(fi
         assert np.abs(b).max() > 0
         frozen = np.asarray(laid["layers"][group][name]["weight"].frozen[1]).T
         np.testing.assert_allclose(policy[f"model.layers.1.{theirs}.weight"], frozen + 4 * b @ a, rtol=1e-5, atol=1e-6)
-    # What is sampled from a checkpoint is what is exported.
+    # Sampling from a checkpoint uses the same policy as the export.
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     rows = np.ones_like(tokens), np.broadcast_to(np.arange(12, dtype=np.int32)[None], tokens.shape)
     exported = load_params(model, finished / "policy", param_dtype="float32")
@@ -162,7 +162,7 @@ def test_adapters_go_with_every_kind_of_frozen_weights_and_of_heads(arguments, t
     assert main([*RUN, *arguments, f"--workdir={tmp_path / 'run'}"]) == 0
     log = rows_of(tmp_path / "run")
     assert log[-1]["margin"] > log[0]["margin"]
-    # Nothing that was learnt is rounded away again.
+    # Rounding undoes nothing that was learnt.
     assert json.loads((tmp_path / "run/policy/config.json").read_text())["torch_dtype"] == "float32"
     said = "rounded to" in (tmp_path / "run/adapter/README.md").read_text()
     assert said == any("param_dtype" in argument for argument in arguments)

@@ -1,4 +1,4 @@
-"""Ten steps over every mesh, on fake devices and on real processes: the numbers of one device."""
+"""Ten steps over every mesh, on fake devices and in real processes: the same numbers as on one device."""
 
 import functools
 import itertools

@@ -1,7 +1,7 @@
-"""Runs that commit bc03b27 began are resumed, with the numbers of its own continuation.
+"""Runs that commit bc03b27 started are resumed, with the numbers of its own continuation.
 
-tests/fixtures/runs_of_bc03b27.tar.xz holds three runs of configs/tiny.py on a model and feedback of their own, cut off
-after the checkpoint of step 3, and the figures of all six steps as that commit took them:
+tests/fixtures/runs_of_bc03b27.tar.xz holds three runs of configs/tiny.py on their own model and feedback, stopped after
+the checkpoint of step 3, and that commit's metrics of all six steps:
 
     plain    all weights, float32
     lora     low-rank adapters of rank 2

@@ -1,4 +1,4 @@
-"""Training from reference log-probabilities that were computed once: the same numbers, and no reference held."""
+"""Training with precomputed reference log-probabilities: the same numbers, without a reference in memory."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_losses_are_those_of_a_run_that_holds_the_reference(tmp_path, options, p
     assert held[-1]["margin"] != 0
     rounded = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/reference_error.json"))]
     assert len(rounded) == 2 * any("reference.param_dtype" in option for option in options)
-    for errors in rounded:  # The policy is still what the reference was before it was rounded.
+    for errors in rounded:  # The policy still equals the reference before rounding.
         assert errors == pytest.approx(rounded[0], rel=1e-3)
         assert 0 < errors["logps_mean"] <= errors["logps_max"] < 1
         assert errors["rewards_max"] == pytest.approx(0.1 * errors["logps_max"])
@@ -89,7 +89,7 @@ def test_a_second_run_loads_no_reference(tmp_path, monkeypatch):
         raise AssertionError("the reference was loaded")
 
     monkeypatch.setattr(kto_jax.training.precompute, "load_reference", refuse)
-    # However the rows are packed.
+    # Independent of the packing.
     second = train(tmp_path / "second", STORED, "--config.row_length=96", "--config.microbatch_rows=16")
     np.testing.assert_allclose([row["loss"] for row in second], [row["loss"] for row in first], atol=1e-6)
     with pytest.raises(AssertionError, match="was loaded"):

@@ -1,4 +1,4 @@
-"""Training by several real processes on loopback: the same numbers as by one, and ends that all of them share."""
+"""Training in several real processes on loopback: the same numbers as in one, and all of them end together."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def cache(tmp_path_factory):
 
 
 def start(cache, workdir, count, *arguments, variables=None, of_second=None, devices=0):
-    """Starts `count` processes of so many fake devices each, or that share DEVICES."""
+    """Starts `count` processes with the given number of fake devices each, or sharing DEVICES."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices or DEVICES // count}"
@@ -133,7 +133,7 @@ def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
     workdir = tmp_path / "run"
-    # A save after every step, so that the run is not over before the signal is heard.
+    # A save after every step, so that the run does not end before it handles the signal.
     processes = start(cache, workdir, 2, "--config.checkpoint.every=1")
     wait_for_step(workdir, 1, processes)
     for process in processes:
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "ends"), [
     (1, [75]),  # Gloo's error reaches Python.
-    (2, [75, -signal.SIGABRT]),  # Some of its devices wait for the others for ever; JAX's heartbeat aborts it.
+    (2, [75, -signal.SIGABRT]),  # Its devices deadlock; JAX's heartbeat aborts it.
 ])  # fmt: skip
 def test_when_one_process_is_killed_the_other_ends_to_be_restarted_and_the_run_resumes_alone(
     devices, ends, alone, cache, tmp_path
@@ -159,7 +159,7 @@ def test_when_one_process_is_killed_the_other_ends_to_be_restarted_and_the_run_r
     processes[1].kill()
     killed = time.monotonic()
     codes, messages = finish(processes)
-    # The other one waits 5 s for an answer; the rest is for a busy machine.
+    # The other process waits 5 s for an answer; the rest is margin for a busy machine.
     assert time.monotonic() - killed < 100
     assert codes[0] in ends and codes[1] == -9, messages[0]
     assert codes[0] != 75 or "process 1 of 2 is lost" in " ".join(messages[0].split())
@@ -216,7 +216,7 @@ def start_script(script):
 
 
 def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
-    # As on two hosts with disks of their own: one relative path, two folders.
+    # As on two hosts with their own disks: one relative path, two folders.
     processes = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The dtype of the reference: at the first step it agrees with the policy, also after an SFT."""
+"""The dtype of the reference: at the first step it agrees with the policy, also after SFT."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def test_rounding_what_sft_taught_is_refused_with_a_remedy_unless_the_error_is_a
     assert "config.reference.param_dtype='bfloat16' moves the rewards of the first batch" in message
     assert 'Set config.reference.param_dtype to "auto"' in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    # In the same folder: the limit decides nothing of the numbers.
+    # In the same folder, because the limit does not affect the numbers.
     assert main([*command, "--config.reference.max_error=1"]) == 0
     errors = json.loads((tmp_path / "run" / "reference_error.json").read_text())
     assert errors["rewards_mean"] > 0.0001

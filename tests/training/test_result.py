@@ -1,4 +1,4 @@
-"""What a run leaves as its result: the dtype of policy/."""
+"""The result of a run: the dtype of policy/."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(tmp_pa
     assert json.loads((policy / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert "weights in bfloat16, trained in float32" in (policy / "README.md").read_text()
     assert "policy/ is written in bfloat16" in (tmp_path / "run" / "report.html").read_text()
-    # In the same folder: the finished run is only written anew.
+    # In the same folder: the finished run is only exported again.
     assert main([*tuned, f"--workdir={tmp_path / 'run'}", "--config.export.dtype=float32"]) == 0
     assert {str(leaf.dtype) for leaf in load_file(policy / "model.safetensors").values()} == {"float32"}
     assert "policy/ is written in float32, which rounds no weight" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""bfloat16 weights and moments: what is smaller than a step of a number still counts, in the mean."""
+"""bfloat16 weights and moments: changes below the dtype's spacing still count on average."""
 
 import functools
 
@@ -60,7 +60,7 @@ def mean(x):
 
 
 def test_tiny_updates_move_bfloat16_weights_as_they_move_float32_ones():
-    optimizer = optax.sgd(1e-5)  # Half a step of bfloat16 at 1 is 2e-3.
+    optimizer = optax.sgd(1e-5)  # Half the spacing of bfloat16 at 1 is 2e-3.
     wide, gradient = {"w": jnp.ones(8192)}, {"w": jnp.ones(8192)}
     narrow = {"w": wide["w"].astype(jnp.bfloat16)}
     exact, still, moved = (
@@ -90,7 +90,7 @@ def test_a_second_moment_in_bfloat16_follows_the_float32_one(inner, moment):
 
 
 def _rounded_to_nearest(inner):
-    """What keeping moments in bfloat16 comes to without chance."""
+    """Moments in bfloat16 without stochastic rounding."""
 
     def narrow(state):
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), state)
@@ -113,7 +113,7 @@ def test_moments_of_bfloat16_weights_are_float32_unless_configured(name):
         kept = {x.dtype.name for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)}
         assert kept == {moments}
         assert jax.tree.map(lambda x: x.dtype, before) == jax.tree.map(lambda x: x.dtype, after)
-        # From the state as a checkpoint holds it, the same update follows; from another step or seed, another.
+        # A state from a checkpoint gives the same update; another step or seed gives another.
         again, _ = jax.jit(optimizer.update)({"w": jnp.ones((8, 4))}, jax.device_get(before), params)
         np.testing.assert_array_equal(again["w"], updates["w"])
 

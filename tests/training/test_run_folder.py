@@ -1,4 +1,4 @@
-"""A run's folder: a shared file system that lags, and the configuration of every part of a run."""
+"""A run's folder: a slow shared file system, and the configuration of every part of a run."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock: at the right time, with few questions, and agreed."""
+"""Time-based checkpoints: at the right time, with few messages, and agreed on by all processes."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from kto_jax.training.save_timer import SaveTimer
 
 
 class Run:
-    """Steps of a pace, in seconds, asked after by one process; `others` hear the first one's answers."""
+    """Steps of a given duration, in seconds, timed by one process; `others` receive its answers."""
 
     def __init__(self, minutes):
         self.now = 0.0

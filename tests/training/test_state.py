@@ -82,7 +82,7 @@ def test_weight_decay_reaches_matrices_of_layers_and_no_norm_bias_embedding_or_h
 
 
 def test_the_optimizer_has_the_state_that_optax_gives_it_whatever_is_decayed():
-    """A checkpoint's arrays are found by their place in it."""
+    """A checkpoint's arrays are found by their path."""
     params = {"layers": {"w": jnp.ones((1, 2, 2))}}
     config = OptimizerConfig(weight_decay=0.1)
     _, ours = make_optimizer(config, make_learning_rate(config, 10)).init(params)
@@ -90,7 +90,7 @@ def test_the_optimizer_has_the_state_that_optax_gives_it_whatever_is_decayed():
 
 
 def test_rmsprop_steps_alike_for_the_tiny_gradients_of_a_large_model():
-    # eps stands outside of the root, as in torch: 1e-8 beside a gradient of 1e-6 is little.
+    # eps is outside the root, as in torch: 1e-8 is small compared with a gradient of 1e-6.
     updates, _ = update("rmsprop", [1e-6, -1e-6])
     np.testing.assert_allclose(updates["w"], [-0.909, 0.909], rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The step against a naive version: one example at a time, all logits, NumPy's KTO in float64."""
+"""The step compared with a naive version: one example at a time, all logits, KTO in NumPy and float64."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ BATCH, MAX_LENGTH = 64, 38
 
 @functools.cache
 def parameters(dtype):
-    """A policy and a reference far apart: the reference is the surer of the two, so z0 is clearly positive."""
+    """A policy and a reference far apart: the reference is more confident, so z0 is clearly positive."""
     with jax.enable_x64(True):
         model = Model.create(CONFIG, dtype="float64")
         policy = model.init_params(jax.random.key(0), "float64")
@@ -119,7 +119,7 @@ MESHES = {
     "8x1": (MeshConfig(data=8), 8),
     "4x2": (MeshConfig(data=4, fsdp=2), 8),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
-    # Several rows at once are slower here, and right.
+    # Several rows at once are slower here, but correct.
     "2x1x4": (MeshConfig(data=2, sequence=4), 8),
 }
 # (tokens of a row, rows of a microbatch, microbatches): unpacked rows hold one example each, packed ones several.
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 def test_the_learning_rate_is_the_one_that_was_applied_whatever_steps_were_bad():
-    """The optimizer counts updates: after two bad steps it is still at the beginning of its warm-up."""
+    """The optimizer counts updates: after two bad steps it is still at the start of its warm-up."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(CONFIG, layout=Layout(attention=choose_attention("auto", mesh)))
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant")

@@ -1,4 +1,4 @@
-"""Experiment trackers: what they get, and that a resumed run continues the same tracked run."""
+"""Experiment trackers: what they receive, and that a resumed run continues the same tracked run."""
 
 import dataclasses
 import importlib.util
@@ -72,7 +72,7 @@ def test_wandb_keeps_a_run_offline_and_continues_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     log_rows(tmp_path, "wandb", [1, 2])
     log_rows(tmp_path, "wandb", [3, 4])
-    wandb.teardown()  # Its service has written everything when it ends, as at the end of a process.
+    wandb.teardown()  # Its service has written everything when it ends, as at process exit.
     identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2

@@ -1,4 +1,4 @@
-"""However many hosts read a run, they read the same rows in the same order, and together the whole batch."""
+"""Any number of hosts read the same rows in the same order, and together the whole batch."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from tests.data.batches.test_schedule import make_paired_schedule, make_schedule
 
 
 def plan_of(paired, seed=3, **changes):
-    """A schedule as a host makes it, from an index of its own."""
+    """A host's schedule, from its own index."""
     if paired:
         return make_paired_schedule(paired_index(23, num_prompts=6), seed=seed, batch_size=8, **changes)
     return make_schedule(random_index(45, num_prompts=9), seed=seed, batch_size=16, **changes)

@@ -1,4 +1,4 @@
-"""How much of the packed rows is padding, and which row lengths are chosen."""
+"""Padding in packed rows, and the choice of row lengths."""
 
 import math
 
@@ -50,7 +50,7 @@ def choose(totals, **settings):
 
 
 def padding(schedule, num_steps):
-    """Share of the tokens of the microbatches in use, matched and unmatched, that is padding."""
+    """Share of padding in non-empty microbatches, matched and unmatched."""
     real = room = 0
     for s in range(num_steps):
         batch = schedule.batch(s)
@@ -98,12 +98,12 @@ def test_the_shortest_row_length_that_serves_is_chosen():
     assert choose(np.full(100, 32), batch_size=8, shortest=64) == (64,)
     # Three sequences of 30 fill a row of 96 best; 64 would hold two and keep 4.
     assert choose(np.full(100, 30), batch_size=9, shortest=64) == (96,)
-    # Nothing is gained by a second length, which would cost a compilation.
+    # A second length would gain nothing and cost a compilation.
     assert choose(np.full(100, 32), batch_size=8, shortest=64, num_lengths=3) == (64,)
 
 
 def test_a_length_is_chosen_for_the_microbatches_that_the_devices_need():
-    # Rows of 80 hold two sequences of 40. Eight rows of 64 hold all eight, in the one microbatch that there must be.
+    # Rows of 80 hold two sequences of 40. Eight rows of 64 hold all eight, in the one microbatch that is needed anyway.
     totals = np.full(100, 40)
     assert choose(totals, batch_size=8, shortest=64, microbatch_rows=1) == (80,)
     assert choose(totals, batch_size=8, shortest=64, microbatch_rows=8) == (64,)

@@ -1,4 +1,4 @@
-"""Batches made in other processes: the same, in order, and with an end for every end that a process can come to."""
+"""Batches from loader processes: the same, in order, and every way in which a process can end is handled."""
 
 import contextlib
 import functools
@@ -149,7 +149,7 @@ def test_what_a_loader_raises_is_raised_in_its_turn_with_where(kind, error, mess
 
 
 def children_are_gone():
-    """All but the resource tracker, which `multiprocessing` keeps."""
+    """All except the resource tracker, which `multiprocessing` keeps."""
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children()]
     return not any(b"spawn_main" in command for command in commands)
 
@@ -194,7 +194,7 @@ def send_big(step):
 
 def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
     with contextlib.closing(Loaders(send_big, range(9), 1)) as loaders:
-        time.sleep(1.5)  # the batch is larger than what the pipe holds: the loader waits in the middle of it
+        time.sleep(1.5)  # the batch exceeds the pipe's capacity: the loader blocks in the middle of it
         loaders._processes[0].kill()
         with pytest.raises(TransientError, match="was ended by SIGKILL"):
             next(iter(loaders))

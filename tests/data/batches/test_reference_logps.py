@@ -1,4 +1,4 @@
-"""The store of reference log-probabilities, and how a plan lays them into the slots of a batch."""
+"""The store of reference log-probabilities, and how a schedule writes them to the slots of a batch."""
 
 import dataclasses
 import pickle
@@ -25,7 +25,7 @@ def make_schedule(index, *, paired=False, unmatched=True, batch_size=10, **optio
 
 
 def number(prompts, completions):
-    """A number that names the pair."""
+    """A number that identifies the pair."""
     return (-(1000.0 * prompts + completions + 1)).astype(np.float32)
 
 
@@ -84,7 +84,7 @@ def test_steps_are_missing_until_they_are_written(tmp_path):
     store.write(1, np.array([5, 2]), np.float32([-1, -2]), np.float32([-3, 0]))
     assert store.is_missing(4).tolist() == [True, False, True, True]
     assert store.is_missing(2).tolist() == [True, False]
-    store.unmatched[2, 1] = -1  # a step that was cut off
+    store.unmatched[2, 1] = -1  # an interrupted step
     again = open_store(tmp_path / "store", 8, 4, 3)
     assert again.is_missing(4).tolist() == [True, False, True, True]
     assert again.matched[[5, 2]].tolist() == [-1, -2]

@@ -72,7 +72,7 @@ def make_schedule(index, **changes):
 
 
 def unpack(packed, by_slot=None):
-    """Every sequence of packed rows as (prompt ids, completion ids, value of its slot), read off the masks."""
+    """Every sequence of packed rows as (prompt ids, completion ids, value of its slot), read from the masks."""
     sequences = []
     for at in np.ndindex(packed.tokens.shape[:-1]):
         slots = packed.filled.shape[-1]

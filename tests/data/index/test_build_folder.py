@@ -1,4 +1,4 @@
-"""Builds that are killed, and builds of two processes at once."""
+"""Killed builds, and concurrent builds."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,7 @@ def sources(tmp_path):
 
 @pytest.fixture
 def start(sources, tokenizer):
-    """Starts a build in a process of its own."""
+    """Starts a build in a separate process."""
     plain = dataclasses.replace(tokenizer, has_chat_template=False)
     info = json.dumps({**vars(plain), "directory": str(plain.directory), "rendering": None})
     started = []
@@ -136,7 +136,7 @@ def test_a_killed_build_is_gone_on_with_and_leaves_no_process_and_no_folder(star
 
 
 class StoppedError(Exception):
-    """Stands in for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("num_chunks", range(1, 9))

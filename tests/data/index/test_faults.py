@@ -1,4 +1,4 @@
-"""A file with one row of each fault: every row that cannot be used is explained by its reason and its line."""
+"""A file with one row of each fault: every unusable row is reported with its reason and line."""
 
 import json
 

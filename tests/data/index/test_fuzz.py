@@ -46,7 +46,7 @@ GOOD = {
     ("ultrafeedback", "pairs"): [{**CHAT, "prompt": "Q"}],
     ("kto_mix", "thumbs"): [{"prompt": [user("Q")], "completion": [assistant("A")], "label": False}],
 }
-for words, text in BLOCKS:  # Every layout that is documented, also one whose rows are not above.
+for words, text in BLOCKS:  # Every documented layout, including those without rows above.
     kind = settings_of(words)
     GOOD.setdefault((kind.get("layout", "fields"), kind["format"]), []).extend(rows_of(text))
 WORDS = [
@@ -82,7 +82,7 @@ def places_of(value, path=()):
 
 
 def texts_of(value):
-    """Every text in a JSON value, keys left out, in order."""
+    """Every text in a JSON value except keys, in order."""
     if isinstance(value, str):
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""Sources that are read each in its own way, and how often an epoch visits their rows."""
+"""Sources with their own settings, and how often an epoch visits their rows."""
 
 import collections
 import itertools
@@ -27,7 +27,7 @@ ARCHITECTURE = TransformerConfig(
 
 
 def visits_of(sizes, weights, seed=0):
-    """Visits of sources that have so many rows each; row ids count from 100."""
+    """Visits of sources with the given numbers of rows; row ids start at 100."""
     sources = np.repeat(np.arange(len(sizes)), sizes)
     return Visits(
         100 + np.arange(len(sources)), np.concatenate([np.zeros(100, int), sources]), np.array(weights), seed=seed
@@ -166,7 +166,7 @@ def write(path, rows):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Four sources that have nothing in common but their prompts."""
+    """Four sources that share only their prompts."""
     return {
         "thumbs": write(tmp_path / "thumbs.jsonl", [
             {"q": f"Question {i}?", "a": f"Thumb {i}.", "up": "yes" if i % 3 else "no"} for i in range(12)
@@ -218,7 +218,7 @@ def test_every_source_is_read_in_its_own_way_into_one_index(make_index, mixed, t
     of_pairs = pairs[sources[pairs] == 1]
     assert (index.rejected[of_pairs] == of_pairs + 1).all() and (of_pairs == np.arange(12, 28, 2)).all()
     others = index.rejected[pairs[sources[pairs] != 1]]
-    # A pair of the file is whole: none of its completions is matched with another's.
+    # A pair of the file stays a pair: its completions are not matched with others.
     assert len(others) and not np.isin(sources[others], [1, 4]).any() and len(set(others.tolist())) == len(others)
     assert (index.prompt_hashes[pairs] == index.prompt_hashes[index.rejected[pairs]]).all()
 

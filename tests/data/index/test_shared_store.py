@@ -1,4 +1,4 @@
-"""Indices that are built by one host and copied by the others, in real processes; and all that a store may lack."""
+"""Indices that one host builds and the others copy, in real processes; and stores with missing or damaged files."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def host(tmp_path, rows, tokenizer):
-    """Starts a host: a process with a disk of its own. Its feedback lies where it likes."""
+    """Starts a host: a process with its own disk and its own path of the feedback."""
     info = json.dumps(
         {**vars(dataclasses.replace(tokenizer, has_chat_template=False))}
         | {"directory": str(tokenizer.directory), "rendering": None}
@@ -87,7 +87,7 @@ def host(tmp_path, rows, tokenizer):
 
 
 def finish(process):
-    """The lines that a host printed, and what it said."""
+    """A host's standard output, and its messages."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     return out.splitlines(), err
@@ -146,7 +146,7 @@ def test_processes_of_one_host_do_not_wait_for_each_other_for_ever(host):
 
 @pytest.fixture
 def make(make_index, tmp_path):
-    """An index by way of a store, on a disk of its own."""
+    """An index that was copied from a store to another disk."""
 
     def run(name, url, **fields):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -231,7 +231,7 @@ def test_waiting_ends_when_the_process_that_builds_is_gone(make, memory, monkeyp
     with store.signs_of_building(key):
         thread = threading.Timer(1.2, store.publish, (key, Path(__file__).parent))
         thread.start()
-        store.wait(key, lambda: False)  # three times its patience, for there are signs
+        store.wait(key, lambda: False)  # three times its patience, because there are heartbeats
         thread.join()
     assert "still waiting for the index, " in capsys.readouterr().err
     assert not [name for name in stored(memory) if name == "building.json"]

@@ -1,4 +1,4 @@
-"""Every attention for packed rows against the dense one, whose own tests are in test_attention.py."""
+"""Every attention for packed rows compared with dense attention, which test_attention.py tests."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def draw(tokens, heads=4, kv_heads=2, head_dim=8, dtype=np.float32):
     random = np.random.default_rng(0)
     query, weights = random.standard_normal((2, rows, length, heads, head_dim)).astype(dtype)
     key, value = random.standard_normal((2, rows, length, kv_heads, head_dim)).astype(dtype)
-    # What padding gets means nothing, and nothing reads it.
+    # Padding's values are meaningless, and nothing reads them.
     return query, key, value, weights * (tokens["segment_ids_RL"] > 0)[..., None, None]
 
 
@@ -66,7 +66,7 @@ def test_blocks_give_the_values_and_gradients_of_dense_attention(options):
 def test_blocks_are_right_whatever_the_order_of_the_tokens():
     shuffled = np.random.default_rng(1).permutation(100)
     compare(BLOCKS, {name: np.ascontiguousarray(x[:, shuffled]) for name, x in ROWS.items()}, window=9)
-    # One segment runs backwards: everything lies after the tokens that see it.
+    # One segment runs backwards: all keys come after the tokens that see them.
     compare(BLOCKS, {name: np.ascontiguousarray(x[:, ::-1]) for name, x in ROWS.items()})
 
 
@@ -108,7 +108,7 @@ def test_blocks_work_in_float64_and_bfloat16():
 def test_the_scale_of_scores_is_not_rounded_to_the_dtype_of_queries():
     query = jnp.asarray(np.random.default_rng(0).standard_normal((1000, 144)), jnp.bfloat16)
     wanted = np.asarray(query, np.float64) / 12
-    # Each product is rounded once, up or down: in the mean of many nothing is left.
+    # Each product is rounded once, up or down: the errors average out.
     assert abs(np.mean(np.asarray(scaled(query, None), np.float64) / wanted) - 1) < 2e-5
 
 
@@ -122,7 +122,7 @@ def test_every_product_of_splash_has_the_precision_that_was_asked_for():
     query, key, value, _ = draw(ROWS)
     attend = partial(splash_attention, precision=HIGHEST, **ROWS)
     text = str(jax.make_jaxpr(jax.grad(lambda *heads: attend(*heads).sum(), (0, 1, 2)))(query, key, value))
-    # Two of the forward pass, four for the gradient of keys and values, three for that of queries, and the means.
+    # Two in the forward pass, four for the gradients of keys and values, three for queries, and the means.
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 10
 
 

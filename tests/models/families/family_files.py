@@ -1,4 +1,4 @@
-"""A tiny config.json of every family, in which nothing that the family adds is without effect."""
+"""A tiny config.json of every family, in which everything that the family adds has an effect."""
 
 TINY = {
     "vocab_size": 64,

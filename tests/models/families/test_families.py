@@ -30,7 +30,7 @@ read = read_config_json
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A model of a family and parameters, all of them random: norms and biases too."""
+    """A model of a family, and random parameters, including norms and biases."""
     made = {}
 
     def make(name):
@@ -56,7 +56,7 @@ def test_a_file_of_each_family_survives_being_read_and_written(name):
         FILES[name]["architectures"],
         FILES[name]["model_type"],
     )
-    # By its model_type alone, as files of base models have it.
+    # By its model_type alone, as in files of base models.
     assert read(written | {"architectures": None}) == config
 
 
@@ -142,7 +142,7 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
     assert (older.rope_theta, older.local_rope_theta, older.rope_scaling) == (1e6, 1e3, LinearScaling(8.0))
     close(rotary_frequencies(older), 1e6 ** (-np.arange(8) / 8) / 8)
     close(rotary_frequencies(older, local=True), 1e3 ** (-np.arange(8) / 8))
-    # Where the kinds share one set, the local layers' is stretched too.
+    # If both kinds share one set, local layers are scaled too.
     shared = dataclasses.replace(older, local_rope_theta=None)
     close(rotary_frequencies(shared, local=True), rotary_frequencies(older))
 

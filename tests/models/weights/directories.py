@@ -1,4 +1,4 @@
-"""Model directories to load, and what they hold."""
+"""Model directories to load, and their contents."""
 
 import json
 

@@ -67,7 +67,7 @@ def test_an_export_says_what_rounding_changes(config, directory, tmp_path):
     start = load(directory)
     exact = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), start)
     assert save(exact, dtype="bfloat16").largest == 0
-    # A sixteenth of the step between neighbours: rounding takes all of it back.
+    # A sixteenth of the spacing of bfloat16: rounding undoes all of it.
     moved = jax.tree.map(lambda leaf: leaf * (1 + 2**-11), exact)
     rounding = save(moved, dtype="bfloat16", start=exact)
     assert rounding.largest == pytest.approx(2**-11, rel=1e-2) and rounding.undone == pytest.approx(1, rel=1e-2)

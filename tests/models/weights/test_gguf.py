@@ -24,7 +24,7 @@ GGUF_NAMES = {
 
 
 def permute(weights, heads):
-    """What llama.cpp's converter does to the query and key projections."""
+    """Permutes query and key projections as llama.cpp's converter does."""
     out, width = weights.shape
     return weights.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
@@ -67,7 +67,7 @@ def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=
 
 @pytest.fixture
 def config(config):
-    """Rows of a multiple of 32 values, which the quantisations want."""
+    """Rows of a multiple of 32 values, which the quantisations require."""
     return dataclasses.replace(config, mlp_dim=64, norm_eps=1e-5)
 
 

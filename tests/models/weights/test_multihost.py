@@ -61,7 +61,7 @@ def test_two_processes_read_half_each_and_write_one_whole_model(config, tmp_path
             process.stdout.close()
             process.stderr.close()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors for _, errors in results)
-    # Told through files: the transport's own lines go to the workers' standard output, now before theirs, now after.
+    # Through files, because the transport's own lines mix with the workers' standard output.
     for process in range(2):
         num_read, num_params = json.loads((tmp_path / f"read{process}.json").read_text())
         assert num_read == num_params // 2
