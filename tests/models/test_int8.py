@@ -17,7 +17,7 @@ from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 TOKENS = draw_tokens(0, 4, 16)
 
 
-def test_a_weight_is_off_by_half_a_scale_of_its_channel_at_most():
+def test_the_error_of_a_weight_is_at_most_half_its_channels_scale():
     weight = jax.random.normal(jax.random.key(0), (3, 20, 8)) * jnp.logspace(-3, 3, 8)[None, None]
     weight = weight.at[:, :, 3].set(0)
     kept = quantise(weight, -2)
@@ -65,7 +65,7 @@ def test_reward_and_value_heads_are_not_quantised(head, config):
     shardings(make_mesh(MeshConfig(fsdp=8)), model.logical_axes("int8"), abstract)
 
 
-def test_no_matrix_of_all_layers_is_turned_back_at_once(model, params):
+def test_matrices_are_dequantised_layer_by_layer(model, params):
     tokens = draw_tokens(0, 3, 7)
     jaxpr = jax.make_jaxpr(model.hidden_states)(quantised(params), tokens, *whole_rows(tokens))
     wide = {params["layers"]["mlp"]["gate"]["weight"].shape, params["embed"]["table"].shape}
@@ -75,7 +75,7 @@ def test_no_matrix_of_all_layers_is_turned_back_at_once(model, params):
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)], ids=["4x2", "8"])
-def test_it_is_read_from_files_matrix_by_matrix_onto_any_mesh(sizes, model, params, tmp_path):
+def test_int8_is_loaded_matrix_by_matrix_onto_any_mesh(sizes, model, params, tmp_path):
     save_hugging_face(tmp_path / "m", model, params, tokenizer_dir=None, model_card="")
     mesh = make_mesh(sizes)
     spread = Model.create(model.config, remat="none", layout=Layout(constrain=constrainer(mesh)))

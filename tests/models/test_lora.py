@@ -39,7 +39,7 @@ def merged(params, adapters):
 
 
 @pytest.mark.parametrize("zero", ["a", "b"])
-def test_a_policy_begins_as_the_frozen_model_to_the_bit_and_can_leave_it(zero, model, params):
+def test_a_policy_starts_bitwise_equal_to_the_frozen_model_and_can_change(zero, model, params):
     lora = LoraConfig(rank=3, zero=zero)
     adapters = init_adapters(params, lora, jax.random.key(0))
     laid, rows = merge_adapters(params, adapters, SCALE), whole_rows(TOKENS)
@@ -57,7 +57,7 @@ def test_a_policy_begins_as_the_frozen_model_to_the_bit_and_can_leave_it(zero, m
 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])
-def test_the_forward_pass_is_that_of_the_sum(kept, model, params):
+def test_the_forward_pass_equals_that_of_the_merged_matrices(kept, model, params):
     frozen = quantised(params) if kept == "int8" else params
     adapters, rows = drawn(params), whole_rows(TOKENS)
     got = hidden_states(model, merge_adapters(frozen, adapters, SCALE), TOKENS, *rows)
@@ -73,7 +73,7 @@ def test_the_forward_pass_is_that_of_the_sum(kept, model, params):
         )
 
 
-def test_gradients_are_those_of_the_whole_matrix_through_the_other_factor(config):
+def test_gradients_are_the_merged_matrixs_gradient_times_the_other_factor(config):
     """dA = α/r · dW Bᵀ and dB = α/r · Aᵀ dW, dW the gradient of the sum."""
     with jax.enable_x64(True):
         model, rows = Model.create(config, dtype="float64"), whole_rows(TOKENS)

@@ -90,14 +90,14 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(mod
         close(hidden[:, 0], expected[np.arange(2), place])
 
 
-def test_padding_leaves_the_cache_as_it_was(model, params):
+def test_padding_does_not_change_the_cache(model, params):
     tokens = draw_tokens(1, 2, 3)
     _, cache = jax.jit(model.decode)(params, model.init_cache(2, 8), tokens, whole_rows(tokens)[1])
     _, after = jax.jit(model.decode)(params, cache, tokens, np.full((2, 3), -1))
     jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-def test_remat_policies_give_equal_gradients_and_hold_less_memory(config, params):
+def test_remat_policies_give_equal_gradients_and_use_less_memory(config, params):
     tokens = draw_tokens(1, 4, 64)
 
     def gradient_and_bytes(remat):
@@ -137,12 +137,12 @@ def test_every_parameter_has_a_logical_name_for_each_axis(model):
     jax.tree.map(check, model.abstract_params("float32"), model.logical_axes())
 
 
-def test_models_of_one_config_are_one_static_argument(config):
+def test_models_of_one_config_are_equal_static_arguments(config):
     assert hash(Model.create(config)) == hash(Model.create(config)) and Model.create(config) == Model.create(config)
     assert Model.create(config, dtype="bfloat16") != Model.create(config)
 
 
-def test_activations_are_offered_to_constrain_with_their_axes(config, params):
+def test_activations_are_passed_to_constrain_with_their_axes(config, params):
     seen = set()
 
     def constrain(array, axes):
@@ -167,7 +167,7 @@ def test_random_parameters_have_the_configured_spread_and_dtype(model, config):
 
 @pytest.mark.parametrize("head", ["reward", "value"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_scalar_head_is_one_more_branch_of_the_tree_and_leaves_the_trunk_as_it_was(config, head, tied):
+def test_a_scalar_head_is_another_branch_of_the_tree_and_does_not_change_the_trunk(config, head, tied):
     config = dataclasses.replace(config, tied_head=tied)
     plain, model = Model.create(config), Model.create(config, scalar_head=head)
     trunk, params = (m.init_params(jax.random.key(3), "bfloat16") for m in (plain, model))
@@ -211,7 +211,7 @@ def test_a_reward_is_linear_in_the_hidden_state_and_has_the_configured_spread(co
     close(model.apply_scalar_head({"scorer": {"weight": weight}}, hidden), expected)
 
 
-def test_a_value_is_that_of_three_layers_and_starts_at_zero_with_a_gradient(config):
+def test_a_value_head_has_three_layers_and_starts_at_zero_with_a_gradient(config):
     model = Model.create(config, scalar_head="value")
     params = model.init_params(jax.random.key(0), "float32")
     hidden = jax.random.normal(jax.random.key(1), (2, 5, config.embed_dim))
@@ -240,7 +240,7 @@ def test_scores_of_bfloat16_are_computed_in_float32_and_those_of_float64_in_floa
         assert model.apply_scalar_head(params, hidden.astype(jnp.float64)).dtype == jnp.float64
 
 
-def test_a_scorer_is_part_of_what_a_model_is_and_an_unknown_one_is_refused(config):
+def test_a_scalar_head_is_part_of_a_models_identity_and_an_unknown_one_is_refused(config):
     kinds = [Model.create(config, scalar_head=kind) for kind in ("none", "reward", "value")]
     assert len({*kinds, Model.create(config)}) == 3
     with pytest.raises(ConfigError, match="scalar_head='critic' is unknown; it may be none, reward, value"):
@@ -248,7 +248,7 @@ def test_a_scorer_is_part_of_what_a_model_is_and_an_unknown_one_is_refused(confi
 
 
 @pytest.mark.parametrize("remat, kept", [("full", 0), ("offload", 1)])
-def test_what_a_layer_keeps_waits_on_the_host_where_offloading_is_asked_for(remat, kept, config, params):
+def test_offloading_keeps_the_inputs_of_layers_in_host_memory(remat, kept, config, params):
     tokens = draw_tokens(0, 2, 8)
     rematerialised = Model.create(config, remat=remat)
 

@@ -85,7 +85,7 @@ def test_flops_of_a_token_are_twice_its_matmul_weights_and_the_attention():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(change, message):
+def test_unsupported_architectures_are_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message):
         read_config_json(LLAMA | change)
 

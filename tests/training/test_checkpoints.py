@@ -67,7 +67,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("restored_on", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(restored_on, tmp_path):
+def test_the_newest_state_is_restored_bitwise_on_any_mesh(restored_on, tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None, None])
     restored = checkpoints.restore(make_abstract(make_mesh(restored_on)), 2)
     expected = advance(advance(jax.device_put(first)))
@@ -78,7 +78,7 @@ def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(restored_on, tmp_pat
     assert restored.policy["embed"]["table"].sharding.mesh.shape["tensor"] == max(restored_on.tensor, 1)
 
 
-def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkpoint(tmp_path):
+def test_a_checkpoint_holds_a_synced_reference_and_the_objectives_state(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), reference_moves=True)
     state = dataclasses.replace(make_state(mesh), objective_state={"running_mean": jnp.array(0.25)})
@@ -94,7 +94,7 @@ def test_a_reference_that_moves_and_the_state_of_the_objective_lie_in_the_checkp
     assert not (tmp_path / "checkpoints" / "reference").exists()
 
 
-def test_a_reference_in_int8_comes_back_on_another_mesh(tmp_path):
+def test_an_int8_reference_is_restored_on_another_mesh(tmp_path):
     states = []
     for sizes in (MeshConfig(fsdp=4, data=2), MeshConfig(data=2, fsdp=2, tensor=2)):
         mesh = make_mesh(sizes)
@@ -153,7 +153,7 @@ def test_adapters_and_int8_matrices_that_were_saved_as_dictionaries_are_restored
     assert jax.tree.structure(policy) == jax.tree.structure(expected) and equal(policy, expected)
 
 
-def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
+def test_without_a_reference_none_is_written_or_expected(tmp_path):
     mesh = make_mesh(MeshConfig())
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     state = dataclasses.replace(make_state(mesh), reference={})
@@ -166,7 +166,7 @@ def test_without_a_reference_none_is_written_and_none_is_missed(tmp_path):
     assert not (tmp_path / "checkpoints" / "reference").exists()
 
 
-def test_the_optimizer_of_a_value_head_comes_back(tmp_path):
+def test_the_optimizer_state_of_a_value_head_is_restored(tmp_path):
     mesh = make_mesh(MeshConfig(fsdp=4, data=2))
     model = Model.create(ARCHITECTURE, scalar_head="value")
     optimizer = make_optimizer(OptimizerConfig(), make_learning_rate(OptimizerConfig(), 100), value_head=True)
@@ -231,7 +231,7 @@ def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
     assert tokenizer == tmp_path / "tokenizer"
 
 
-def test_a_folder_without_a_run_or_checkpoint_is_said(tmp_path):
+def test_a_folder_without_a_run_or_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         load_policy(tmp_path)
     write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))

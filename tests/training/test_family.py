@@ -118,13 +118,13 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_moves_its_margin_the_right_way_and_flipped_labels_the_other_way(name):
+def test_every_objective_raises_its_margin_and_flipped_labels_lower_it(name):
     check_both_ways(ObjectiveConfig(name=name), EIGHT)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name, options", VARIANTS, ids=lambda value: "-".join(map(str, dict(value=value).values())))
-def test_every_variant_does_too(name, options):
+def test_every_variant_raises_its_margin_and_flipped_labels_lower_it(name, options):
     check_both_ways(ObjectiveConfig(name=name, **options), ONE)
 
 
@@ -178,7 +178,7 @@ def test_moves_of_a_bfloat16_reference_differ_by_step_and_by_array_but_not_by_me
     assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == jax.device_get(y))), first, spread))
 
 
-def test_a_move_is_exact_in_float32_and_to_the_nearest_where_nothing_of_the_old_stays():
+def test_a_sync_is_exact_in_float32_and_rounds_to_nearest_for_a_full_copy():
     # 20 bits, so that float32 represents the mean exactly and bfloat16 neither of the two.
     old, new = (np.random.default_rng(seed).integers(1 << 20, size=999).astype(np.float32) for seed in (0, 1))
     mixed = moved({"w": jnp.asarray(old)}, {"w": jnp.asarray(new)}, mix=0.5)["w"]
@@ -187,7 +187,7 @@ def test_a_move_is_exact_in_float32_and_to_the_nearest_where_nothing_of_the_old_
     np.testing.assert_array_equal(copied.astype(jnp.float32), jnp.asarray(new, jnp.bfloat16).astype(jnp.float32))
 
 
-def test_bco_goes_on_from_the_mean_of_the_rewards_so_far():
+def test_bco_continues_from_the_mean_of_the_rewards_so_far():
     history = train(ObjectiveConfig(name="bco"))[2]
     assert history[0]["running_mean"] == 0  # the policy is still the reference
     assert history[-1]["running_count"] == sum(row["examples"] for row in history)

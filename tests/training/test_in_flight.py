@@ -77,7 +77,7 @@ def arrivals(clock, *times):
         yield BATCH
 
 
-def test_a_step_takes_from_the_completion_of_the_one_before_to_its_own(setting):
+def test_a_steps_time_is_from_the_previous_completion_to_its_own(setting):
     clock, devices, program, in_flight = setting
     batches = in_flight.arriving(arrivals(clock, 0, 0, 0))
     in_flight.dispatch(1, program, 0, next(batches))
@@ -94,7 +94,7 @@ def test_a_step_takes_from_the_completion_of_the_one_before_to_its_own(setting):
     assert len(in_flight) == 0
 
 
-def test_a_wait_for_a_batch_counts_only_while_the_devices_have_nothing_to_do(setting):
+def test_a_wait_for_a_batch_counts_only_while_the_devices_are_idle(setting):
     clock, devices, program, in_flight = setting
     batches = in_flight.arriving(arrivals(clock, 1.0, 5.0, 9.0))
     in_flight.dispatch(1, program, 0, next(batches))
@@ -126,7 +126,7 @@ def test_compiling_is_reported_and_not_part_of_the_step(setting, capsys):
     assert in_flight.read()[1].items() >= {"seconds": 6.0, "compile_seconds": 4.0}.items()
 
 
-def test_a_pause_between_steps_is_no_part_of_any(setting):
+def test_a_pause_between_steps_belongs_to_no_step(setting):
     clock, devices, program, in_flight = setting
     batches = in_flight.arriving(arrivals(clock, 0, 0))
     in_flight.dispatch(1, program, 0, next(batches))
@@ -153,7 +153,7 @@ def test_a_step_faster_than_a_measured_peak_raises_it_and_one_faster_than_a_publ
     assert ("above the" in capsys.readouterr().err) == measured
 
 
-def test_what_goes_wrong_on_the_devices_is_raised_when_the_row_is_read(setting, monkeypatch):
+def test_errors_on_the_devices_are_raised_when_the_row_is_read(setting, monkeypatch):
     _, _, program, in_flight = setting
 
     def fail(figures):

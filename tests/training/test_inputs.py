@@ -38,7 +38,7 @@ def config(**changes):
     return Config(**{"model": ModelConfig(path="x"), "data": data, "batch_size": 16, "microbatch_rows": 8} | changes)
 
 
-def test_an_evaluation_is_a_fair_draw_even_where_the_file_is_sorted_by_prompt():
+def test_an_evaluation_is_a_random_sample_even_if_the_file_is_sorted_by_prompt():
     index = make_index(400, num_prompts=40)
     index.prompt_hashes.sort()
     index.splits[:] = 1
@@ -140,7 +140,7 @@ def test_labels_are_counted_as_often_as_an_epoch_visits_them():
     assert count_visits(index) == (10 + 30, 15)
 
 
-def test_a_row_length_of_auto_is_that_of_the_rows_that_are_visited_often():
+def test_an_auto_row_length_fits_the_rows_that_are_visited_often():
     index = make_index(400, min_length=4, max_length=38)
     lengths = np.diff(index.offsets)
     index.places[lengths > 20, 0] = 1
@@ -153,7 +153,7 @@ def test_a_row_length_of_auto_is_that_of_the_rows_that_are_visited_often():
 
 
 @pytest.mark.parametrize("name, shortest", [("kto", 38), ("dpo", 76)])
-def test_a_row_length_of_auto_is_chosen_from_the_lengths_and_leaves_less_padding(name, shortest):
+def test_an_auto_row_length_is_chosen_from_the_lengths_and_reduces_padding(name, shortest):
     index = make_index(400, paired=True)
 
     def padding(row_length):
@@ -173,7 +173,7 @@ def test_only_objectives_that_read_unrelated_completions_pack_them():
         assert (make_schedules(config(), index, objective(name), None)[0].batch(0).num_unmatched > 0) == packed
 
 
-def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the_good_one():
+def test_controls_precede_completions_and_held_out_completions_follow_the_good_one():
     index = make_index(40)
     index.splits[20:] = 1
     bad, good = np.array([1], np.int32), np.array([2, 2], np.int32)
@@ -206,7 +206,7 @@ def test_controls_stand_before_completions_and_held_out_rows_are_read_behind_the
     ({"name": "kto"}, {"batch_size": 1}, "batch_size=1 leaves no other example"),
     ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and the format of 'x' is 'thumbs'"),
 ])  # fmt: skip
-def test_settings_that_an_objective_has_no_use_for_are_refused(options, elsewhere, message):
+def test_settings_that_an_objective_does_not_use_are_refused(options, elsewhere, message):
     check_together(config(), KTO)
     with pytest.raises(ConfigError, match=message):
         check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
@@ -232,7 +232,7 @@ def test_a_control_without_tokens_or_beyond_the_vocabulary_is_refused(text, mess
     ({"reference": ReferenceConfig(sync_every=4)}, r"reference.sync_every=4.*rank=4: the frozen weights cannot move"),
     ({"model": ModelConfig(path="x", param_dtype="bfloat16")}, r"param_dtype='bfloat16'.*adapters are small"),
 ])  # fmt: skip
-def test_what_adapters_cannot_go_with_is_refused(elsewhere, message):
+def test_settings_that_conflict_with_adapters_are_refused(elsewhere, message):
     adapters = {"lora": LoraConfig(rank=4)}
     check_together(config(**adapters), KTO)
     check_together(config(**adapters, reference=ReferenceConfig(param_dtype="int8")), objective("orpo"))

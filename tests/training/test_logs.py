@@ -22,7 +22,7 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.25}
 
 
-def test_a_figure_that_is_not_finite_becomes_null_and_is_not_shown(tmp_path, capsys):
+def test_a_non_finite_figure_becomes_null_and_is_not_shown(tmp_path, capsys):
     write(tmp_path, 0, [1])
     assert "nan" not in capsys.readouterr().err.lower()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "auc": None}]
@@ -37,7 +37,7 @@ def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_when_a_run
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_other_processes_than_the_first_write_nothing(tmp_path):
+def test_only_the_first_process_writes(tmp_path):
     with MetricsLog(tmp_path, 0, 10, enabled=False) as log:
         log.write(1, {"loss": 0.5})
     assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,7 @@ def test_all_rows_are_written_before_a_save_and_those_of_earlier_steps_before_an
     assert [row["step"] for row in run.rows() if "eval_loss" in row] == [3, 6]
 
 
-def test_a_run_ends_by_bad_steps_with_their_rows_and_without_a_save(world):
+def test_too_many_bad_steps_end_a_run_with_their_rows_and_without_a_save(world):
     run = world(bad_from=3)
     assert run.run() == 1
     assert [row["num_bad_steps"] for row in run.rows()] == [0, 0, 1, 2]
@@ -142,7 +142,7 @@ def test_a_signal_saves_after_the_step_with_all_rows(world, capsys):
     assert "stopped by a signal after step 3; run the same command to resume" in capsys.readouterr().err
 
 
-def test_minutes_between_checkpoints_save_beside_the_steps_between_them(world, monkeypatch):
+def test_time_based_checkpoints_are_saved_besides_step_based_ones(world, monkeypatch):
     class Timer:
         def __init__(self, minutes):
             assert minutes == 1.5
@@ -161,9 +161,7 @@ def test_minutes_between_checkpoints_save_beside_the_steps_between_them(world, m
 
 
 @pytest.mark.parametrize("where", ["save", "__call__", "evaluate"])
-def test_whatever_goes_wrong_the_log_and_the_batches_are_closed_and_the_rows_before_are_on_disk(
-    world, where, monkeypatch
-):
+def test_after_any_error_the_log_and_the_batches_are_closed_and_earlier_rows_are_on_disk(world, where, monkeypatch):
     run = world(evaluation=EvaluationConfig(every=3), checkpoint=CheckpointConfig(every=3))
     method = getattr(World, where)
 
@@ -209,7 +207,7 @@ def test_a_profile_traces_its_steps_with_nothing_else_in_flight(world, monkeypat
     assert traced[0] == first + 1 or f"log {traced[0] - 1}" in run.events[:begin]
 
 
-def test_a_profile_that_the_run_ends_in_is_still_written(monkeypatch, tmp_path):
+def test_a_profile_is_written_even_if_the_run_ends_within_it(monkeypatch, tmp_path):
     profiler = Profiler(monkeypatch)
     with contextlib.suppress(ZeroDivisionError), Profile(tmp_path, ProfileConfig(start=0, steps=100)) as profile:
         profile.before(1)

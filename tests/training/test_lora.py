@@ -57,7 +57,7 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=4)])
-def test_adapters_train_alike_on_every_mesh_and_what_is_frozen_stays(sizes):
+def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(sizes):
     with jax.enable_x64(True):
         expected, policy, _ = three_steps(MeshConfig(), 1)
         got, policy_there, frozen = three_steps(sizes, 8)
@@ -116,7 +116,7 @@ def figures(workdir):
     return [{name: row[name] for name in ("loss", "z0", "grad_norm", "margin")} for row in rows_of(workdir)]
 
 
-def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(finished):
+def test_a_run_learns_and_writes_the_adapters_and_the_merged_policy(finished):
     log = figures(finished)
     assert (log[0]["loss"], log[0]["margin"]) == (0.5, 0.0)  # it starts as the reference
     assert log[-1]["margin"] > 0.3
@@ -140,7 +140,7 @@ def test_a_run_learns_and_leaves_the_adapters_beside_a_policy_that_holds_them(fi
     assert "low-rank adapters of rank 4, alpha 16" in (finished / "policy" / "README.md").read_text()
 
 
-def test_a_run_that_is_continued_from_a_checkpoint_equals_an_unbroken_one_to_the_bit(finished, tmp_path):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     for left in ("checkpoints/8", "policy", "adapter", "report.html"):
@@ -158,7 +158,7 @@ def test_a_run_that_is_continued_from_a_checkpoint_equals_an_unbroken_one_to_the
     ["--config.reference.param_dtype=bfloat16", "--config.lora.targets=query,value"],
     ["--config.objective.name=reward"], ["--config.objective.name=ppo_offline"], ["--config.objective.name=orpo"],
 ])  # fmt: skip
-def test_adapters_go_with_every_kind_of_frozen_weights_and_of_heads(arguments, tmp_path):
+def test_adapters_work_with_every_dtype_of_frozen_weights_and_every_head(arguments, tmp_path):
     assert main([*RUN, *arguments, f"--workdir={tmp_path / 'run'}"]) == 0
     log = rows_of(tmp_path / "run")
     assert log[-1]["margin"] > log[0]["margin"]

@@ -47,7 +47,7 @@ def assert_same(name, got):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_ten_steps_over_a_mesh_are_those_of_one_device(mesh, name):
+def test_ten_steps_over_a_mesh_equal_those_of_one_device(mesh, name):
     with jax.enable_x64(OPTIMIZERS[name][0] == "float64"):
         got = ten_steps(name, MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     assert_same(name, got)
@@ -56,7 +56,7 @@ def test_ten_steps_over_a_mesh_are_those_of_one_device(mesh, name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("count, mesh", PROCESSES, ids=str)
-def test_ten_steps_of_several_processes_are_those_of_one_device(count, mesh, name, tmp_path):
+def test_ten_steps_in_several_processes_equal_those_of_one_device(count, mesh, name, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     per_process = math.prod(mesh) // count

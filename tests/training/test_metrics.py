@@ -31,7 +31,7 @@ def test_auc_of_many_examples_does_not_overflow():
     assert metrics.auc(rewards, rewards >= 60_000, jnp.ones(120_000, bool)) == 1
 
 
-def test_auc_of_one_class_is_not_a_number():
+def test_auc_of_one_class_is_nan():
     assert jnp.isnan(metrics.auc(jnp.ones(200), everything, everything))
 
 
@@ -56,7 +56,7 @@ def test_figures_of_a_batch_by_hand():
     assert metrics.saturated(rewards - 1, where) == 0.25  # only 9 is more than 3.64 from 1
 
 
-def test_a_class_that_is_absent_has_no_mean_and_there_is_no_margin():
+def test_an_absent_class_has_no_mean_and_no_margin():
     figures = metrics.class_figures(jnp.ones(3), jnp.ones(3, bool), jnp.ones(3, bool))
     assert figures["rewards_desirable"] == 1
     assert jnp.isnan(figures["rewards_undesirable"])

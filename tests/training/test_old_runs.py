@@ -45,7 +45,7 @@ def rows(path):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_bc03b27_is_resumed_with_its_own_numbers(name, folder):
+def test_a_run_of_bc03b27_is_resumed_with_the_same_numbers(name, folder):
     assert main([*COMMAND, *RUNS[name], f"--workdir={name}"]) == 0
     expected, got = rows(folder / name / "expected.jsonl"), rows(folder / name / "metrics.jsonl")
     assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]

@@ -64,7 +64,7 @@ def test_a_resumed_run_keeps_its_commits_and_does_not_ask_the_hub(hub, tmp_path)
     assert pin_sources(run_of(), tmp_path / "other") != first
 
 
-def test_a_run_begun_before_commits_were_recorded_is_resumed_as_it_was_recorded(hub, tmp_path):
+def test_a_run_that_predates_recorded_commits_is_resumed_with_its_recorded_sources(hub, tmp_path):
     hub.commit({"config.json": "1"})
     record(run_of(), tmp_path)
     assert pin_sources(run_of(), tmp_path) == run_of()
@@ -77,7 +77,7 @@ def test_a_resumed_run_without_a_reference_path_or_held_out_files_gets_none(tmp_
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
-def test_a_config_json_that_is_broken_is_left_to_the_check_of_the_folder(hub, tmp_path, text):
+def test_check_folder_reports_a_broken_config_json(hub, tmp_path, text):
     commit = hub.commit({"config.json": "1"})
     (tmp_path / "config.json").write_text(text)
     assert pin_sources(run_of(), tmp_path).model.path == f"org/name@{commit}"

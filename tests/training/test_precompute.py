@@ -54,7 +54,7 @@ def stores(cache):
     ["--config.objective.name=apo_zero_unpaired", "--config.model.param_dtype=bfloat16"],
     ["--config.reference.param_dtype=int8"],
 ], ids=lambda options: options[0].split(".")[-1])  # fmt: skip
-def test_losses_are_those_of_a_run_that_holds_the_reference(tmp_path, options, pairs_file):
+def test_losses_equal_those_of_a_run_with_the_reference_in_memory(tmp_path, options, pairs_file):
     options = [option.replace("configs/tiny_pairs.jsonl", str(pairs_file)) for option in options]
     held, stored = train(tmp_path / "held", *options), train(tmp_path / "stored", STORED, *options)
     assert len(held) == len(stored) >= 4
@@ -96,7 +96,7 @@ def test_a_second_run_loads_no_reference(tmp_path, monkeypatch):
         train(tmp_path / "third", STORED, "--config.seed=1")
 
 
-def test_a_run_whose_reference_has_changed_under_it_is_refused(tmp_path, capsys):
+def test_a_run_whose_reference_has_changed_is_refused(tmp_path, capsys):
     model = tmp_path / "model"
     train(tmp_path / "maker", "--config.max_steps=1")
     shutil.copytree(tmp_path / "maker" / "policy", model)
@@ -127,7 +127,7 @@ def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, cache):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_a_run_that_is_ended_while_it_computes_goes_on(tmp_path, cache, capsys, number, code):
+def test_an_interrupted_precomputation_is_resumed(tmp_path, cache, capsys, number, code):
     seed = f"--config.seed={80 + number}"
     arguments = [seed, "--config.epochs=40", "--config.max_steps=500", STORED]
     command = [sys.executable, "-m", "kto_jax.train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
@@ -149,7 +149,7 @@ def test_a_run_that_is_ended_while_it_computes_goes_on(tmp_path, cache, capsys, 
     assert int(said[1]) <= 6 - 3 + 1
 
 
-def test_a_reference_that_finds_a_completion_impossible_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_reference_with_a_non_finite_log_probability_is_refused(tmp_path, monkeypatch, capsys):
     broken = lambda *arguments: jnp.full(arguments[2].filled.shape, -jnp.inf)  # noqa: E731
     monkeypatch.setattr(kto_jax.training.precompute, "packed_logps", broken)
     command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, "--config.seed=9"]
@@ -163,7 +163,7 @@ def test_a_reference_that_finds_a_completion_impossible_is_refused(tmp_path, mon
     (["--config.objective.name=ppo_offline"], "needs them per token"),
     (["--config.objective.name=sft"], "holds no reference"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")  # fmt: skip
-def test_what_needs_the_reference_itself_is_refused(tmp_path, capsys, options, why):
+def test_settings_that_need_the_reference_itself_are_refused(tmp_path, capsys, options, why):
     command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *STEPS, STORED, *options]
     assert main(command) == 2
     assert why in message(capsys)

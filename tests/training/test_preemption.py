@@ -62,7 +62,7 @@ def test_during_the_steps_a_signal_is_remembered(number, code):
         assert asked.exit_code == code
 
 
-def test_the_former_handlers_and_threads_come_back():
+def test_the_previous_handlers_and_threads_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Preemption(), Preemption():
         pass
@@ -71,7 +71,7 @@ def test_the_former_handlers_and_threads_come_back():
     assert "signals" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_questions_to_the_preemption_service_are_numbered_without_gaps_for_the_life_of_a_process(monkeypatch):
+def test_calls_of_the_preemption_service_are_numbered_without_gaps_over_a_processs_life(monkeypatch):
     asked = []
     monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", asked.append)
     monkeypatch.setattr(preemption, "_several_processes", lambda: True)

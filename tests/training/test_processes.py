@@ -131,7 +131,7 @@ def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
+def test_a_run_is_resumed_with_another_number_of_processes(alone, cache, tmp_path):
     workdir = tmp_path / "run"
     # A save after every step, so that the run does not end before it handles the signal.
     processes = start(cache, workdir, 2, "--config.checkpoint.every=1")
@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, cache, tmp_path):
     (1, [75]),  # Gloo's error reaches Python.
     (2, [75, -signal.SIGABRT]),  # Its devices deadlock; JAX's heartbeat aborts it.
 ])  # fmt: skip
-def test_when_one_process_is_killed_the_other_ends_to_be_restarted_and_the_run_resumes_alone(
+def test_after_a_process_is_killed_the_other_exits_for_a_restart_and_the_run_resumes_alone(
     devices, ends, alone, cache, tmp_path
 ):
     workdir = tmp_path / "run"
@@ -167,7 +167,7 @@ def test_when_one_process_is_killed_the_other_ends_to_be_restarted_and_the_run_r
     assert_same_policy(workdir, alone)
 
 
-def test_what_one_process_refuses_ends_all(cache, tmp_path):
+def test_a_refusal_of_one_process_ends_all(cache, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     codes, messages = finish(start(cache, tmp_path / "run", 2))
@@ -176,7 +176,7 @@ def test_what_one_process_refuses_ends_all(cache, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_what_one_process_alone_cannot_do_ends_the_others_too(cache, tmp_path):
+def test_a_failure_of_one_process_ends_the_others_too(cache, tmp_path):
     broken = tmp_path / "no folder"
     broken.write_text("a file")
     processes = start(cache, tmp_path / "run", 2, of_second={"KTO_JAX_CACHE": str(broken)})
@@ -198,7 +198,7 @@ print(processes.tell(f"word {sys.argv[1]}"), processes.as_first_says(processes.i
 
 
 @pytest.mark.slow
-def test_processes_wait_for_each_other_for_longer_than_for_a_sign_of_life():
+def test_processes_wait_for_each_other_longer_than_the_heartbeat_timeout():
     outputs = [process.communicate(timeout=100) for process in start_script(TALK)]
     assert [said for said, _ in outputs] == ["['word 0', 'word 1'] True\n"] * 2, outputs
 
@@ -243,7 +243,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
     (dict(zip(NAMES, ("127.0.0.1:1", "two", "0"), strict=True)), [], "lacks nothing"),
     ({}, ["--config.processes.count=2"], "1 processes were started, and config.processes.count=2"),
 ], ids=["missing", "no number", "count"])  # fmt: skip
-def test_processes_that_cannot_find_each_other_are_refused(cache, tmp_path, variables, arguments, why):
+def test_processes_that_cannot_connect_are_refused(cache, tmp_path, variables, arguments, why):
     codes, (message,) = finish(start(cache, tmp_path / "run", 1, *arguments, variables=variables))
     assert codes == [2]
     assert why in " ".join(message.split())

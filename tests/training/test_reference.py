@@ -141,7 +141,7 @@ def test_a_bfloat16_reference_of_a_bfloat16_base_is_exact(base, tmp_path):
     assert not (tmp_path / "run" / "reference_error.json").exists()
 
 
-def test_a_run_is_resumed_with_the_dtype_that_it_began_with(tmp_path):
+def test_a_run_is_resumed_with_the_dtype_that_it_started_with(tmp_path):
     workdir = tmp_path / "run"
     command = ["--config=configs/tiny.py", f"--workdir={workdir}", *QUICK, "--config.reference.max_error=1"]
     assert main([*command, "--config.reference.param_dtype=bfloat16"]) == 0
@@ -192,7 +192,7 @@ def config(init="pretrained", path=str(TINY), **reference):
     ({"path": PUBLISHED, "sync_every": 4}, "float32"),
     ({"path": PUBLISHED, "param_dtype": "int8"}, "int8"),
 ])  # fmt: skip
-def test_auto_loses_nothing_of_what_the_policy_begins_with(options, expected):
+def test_auto_holds_the_policys_initial_weights_exactly(options, expected):
     assert choose_dtype(config(**options), only_config=True).reference.param_dtype == expected
 
 

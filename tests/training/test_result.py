@@ -22,7 +22,7 @@ QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evalua
     (("bfloat16", "bfloat16"), "bfloat16"), (("float16", "float16"), "float16"), (("float16", "float32"), "float32"),
     (("bfloat16", "float16"), "float32"),
 ])  # fmt: skip
-def test_the_written_dtype_is_the_one_of_all_weights(tmp_path, dtypes, expected):
+def test_the_written_dtype_is_the_common_dtype_of_all_weights(tmp_path, dtypes, expected):
     save_file({f"w{i}": np.ones(4, jnp.dtype(dtype)) for i, dtype in enumerate(dtypes)}, tmp_path / "model.safetensors")
     assert written_dtype(tmp_path) == expected
 
@@ -45,7 +45,7 @@ def test_a_policy_of_bfloat16_weights_is_written_in_bfloat16(tmp_path):
     assert choose_export_dtype(chosen) == chosen
 
 
-def test_a_run_begun_before_the_dtype_could_be_chosen_is_written_as_it_was_trained(tmp_path):
+def test_a_run_that_predates_the_export_dtype_is_exported_in_its_training_dtype(tmp_path):
     recorded = dataclasses.asdict(Config())
     del recorded["export"]
     (tmp_path / "config.json").write_text(json.dumps(recorded))

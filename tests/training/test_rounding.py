@@ -19,7 +19,7 @@ ROUND = jax.jit(round_by_chance)
 
 
 @pytest.mark.parametrize("x", [1.0 + 0.3 / 128, -1.0 - 0.3 / 128, 3e-39, 1e30, 255.9])
-def test_a_number_is_rounded_to_its_neighbours_and_right_in_the_mean(x):
+def test_a_number_is_rounded_to_its_neighbours_and_correct_on_average(x):
     rounded = np.asarray(ROUND(jnp.full(100_000, x, jnp.float32), jax.random.key(0)).astype(jnp.float32))
     exact = float(np.float32(x))
     above, below = rounded.max(), rounded.min()
@@ -29,13 +29,13 @@ def test_a_number_is_rounded_to_its_neighbours_and_right_in_the_mean(x):
     assert np.mean(rounded == above) == pytest.approx(share, abs=0.01)
 
 
-def test_what_bfloat16_holds_and_what_is_no_number_stays():
+def test_bfloat16_values_and_non_finite_ones_are_unchanged():
     x = jnp.array([0.0, -0.0, 1.5, -(2.0**100), jnp.inf, -jnp.inf, jnp.nan])
     for seed in range(20):
         np.testing.assert_array_equal(ROUND(x, jax.random.key(seed)).astype(jnp.float32), x)
 
 
-def test_what_is_drawn_does_not_depend_on_the_mesh():
+def test_random_bits_do_not_depend_on_the_mesh():
     x = jax.random.normal(jax.random.key(0), (16, 24))
     expected = ROUND(x, jax.random.key(1))
     for sizes, spec in ((MeshConfig(data=1, fsdp=8), ("fsdp",)), (MeshConfig(fsdp=2, tensor=4), ("tensor", "fsdp"))):
@@ -131,7 +131,7 @@ def test_draws_differ_by_step_by_seed_and_by_array():
     assert len({draw.tobytes() for draw in draws}) == 6
 
 
-def test_the_rounded_state_lies_like_the_parameters():
+def test_the_rounded_state_is_sharded_like_the_parameters():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     layout = NamedSharding(mesh, PartitionSpec("fsdp"))
     policy = {"w": jax.device_put(jnp.ones((8, 2), jnp.bfloat16), layout)}

@@ -24,7 +24,7 @@ def history(folder):
     return [(part["first_step"], part["config"]["max_bad_steps"]) for part in map(json.loads, lines)]
 
 
-def test_every_part_of_a_run_keeps_its_configuration_and_the_step_it_began_after(tmp_path):
+def test_every_part_of_a_run_keeps_its_configuration_and_its_first_step(tmp_path):
     record_part(tmp_path, 0, FIRST)
     record_part(tmp_path, 6, SECOND)
     assert history(tmp_path) == [(0, 3), (6, 4)]
@@ -36,7 +36,7 @@ def test_a_part_whose_rows_are_dropped_is_dropped_from_the_history(tmp_path):
     assert history(tmp_path) == [(0, 3), (6, 3)]
 
 
-def test_a_run_begun_before_there_was_a_history_keeps_what_its_first_part_ran_with(tmp_path):
+def test_a_run_that_predates_the_history_keeps_the_configuration_of_its_first_part(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"max_bad_steps": 7}))
     run_folder._begin_history(tmp_path)
     record_part(tmp_path, 5, SECOND)
@@ -45,7 +45,7 @@ def test_a_run_begun_before_there_was_a_history_keeps_what_its_first_part_ran_wi
     assert history(tmp_path) == [(0, 7), (5, 4)]
 
 
-def test_a_folder_that_a_shared_file_system_shows_late_is_waited_for(tmp_path):
+def test_processes_wait_for_a_folder_that_a_shared_file_system_shows_late(tmp_path):
     looked = threading.Event()
 
     class Late(type(tmp_path)):

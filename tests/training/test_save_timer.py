@@ -30,14 +30,14 @@ class Run:
         return due
 
 
-def test_without_minutes_nobody_is_asked():
+def test_without_minutes_no_process_is_asked():
     run = Run(0)
     assert run.take(range(1, 100), pace=1000.0) == []
     assert run.answers == []
 
 
 @pytest.mark.parametrize("pace", [0.05, 1.0, 7.0, 400.0])
-def test_saves_are_as_far_apart_as_was_asked_for_and_a_step_at_most(pace):
+def test_saves_are_the_requested_time_apart_plus_at_most_a_step(pace):
     run = Run(5)
     due = run.take(range(101, 101 + int(4000 / pace)), pace)
     assert len(due) == pytest.approx(4000 // max(300, pace), abs=1)
@@ -60,7 +60,7 @@ def test_steps_that_become_slower_are_noticed():
     assert 600 <= due[1] <= 600 + 100 * 2.0
 
 
-def test_a_save_for_another_reason_begins_a_new_period():
+def test_a_save_for_another_reason_restarts_the_timer():
     run = Run(5)
     run.take(range(1, 200), pace=1.0)
     run.timer.restart(200)
@@ -68,7 +68,7 @@ def test_a_save_for_another_reason_begins_a_new_period():
     assert [step for step, _ in run.take(range(500, 503), pace=1.0)] == [500]
 
 
-def test_all_processes_do_as_the_first_says_whatever_their_own_clocks_say():
+def test_all_processes_follow_the_first_whatever_their_own_clocks_say():
     first = SaveTimer(1, clock=iter(range(0, 10_000, 10)).__next__, ask=lambda own: record.append(own) or own)
     record: list[int] = []
     decisions = []

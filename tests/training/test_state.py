@@ -100,7 +100,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(adam[0].mu["w"], [0.6, 0.8], rtol=1e-5)
 
 
-def test_gradients_within_the_bound_are_left_as_they_are_and_infinity_bounds_nothing():
+def test_gradients_within_the_bound_are_unchanged_and_infinity_does_not_clip():
     for bound in (51.0, np.inf):
         _, (_, adam) = update("adamw", [30.0, 40.0], clip_norm=bound)
         np.testing.assert_allclose(adam[0].mu["w"], [3.0, 4.0], rtol=1e-6)
@@ -108,7 +108,7 @@ def test_gradients_within_the_bound_are_left_as_they_are_and_infinity_bounds_not
     np.testing.assert_array_equal(adam[0].mu["w"], [0.0, 0.0])
 
 
-def test_a_value_head_is_clipped_apart_from_the_policy():
+def test_a_value_head_is_clipped_separately_from_the_policy():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=10.0, value_clip_norm=0.5)
     optimizer = make_optimizer(config, make_learning_rate(config, 10), value_head=True)
     params = {"embed": jnp.zeros(2), "scorer": {"w": jnp.zeros(2)}}
@@ -118,7 +118,7 @@ def test_a_value_head_is_clipped_apart_from_the_policy():
     np.testing.assert_allclose(adam[0].mu["scorer"]["w"], [0.03, 0.04], rtol=1e-5)
 
 
-def test_the_optimizer_state_lies_like_the_parameters():
+def test_the_optimizer_state_is_sharded_like_the_parameters():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     layout = NamedSharding(mesh, PartitionSpec("fsdp"))
     policy = {"w": jax.device_put(jnp.ones((8, 2)), layout)}

@@ -176,7 +176,7 @@ def one_step(num_prompts=None, dtype="float32", **changes):
     return before, jax.device_get(after), jax.device_get(figures), model, batch
 
 
-def test_a_step_moves_the_policy_and_leaves_the_reference():
+def test_a_step_updates_the_policy_and_not_the_reference():
     before, after, figures, _, batch = plain_step()
     assert after.step == 1
     assert after.num_bad_steps == 0
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
     jax.tree.map(np.testing.assert_array_equal, (before.policy, before.opt_state), (after.policy, after.opt_state))
 
 
-def test_the_learning_rate_is_the_one_that_was_applied_whatever_steps_were_bad():
+def test_the_logged_learning_rate_is_the_applied_one_after_bad_steps_too():
     """The optimizer counts updates: after two bad steps it is still at the start of its warm-up."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(CONFIG, layout=Layout(attention=choose_attention("auto", mesh)))
@@ -233,7 +233,7 @@ def test_bfloat16_compute_trains_float32_weights_close_to_the_float32_step():
     assert figures["loss"] != expected["loss"]
 
 
-def test_a_batch_of_one_prompt_has_no_reference_point_and_says_so():
+def test_a_batch_of_one_prompt_has_no_unmatched_pairs_and_a_z0_of_0():
     _, _, figures, _, _ = one_step(num_prompts=1)
     assert figures["z0"] == figures["kl"] == figures["num_unmatched"] == 0
     assert np.isfinite(figures["loss"])

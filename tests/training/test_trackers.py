@@ -25,7 +25,7 @@ def test_names_are_grouped_by_training_and_evaluation():
     assert grouped({"loss": 1, "eval_loss": 2, "mfu": 3}) == {"train/loss": 1, "eval/loss": 2, "train/mfu": 3}
 
 
-def test_a_configuration_becomes_one_level_of_values_that_trackers_take():
+def test_a_configuration_is_flattened_to_values_that_trackers_accept():
     assert flat({"a": 1, "b": {"c": True, "d": {}}, "e": ("x",), "f": None}) == {
         "a": 1, "b.c": True, "b.d": "{}", "e": "('x',)", "f": "None",
     }  # fmt: skip
@@ -100,7 +100,7 @@ def test_mlflow_keeps_a_run_in_a_local_store_and_continues_it(tmp_path, monkeypa
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
-def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_rows_go_on(tmp_path, capsys):
+def test_a_tracker_that_fails_is_dropped_with_a_warning_and_logging_continues(tmp_path, capsys):
     class Broken:
         def log(self, step, figures):
             raise OSError("no server")

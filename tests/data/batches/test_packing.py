@@ -19,7 +19,7 @@ def log_normal(count, *, seed=0):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), max_size=50), st.integers(1, 6))
-def test_every_sequence_lies_where_it_left_the_least_room(lengths, slots):
+def test_every_sequence_is_in_the_row_where_it_leaves_the_least_room(lengths, slots):
     num_prompt, num_completion = np.array(lengths, np.int64).reshape(-1, 2).T
     total = num_prompt + num_completion
     packing = pack(num_prompt, num_completion, RowShape(length=32, completion_length=14, slots=slots))
@@ -38,7 +38,7 @@ def test_every_sequence_lies_where_it_left_the_least_room(lengths, slots):
     assert packing.num_rows == len(rows)
 
 
-def test_packing_log_normal_lengths_takes_hardly_more_rows_than_their_tokens_need():
+def test_packing_log_normal_lengths_needs_few_more_rows_than_their_tokens_fill():
     shape, lengths = RowShape(2048, 2048, 64), log_normal(256 * 20).reshape(20, 256)
     rows = [pack(batch - 1, np.ones_like(batch), shape).num_rows for batch in lengths]
     assert sum(rows) <= sum(math.ceil(batch.sum() / 2048) for batch in lengths) + 4
@@ -60,7 +60,7 @@ def padding(schedule, num_steps):
     return 1 - real / room
 
 
-def test_two_row_lengths_leave_under_eight_hundredths_where_one_cannot():
+def test_two_row_lengths_leave_under_8_percent_padding_where_one_cannot():
     totals = log_normal(2000)
     index = fake_index(np.stack([totals - totals // 3, totals // 3], axis=1).tolist(), max_prompt_length=2000)
     lengths = choose_row_lengths(totals - totals // 3, totals // 3, batch_size=32, shortest=2048, num_lengths=2)
@@ -70,7 +70,7 @@ def test_two_row_lengths_leave_under_eight_hundredths_where_one_cannot():
     assert two < 0.08 < one
 
 
-def test_each_step_takes_the_row_length_that_passes_the_fewest_tokens_through_the_model():
+def test_each_step_uses_the_row_length_with_the_fewest_tokens():
     index = random_index(300)
     settings = {"batch_size": 8, "microbatch_rows": 1, "completion_length": 40}
     schedule = make_schedule(index, row_length=(72, 64, 96), **settings)
@@ -110,7 +110,7 @@ def test_a_length_is_chosen_for_the_microbatches_that_the_devices_need():
     assert choose(totals, batch_size=9, shortest=64, microbatch_rows=8) == (80,)
 
 
-def test_a_second_length_must_save_a_hundredth():
+def test_a_second_length_must_save_1_percent():
     totals = log_normal(20000)
     sizes = [len(choose(totals, batch_size=n, shortest=2048, num_lengths=2)) for n in (32, 256)]
     assert sizes == [2, 1]

@@ -50,7 +50,7 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("num_loaders", [1, 2])
-def test_loaders_make_what_a_thread_makes_to_the_bit(schedule, num_loaders):
+def test_loaders_make_bitwise_the_same_batches_as_a_thread(schedule, num_loaders):
     steps = range(3, schedule.num_steps)
     assert len(steps) == 13
     batches = list(prefetch(schedule.batch, steps, num_loaders=num_loaders))
@@ -63,12 +63,12 @@ def test_fewer_steps_than_loaders_are_made_too(schedule):
     assert list(prefetch(schedule.batch, [], num_loaders=1)) == []
 
 
-def test_what_is_left_to_finish_is_done_here_and_in_order(schedule):
+def test_finish_runs_in_this_process_and_in_order(schedule):
     finished = prefetch(schedule.batch, range(4), num_loaders=2, finish=lambda batch: (os.getpid(), batch.num_matched))
     assert list(finished) == [(os.getpid(), schedule.batch(step).num_matched) for step in range(4)]
 
 
-def test_a_plan_travels_without_the_columns_of_its_index(schedule, index):
+def test_a_schedule_is_pickled_without_the_columns_of_its_index(schedule, index):
     travelled = pickle.dumps(schedule)
     assert len(travelled) < len(pickle.dumps(index.manifest)) + 8 * schedule.num_examples + 4096
     copy = pickle.loads(travelled)
@@ -80,7 +80,7 @@ def where_jax_would_run(step):
     return jax.config.jax_platforms
 
 
-def test_loaders_take_hold_of_no_accelerator(monkeypatch):
+def test_loaders_claim_no_accelerator(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert next(prefetch(where_jax_would_run, range(1), num_loaders=1)) == "cpu"
     assert os.environ["JAX_PLATFORMS"] == "cuda"
@@ -116,7 +116,7 @@ def growing(step):
     }
 
 
-def test_arrays_of_all_sizes_come_back_as_they_were_and_stay_so():
+def test_arrays_of_all_sizes_arrive_unchanged_and_stay_so():
     results = list(prefetch(growing, range(8), num_loaders=1))
     assert equal(results, [growing(step) for step in range(8)])
     results[4]["a"] += 1  # the receiver's own
@@ -138,7 +138,7 @@ def refuse(kind, step):
 @pytest.mark.parametrize(("kind", "error", "message"), [
     ("plain", ValueError, "bad row"), ("strange", RuntimeError, "StrangeError: bad"),
 ])  # fmt: skip
-def test_what_a_loader_raises_is_raised_in_its_turn_with_where(kind, error, message):
+def test_a_loaders_exception_is_raised_in_its_turn_with_its_place(kind, error, message):
     results = prefetch(functools.partial(refuse, kind), range(9), num_loaders=2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(error, match=message) as caught:
@@ -179,7 +179,7 @@ def end_itself(how, step):
     ("kill", TransientError, r"loader 1 of .*=2 was ended by SIGKILL \(the system does so .* memory runs out\)"),
     ("exit", ConfigError, "loader 1 of .*=2 ended with exit code 7 while it made the batch of step 3"),
 ])  # fmt: skip
-def test_a_loader_that_is_killed_is_said_in_its_turn_and_no_process_is_left(how, kind, message):
+def test_a_killed_loader_is_reported_in_its_turn_and_no_process_is_left(how, kind, message):
     results = prefetch(functools.partial(end_itself, how), range(9), num_loaders=2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(kind, match=message) as caught:
@@ -192,7 +192,7 @@ def send_big(step):
     return bytes(1 << 20)
 
 
-def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
+def test_a_loader_killed_while_it_sends_a_batch_is_reported_too():
     with contextlib.closing(Loaders(send_big, range(9), 1)) as loaders:
         time.sleep(1.5)  # the batch exceeds the pipe's capacity: the loader blocks in the middle of it
         loaders._processes[0].kill()
@@ -200,7 +200,7 @@ def test_a_loader_that_is_killed_while_it_hands_over_is_said_too():
             next(iter(loaders))
 
 
-def test_signals_that_end_a_run_leave_loaders_at_work_until_the_run_ends(schedule):
+def test_loaders_ignore_signals_and_work_until_the_run_ends(schedule):
     results = prefetch(pid_of_step, range(9), num_loaders=2)
     pids = [next(results), next(results)]
     for pid in pids:
@@ -210,7 +210,7 @@ def test_signals_that_end_a_run_leave_loaders_at_work_until_the_run_ends(schedul
     assert children_are_gone()
 
 
-def test_a_caller_that_goes_away_early_leaves_no_process():
+def test_a_caller_that_stops_early_leaves_no_process():
     results = prefetch(pid_of_step, range(100), num_loaders=2)
     next(results)
     results.close()

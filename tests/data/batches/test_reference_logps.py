@@ -91,7 +91,7 @@ def test_steps_are_missing_until_they_are_written(tmp_path):
     assert again.unmatched[1].tolist() == [-3, 0, 0]
 
 
-def test_to_another_process_travels_the_place(tmp_path):
+def test_pickling_a_store_transfers_only_its_path(tmp_path):
     store = open_store(tmp_path / "store", 1000, 4, 3)
     store.write(2, np.array([7]), np.float32([-1]), np.float32([-5]))
     packed = pickle.dumps(store)
@@ -100,7 +100,7 @@ def test_to_another_process_travels_the_place(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\x93NUMPY no"), lambda path: np.save(path, [1.0])])
-def test_what_is_no_store_is_refused(tmp_path, damage):
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path, damage):
     open_store(tmp_path / "store", 8, 4, 3)
     damage(tmp_path / "store" / "matched.npy")
     with pytest.raises(ConfigError, match=r"matched.npy is not an array of \(8,\).*Delete the folder"):
@@ -110,13 +110,13 @@ def test_what_is_no_store_is_refused(tmp_path, damage):
 @pytest.mark.parametrize("change", [
     {"batch_size": 8}, {"max_length": 39}, {"shuffle": False}, {"unmatched": False}, {"paired": True},
 ])  # fmt: skip
-def test_what_decides_the_sequences_is_in_the_key(change):
+def test_the_key_covers_everything_that_determines_the_sequences(change):
     index = named(make_index(64, paired=True))
     assert make_schedule(index).key == make_schedule(index).key
     assert make_schedule(index, **change).key != make_schedule(index).key
 
 
-def test_how_sequences_are_packed_is_not_in_the_key():
+def test_the_key_does_not_depend_on_packing():
     index = named(make_index(64))
     assert (
         make_schedule(index, row_length=160, microbatch_rows=1, completion_length=150).key == make_schedule(index).key

@@ -222,7 +222,7 @@ def test_packing_respects_the_three_capacities(lengths, slots):
     assert packing.num_rows <= len(lengths) and (len(lengths) == 0 or packing.rows.max() + 1 == packing.num_rows)
 
 
-def test_microbatches_are_full_but_for_the_last_and_the_count_says_how_many_hold_anything():
+def test_all_microbatches_but_the_last_are_full_and_the_count_excludes_empty_ones():
     index = random_index(64)
     batch = make_schedule(index, batch_size=64).batch(0)
     for packed, count in ((batch.matched, batch.num_matched), (batch.unmatched, batch.num_unmatched)):
@@ -270,7 +270,7 @@ def test_a_host_reads_only_the_rows_of_its_slice(monkeypatch):
         ({"ids": np.zeros(0, np.int64)}, "the split is empty"),
     ],
 )
-def test_a_plan_that_cannot_hold_its_rows_is_refused(changes, message):
+def test_a_schedule_whose_rows_do_not_fit_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         make_schedule(fake_index([(3, 4)] * 5), **changes)
 
@@ -334,7 +334,7 @@ def pairs_of(packed):
 @pytest.mark.parametrize("microbatch_rows", [1, 3])
 @settings(max_examples=25, deadline=None)
 @given(num_pairs=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 99))
-def test_the_completions_of_a_pair_lie_in_one_row_in_neighbouring_slots(microbatch_rows, num_pairs, batch_size, seed):
+def test_the_completions_of_a_pair_are_in_adjacent_slots_of_one_row(microbatch_rows, num_pairs, batch_size, seed):
     index = paired_index(num_pairs, num_prompts=5, lengths=(2, 20, 28), seed=seed)
     shape = {"batch_size": batch_size, "microbatch_rows": microbatch_rows, "row_length": 96, "completion_length": 60}
     schedule = make_paired_schedule(index, seed=seed, **shape)
@@ -401,7 +401,7 @@ def test_every_slot_has_the_score_of_its_example_and_empty_slots_have_none():
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_without_unmatched_no_partners_are_sought_and_nothing_of_them_is_packed(paired):
+def test_without_unmatched_rows_no_partners_are_computed_or_packed(paired):
     index = paired_index(20)
     schedule = (make_paired_schedule if paired else make_schedule)(index, unmatched=False)
     batch, whole = schedule.batch(0, slice(1, 3)), schedule.batch(0)
@@ -473,7 +473,7 @@ def test_a_control_that_leaves_no_token_of_the_prompt_is_refused():
         ({"ids": np.zeros(0, np.int64)}, "the split is empty"),
     ],
 )
-def test_a_plan_that_cannot_hold_its_pairs_is_refused(changes, message):
+def test_a_schedule_whose_pairs_do_not_fit_is_refused(changes, message):
     index = fake_index([(3, 4)] * 10)
     index.rejected[::2] = np.arange(1, 10, 2)
     make_paired_schedule(index, row_length=96, completion_length=8)
@@ -510,7 +510,7 @@ def test_a_synthetic_index_of_pairs_shares_prompts_and_weights():
     assert len(np.unique(index.prompt_hashes)) == 6
 
 
-def test_a_pair_weighs_the_geometric_mean_of_its_rows():
+def test_a_pairs_weight_is_the_geometric_mean_of_its_rows():
     index = synthetic.make_index(16, paired=True)
     index.weights[:] = np.tile([1.0, 4.0, 2.0, 0.0], 4)
     schedule = synthetic.make_schedule(

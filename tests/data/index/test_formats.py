@@ -232,7 +232,7 @@ def test_an_unused_copy_of_a_held_out_row_is_no_overlap(make_index):
 
 
 @pytest.mark.parametrize("fields", [{"format": "scores", "score_rule": "bernoulli"}, {}, {"one_per_prompt": True}])
-def test_chance_does_not_depend_on_how_rows_are_read(make_index, monkeypatch, fields):
+def test_random_choices_do_not_depend_on_how_rows_are_read(make_index, monkeypatch, fields):
     from kto_jax.data.index import builder
 
     rows = [{**SCORED, "prompt": f"{i % 7}", "completion": f"{i}", "label": i % 2 == 0} for i in range(50)]

@@ -25,7 +25,7 @@ def index(make_index):
     return make_index(toy_rows(), holdout=0.25, judge_holdout=0.25)
 
 
-def test_rows_lie_in_source_order_with_their_labels_weights_and_places(index, tokenizer):
+def test_rows_are_in_source_order_with_their_labels_weights_and_places(index, tokenizer):
     rows = toy_rows()
     assert len(index.desirable) == len(rows) == 120
     for i in (0, 41, 119):
@@ -103,7 +103,7 @@ def test_the_content_does_not_depend_on_how_many_workers_tokenize(make_index, mo
     assert one.manifest["content_sha256"] == two.manifest["content_sha256"]
 
 
-def test_held_out_feedback_of_its_own_is_never_trained_on(make_index):
+def test_separate_held_out_feedback_is_never_trained_on(make_index):
     index = make_index(toy_rows(), [{"prompt": "New?", "completion": "Yes.", "label": True}], holdout=0.5)
     assert len(index.sequences("train")) == 120 and index.sequences("eval").tolist() == [120]
     assert index.place(120).endswith("eval.jsonl:1")

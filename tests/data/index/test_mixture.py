@@ -202,7 +202,7 @@ def mixture(mixed, **weights):
     )
 
 
-def test_every_source_is_read_in_its_own_way_into_one_index(make_index, mixed, tmp_path):
+def test_every_source_is_read_with_its_own_settings_into_one_index(make_index, mixed, tmp_path):
     index = make_index([], train=mixture(mixed), directory=tmp_path)
     manifest = index.manifest
     assert [source["accepted"] for source in manifest["sources"]] == [12, 8, 10, 5, 3] and manifest["rejected"] == 0
@@ -223,7 +223,7 @@ def test_every_source_is_read_in_its_own_way_into_one_index(make_index, mixed, t
     assert (index.prompt_hashes[pairs] == index.prompt_hashes[index.rejected[pairs]]).all()
 
 
-def test_scores_with_a_rule_of_their_own_are_judged_by_themselves(make_index, mixed, tmp_path):
+def test_scores_with_their_own_rule_are_labelled_separately(make_index, mixed, tmp_path):
     index = make_index([], train=mixture(mixed), directory=tmp_path)
     assert [
         (scale["sources"], scale["rule"], scale["pivot"], scale["unused"]) for scale in index.manifest["scores"]
@@ -264,14 +264,14 @@ def test_weights_rebuild_nothing_but_other_settings_of_a_source_do(make_index, m
     assert make_index([], train=changed, directory=tmp_path).manifest["key"] != first.manifest["key"]
 
 
-def test_the_manifest_says_what_share_of_an_epoch_each_source_makes(make_index, mixed, tmp_path):
+def test_the_manifest_holds_each_sources_share_of_an_epoch(make_index, mixed, tmp_path):
     train = mixture(mixed, thumbs=0.5, pairs=0.25)[:2]
     sources = make_index([], train=train, directory=tmp_path).manifest["sources"]
     assert [(s["weight"], s["share"]["completions"]) for s in sources] == [(0.5, 0.6), (0.25, 0.4)]  # 6 and 4 visits
     assert sources[0]["share"]["pairs"] == 0.0 and sources[1]["share"]["pairs"] == 1.0
 
 
-def test_held_out_sources_are_read_in_their_own_way_and_once_each(make_index, mixed, tmp_path):
+def test_held_out_sources_are_read_with_their_own_settings_and_once_each(make_index, mixed, tmp_path):
     train, held_out = mixture(mixed, pairs=2.0)[1:2], mixture(mixed)[:1]
     index = make_index([], train=train, eval=held_out, directory=tmp_path)
     assert len(index.sequences("train")) == 16 and len(index.sequences("eval")) == 12
@@ -301,7 +301,7 @@ def test_the_sources_of_a_configuration_come_in_order_and_empty_ones_are_left_ou
     ]
 
 
-def test_a_run_is_continued_with_the_weights_that_it_was_begun_with(make_index, mixed, tmp_path, tokenizer):
+def test_a_run_is_resumed_with_the_weights_that_it_started_with(make_index, mixed, tmp_path, tokenizer):
     def open_with(**weights):
         config = resolve({"model": {"path": "m"}, "data": {"train": mixture(mixed, **weights)}})
         index = make_index([], train=config.data.train, directory=tmp_path)

@@ -111,7 +111,7 @@ def test_one_host_builds_and_publishes_and_the_others_wait_and_copy(host, tmp_pa
     assert later[0].startswith("digest"), "a later run builds nothing and writes nothing"
 
 
-def test_a_host_that_was_killed_while_it_published_left_nothing_that_is_read_and_publishes_anew(host, tmp_path):
+def test_a_host_killed_while_publishing_leaves_nothing_readable_and_publishes_again(host, tmp_path):
     killed = host("first", pause=0.5)
     for _ in range(4):  # building, and three files of it
         killed.stdout.readline()
@@ -136,7 +136,7 @@ def test_a_disk_that_is_lost_with_its_host_is_no_loss(host, tmp_path):
     assert rebuilt[0] == "building" and finish(host("second"))[0][0].split()[:2] == rebuilt[-1].split()[:2]
 
 
-def test_processes_of_one_host_do_not_wait_for_each_other_for_ever(host):
+def test_processes_of_one_host_do_not_deadlock(host):
     waiting, building = host("both", builds=False), host("both")
     assert finish(building)[0][-1] == finish(waiting)[0][-1]
 
@@ -178,7 +178,7 @@ def test_an_index_goes_through_a_bucket_unchanged(make, memory, monkeypatch):
     assert second.directory != first.directory and not list(second.directory.parent.glob("building-*"))
 
 
-def test_an_index_that_is_here_already_is_published_for_the_others(make, memory):
+def test_an_existing_index_is_published_for_the_others(make, memory):
     make("first", "")
     assert not fsspec.filesystem("memory").exists("/indices")
     make("first", memory)
@@ -186,7 +186,9 @@ def test_an_index_that_is_here_already_is_published_for_the_others(make, memory)
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_a_copy_that_is_not_what_was_published_is_refused_until_the_store_is_mended(make, memory, tmp_path, damage):
+def test_a_copy_that_differs_from_the_published_index_is_refused_until_the_store_is_fixed(
+    make, memory, tmp_path, damage
+):
     make("first", memory)
     files = fsspec.filesystem("memory")
     path = next(path for name, path in stored(memory).items() if name.startswith("tokens-"))
@@ -241,7 +243,7 @@ def test_waiting_ends_when_the_process_that_builds_is_gone(make, memory, monkeyp
     assert 0.4 < time.monotonic() - started < 5
 
 
-def test_a_host_that_waits_takes_what_another_process_brought_to_its_disk(memory, monkeypatch):
+def test_a_waiting_host_uses_an_index_that_another_process_brought_to_its_disk(memory, monkeypatch):
     monkeypatch.setattr(store_module, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(store_module, "_PATIENCE_SECONDS", 1.0)
     calls = []

@@ -64,7 +64,7 @@ def test_chunks_of_queries_give_the_values_and_gradients_of_one_block(chunk):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, dense)
 
 
-def test_a_query_that_sees_no_key_gives_no_nan_nor_its_gradient():
+def test_a_query_that_sees_no_key_has_no_nan_in_value_or_gradient():
     query, key, value, positions, _ = draw()
     total = lambda query: attention(  # noqa: E731
         query, key, value, query_places_RL=positions - 1, key_places_RS=positions,

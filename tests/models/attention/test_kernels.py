@@ -63,7 +63,7 @@ def test_blocks_give_the_values_and_gradients_of_dense_attention(options):
     compare(BLOCKS, ROWS, **options)
 
 
-def test_blocks_are_right_whatever_the_order_of_the_tokens():
+def test_blocks_are_correct_for_any_order_of_the_tokens():
     shuffled = np.random.default_rng(1).permutation(100)
     compare(BLOCKS, {name: np.ascontiguousarray(x[:, shuffled]) for name, x in ROWS.items()}, window=9)
     # One segment runs backwards: all keys come after the tokens that see them.
@@ -118,7 +118,7 @@ def test_splash_gives_the_values_and_gradients_of_dense_attention(options):
     compare(partial(splash_attention, interpret=True, precision=HIGHEST), tokens, **options)
 
 
-def test_every_product_of_splash_has_the_precision_that_was_asked_for():
+def test_every_matmul_of_splash_has_the_requested_precision():
     query, key, value, _ = draw(ROWS)
     attend = partial(splash_attention, precision=HIGHEST, **ROWS)
     text = str(jax.make_jaxpr(jax.grad(lambda *heads: attend(*heads).sum(), (0, 1, 2)))(query, key, value))
@@ -126,7 +126,7 @@ def test_every_product_of_splash_has_the_precision_that_was_asked_for():
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 10
 
 
-def test_rows_are_padded_to_large_blocks_unless_that_takes_much():
+def test_rows_are_padded_to_large_blocks_unless_that_adds_much_padding():
     assert [block_and_length(length) for length in (100, 500, 600, 2304, 2944, 8192, 8320)] == [
         (128, 128), (512, 512), (128, 640), (384, 2304), (512, 3072), (512, 8192), (512, 8704),
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def test_triton_gives_the_values_and_gradients_of_dense_attention():
     compare(partial(triton_attention, interpret=True), tokens, scale=0.7)
 
 
-def test_in_bfloat16_triton_is_about_as_exact_as_blocks():
+def test_triton_in_bfloat16_is_about_as_accurate_as_blocks():
     with jax.enable_x64(True):
         exact = jax.device_get(values_and_gradients(partial(dense_attention, **ROWS), *draw(ROWS, dtype=np.float64)))
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in draw(ROWS)]

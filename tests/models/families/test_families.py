@@ -112,7 +112,7 @@ def test_which_layers_are_local(name, change, local):
     assert read(write_config_json(config)) == config
 
 
-def test_what_a_file_leaves_out_is_what_transformers_takes_for_it():
+def test_missing_entries_get_the_defaults_of_transformers():
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     bare = {name: FILES["gemma3"][name] for name in sizes} | {"hidden_size": 64, "num_attention_heads": 16}
     gemma3 = read(bare | {"model_type": "gemma3_text", "num_hidden_layers": 12})
@@ -182,12 +182,12 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
     ],
 )
-def test_what_is_not_built_of_a_family_is_refused_by_name(name, change, message):
+def test_unsupported_options_of_a_family_are_refused_by_name(name, change, message):
     with pytest.raises(ConfigError, match=message):
         read(FILES[name] | change)
 
 
-def test_a_config_that_its_family_has_no_words_for_is_not_written():
+def test_a_config_that_its_family_cannot_express_is_not_written():
     config = dataclasses.replace(read(FILES["qwen3"]), final_softcap=30.0)
     with pytest.raises(AssertionError, match=r"no config.json of a qwen3 describes"):
         write_config_json(config)
@@ -232,7 +232,7 @@ def test_tensors_have_the_names_of_their_family():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_parameter_can_be_laid_on_a_mesh(name):
+def test_every_parameter_can_be_sharded_over_a_mesh(name):
     model = Model.create(read(FILES[name]))
 
     def check(leaf, axes):
@@ -304,7 +304,7 @@ def test_the_soft_cap_of_logits_is_applied_wherever_logits_are_made(drawn):
     ("name", "length", "branches"),
     [("mistral", 8, 0), ("qwen2", 8, 0), ("gemma2", 8, 1), ("gemma2", WINDOW, 0), ("gemma3", WINDOW, 0)],
 )
-def test_layers_that_see_alike_have_no_branches(name, length, branches):
+def test_models_whose_layers_are_all_alike_have_no_branches(name, length, branches):
     model = Model.create(read(FILES[name]), remat="none", layout=Layout(attention=dense_attention))
     tokens = draw_tokens(1, 1, length)
     forward = lambda params: model.hidden_states(params, tokens, *whole_rows(tokens))  # noqa: E731

@@ -62,7 +62,7 @@ def test_an_export_in_bfloat16_holds_rounded_weights(config, directory, weights,
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out"))} == {"float32"}
 
 
-def test_an_export_says_what_rounding_changes(config, directory, tmp_path):
+def test_an_export_reports_the_effect_of_rounding(config, directory, tmp_path):
     save = partial(save_hugging_face, tmp_path / "out", Model.create(config), tokenizer_dir=None, model_card=CARD)
     start = load(directory)
     exact = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), start)
@@ -108,7 +108,7 @@ def test_an_export_never_replaces_what_is_not_a_model(config, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_an_export_of_sharded_parameters_equals_that_of_whole_ones(config, directory, weights, tmp_path):
+def test_an_export_of_sharded_parameters_equals_an_unsharded_one(config, directory, weights, tmp_path):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "fsdp"))  # noqa: E731
     model = Model.create(config)

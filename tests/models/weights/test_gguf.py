@@ -86,7 +86,7 @@ def test_every_quantisation_is_read_and_the_permutation_undone(config, tmp_path,
         np.testing.assert_array_equal(read.read(name, part), values[part])
 
 
-def test_parameters_come_out_of_a_gguf_file(config, tmp_path):
+def test_parameters_are_loaded_from_a_gguf_file(config, tmp_path):
     weights = write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.Q8_0)
     params = load_params(Model.create(config), tmp_path / "m.gguf", param_dtype="float32")
     query = weights["model.layers.1.self_attn.q_proj.weight"]

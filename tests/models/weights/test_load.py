@@ -23,7 +23,7 @@ NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_lie_where_their_names_say(config, tmp_path, tied):
+def test_weights_are_loaded_by_their_names(config, tmp_path, tied):
     config = dataclasses.replace(config, tied_head=tied)
     weights = draw_weights(config)
     params = load(write_model(tmp_path / "model", config, weights))
@@ -77,13 +77,13 @@ def test_each_device_reads_its_own_part_and_every_value_once(config, directory, 
     ],
     ids=["missing", "unexpected", "misshaped", "integers"],
 )
-def test_weights_that_do_not_fit_the_config_are_named(directory, change, message):
+def test_weights_that_do_not_match_the_config_are_listed(directory, change, message):
     rewrite(directory, change)
     with pytest.raises(ConfigError, match=message):
         load(directory)
 
 
-def test_buffers_of_old_exports_and_a_tied_heads_copy_are_let_pass(config, tmp_path):
+def test_buffers_of_old_exports_and_a_copy_of_a_tied_head_are_accepted(config, tmp_path):
     config = dataclasses.replace(config, tied_head=True)
     weights = draw_weights(config)
     expected = load(write_model(tmp_path / "plain", config, weights))
@@ -128,7 +128,7 @@ def overlap(header):
     ],
     ids=["truncated", "empty", "endless header", "shape lies", "offsets overlap"],
 )
-def test_a_damaged_or_lying_file_is_refused(directory, damage):
+def test_a_damaged_file_or_a_false_header_is_refused(directory, damage):
     damage(directory / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
         load(directory)
@@ -138,7 +138,7 @@ def index(directory, weight_map):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_files_that_no_index_names_are_neither_read_nor_part_of_the_digest(directory, config):
+def test_files_outside_the_index_are_neither_read_nor_part_of_the_digest(directory, config):
     params, digest = load(directory), weights_digest(directory)
     (directory / "consolidated.safetensors").write_bytes(b"in another form")
     assert weights_digest(directory) == digest
@@ -170,7 +170,7 @@ def test_the_links_of_the_hubs_cache_are_followed(config, weights, tmp_path):
     np.testing.assert_array_equal(load(snapshot)["embed"]["table"], weights["model.embed_tokens.weight"])
 
 
-def test_an_index_that_is_not_true_is_refused(directory, weights):
+def test_a_wrong_index_is_refused(directory, weights):
     index(directory, {"model.norm.weight": "model.safetensors"})
     with pytest.raises(ConfigError, match=r"disagree about lm_head\.weight, .* and 12 more"):
         load(directory)

@@ -36,7 +36,7 @@ def test_a_reward_model_survives_export_and_import_bitwise_without_an_output_hea
 
 
 @pytest.mark.parametrize("head", ["reward", "value"])
-def test_a_scalar_head_is_drawn_onto_a_language_model_by_its_key_and_placed(config, directory, head):
+def test_a_random_scalar_head_is_added_to_a_language_model_by_its_key_and_sharded(config, directory, head):
     model = Model.create(config, scalar_head=head)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
@@ -124,7 +124,7 @@ def test_padding_of_a_reward_model_is_never_an_eos(config, tmp_path, settings, e
     assert read("tokenizer_config.json") == settings | {"pad_token": expected[1]}
 
 
-def test_without_a_special_token_that_is_no_eos_a_reward_model_pads_with_an_id_alone(config, tmp_path):
+def test_without_a_special_token_besides_eos_a_reward_model_pads_with_an_id_alone(config, tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", {"</s>": 2}, pad_token="</s>", eos_token="</s>")
     assert choose_padding(config, tokenizer) == (1, None) == choose_padding(config, None)
     without_bos = dataclasses.replace(config, bos_id=2, eos_ids=(0, 2))
