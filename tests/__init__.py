@@ -1,7 +1,11 @@
 """The tests, in the folders of the package."""
 
+import importlib.metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 """The checkout."""
 TINY_MODEL = ROOT / "configs" / "tiny_model"
+# JAX 0.10's older emitters halve the compiler's time; 0.12 has no others than its own, and aborts on this flag.
+COMPILER_FLAGS = "--xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+"""For XLA_FLAGS, also of the processes that tests start."""

@@ -6,6 +6,8 @@ import shutil
 import signal
 import tempfile
 
+from tests import COMPILER_FLAGS
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One cache for all processes of the tests, because many compile the same programs.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kto_jax_compiled_")
@@ -14,7 +16,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Most of the time of the tests is spent in the compiler, hardly any in what it compiles.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" {COMPILER_FLAGS} --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import jaxtyping
@@ -32,3 +36,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Runs all tests in a process for each core, but at most 4, of up to 6 GB each; named files in one process."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts whole runs first: each worker takes one file after the other, and the longest must not be the last."""
+    items.sort(key=lambda item: item.path.parent.name not in ("commands", "training"))

@@ -1,5 +1,6 @@
 """The command itself: real processes, real files, real signals, on the tiny model."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from kto_jax import score
 from kto_jax.config import TransientError
+from kto_jax.storage.locks import lock_file
 from kto_jax.train import main
 from kto_jax.training.run_folder import _FREE
-from tests import ROOT
+from tests import COMPILER_FLAGS, ROOT
 
 TINY = [
     "--config=configs/tiny.py",
@@ -30,7 +33,7 @@ def cache(tmp_path_factory):
 
 
 def start(workdir, cache, *arguments, **options):
-    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS}
     command = [sys.executable, "-m", "kto_jax.train", *TINY, f"--workdir={workdir}", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
@@ -61,11 +64,26 @@ def numbers(workdir):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
+def unbroken_and_modules(tmp_path_factory, cache):
+    """The folder of a run, and which large packages its process holds at its end."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    code, message = finish(start(workdir, cache))
-    assert code == 0, message
-    return workdir
+    code = (
+        f"import sys\nfrom kto_jax.train import main\nassert main({[*TINY, f'--workdir={workdir}']!r}) == 0\n"
+        "print([m for m in ('transformers', 'torch', 'tensorflow', 'datasets') if m in sys.modules])\n"
+    )
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_and_modules):
+    return unbroken_and_modules[0]
+
+
+def test_neither_transformers_nor_torch_nor_tensorflow_lives_in_the_training_process(unbroken_and_modules):
+    assert unbroken_and_modules[1] == "[]"
 
 
 def test_a_run_leaves_its_whole_folder_and_the_margin_rises(unbroken):
@@ -86,15 +104,15 @@ def test_the_newest_checkpoints_are_kept(unbroken):
     assert {path.name for path in (unbroken / "checkpoints").iterdir()} == {"9", "12", "reference"}
 
 
-@pytest.mark.parametrize("number, after, code", [
-    (signal.SIGKILL, 4, -9), (signal.SIGTERM, 4, 75), (signal.SIGINT, 4, 130),
+@pytest.mark.parametrize("number, code", [
+    # Of SIGTERM: the loop and the exit code in tests/training, whole runs below.
+    (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 75, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
-def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
-    number, after, code, unbroken, cache, tmp_path
-):
+def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(number, code, unbroken, cache, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, cache)
-    wait_for_step(workdir, after, process)
+    wait_for_step(workdir, 4, process)
     process.send_signal(number)
     ended, message = finish(process)
     assert ended == code
@@ -113,7 +131,9 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 75), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
+])  # fmt: skip
 def test_a_run_whose_batches_are_made_by_processes_ends_and_continues_like_any_other(
     number, code, unbroken, cache, tmp_path
 ):
@@ -168,16 +188,14 @@ def test_a_synced_reference_the_state_of_an_objective_and_rounding_live_through_
     assert (broken / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 
 
-def test_a_reward_model_is_trained_exported_and_scores(cache, tmp_path, capsys):
+def test_a_reward_model_is_trained_exported_and_scores(tmp_path, capsys):
     workdir, scored = tmp_path / "reward", tmp_path / "scored.jsonl"
     assert main([*TINY, "--config.objective.name=reward", "--config.max_steps=2", f"--workdir={workdir}"]) == 0
     assert json.loads((workdir / "policy/config.json").read_text())["architectures"] == [
         "LlamaForSequenceClassification"
     ]
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2"}  # no reference
-    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "kto_jax.score", f"--model={workdir}", f"--out={scored}"]
-    subprocess.run([*command, "--data=configs/tiny_feedback.jsonl"], cwd=ROOT, env=environment, check=True)
+    assert score.main([f"--model={workdir}", f"--out={scored}", "--data=configs/tiny_feedback.jsonl"]) == 0
     assert len(scored.read_text().splitlines()) == 240
     message = refused(capsys, *TINY, f"--workdir={tmp_path / 'next'}", f"--config.model.path={workdir / 'policy'}")
     assert "is a reward model" in message
@@ -312,7 +330,10 @@ def test_another_run_is_refused_before_any_device_is_touched(unbroken, capsys, m
 
 def test_a_tracker_without_its_package_is_refused_before_anything_is_read(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("kto_jax.train.prepare", lambda *_: pytest.fail("something was read"))
-    monkeypatch.setattr("kto_jax.config.packages.importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "kto_jax.config.packages.importlib.util.find_spec", lambda name: None if name == "mlflow" else find(name)
+    )
     message = refused(capsys, *TINY, f"--workdir={tmp_path / 'run'}", "--config.trackers=mlflow")
     assert "pip install mlflow" in message
 
@@ -345,15 +366,13 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_arrays(unbroken, caps
     assert "unexpected" in message
 
 
-def test_two_processes_may_not_write_to_one_folder(unbroken, cache, capsys, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir, cache)
-    try:
-        wait_for_step(workdir, 1, process)
-        assert f"in use by process {process.pid}" in refused(capsys, *TINY, f"--workdir={workdir}")
-    finally:
-        process.kill()
-        process.communicate()
+def test_two_processes_may_not_write_to_one_folder(unbroken, capsys):
+    before = contents(unbroken)
+    with (unbroken / ".lock").open("a+") as lock:
+        lock_file(lock, wait=False, without="")
+        lock.seek(0)
+        assert f"in use by process {lock.read()}." in refused(capsys, *TINY, f"--workdir={unbroken}")
+    assert contents(unbroken) == before
 
 
 def test_the_fields_that_a_continued_run_may_change_exist():
@@ -363,14 +382,3 @@ def test_the_fields_that_a_continued_run_may_change_exist():
         value = to_dict(Config())
         for name in path.split("."):
             value = value[name]
-
-
-def test_neither_transformers_nor_torch_nor_tensorflow_lives_in_the_training_process(cache, tmp_path):
-    arguments = [*TINY, "--config.max_steps=1", f"--workdir={tmp_path / 'run'}"]
-    code = (
-        f"import sys\nfrom kto_jax.train import main\nassert main({arguments!r}) == 0\n"
-        "print([m for m in ('transformers', 'torch', 'tensorflow', 'datasets') if m in sys.modules])\n"
-    )
-    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr

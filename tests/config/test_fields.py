@@ -1,6 +1,7 @@
 """Every field of a configuration is documented and has a range, and what names its values elsewhere is complete."""
 
 import dataclasses
+import functools
 import typing
 
 import pytest
@@ -44,12 +45,15 @@ def is_bounded(hint):
     return True
 
 
+printed_table = functools.cache(config_table)
+
+
 @pytest.mark.parametrize("name, kind, field", FIELDS, ids=[name for name, _, _ in FIELDS])
 def test_a_field_is_documented_and_has_a_range_or_a_reason_for_none(name, kind, field):
     text = documentation(kind).get(field, "")
     assert text and text[-1] in ".)", f"{name}: {text!r}"
     assert is_bounded(hints(kind)[field]) != (name in FREE), f"{name}: give it a range, or its reason in FREE"
-    assert f"--config.{name}\n" in config_table()
+    assert f"--config.{name}\n" in printed_table()
 
 
 def test_every_reason_belongs_to_a_field():

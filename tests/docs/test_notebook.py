@@ -7,6 +7,7 @@ import pytest
 from tests import ROOT
 
 
+@pytest.mark.slow
 # Jupyter's own packages warn about each other.
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_runs():

@@ -19,6 +19,8 @@ from tests.parity.test_transformers import greedy, their_logits
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 LENGTHS, ROW = (13, 17), 32
+# All tests of a family share one pair of models, hence one worker.
+EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FILES]
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 
@@ -97,7 +99,7 @@ def pair(torch, transformers, tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EACH)
 def test_logits_of_packed_rows_are_those_of_transformers_row_by_row(torch, pair, name):
     both = pair(name)
     assert both.model.config == read_config(both.path.parent / "written")
@@ -109,7 +111,7 @@ def test_logits_of_packed_rows_are_those_of_transformers_row_by_row(torch, pair,
         close(ours, expected)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_by_every_parameter_are_those_of_transformers(torch, pair, name):
     both = pair(name)
     both.theirs.zero_grad()
@@ -130,7 +132,7 @@ def test_gradients_by_every_parameter_are_those_of_transformers(torch, pair, nam
     assert not expected
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EACH)
 def test_an_export_is_read_back_with_equal_logits(torch, transformers, pair, name, tmp_path):
     both = pair(name)
     save_hugging_face(tmp_path / "ours", both.model, both.params, tokenizer_dir=None, model_card="")
@@ -143,7 +145,7 @@ def test_an_export_is_read_back_with_equal_logits(torch, transformers, pair, nam
     np.testing.assert_array_equal(their_logits(torch, back, tokens), their_logits(torch, both.theirs, tokens))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EACH)
 def test_greedy_continuations_past_the_window_are_those_of_transformers(torch, pair, name):
     both = pair(name)
     prompt, num_tokens = list(both.sequences[0][:4]), 3 * WINDOW
@@ -153,7 +155,10 @@ def test_greedy_continuations_past_the_window_are_those_of_transformers(torch, p
     assert greedy(both.model, both.params, prompt, num_tokens) == theirs[0, 4:].tolist()
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))
+    for name in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+])  # fmt: skip
 def test_a_reward_model_of_each_family_is_a_class_of_transformers(torch, transformers, pair, name, tmp_path):
     both = pair(name)
     model = Model.create(both.model.config, scalar_head="reward")

@@ -64,6 +64,7 @@ def test_the_gradient_of_narrow_parameters_is_summed_in_float32(in_place):
     assert np.any(gradient["layers"] != gradient["layers"].astype(jnp.bfloat16).astype(jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["1", "2x2x2"])
 def test_the_step_has_the_same_gradient_in_place_and_plainly(mesh, monkeypatch):
     config, num_devices = MESHES[mesh] if mesh != "1" else (MeshConfig(), 1)

@@ -1,4 +1,4 @@
-"""Every objective trains on 8 devices: its margin rises, and falls if the labels are flipped."""
+"""Every objective trains: its margin rises, and falls if the labels are flipped."""
 
 import functools
 
@@ -117,8 +117,22 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# One of each kind: a reference point, pairs, no reference, a running mean, a reward and a value head.
+QUICK = ("kto", "dpo", "sft", "bco", "reward", "ppo_offline")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OBJECTIVES
+])  # fmt: skip
 def test_every_objective_raises_its_margin_and_flipped_labels_lower_it(name):
+    check_both_ways(ObjectiveConfig(name=name), ONE)
+
+
+# Over meshes test_step.py compares the numbers themselves.
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name == "kto" else pytest.mark.exhaustive) for name in OBJECTIVES
+])  # fmt: skip
+def test_every_objective_raises_its_margin_on_8_devices(name):
     check_both_ways(ObjectiveConfig(name=name), EIGHT)
 
 
@@ -188,7 +202,7 @@ def test_a_sync_is_exact_in_float32_and_rounds_to_nearest_for_a_full_copy():
 
 
 def test_bco_continues_from_the_mean_of_the_rewards_so_far():
-    history = train(ObjectiveConfig(name="bco"))[2]
+    history = train(ObjectiveConfig(name="bco"), mesh_config=ONE)[2]
     assert history[0]["running_mean"] == 0  # the policy is still the reference
     assert history[-1]["running_count"] == sum(row["examples"] for row in history)
     assert history[-1]["running_mean"] != 0
@@ -196,6 +210,6 @@ def test_bco_continues_from_the_mean_of_the_rewards_so_far():
 
 def test_the_value_head_learns():
     """Values move from 0, where they start; the frozen reference has no such head."""
-    state = train(ObjectiveConfig(name="ppo_offline"))[3]
+    state = train(ObjectiveConfig(name="ppo_offline"), mesh_config=ONE)[3]
     assert float(np.abs(jax.device_get(state.policy["scorer"]["last"]["weight"])).max()) > 0
     assert "scorer" not in state.reference

@@ -15,7 +15,7 @@ from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.load import load_params
-from kto_jax.planning.compile_step import Lengths, compile_step, read_subject
+from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.topology import open_topology
 from kto_jax.train import main
 from kto_jax.training.checkpoints import load_policy
@@ -56,7 +56,9 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     return np.array(log), jax.device_get(state.policy), jax.device_get(state.reference)
 
 
-@pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=4)])
+@pytest.mark.parametrize("sizes", [
+    MeshConfig(data=2, fsdp=2, tensor=2), pytest.param(MeshConfig(fsdp=2, sequence=4), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(sizes):
     with jax.enable_x64(True):
         expected, policy, _ = three_steps(MeshConfig(), 1)
@@ -80,7 +82,7 @@ def test_the_step_needs_memory_for_adapters_and_no_gradient_of_the_weights():
                 "reference": {"param_dtype": "float32"},
             }
         )  # fmt: skip
-        return compile_step(config, read_subject(config), open_topology("local"), Lengths(64, 32))
+        return compile_step(config, read_task(config), open_topology("local"), Lengths(64, 32))
 
     whole, adapters = parts(0), parts(8)
     weights = whole.parts["policy"]
@@ -140,6 +142,7 @@ def test_a_run_learns_and_writes_the_adapters_and_the_merged_policy(finished):
     assert "low-rank adapters of rank 4, alpha 16" in (finished / "policy" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -155,8 +158,11 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
     ["--config.reference.param_dtype=int8", "--config.reference.precompute=True", "--config.lora.zero=a"],
-    ["--config.reference.param_dtype=bfloat16", "--config.lora.targets=query,value"],
-    ["--config.objective.name=reward"], ["--config.objective.name=ppo_offline"], ["--config.objective.name=orpo"],
+    ["--config.objective.name=ppo_offline"],
+    *(pytest.param(arguments, marks=pytest.mark.exhaustive) for arguments in (
+        ["--config.reference.param_dtype=bfloat16", "--config.lora.targets=query,value"],
+        ["--config.objective.name=reward"], ["--config.objective.name=orpo"],
+    )),
 ])  # fmt: skip
 def test_adapters_work_with_every_dtype_of_frozen_weights_and_every_head(arguments, tmp_path):
     assert main([*RUN, *arguments, f"--workdir={tmp_path / 'run'}"]) == 0

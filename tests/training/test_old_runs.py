@@ -44,6 +44,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_bc03b27_is_resumed_with_the_same_numbers(name, folder):
     assert main([*COMMAND, *RUNS[name], f"--workdir={name}"]) == 0

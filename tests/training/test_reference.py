@@ -40,9 +40,10 @@ def with_reference(recipe):
     return check_objective(resolved(recipe).objective).uses_reference
 
 
-QUICK_RECIPES = ("kto_llama", "dpo_llama")
+# The other recipes differ in the objective and the optimizer, and not in how the reference is read.
+MARKS = {"kto_llama": (), "dpo_llama": pytest.mark.slow, "ppo_offline_llama": pytest.mark.slow}
 CASES = [
-    pytest.param(recipe, marks=() if recipe.stem in QUICK_RECIPES else pytest.mark.slow)
+    pytest.param(recipe, marks=MARKS.get(recipe.stem, pytest.mark.exhaustive))
     for recipe in RECIPES
     if with_reference(recipe)
 ]
@@ -117,20 +118,25 @@ def test_at_the_first_step_of_every_recipe_all_rewards_are_0_after_sft(recipe, t
     assert not (tmp_path / "run" / "reference_error.json").exists()
 
 
+@pytest.mark.slow
 def test_rounding_what_sft_taught_is_refused_with_a_remedy_unless_the_error_is_accepted(tuned, tmp_path, capsys):
     command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *QUICK, *pretrained(tuned)]
-    command += ["--config.reference.param_dtype=bfloat16", "--config.objective.beta=0.5"]
-    assert main([*command, "--config.reference.max_error=0.0001"]) == 2
+    command, rounded = [*command, "--config.objective.beta=0.5"], "--config.reference.param_dtype=bfloat16"
+    assert main([*command, rounded, "--config.reference.max_error=0.0001"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "config.reference.param_dtype='bfloat16' moves the rewards of the first batch" in message
     assert 'Set config.reference.param_dtype to "auto"' in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     # In the same folder, because the limit does not affect the numbers.
-    assert main([*command, "--config.reference.max_error=1"]) == 0
+    command += ["--config.reference.max_error=1"]
+    assert main([*command, rounded]) == 0
     errors = json.loads((tmp_path / "run" / "reference_error.json").read_text())
     assert errors["rewards_mean"] > 0.0001
     assert first_row(tmp_path / "run")["margin"] != 0
     assert "The rounded reference" in (tmp_path / "run" / "report.html").read_text()
+    # A run is resumed with the dtype that it began with.
+    assert main(command) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reference"]["param_dtype"] == "bfloat16"
 
 
 def test_a_bfloat16_reference_of_a_bfloat16_base_is_exact(base, tmp_path):
@@ -139,14 +145,6 @@ def test_a_bfloat16_reference_of_a_bfloat16_base_is_exact(base, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["reference"]["param_dtype"] == "bfloat16"
     assert first_row(tmp_path / "run")["margin"] == 0
     assert not (tmp_path / "run" / "reference_error.json").exists()
-
-
-def test_a_run_is_resumed_with_the_dtype_that_it_started_with(tmp_path):
-    workdir = tmp_path / "run"
-    command = ["--config=configs/tiny.py", f"--workdir={workdir}", *QUICK, "--config.reference.max_error=1"]
-    assert main([*command, "--config.reference.param_dtype=bfloat16"]) == 0
-    assert main([*command, "--config.max_steps=1"]) == 0
-    assert json.loads((workdir / "config.json").read_text())["reference"]["param_dtype"] == "bfloat16"
 
 
 @pytest.fixture
