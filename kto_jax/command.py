@@ -1,4 +1,4 @@
-"""What all commands share: reading flags, help, errors and exit codes.
+"""Common parts of all commands: flags, help, errors and exit codes.
 
 A command declares its flags as a frozen dataclass, whose fields have types, ranges and documentation as those of the
 configuration do. A field `config: Config` takes `--config=RECIPE` and `--config.FIELD=VALUE`.
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def run_command(command: Callable[[T], int], kind: type[T], about: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, and turns what it raises into one line and an exit code.
+    """Runs a command, and turns its exceptions into one line and an exit code.
 
     Args:
       command: takes the flags and returns an exit code.
@@ -74,7 +74,7 @@ def print_error(error: Exception | str) -> None:
 
 
 def answer_help(kind: type, about: str) -> None:
-    """Prints the help and exits if this process was asked for it: before a command imports what takes seconds.
+    """Prints the help and exits if this process was asked for it, before a command's slow imports.
 
     Args:
       kind: the dataclass of the command's flags.
@@ -91,7 +91,7 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def help_text(kind: type, about: str) -> str:
-    """What `--help` prints: what the command does, its flags, and the fields of the configuration if it takes any."""
+    """The text of `--help`: what the command does, its flags, and the configuration's fields if it takes any."""
     parts = [about.strip(), "FLAGS", table(kind, "--")]
     if "config" in hints(kind):
         parts += ["CONFIGURATION: --config=RECIPE sets its fields, --config.FIELD=VALUE one of them", config_table()]

@@ -1,7 +1,7 @@
-"""Draws what gains and losses are worth to each loss: `python -m kto_jax.curves --out=docs/value_curves`.
+"""Draws the implied value of gains and losses for each loss: `python -m kto_jax.curves --out=docs/value_curves`.
 
-The figure of implied human value, after figure 1 of Ethayarajh et al., arXiv 2402.01306: the Kahneman-Tversky value of
-people beside the values that DPO, KTO, SLiC and PPO-Clip imply.
+The figure of implied human value, after figure 1 of Ethayarajh et al., arXiv 2402.01306: the human Kahneman-Tversky
+value, and the values that DPO, KTO, SLiC and PPO-Clip imply.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Curve:
     """One line of the figure.
 
     Attributes:
-      name: who values like this.
+      name: the loss, or the humans, that have this value.
       formula: in z, the gain or loss; matplotlib's mathtext.
       value_fn: z -> value.
       colour: of line and label.
-      label_offset: moves the label, in points, off its neighbours.
-      dashed: whether the line is.
+      label_offset: offset of the label, in points, to avoid its neighbours.
+      dashed: whether the line is dashed.
     """
 
     name: str
@@ -66,7 +66,7 @@ CURVES = (
 
 
 def points(curve: Curve, *, num_points: int = 401) -> tuple[np.ndarray, np.ndarray]:
-    """Gains and losses z in [−3, 3] and their values less the value of 0, as drawn: [num_points] each."""
+    """Gains and losses z in [−3, 3] and their values minus the value of 0, as drawn: [num_points] each."""
     z = np.linspace(-_REACH, _REACH, num_points)
     value = np.asarray(curve.value_fn(jnp.asarray(z, jnp.float32)), np.float64)
     return z, value - float(curve.value_fn(jnp.zeros(())))
@@ -116,7 +116,7 @@ def write(out: Path) -> tuple[Path, Path]:
     """Writes the figure.
 
     Args:
-      out: path without an ending; its folder is made if need be.
+      out: path without an extension; its folder is created if needed.
 
     Returns:
       The paths of the PNG and the SVG. The same matplotlib writes the same bytes.

@@ -94,7 +94,7 @@ def _print_pretty(completions: Sequence[Completion], seconds: float) -> None:
         if completion.prompt is not shown:
             shown = completion.prompt
             console.print(rich.rule.Rule(style="dim"))
-            # Text objects: a prompt may contain what rich would take for markup.
+            # Text objects, because a prompt may contain rich's markup.
             console.print(rich.text.Text(_prompt_text(shown), style="bold"))
         text = rich.text.Text(completion.text.strip())
         if not completion.ended:
@@ -164,7 +164,7 @@ def generate(options: Options) -> int:
         )
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.max_new_tokens)
     keep_compiled()
-    # Standard output is for completions: what is said while they are made goes to standard error.
+    # Standard output is for completions; messages go to standard error.
     with contextlib.redirect_stdout(sys.stderr), show_progress() as progress:
         note_devices()
         progress.start("reading the model")

@@ -67,7 +67,7 @@ def plan(given: Options) -> int:
     lengths = _lengths(given)
     task = read_task(config)
     if given.topology != LOCAL:
-        # libtpu would look for chips of this machine and take them from a run.
+        # libtpu would otherwise claim this machine's chips, perhaps from a run.
         jax.config.update("jax_platforms", "cpu")
     topology = open_topology(given.topology)
     console = Console(highlight=False)

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_files(options: Options, feedback: DataConfig | None) -> list[files.SourceFile]:
-    """What is to be read."""
+    """The input."""
     missing = [f"--{name}" for name in ("model", "data", "out") if not getattr(options, name)]
     if feedback is not None and options.data:
         raise ConfigError("--data and --config are given; one of them says what is scored. Take one of the two out.")
@@ -138,7 +138,7 @@ def _readable(rows: Iterator[Scored]) -> Iterator[Scored]:
 
 
 def _write(out: Path, rows: Iterable[Scored], counts: dict[str, int]) -> None:
-    """Writes the rows and counts them; without a row that was scored, what was there stays."""
+    """Writes the rows and counts them; if no row was scored, an existing file is kept."""
     try:
         with contextlib.suppress(_NothingScored), new_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for row in rows:

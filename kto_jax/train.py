@@ -1,7 +1,7 @@
 """Align a model: `python -m kto_jax.train --config=configs/quickstart.py --workdir=runs/mine --config.seed=1`.
 
-The same command again continues a run that was interrupted. Exit codes: 0 finished, 1 failed, 2 the configuration, the
-data or the model cannot be used, 75 preempted (run again), 130 interrupted from the keyboard.
+The same command resumes an interrupted run. Exit codes: 0 finished, 1 failed, 2 the configuration, the data or the
+model cannot be used, 75 preempted (run again), 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
 
     Args:
       config: the run.
-      workdir: its folder; a run found there is continued.
-      command: what the report says made it.
+      workdir: its folder; a run found there is resumed.
+      command: the command line, for the report.
       preemption: handles the signals of this process.
 
     Returns:
@@ -157,7 +157,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
 
 
 def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh, Model]:
-    """What the run reads, the devices and the model upon them; nothing of the run's folder is written.
+    """The run's inputs, the devices and the model on them; writes nothing in the run's folder.
 
     Raises:
       ConfigError: the configuration, the data, the model or the folder cannot be used.

@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.kto` times, each in a process of its own; peers also in an environment of their own."""
+"""The contenders of `python -m benchmarks.kto`, each in its own process; peers also in their own environment."""

@@ -1,7 +1,7 @@
-"""EasyDeL's KTOTrainer in its own training loop, on the tokens that all contenders get.
+"""EasyDeL's KTOTrainer in its own training loop, on the same tokens as all contenders.
 
-Runs in an environment of its own. EasyDeL makes its unmatched pairs in the step, by rolling a field that holds prompt
-and completion together: they are the matched rows again, so it reads as many rows as the others, and z0 is another one.
+Runs in its own environment. EasyDeL makes unmatched pairs in the step, by rolling a field that holds prompt and
+completion together: they are the matched rows again. It therefore reads as many rows as the others, but its z0 differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.peers.turn import read_job, report
 
 
 class Trainer(easydel.KTOTrainer):
-    """The trainer; remembers the seconds and the losses of its steps."""
+    """The trainer, which records the seconds and the losses of its steps."""
 
     def _execute_train_step(self, *arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
@@ -54,10 +54,10 @@ def make_dataset(job: dict[str, Any], pad_id: int) -> datasets.Dataset:
 
 
 def make_trainer(job: dict[str, Any], directory: str) -> Trainer:
-    """A trainer with EasyDeL's defaults, but for what all contenders share.
+    """A trainer with EasyDeL's defaults, except for the settings that all contenders share.
 
-    To save memory it takes a row at a time (whose unmatched pair then is the row itself), recomputes every layer and
-    cuts the vocabulary into chunks.
+    To save memory it processes one row at a time (whose unmatched pair is then the row itself), recomputes every layer
+    and splits the vocabulary into chunks.
     """
     options, settings = job["config"]["objective"], job["config"]["optimizer"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
@@ -105,7 +105,7 @@ def make_trainer(job: dict[str, Any], directory: str) -> Trainer:
 
 
 def main() -> None:
-    """Takes the turn."""
+    """Runs the job."""
     job = read_job()
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(job, directory)

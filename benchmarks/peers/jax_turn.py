@@ -1,4 +1,4 @@
-"""The turn of a contender in JAX: programs compiled ahead, then steps timed until the new state is there."""
+"""Runs a JAX contender: compiles ahead of time, then times steps until the new state is ready."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kto_jax.shapes import FeedbackBatch, PackedRows
 
 
 def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Model, Params]:
-    """The first device, the model and its weights in float32, as a run of kto_jax has them."""
+    """The first device, the model and its weights in float32, as in a kto_jax run."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(
         read_config(job["model"]),
@@ -36,13 +36,13 @@ def load_policy(job: dict[str, Any], remat: Any) -> tuple[jax.sharding.Mesh, Mod
 def take_turn(job: dict[str, Any], step: Any, state: Any, batches: Sequence[Any]) -> None:
     """Takes a step on every batch and reports each one's seconds and loss.
 
-    A program is compiled for every shape of batch before the first step: no compilation is timed.
+    Programs for all batch shapes are compiled before the first step, so no compilation is timed.
 
     Args:
-      job: what the parent asks for.
-      step: a jitted function, (state, batch) -> (state, figures), that takes over the state's memory.
-      state: what the first step starts from.
-      batches: the first is the warm-up's.
+      job: the parent's job.
+      step: a jitted function, (state, batch) -> (state, figures), that donates the state's buffers.
+      state: the initial state.
+      batches: the first is for the warm-up.
     """
     start = time.perf_counter()
     programs: dict[str, Callable] = {}

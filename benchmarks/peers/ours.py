@@ -12,7 +12,7 @@ from kto_jax.training.step import jit_train_step, make_recipe
 
 
 def main() -> None:
-    """Takes the turn."""
+    """Runs the job."""
     job = read_job()
     config = resolve(job["config"])
     mesh, model, policy = load_policy(job, config.model.remat)

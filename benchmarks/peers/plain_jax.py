@@ -1,4 +1,4 @@
-"""KTO as one writes it in an afternoon: a row for each example, padded to the longest, and all logits."""
+"""A simple KTO: a row for each example, padded to the longest, and all logits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def completion_logps(model: Model, params: Params, rows: dict[str, Any]) -> jax.
 
 
 def main() -> None:
-    """Takes the turn."""
+    """Runs the job."""
     job = read_job()
     _, model, policy = load_policy(job, job["plain_remat"])
     options, settings = job["config"]["objective"], job["config"]["optimizer"]

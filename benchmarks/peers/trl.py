@@ -1,6 +1,6 @@
-"""TRL's KTOTrainer in its own training loop, on the tokens that all contenders get.
+"""TRL's KTOTrainer in its own training loop, on the same tokens as all contenders.
 
-Runs in an environment of its own, which has torch and TRL and none of kto_jax.
+Runs in its own environment, which has torch and TRL but not kto_jax.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.peers.turn import read_job, report
 
 
 class Trainer(trl.KTOTrainer):
-    """The trainer, given tokens in place of text; remembers the losses."""
+    """The trainer, with tokens instead of text; records the losses."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -31,7 +31,7 @@ class Trainer(trl.KTOTrainer):
 
 
 class Clock(transformers.TrainerCallback):
-    """Seconds from where a step's batch is ready to where the optimizer has moved the policy."""
+    """Seconds from a step's ready batch to the optimizer's update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -48,7 +48,7 @@ class Clock(transformers.TrainerCallback):
 
 
 def collate(pad: Any, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """TRL's own padding of matched and of unmatched rows; both were cut before, so that it cuts nothing."""
+    """TRL's own padding of matched and of unmatched rows, which are already truncated."""
     fields = ("prompt_ids", "completion_ids", "label")
     matched = pad([{name: example[name] for name in fields} for example in examples])
     unmatched = pad([{name: example[f"KL_{name}"] for name in fields[:2]} | {"label": True} for example in examples])
@@ -67,7 +67,7 @@ def make_dataset(job: dict[str, Any]) -> datasets.Dataset:
 
 
 def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> Trainer:
-    """A trainer with TRL's defaults, but for what all contenders share."""
+    """A trainer with TRL's defaults, except for the settings that all contenders share."""
     options, settings = job["config"]["objective"], job["config"]["optimizer"]
     arguments = trl.KTOConfig(
         output_dir=directory,
@@ -109,7 +109,7 @@ def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> Trainer:
 
 
 def main() -> None:
-    """Takes the turn."""
+    """Runs the job."""
     job = read_job()
     torch.set_num_threads(job["threads"])
     clock = Clock()
