@@ -1,4 +1,4 @@
-"""When processes look for each other; that they find each other is in test_processes."""
+"""When processes connect to each other; that they do is in tests/training/test_processes.py."""
 
 import pytest
 
