@@ -144,6 +144,7 @@ def _logged(ratings: Callable[[Fields], Any], asked: str, answered: str) -> Call
 
 def _chosen_rating(ratings: Mapping[str, Any], data: DataConfig, fields: Fields) -> Any:
     """The rating that the settings name, or the only one there is."""
+    ratings = {name: value for name, value in ratings.items() if value is not None and value != []}
     for name in rating_names(data):
         value = ratings.get(name, lookup(fields, name) if name not in _USUAL else None)
         if value is not None and value != []:
@@ -205,7 +206,8 @@ def _argilla_responses(fields: Fields) -> dict[str, list[Any]]:
                     found.setdefault(str(name), []).append(lookup(value, "value"))
     for name, values in fields.items():
         if str(name).endswith(".responses") and isinstance(values, list):
-            statuses = fields.get(f"{name}.status") or ["submitted"] * len(values)
+            statuses = fields.get(f"{name}.status")
+            statuses = statuses if isinstance(statuses, list) else ["submitted"] * len(values)
             kept = [value for value, status in zip(values, statuses, strict=False) if status == "submitted"]
             found[str(name).removesuffix(".responses")] = kept
         elif (

@@ -136,9 +136,8 @@ def decoded(value: Any, roles: Mapping[str, str] = _NO_ROLES) -> Any:
 def _in_one_form(message: Mapping[str, Any], roles: Mapping[str, str]) -> Mapping[str, Any]:
     speaker = message.get("role", message.get("from"))
     if "role" not in message and "from" in message:
-        speaker = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         message = {**message, "role": speaker, "content": message.get("value", message.get("content"))}
-        speaker = message["from"] if message["from"] in roles else speaker
+        roles = {**_SHAREGPT_ROLES, **roles}
     return {**message, "role": roles[speaker]} if isinstance(speaker, str) and speaker in roles else message
 
 
