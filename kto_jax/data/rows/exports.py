@@ -50,9 +50,9 @@ def _open_webui(data: DataConfig, fields: Fields) -> Examples:
         return [Skip(f"feedback of type {str(fields['type'])[:40]!r}")]
     chat, key = lookup(fields, "snapshot.chat.chat"), lookup(fields, "meta.message_id")
     messages = lookup(chat, "history.messages")
-    if not isinstance(messages, Mapping) or not isinstance(key, str) or key not in messages:
+    said = _path_to(key, messages, "parentId") if isinstance(messages, Mapping) else []
+    if not said:
         raise BadRowError("the snapshot has no message meta.message_id")
-    said = _path_to(key, messages, "parentId")
     if any(message.get("files") for message in said):
         raise BadRowError("a message has files, which the export does not hold")
     turns = [with_thoughts(message) for message in said]

@@ -48,7 +48,8 @@ GOOD = {
 }
 for words, text in BLOCKS:  # Every documented layout, including those without rows above.
     kind = settings_of(words)
-    GOOD.setdefault((kind.get("layout", "fields"), kind["format"]), []).extend(rows_of(text))
+    key = (kind.get("layout", "fields"), kind["format"])
+    GOOD[key] = [*GOOD.get(key, []), *rows_of(text)]
 WORDS = [
     "",
     " ",
@@ -82,10 +83,12 @@ def places_of(value, path=()):
 
 
 def texts_of(value):
-    """Every text in a JSON value except keys, in order."""
+    """Every text in a JSON value, in order, except keys and the types of content parts (they separate joined parts)."""
     if isinstance(value, str):
         yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key != "type"]
+    for item in value if isinstance(value, list) else ():
         yield from texts_of(item)
 
 
