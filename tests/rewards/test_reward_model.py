@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.rows.files import Rejection
+from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.rewards import reward_model
 from kto_jax.rewards.reward_model import (
