@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "explains feedback without training: what is read, rejected and trained on",
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
     "generate": "samples completions from a run or a model",
+    "export": "exports a checkpoint of a run: merged, as adapters, as GGUF, to the Hub",
     "score": "scores completions with a reward model",
     "curves": "draws the value functions of the losses",
 }

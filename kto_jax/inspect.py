@@ -31,8 +31,8 @@ from kto_jax.data.permutation import permute
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.models.weights.load import read_config
+from kto_jax.models.weights.model_files import find_model
 from kto_jax.objectives import auto_weights, check_objective
-from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training import inputs
 from kto_jax.training.inputs import count_visits
@@ -99,8 +99,8 @@ def read_feedback(config: Config, scratch: Path) -> tuple[Index, TokenizerInfo]:
     Raises:
       ConfigError: the model or the feedback cannot be used.
     """
-    model_path = local_path(config.model.path)
-    tokenizer, _, index = inputs.read_feedback(config, model_path, read_config(model_path).vocab_size, scratch)
+    files = find_model(config.model.path, config.model.base)
+    tokenizer, _, index = inputs.read_feedback(config, files, read_config(files.weights).vocab_size, scratch)
     return index, tokenizer
 
 

@@ -45,11 +45,12 @@ from kto_jax.training.first_state import make_abstract_state, make_model, make_s
 from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
+from kto_jax.training.patience import read_patience
 from kto_jax.training.pinning import pin_sources
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
-from kto_jax.training.result import choose_export_dtype
+from kto_jax.training.result import choose_export_dtype, choose_result
 from kto_jax.training.resume import as_begun, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import jit_train_step, make_recipe
@@ -106,7 +107,9 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     moves = config.reference.sync_every > 0
     with (
         run.lock,
-        contextlib.closing(Checkpoints(run.path, config.checkpoint, reference_moves=moves)) as checkpoints,
+        contextlib.closing(
+            Checkpoints(run.path, config.checkpoint, metric=config.evaluation.metric, reference_moves=moves)
+        ) as checkpoints,
         processes.ending_if_one_is_lost(PREEMPTED, config.processes.timeout_seconds / 4),
     ):
         if config.reference.precompute:
@@ -132,10 +135,13 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         if first_step == 0 and is_rounded(config):
             _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
         write_samples("before", model, state, inputs, run, config)
+        patience = read_patience(config.evaluation, run.path, first_step)
 
         # ------------------------------------------------- the steps
         if processes.is_first():
             record_part(run.path, first_step, config)
+            if first_step < inputs.num_steps and not patience.is_exhausted:
+                (run.path / "samples_after.json").unlink(missing_ok=True)  # of a run that is made longer
         peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
         _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
         job = Job(
@@ -144,6 +150,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             mesh=mesh,
             take_step=take_step,
             evaluate=make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None,
+            patience=patience,
             peak=peak * mesh.size,
             peak_is_measured=source == "measured",
         )
@@ -151,7 +158,10 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
 
         # ------------------------------------------------- the result
         if exit_code == 0:
-            write_results(model, state, inputs, run, config, command)
+            state, notes = choose_result(config, inputs.num_steps, checkpoints, abstract, state, patience)
+            for note in notes:
+                console.print(note)
+            write_results(model, state, inputs, run, config, command, notes)
             _tell_what_next(workdir, inputs, time.monotonic() - started)
     return exit_code
 

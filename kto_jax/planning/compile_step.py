@@ -20,11 +20,11 @@ from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
 from kto_jax.models.weights.load import read_config
+from kto_jax.models.weights.model_files import CONFIG_FILES, find_model
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology
 from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
-from kto_jax.storage.fetch import local_path
 from kto_jax.training.checks import check_together
 from kto_jax.training.first_state import make_abstract_state, make_model
 from kto_jax.training.reference import choose_dtype
@@ -143,7 +143,7 @@ def read_task(config: Config) -> Task:
     """
     objective = check_objective(config.objective)
     check_together(config, objective)
-    architecture = read_config(local_path(config.model.path, hub_files=("config.json",)))
+    architecture = read_config(find_model(config.model.path, config.model.base, hub_files=CONFIG_FILES).weights)
     if config.data.max_length > architecture.max_length:
         raise ConfigError(
             f"config.data.max_length={config.data.max_length} is beyond the model's context of "

@@ -7,8 +7,8 @@ from kto_jax.data.rows.sources import sources_of
 from kto_jax.training.inputs import Inputs
 
 
-def model_card(name: str, config: Config, inputs: Inputs) -> str:
-    """Returns the model card: what was trained, on what data, with which configuration."""
+def model_card(name: str, config: Config, inputs: Inputs, num_steps: int) -> str:
+    """Returns the model card: what was trained, for how many steps, on what data, with which configuration."""
     objective = config.objective.name
     task = "text-classification" if inputs.objective.scalar_head == "reward" else "text-generation"
     return (
@@ -20,7 +20,7 @@ tags: [{objective}, kto_jax]
 
 # {name}
 
-`{config.model.path}`, trained with {objective.upper()} by kto_jax: {inputs.num_steps} steps of {config.batch_size}
+`{config.model.path}`, trained with {objective.upper()} by kto_jax: {num_steps} steps of {config.batch_size}
 {inputs.objective.examples} from {_sources(config)}. An epoch has {inputs.num_desirable} desirable and
 {inputs.num_undesirable} undesirable completions of {inputs.index.manifest["splits"]["train"]["prompts"]} prompts (index
 {inputs.index.manifest["key"][:16]}).

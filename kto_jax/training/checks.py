@@ -24,9 +24,29 @@ def check_together(config: Config, objective: Objective) -> None:
     _check_int8_is_frozen(config)
     _check_adapters(config)
     _check_precompute(config, objective)
+    _check_best(config)
     _check_batch_has_partners(config, objective)
     _check_only_scores_have_rules(config)
     _check_scores_as_rewards(config)
+
+
+def check_start(config: Config, *, has_adapters: bool) -> None:
+    """Refuses a start from adapters that are not there, and one that would leave them out.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    if config.lora.start == "continue" and not has_adapters:
+        raise ConfigError(
+            f'config.lora.start="continue" trains the adapters of a folder further, and config.model.path='
+            f"{config.model.path!r} holds none. It must be a folder with adapter_config.json. Set config.model.path, "
+            'or config.lora.start to "new".'
+        )
+    if config.model.init == "random" and has_adapters:
+        raise ConfigError(
+            f'config.model.init="random" leaves out the weights, and config.model.path={config.model.path!r} holds '
+            'adapters to add to them. Adapters need their base. Set config.model.init to "pretrained".'
+        )
 
 
 def check_models(config: Config, policy: TransformerConfig, reference: TransformerConfig) -> None:
@@ -68,6 +88,42 @@ def check_output_head(config: Config, is_reward_model: bool) -> None:
         )
 
 
+def check_held_out(config: Config, *, is_held_out: bool) -> None:
+    """Refuses early stopping and the best checkpoint without held-out feedback.
+
+    Raises:
+      ConfigError: naming the fields.
+    """
+    if (setting := _compares(config)) and not is_held_out:
+        raise ConfigError(
+            f"{setting} compares evaluations, and no feedback that counts is held out. Some is needed. Set "
+            "config.data.holdout or config.data.eval, or take the setting out."
+        )
+
+
+def _compares(config: Config) -> str:
+    """The setting that compares evaluations; "" if there is none."""
+    if config.evaluation.patience:
+        return f"config.evaluation.patience={config.evaluation.patience}"
+    return 'config.export.step="best"' if config.export.step == "best" else ""
+
+
+def _check_best(config: Config) -> None:
+    """Refuses to compare evaluations that cannot be compared, or that there are not."""
+    conflicts = [
+        ("reference.sync_every", config.reference.sync_every > 0, "figures against references that differ do not say "
+         "which policy is better"),
+        ("evaluation.every", config.evaluation.every == 0, "there is one evaluation, at the end"),
+    ]  # fmt: skip
+    for field, conflict, why in conflicts:
+        if (setting := _compares(config)) and conflict:
+            section, name = field.split(".")
+            raise ConfigError(
+                f"{setting} cannot be used with config.{field}={getattr(getattr(config, section), name)}: {why}. It is "
+                f"for a frozen reference and several evaluations. Set config.{field}, or take the setting out."
+            )
+
+
 def check_judges(config: Config, index: Index) -> None:
     """Refuses a judge without feedback to be fitted on.
 
@@ -98,6 +154,9 @@ def _check_unused(config: Config, objective: Objective) -> None:
         ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
         ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
         ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.start", config.lora.rank > 0, "lora.rank is 0"),
+        ("lora.zero", config.lora.start == "new", 'lora.start is "continue"'),
+        ("reference.base", bool(config.reference.path), "reference.path is empty"),
         ("samples.num_prompts", objective.scalar_head != "reward", f"{name} writes no text"),
         ("optimizer.value_clip_norm", objective.scalar_head == "value", f"{name} has no value head"),
         ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),

@@ -17,9 +17,11 @@ from kto_jax.devices.sharding import check_heads, check_rows, make_mesh, mesh_sh
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8, kept_as
-from kto_jax.models.lora import adapter_axes, init_adapters
+from kto_jax.models.lora import adapter_axes, adapters_of, init_adapters, merge_adapters, without_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import load_params
+from kto_jax.models.weights.model_files import ModelFiles
+from kto_jax.models.weights.peft import read_adapters
 from kto_jax.objectives import Objective
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.state import TrainState, abstract_state, create_state
@@ -136,16 +138,29 @@ def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, ke
             return {name: params[name] for name in layout}
 
         return jax.jit(draw, out_shardings=layout)(key)
-    return load_params(model, inputs.model_path, param_dtype=config.model.param_dtype, shardings=layout, key=key)
+    return load_params(model, inputs.policy_files, param_dtype=config.model.param_dtype, shardings=layout, key=key)
 
 
 def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
-    """Adapters whose product is 0, and the initial weights of a scalar head."""
+    """Adapters whose product is 0, or those that are trained further; and the initial weights of a scalar head."""
     layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
-    # From a separate key, so that they do not change the other values.
-    draw = jax.jit(lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers)
-    adapters = draw(jax.random.fold_in(key, 2))
+    if config.lora.start == "continue":
+        adapters = _continued(config, inputs, model, layers)
+    else:
+        # From a separate key, so that they do not change the other values.
+        draw = jax.jit(
+            lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers
+        )
+        adapters = draw(jax.random.fold_in(key, 2))
     return adapters | (_first_weights(config, inputs, model, others, key) if others else {})
+
+
+def _continued(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
+    """The adapters that are trained further, as they were."""
+    assert inputs.policy_files.adapter is not None, "check_start refuses this"
+    found = read_adapters(inputs.policy_files.adapter, model, config.lora)
+    place = lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, values.__getitem__)  # noqa: E731
+    return jax.tree.map(place, found, layout)
 
 
 def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
@@ -155,8 +170,14 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
       config: the run.
       inputs: the run's inputs.
       model: the architecture.
-      layout: sharding of every parameter of the reference; it has no scalar head.
+      layout: sharding of every parameter of the reference, from `reference_layout`; it has no scalar head.
     """
+    if config.lora.start == "continue":
+        base = ModelFiles(inputs.policy_files.weights)
+        plain = without_adapters(layout)
+        frozen = load_params(model, base, param_dtype=config.reference.param_dtype, shardings=plain)
+        adapters = _continued(config, inputs, model, adapters_of(layout))
+        return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
@@ -167,10 +188,10 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
     # Without a path the reference is the policy's initial weights, rounded as the policy is.
     if config.reference.path or config.model.param_dtype == "float32":
         kept = config.reference.param_dtype
-        return load_params(model, inputs.reference_path, param_dtype=kept, shardings=layout)
+        return load_params(model, inputs.reference_files, param_dtype=kept, shardings=layout)
     mesh = jax.tree.leaves(layout)[0].mesh
     rounded = jax.tree.map(lambda leaf: leaf.sharding, _placed(mesh, model, config.model.param_dtype))
-    first = load_params(model, inputs.reference_path, param_dtype=config.model.param_dtype, shardings=rounded)
+    first = load_params(model, inputs.reference_files, param_dtype=config.model.param_dtype, shardings=rounded)
     return _kept_as_reference(config, first, layout)
 
 
@@ -186,10 +207,27 @@ def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, 
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
     policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)
-    frozen = _placed(mesh, model, config.reference.param_dtype)
-    if frozen.pop(SCALAR_HEAD, None):
+    frozen = _abstract_reference(config, model, mesh)
+    if model.scalar_head != "none":
         policy |= _laid(mesh, {SCALAR_HEAD: axes[SCALAR_HEAD]}, {SCALAR_HEAD: abstract[SCALAR_HEAD]})
     return policy, frozen
+
+
+def reference_layout(config: Config, model: Model, mesh: Mesh) -> Any:
+    """Sharding of every parameter of the reference."""
+    return jax.tree.map(lambda leaf: leaf.sharding, _abstract_reference(config, model, mesh))
+
+
+def _abstract_reference(config: Config, model: Model, mesh: Mesh) -> Params:
+    """The reference's parameters, without a scalar head; with adapters as they were, if these are trained further."""
+    frozen = _placed(mesh, model, config.reference.param_dtype)
+    frozen.pop(SCALAR_HEAD, None)
+    if not (config.lora.rank and config.lora.start == "continue"):
+        return frozen
+    abstract, axes = model.abstract_params("float32"), model.logical_axes()
+    adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
+    adapters = _laid(mesh, adapter_axes(axes, config.lora), adapters)
+    return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
 
 
 def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from kto_jax.devices import processes
 from kto_jax.judges import judges
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.weights.load import is_reward_model, read_config
+from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.objectives import Objective, check_objective, make_objective
-from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import cache_directory
 from kto_jax.training import checks
+
+GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Inputs:
     """A run's inputs.
 
     Attributes:
-      model_path: path of the policy's initial weights.
-      reference_path: path of the reference's weights.
+      policy_files: files of the policy's initial weights.
+      reference_files: files of the reference's weights.
       architecture: of both.
       tokenizer: of the policy.
       index: the feedback.
@@ -48,8 +51,8 @@ class Inputs:
       num_undesirable: likewise.
     """
 
-    model_path: Path
-    reference_path: Path
+    policy_files: ModelFiles
+    reference_files: ModelFiles
     architecture: TransformerConfig
     tokenizer: TokenizerInfo
     index: Index
@@ -75,20 +78,24 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     objective = check_objective(config.objective)
     checks.check_together(config, objective)
     judges.check_names(config.samples.judges)
-    model_path = local_path(config.model.path)
-    reference_path = local_path(config.reference.path) if config.reference.path else model_path
-    architecture = read_config(model_path)
-    reference = architecture if reference_path == model_path else read_config(reference_path)
+    policy_files = find_model(config.model.path, config.model.base)
+    reference_files = (
+        find_model(config.reference.path, config.reference.base) if config.reference.path else policy_files
+    )
+    checks.check_start(config, has_adapters=policy_files.adapter is not None)
+    architecture = read_config(policy_files.weights)
+    reference = architecture if reference_files == policy_files else read_config(reference_files.weights)
     checks.check_models(config, architecture, reference)
-    checks.check_output_head(config, is_reward_model(model_path))
-    tokenizer, controls, index = read_feedback(config, model_path, architecture.vocab_size, scratch)
+    checks.check_output_head(config, is_reward_model(policy_files))
+    tokenizer, controls, index = read_feedback(config, policy_files, architecture.vocab_size, scratch)
     checks.check_judges(config, index)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
     schedule, held_out = make_schedules(config, index, objective, controls)
+    checks.check_held_out(config, is_held_out=held_out is not None)
     return Inputs(
-        model_path=model_path,
-        reference_path=reference_path,
+        policy_files=policy_files,
+        reference_files=reference_files,
         architecture=architecture,
         tokenizer=tokenizer,
         index=index,
@@ -103,13 +110,13 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
 
 
 def read_feedback(
-    config: Config, model_path: Path, vocab_size: int, scratch: Path
+    config: Config, files: ModelFiles, vocab_size: int, scratch: Path
 ) -> tuple[TokenizerInfo, Controls | None, Index]:
     """Prepares the tokenizer and tokenizes the feedback for training.
 
     Args:
       config: the run.
-      model_path: path of the policy's initial weights.
+      files: files of the policy's initial weights.
       vocab_size: of the model.
       scratch: folder for the tokenizer; must exist as long as the tokenizer is used.
 
@@ -121,12 +128,16 @@ def read_feedback(
     """
     data = config.data
     tokenizer = prepare_tokenizer(
-        model_path,
+        files.tokenizer,
         scratch / "tokenizer",
         chat_template=data.chat_template,
         eos_token=data.eos_token,
         rendering=rendering_of(data),
     )
+    # An adapter has a tokenizer, and no sampling defaults.
+    defaults = files.weights / GENERATION
+    if files.tokenizer == files.adapter and defaults.is_file() and not (files.tokenizer / GENERATION).is_file():
+        shutil.copyfile(defaults, tokenizer.directory / GENERATION)
     controls = _encode_controls(check_objective(config.objective), tokenizer, vocab_size)
     longest_control = max(map(len, controls)) if controls else 0
     index = build_index(

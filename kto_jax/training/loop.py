@@ -30,6 +30,7 @@ from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.in_flight import StepsInFlight
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.patience import Patience
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.save_timer import SaveTimer
 from kto_jax.training.state import TrainState
@@ -46,6 +47,7 @@ class Job:
       mesh: the devices.
       take_step: the training step, (state, batch) -> (state, figures).
       evaluate: measures a state on the held-out feedback; None if nothing is held out.
+      patience: says when to end early.
       peak: FLOP/s of all devices together.
       peak_is_measured: whether `peak` was measured, not published.
     """
@@ -55,6 +57,7 @@ class Job:
     mesh: Mesh
     take_step: Program
     evaluate: Callable[[TrainState], dict[str, float]] | None
+    patience: Patience
     peak: float
     peak_is_measured: bool
 
@@ -72,10 +75,12 @@ def take_steps(
       state: the state to start from; its buffers are donated.
 
     Returns:
-      The last state and an exit code, which is 0 if all steps were taken.
+      The last state and an exit code, which is 0 if all steps were taken, or the run ended early.
     """
     config, num_steps, first = job.config, job.inputs.num_steps, int(state.step)
     writes = processes.is_first()
+    if job.patience.is_exhausted:
+        return state, 0
     with contextlib.ExitStack() as stack:
         trackers = open_trackers(config, folder, first) if writes else []
         log = stack.enter_context(MetricsLog(folder, first, num_steps, trackers=trackers, enabled=writes))
@@ -115,6 +120,7 @@ def _run(
             failed = figures["num_bad_steps"] >= config.max_bad_steps
             if number == step and job.evaluate and evaluating and not failed:
                 figures |= job.evaluate(state)
+                job.patience.add(step, figures)
             log.write(number, figures)
             if failed:
                 _report_bad_steps(config, job.inputs, number)
@@ -123,8 +129,10 @@ def _run(
         if saving:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
-            checkpoints.save(step, state, figures.get("eval_loss") if comparable else None)
+            checkpoints.save(step, state, figures if comparable and evaluating else None)
             save_timer.restart(step)
+        if job.patience.is_exhausted:
+            return state, 0
         if stopping and not last:
             console.print(f"stopped by a signal after step {step}; run the same command to resume")
             return state, preemption.exit_code

@@ -27,12 +27,12 @@ from kto_jax.data.batches.reference_logps import ReferenceLogps, open_store
 from kto_jax.data.batches.schedule import Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.devices import processes
-from kto_jax.devices.sharding import local_rows, place_batch, shardings
+from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import weights_digest
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.storage.folders import cache_directory
-from kto_jax.training.first_state import load_reference
+from kto_jax.training.first_state import load_reference, reference_layout
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
@@ -77,9 +77,7 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     num_missing = sum(int(np.sum(steps)) for steps in missing.values())
     console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}")
     if num_missing:
-        kept = config.reference.param_dtype
-        layout = shardings(mesh, plain.logical_axes(kept), plain.abstract_params(kept))
-        reference = load_reference(config, inputs, plain, layout)
+        reference = load_reference(config, inputs, plain, reference_layout(config, plain, mesh))
         read = functools.partial(_jit_read(plain), reference)
         place = functools.partial(place_batch, mesh)
         for store, (name, schedule, _) in zip(stores, tasks, strict=True):
@@ -105,10 +103,10 @@ def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
     """The digest of the reference's weights, which must be the same as at the run's start."""
     if config.model.init == "random" and not config.reference.path:
         return f"random {config.seed} {inputs.architecture}"
-    weights, path = weights_digest(inputs.reference_path), workdir / "reference.json"
+    weights, path = weights_digest(inputs.reference_files), workdir / "reference.json"
     if path.exists() and (before := json.loads(path.read_text())["weights"]) != weights:
         raise ConfigError(
-            f"the weights in {inputs.reference_path} have changed since the run in {workdir} began (digest "
+            f"the weights in {inputs.reference_files} have changed since the run in {workdir} began (digest "
             f"{weights[:16]}, was {before[:16]}). Its reference must not change. Restore them, or choose another "
             "--workdir."
         )

@@ -10,9 +10,9 @@ import dataclasses
 from typing import Literal
 
 from kto_jax.config import Config, ConfigError
+from kto_jax.models.weights.model_files import CONFIG_FILES, find_model
 from kto_jax.models.weights.stored_dtype import stored_dtype
 from kto_jax.objectives import check_objective
-from kto_jax.storage.fetch import local_path
 
 
 def choose_dtype(config: Config, *, only_config: bool = False) -> Config:
@@ -38,8 +38,11 @@ def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["floa
     """The narrowest dtype that holds the reference's source weights exactly."""
     if not config.reference.path and (config.model.init == "random" or config.model.param_dtype == "bfloat16"):
         return config.model.param_dtype
-    path = config.reference.path or config.model.path
-    return stored_dtype(local_path(path, hub_files=("config.json",) if only_config else None))
+    source = config.reference if config.reference.path else config.model
+    files = find_model(source.path, source.base, hub_files=CONFIG_FILES if only_config else None)
+    # The sum with adapters has more digits; those that are trained further stay apart from the base.
+    is_sum = files.adapter is not None and config.lora.start == "new"
+    return "float32" if is_sum else stored_dtype(files.weights)
 
 
 def is_rounded(config: Config) -> bool:

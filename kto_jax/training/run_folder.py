@@ -228,17 +228,37 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         ("model", model_before, write_config_json(architecture)),
         ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
     ]
-    changes = [
-        f"{kind}.{name}: was {before!r}, is {after!r}"
+    changes = {
+        f"{kind}.{name}": f"{kind}.{name}: was {before!r}, is {after!r}"
         for kind, old, new in pairs
         for name, before, after in _differences(old, new)
         if kind != "config" or not any(name == free or name.startswith(free + ".") for free in _FREE)
-    ]
-    if changes:
+    }
+    if changes and not _only_lengthens(path, config, config_before, changes):
         raise ConfigError(
-            f"--workdir={path} holds another run ({'; '.join(changes)}). A run must be resumed with the same settings. "
-            "Restore these, or choose another --workdir."
+            f"--workdir={path} holds another run ({'; '.join(changes.values())}). A run must be resumed with the same "
+            "settings. Restore these, or choose another --workdir."
         )
+
+
+def _only_lengthens(path: Path, config: Config, before: Mapping[str, Any], changes: Mapping[str, str]) -> bool:
+    """Whether a run differs in its length alone, and is longer.
+
+    Raises:
+      ConfigError: it does, but its learning rate depends on its length.
+    """
+    epochs, most = before.get("epochs", 1), before.get("max_steps", 0)
+    is_longer = config.epochs >= epochs and (config.max_steps == 0 or 0 < most <= config.max_steps)
+    if not is_longer or not changes.keys() <= {"config.epochs", "config.max_steps"}:
+        return False
+    if config.optimizer.schedule != "constant":
+        raise ConfigError(
+            f"--workdir={path} holds a run whose learning rate falls until its last step (config.optimizer.schedule="
+            f"{config.optimizer.schedule!r}), so it cannot be made longer ({'; '.join(changes.values())}). A run is "
+            'lengthened if its schedule is "constant", with or without warm-up. Restore the length, or start another '
+            f"run from this one's policy with config.model.path={path}/policy and a --workdir of its own."
+        )
+    return True
 
 
 def _as_json(config: Config) -> dict[str, Any]:

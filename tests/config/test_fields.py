@@ -16,7 +16,8 @@ from kto_jax.objectives import OBJECTIVES
 
 FIELDS = [(name, kind, field.name) for name, kind, field in fields_of()]
 FREE = {
-    "model.path": "a place", "reference.path": "a place", "data.index_store": "a place",
+    "model.path": "a place", "model.base": "a place", "reference.path": "a place", "reference.base": "a place",
+    "data.index_store": "a place",
     "data.train": "sources, checked entry by entry", "data.eval": "sources, checked entry by entry",
     "data.prompt_template": "a text with fields of the record", "data.label_map": "labels are the data's",
     "data.roles": "words for roles are the data's",

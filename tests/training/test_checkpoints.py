@@ -56,10 +56,27 @@ def save_steps(workdir, mesh, losses, keep=2):
     first = jax.device_get(state)
     for step, loss in enumerate(losses, start=1):
         state = advance(state)
-        checkpoints.save(step, state, loss)
+        checkpoints.save(step, state, None if loss is None else {"loss": 1.0, "eval_loss": loss})
     state = advance(state)
     checkpoints.wait()
     return checkpoints, first
+
+
+@pytest.mark.parametrize("metric, figures, kept, best", [
+    ("eval_loss", [0.5, 0.2, 0.2, 0.4, 0.4], [2, 4, 5], 2),
+    ("eval_auc", [0.9, 0.8, 0.9, 0.7, 0.6], [1, 4, 5], 1),
+    ("eval_auc", [0.9, float("nan"), 1.0, 0.7, 0.6], [3, 4, 5], 3),
+])  # fmt: skip
+def test_the_checkpoint_with_the_best_figure_is_kept_the_first_of_equal_ones(tmp_path, metric, figures, kept, best):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), metric=metric)
+    state = make_state(make_mesh(MeshConfig()))
+    for step, figure in enumerate(figures, start=1):
+        state = advance(state)
+        checkpoints.save(step, state, {metric: figure, "eval_z0": 1.0})
+    checkpoints.wait()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()) == kept
+    assert checkpoints.best_step() == best
+    checkpoints.close()
 
 
 def equal(one, other):

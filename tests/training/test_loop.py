@@ -12,6 +12,7 @@ import kto_jax.training.loop
 from kto_jax.config import CheckpointConfig, Config, EvaluationConfig, ProfileConfig
 from kto_jax.train import main
 from kto_jax.training.loop import Job, Profile, take_steps
+from kto_jax.training.patience import Patience
 from tests import ROOT
 
 NUM_STEPS = 6
@@ -20,8 +21,9 @@ NUM_STEPS = 6
 class World:
     """Records events in order; replaces devices, checkpoints and signals."""
 
-    def __init__(self, monkeypatch, tmp_path, *, bad_from=None, stop_at=None, **config):
+    def __init__(self, monkeypatch, tmp_path, *, bad_from=None, stop_at=None, losses=(), before=(), **config):
         self.events = []
+        self.losses, self.before = dict(losses), dict(before)
         self.folder = tmp_path
         self.bad_from, self.stop_at = bad_from, stop_at
         self.config = dataclasses.replace(
@@ -60,9 +62,9 @@ class World:
         return types.SimpleNamespace(step=step), figures
 
     # The checkpoints.
-    def save(self, step, state, eval_loss):
+    def save(self, step, state, figures):
         assert state.step == step
-        self.events.append(f"save {step} {eval_loss}" if eval_loss is not None else f"save {step}")
+        self.events.append(f"save {step} {figures['eval_loss']}" if figures is not None else f"save {step}")
 
     def wait(self):
         self.events.append("saved")
@@ -80,12 +82,12 @@ class World:
 
     def evaluate(self, state):
         self.events.append(f"evaluate {state.step}")
-        return {"eval_loss": 0.5}
+        return {"eval_loss": self.losses.get(state.step, 0.5)}
 
     def run(self, *, evaluate=False, first=0):
         job = Job(
             self.config, types.SimpleNamespace(num_steps=NUM_STEPS), None, self, self.evaluate if evaluate else None,
-            1.0, False,
+            Patience(self.config.evaluation, self.before), 1.0, False,
         )  # fmt: skip
         return take_steps(job, self.folder, self, self, types.SimpleNamespace(step=first))[1]
 
@@ -96,6 +98,23 @@ class World:
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     return lambda **options: World(monkeypatch, tmp_path, **options)
+
+
+def test_a_run_ends_early_once_the_held_out_figure_is_not_better_and_saves_that_step(world):
+    losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.3, 5: 0.1}
+    run = world(losses=losses, evaluation=EvaluationConfig(every=1, patience=2))
+    assert run.run(evaluate=True) == 0
+    assert run.events[-4:] == ["log 4", "save 4 0.3", "saved", "batches closed"]
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+
+
+def test_a_run_that_ended_early_takes_no_further_step_and_one_with_more_patience_does(world):
+    before = {1: 0.3, 2: 0.4, 3: 0.4}
+    ended = world(before=before, evaluation=EvaluationConfig(every=1, patience=2))
+    assert ended.run(evaluate=True, first=3) == 0 and ended.events == []
+    waiting = world(before=before, evaluation=EvaluationConfig(every=1, patience=3))
+    assert waiting.run(evaluate=True, first=3) == 0
+    assert [event for event in waiting.events if event.startswith("dispatch")] == ["dispatch 4"]
 
 
 def test_a_row_is_written_after_the_next_step_is_dispatched_and_the_last_before_the_run_ends(world):

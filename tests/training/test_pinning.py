@@ -28,6 +28,9 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))
     with serve_hub() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         yield served
 
 
@@ -104,3 +107,18 @@ def test_all_processes_use_the_commit_that_the_first_one_found(hub, tmp_path):
                 process.kill()
                 process.wait()
     assert found == [[f"org/name@{commit}"]] * 2
+
+
+def test_the_base_that_adapters_name_is_recorded_at_its_commit_and_kept(hub, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"base_model_name_or_path": "org/name", "revision": "v1"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    commit = hub.commit({"config.json": "{}"}, "v1")
+    config = run_of(str(adapter), train="feedback.jsonl")
+    first = pin_sources(config, tmp_path / "run")
+    assert (first.model.base, first.reference.base) == (f"org/name@{commit}", "")
+    record(first, tmp_path / "run")
+    hub.commit({"config.json": "{}"}, "v1")
+    hub.requests.clear()
+    assert pin_sources(config, tmp_path / "run") == first and not hub.requests

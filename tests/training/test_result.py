@@ -1,4 +1,4 @@
-"""The result of a run: the dtype of policy/."""
+"""The result of a run: the dtype and the step of policy/; and runs that are made longer."""
 
 import dataclasses
 import json
@@ -74,3 +74,80 @@ def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(tmp_pa
     assert main([*tuned, f"--workdir={tmp_path / 'run'}", "--config.export.dtype=float32"]) == 0
     assert {str(leaf.dtype) for leaf in load_file(policy / "model.safetensors").values()} == {"float32"}
     assert "policy/ is written in float32, which rounds no weight" in " ".join(capsys.readouterr().err.split())
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def policy(workdir):
+    return load_file(workdir / "policy" / "model.safetensors")
+
+
+def trained(workdir, *settings, code=0):
+    quiet = ["--config=configs/tiny.py", "--config.evaluation.max_examples=16", "--config.optimizer.warmup_steps=0"]
+    assert main([*quiet, f"--workdir={workdir}", *settings]) == code
+    return workdir
+
+
+@pytest.fixture
+def in_the_project(monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "result_cache"))
+
+
+def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_project, tmp_path, capsys):
+    # A learning rate that makes every step worse than the first one.
+    worse = ["--config.optimizer.learning_rate=1.0", "--config.optimizer.schedule=constant", "--config.max_steps=9"]
+    worse += ["--config.evaluation.every=1", "--config.evaluation.patience=2", "--config.export.step=best"]
+    run = trained(tmp_path / "run", *worse)
+    said = " ".join(capsys.readouterr().err.split())
+    losses = {row["step"]: row["eval_loss"] for row in rows(run)}
+    best, last = min(losses, key=losses.get), max(losses)
+    assert last == best + 2 < 9
+    assert f"stopped early after step {last}: eval_loss was best after step {best}" in said
+    assert f"policy/ is of step {best} of {last}, the best eval_loss" in said
+    report = (run / "report.html").read_text()
+    assert "stopped early" in report and f"policy/ is of step {best} of {last}" in report
+    assert f"KTO by kto_jax: {best} steps of" in (run / "policy" / "README.md").read_text()
+    at_best = trained(tmp_path / "short", *worse, f"--config.max_steps={best}", "--config.evaluation.patience=0")
+    for name, values in policy(at_best).items():
+        np.testing.assert_array_equal(policy(run)[name], values)
+    # Run again, it has ended.
+    trained(run, *worse)
+    assert max(row["step"] for row in rows(run)) == last
+
+
+def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(in_the_project, tmp_path):
+    constant = ["--config.optimizer.schedule=constant", "--config.evaluation.every=0"]
+    longer = trained(tmp_path / "longer", *constant, "--config.max_steps=2")
+    trained(longer, *constant, "--config.max_steps=4")
+    whole = trained(tmp_path / "whole", *constant, "--config.max_steps=4")
+    assert [row["loss"] for row in rows(longer)] == [row["loss"] for row in rows(whole)]
+    for name, values in policy(whole).items():
+        np.testing.assert_array_equal(policy(longer)[name], values)
+
+
+@pytest.mark.parametrize("before, after, message", [
+    (["--config.max_steps=2"], ["--config.max_steps=4"], "learning rate falls until its last step (config.optimizer"),
+    (["--config.optimizer.schedule=constant", "--config.max_steps=2"],
+     ["--config.optimizer.schedule=constant", "--config.max_steps=1"],
+     "holds another run (config.max_steps: was 2, is 1"),
+])  # fmt: skip
+def test_a_run_that_cannot_be_made_longer_or_is_made_shorter_is_refused(
+    in_the_project, tmp_path, capsys, before, after, message
+):
+    quiet = ["--config.evaluation.every=0"]
+    run = trained(tmp_path / "run", *quiet, *before)
+    trained(run, *quiet, *after, code=2)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["--config.evaluation.patience=2", "--config.data.holdout=0"], "no feedback that counts is held out"),
+    (["--config.export.step=best", "--config.evaluation.every=0"], "there is one evaluation, at the end"),
+    (["--config.evaluation.patience=2", "--config.reference.sync_every=2"], "figures against references that differ"),
+])  # fmt: skip
+def test_evaluations_that_cannot_be_compared_are_refused(in_the_project, tmp_path, capsys, settings, message):
+    trained(tmp_path / "run", "--config.max_steps=1", *settings, code=2)
+    assert message in " ".join(capsys.readouterr().err.split())

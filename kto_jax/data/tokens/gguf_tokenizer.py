@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,26 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
     if fields.get("ggml.add_bos_token", False) and "bos_token" in special_tokens:
         _add_bos(backend, special_tokens["bos_token"])
     return GGUFTokenizer(backend, special_tokens, fields.get("chat_template"))
+
+
+def name_pre_tokenizer(definition: Mapping[str, Any]) -> str | None:
+    """The name that GGUF files give to the way in which a tokenizer.json splits text; None if it is not known here.
+
+    Args:
+      definition: the tokenizer.json.
+    """
+    parts = definition.get("pre_tokenizer") or {}
+    parts = parts.get("pretokenizers", []) if parts.get("type") == "Sequence" else [parts]
+    *before, last = parts or [{}]
+    is_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and not definition.get("normalizer")
+    if not is_bytes or len(before) > 1:
+        return None
+    if not before:
+        return "gpt-2" if last.get("use_regex", True) else None
+    if before[0].get("type") == "Digits" and before[0].get("individual_digits") and last.get("use_regex", True):
+        return "smollm"
+    regex = before[0].get("pattern", {}).get("Regex") if before[0].get("behavior") == "Isolated" else None
+    return {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}.get(regex) if not last.get("use_regex", True) else None
 
 
 def _byte_level_bpe(fields: dict[str, Any], split: str | None) -> tokenizers.Tokenizer:

@@ -21,7 +21,7 @@ from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import Llama3Scaling
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -32,14 +32,14 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
 # llama3 scaling is stored as one factor per frequency; these are the settings of published models.
 _PUBLISHED_SCALINGS = tuple(Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: Path) -> GgufWeights:
@@ -85,7 +85,7 @@ class GgufWeights:
             ) from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._read_config(_Metadata(reader.fields, path))
-        self._names = {_hugging_face_name(name): name for name in self._tensors if name != _ROPE_FACTORS}
+        self._names = {_hugging_face_name(name): name for name in self._tensors if name != ROPE_FACTORS}
         self.shapes = {
             name: tuple(int(size) for size in reversed(self._tensors[own].shape)) for name, own in self._names.items()
         }
@@ -102,7 +102,7 @@ class GgufWeights:
         rows: Any = index[0]
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         if heads:
-            rows = _row_order(self.shapes[name][0], heads)[rows]
+            rows = row_order(self.shapes[name][0], heads)[rows]
         try:
             values = quants.dequantize(np.ascontiguousarray(tensor.data[rows]), tensor.tensor_type)
         except (NotImplementedError, KeyError) as error:
@@ -153,16 +153,16 @@ class GgufWeights:
                 f"{self.path}: rotary embedding is scaled by {kind!r}; none and llama3 are supported. Choose another "
                 "model."
             )
-        if _ROPE_FACTORS not in self._tensors:
+        if ROPE_FACTORS not in self._tensors:
             return config
-        factors = np.asarray(self._tensors[_ROPE_FACTORS].data, np.float64)
+        factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float64)
         for scaling in _PUBLISHED_SCALINGS:
             scaled = dataclasses.replace(config, rope_scaling=scaling)
             expected = rotary_frequencies(config) / rotary_frequencies(scaled)
             if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-4):
                 return scaled
         raise ConfigError(
-            f"{self.path}: the rotary factors in {_ROPE_FACTORS} match no published llama3 scaling. Choose the model's "
+            f"{self.path}: the rotary factors in {ROPE_FACTORS} match no published llama3 scaling. Choose the model's "
             "Hugging Face directory instead, whose config.json states its scaling."
         )
 
@@ -187,11 +187,11 @@ class _Metadata:
 def _hugging_face_name(name: str) -> str:
     """The Hugging Face name of a GGUF tensor; an unknown one keeps its name, and the comparison of names refuses it."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match and match[2] in _LAYER_NAMES:
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
-    return _OTHER_NAMES.get(name, name)
+    if match and match[2] in LAYER_NAMES:
+        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
+    return OTHER_NAMES.get(name, name)
 
 
-def _row_order(num_rows: int, num_heads: int) -> np.ndarray:
+def row_order(num_rows: int, num_heads: int) -> np.ndarray:
     """The stored row of each row: the stored order has a head's pairs (i, i + H/2) adjacent."""
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)

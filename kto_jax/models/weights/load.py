@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,23 +22,17 @@ from kto_jax.models.families.tensors import Tensor
 from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
 from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights import adapter_folder
+from kto_jax.models.weights.adapter_folder import AdaptedWeights, read_adapter_folder
 from kto_jax.models.weights.gguf import open_gguf
-from kto_jax.models.weights.safetensors_files import SafetensorsWeights, listed, read_json, weight_files
+from kto_jax.models.weights.model_files import ModelFiles
+from kto_jax.models.weights.safetensors_files import SafetensorsWeights, Weights, listed, read_json, weight_files
 from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage.digests import file_digest
 
 # Rows of a tied head that are compared with the embedding: several, because rows that training rarely updates may be
 # equal in different matrices.
 _TIED_ROWS = 64
-
-
-class Weights(Protocol):
-    """Tensors by their Hugging Face names."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of a tensor."""
 
 
 def read_config(path: str | Path) -> TransformerConfig:
@@ -58,19 +52,28 @@ def read_config(path: str | Path) -> TransformerConfig:
     return read_config_json(read_json(file))
 
 
-def is_reward_model(path: str | Path) -> bool:
-    """Whether a directory's config.json names a reward model: a decoder with a scalar output per sequence.
+def is_reward_model(path: str | Path | ModelFiles) -> bool:
+    """Whether a model's config.json or its adapters name a reward model: a decoder with a scalar output per sequence.
 
     Raises:
       ConfigError: the config.json is broken.
     """
+    if isinstance(path, ModelFiles):
+        if path.adapter is not None:
+            return read_json(path.adapter / adapter_folder.CONFIG).get("task_type") == "SEQ_CLS"
+        path = path.weights
     file = Path(path) / "config.json"
     named = read_json(file).get("architectures") if file.is_file() else None
     return isinstance(named, list) and named[:1] != [] and named[0] in CLASSIFIERS
 
 
 def load_params(
-    model: Model, path: str | Path, *, param_dtype: str, shardings: Any = None, key: Key[Array, ""] | None = None
+    model: Model,
+    path: str | Path | ModelFiles,
+    *,
+    param_dtype: str,
+    shardings: Any = None,
+    key: Key[Array, ""] | None = None,
 ) -> Params:
     """Reads a model's parameters; each device reads only its own shards.
 
@@ -78,7 +81,7 @@ def load_params(
 
     Args:
       model: the model; its config must be that of `path`.
-      path: Hugging Face directory with safetensors, or a .gguf file.
+      path: Hugging Face directory with safetensors, or a .gguf file; or files whose adapters are added to the weights.
       param_dtype: dtype of the parameters; values are converted while reading, to int8 matrix by matrix.
       shardings: nested dictionary of shardings, as the parameters; None places all on the first local device. Whole
         parts (embed, layers, the scalar head ...) that it lacks are not read.
@@ -88,8 +91,11 @@ def load_params(
       ConfigError: the weights are missing, incomplete, damaged, pickled, or of another shape than the config says; or
         they are a reward model's, and `model` is not one.
     """
-    weights, tensors = open_weights(Path(path)), FAMILIES[model.config.family].tensors
-    _check_names(weights, model, path)
+    files = path if isinstance(path, ModelFiles) else ModelFiles(Path(path))
+    weights, tensors = open_weights(files.weights), FAMILIES[model.config.family].tensors
+    if files.adapter is not None:
+        weights = AdaptedWeights(weights, files.weights, read_adapter_folder(files.adapter))
+    _check_names(weights, model, str(files))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
@@ -120,13 +126,17 @@ def _draw_scalar_head(model: Model, key: Array, param_dtype: str, shardings: Any
     return jax.jit(draw, out_shardings=shardings)(key)
 
 
-def weights_digest(path: Path) -> str:
-    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors.
+def weights_digest(path: Path | ModelFiles) -> str:
+    """Digest of the files that decide a model's parameters: a .gguf file, or config.json and the safetensors; and the
+    adapters, if any.
 
     Raises:
       ConfigError: there are no weights.
     """
+    adapter = path.adapter if isinstance(path, ModelFiles) else None
+    path = path.weights if isinstance(path, ModelFiles) else path
     files = [path] if path.is_file() else [path / "config.json", *weight_files(path)]
+    files += [adapter / adapter_folder.CONFIG, adapter / adapter_folder.WEIGHTS] if adapter is not None else []
     return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Writes low-rank adapters as a directory that the peft library loads on top of their base model.
+"""Reads and writes low-rank adapters as a directory that the peft library loads on top of their base model.
 
 base = AutoModelForCausalLM.from_pretrained(base)
 base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)     # for a reward model
@@ -8,25 +8,26 @@ policy = PeftModel.from_pretrained(base, directory)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kto_jax.config import LoraConfig
+from kto_jax.config import ADAPTED, ConfigError, LoraConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.gather import gather
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.lora import GROUPS
+from kto_jax.models.lora import GROUPS, Adapter
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.adapter_folder import PREFIX, LowRank, read_adapter_folder
 from kto_jax.models.weights.export import copy_tokenizer
 from kto_jax.models.weights.safetensors_files import write_safetensors
+from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_folder
-
-_PREFIX = "base_model.model."
 
 
 def save_adapters(
@@ -38,6 +39,7 @@ def save_adapters(
     base: str | None,
     tokenizer_dir: str | Path | None,
     model_card: str,
+    merged: Path | None = None,
 ) -> None:
     """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
 
@@ -53,14 +55,26 @@ def save_adapters(
         initialised at random.
       tokenizer_dir: directory whose tokenizer files are copied; None copies none.
       model_card: text of README.md.
+      merged: folder of adapters that the frozen weights already hold beside `base`. The written adapters then are both
+        together: their ranks add up, and their alpha is their rank.
     """
     directory = Path(directory)
-    tensors = dict(_tensors(model, adapters))
+    pairs = dict(_pairs(model, adapters, lora.alpha / lora.rank))
+    modules = [_their_name(model, name).split(".")[-2] for name in lora.targets]
+    rank, alpha, whole = lora.rank, lora.alpha, dict[str, np.ndarray]()
+    if merged is not None:
+        before = read_adapter_folder(merged)
+        pairs, whole = _added(model, pairs, before.adapters), {**before.whole}
+        modules = list(dict.fromkeys(name.split(".")[-2] for name in pairs))
+        rank = alpha = len(next(iter(pairs.values())).a)
+    if model.scalar_head == "reward":
+        whole["score.weight"] = gather(adapters[SCALAR_HEAD]["weight"])[None]
+    tensors = dict(_tensors(pairs)) | {PREFIX + name: values.astype(np.float32) for name, values in whole.items()}
     if jax.process_index() == 0:
         with new_folder(directory) as partial:
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             write_safetensors(partial / "adapter_model.safetensors", shapes, "float32", tensors.values())
-            values = _config(model, lora, base)
+            values = _config(model, base, rank, alpha, modules, whole)
             (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             copy_tokenizer(tokenizer_dir, partial)
@@ -68,35 +82,107 @@ def save_adapters(
         multihost_utils.sync_global_devices("adapters")
 
 
-def _tensors(model: Model, adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor by its name in peft, which stores them as [out, in]."""
-    tensors = FAMILIES[model.config.family].tensors
-    for group, matrices in adapters["layers"].items():
-        for name, pair in matrices.items():
-            theirs = _PREFIX + tensors[f"layers.{group}.{name}.weight"].name.removesuffix("weight")
-            for part, factor in (("A", pair["weight"].a), ("B", pair["weight"].b)):
-                for layer, values in enumerate(gather(factor)):
-                    yield f"{theirs.format(layer)}lora_{part}.weight", np.ascontiguousarray(values.T)
-    if model.scalar_head == "reward":
-        yield f"{_PREFIX}score.weight", gather(adapters[SCALAR_HEAD]["weight"])[None]
+def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
+    """The adapters of a folder as parameters, to be trained further.
+
+    Args:
+      path: the folder.
+      model: the policy's.
+      lora: how they are trained; rank, alpha and targets must be those of the folder.
+
+    Raises:
+      ConfigError: they are not; says what to set.
+    """
+    folder = read_adapter_folder(path)
+    names = {_their_name(model, target): target for target in ADAPTED}
+    targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name, count=1)) for name in folder.adapters}
+    kinds = {(len(pair.a), pair.scale * len(pair.a)) for pair in folder.adapters.values()}
+    expected = {name.format(layer) for name in names if names[name] in targets for layer in _layers(model)}
+    if folder.whole or None in targets or len(kinds) != 1 or expected != folder.adapters.keys():
+        raise ConfigError(
+            f"the adapters in {path} cannot be trained further: some are on other matrices than "
+            f"{', '.join(ADAPTED)}, on some layers only, of several ranks, or beside modules that were trained whole. "
+            'Set config.lora.start to "new", which adds them to the base and trains new ones.'
+        )
+    ((rank, alpha),) = kinds
+    found = {"rank": rank, "alpha": alpha, "targets": tuple(name for name in ADAPTED if name in targets)}
+    given = {"rank": lora.rank, "alpha": lora.alpha, "targets": tuple(n for n in ADAPTED if n in lora.targets)}
+    if found != given:
+        as_flags = found | {"targets": ",".join(found["targets"])}
+        flags = " ".join(f"--config.lora.{name}={as_flags[name]}" for name in found if found[name] != given[name])
+        raise ConfigError(
+            f"config.lora has {given}, and the adapters in {path} that are trained further have {found}. Both must be "
+            f'equal. Set {flags}, or config.lora.start to "new".'
+        )
+    layers: Params = {}
+    for name, target in names.items():
+        if target in targets:
+            pairs = [folder.adapters[name.format(layer)] for layer in _layers(model)]
+            a, b = np.stack([pair.a.T for pair in pairs]), np.stack([pair.b.T for pair in pairs])
+            layers.setdefault(GROUPS[target], {})[target] = {"weight": Adapter(a, b)}
+    return {"layers": layers}
 
 
-def _config(model: Model, lora: LoraConfig, base: str | None) -> dict[str, object]:
-    tensors = FAMILIES[model.config.family].tensors
-    theirs = (tensors[f"layers.{GROUPS[name]}.{name}.weight"].name.split(".")[-2] for name in lora.targets)
-    is_reward = model.scalar_head == "reward"
+def _layers(model: Model) -> range:
+    return range(model.config.num_layers)
+
+
+def _their_name(model: Model, target: str) -> str:
+    """The name of a matrix in the family's files, "{}" for the layer."""
+    return FAMILIES[model.config.family].tensors[f"layers.{GROUPS[target]}.{target}.weight"].name
+
+
+def _pairs(model: Model, adapters: Params, scale: float) -> Iterator[tuple[str, LowRank]]:
+    """Every adapter by the name of its matrix; theirs lie as [out, in]."""
+    for matrices in adapters["layers"].values():
+        for target, pair in matrices.items():
+            factors = zip(gather(pair["weight"].a), gather(pair["weight"].b), strict=True)
+            for layer, (a, b) in enumerate(factors):
+                yield _their_name(model, target).format(layer), LowRank(a.T, b.T, scale)
+
+
+def _added(model: Model, ours: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The sums of adapters as adapters of scale 1 and one rank, on every layer, as peft's configuration has them.
+
+    B A + B' A' = [B, B'] [A; A']; what is missing is 0.
+    """
+    modules = {name.split(".")[-2] for name in (*ours, *before)}
+    shapes = {name: shape for name, shape in expected_shapes(model.config).items() if name.split(".")[-2] in modules}
+    ranks = [max(len(pair.a) for pair in pairs.values()) for pairs in (before, ours)]
+    added = {}
+    for name, (size_out, size_in) in ((n, s) for n, s in shapes.items() if len(s) == 2):
+        a, b = np.zeros((sum(ranks), size_in), np.float32), np.zeros((size_out, sum(ranks)), np.float32)
+        for start, pairs in ((0, before), (ranks[0], ours)):
+            if (pair := pairs.get(name)) is not None:
+                a[start : start + len(pair.a)] = pair.a
+                b[:, start : start + len(pair.a)] = pair.scale * pair.b
+        added[name] = LowRank(a, b, 1.0)
+    return added
+
+
+def _tensors(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, pair in pairs.items():
+        module = PREFIX + name.removesuffix("weight")
+        yield f"{module}lora_A.weight", np.ascontiguousarray(pair.a)
+        yield f"{module}lora_B.weight", np.ascontiguousarray(pair.b)
+
+
+def _config(
+    model: Model, base: str | None, rank: int, alpha: float, modules: Sequence[str], whole: Mapping[str, np.ndarray]
+) -> dict[str, object]:
     on_hub = hub.parse(base) if base else None
+    saved = sorted({name.rsplit(".", 1)[0].split(".")[-1] for name in whole})
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.scalar_head == "reward" else "CAUSAL_LM",
         "base_model_name_or_path": on_hub.repository if on_hub else base,
         "revision": on_hub.revision or None if on_hub else None,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": list(theirs),
-        "modules_to_save": ["score"] if is_reward else None,
+        "target_modules": list(modules),
+        "modules_to_save": saved or None,
     }

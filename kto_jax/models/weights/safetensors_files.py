@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
+class Weights(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of a tensor."""
+
+
 class SafetensorsWeights:
     """The tensors in a Hugging Face directory's safetensors, one file or several.
 
@@ -26,8 +35,8 @@ class SafetensorsWeights:
       shapes: shape of every tensor by name.
     """
 
-    def __init__(self, directory: Path):
-        """Opens all files and reads their headers.
+    def __init__(self, directory: Path, file_name: str | None = None):
+        """Opens all files, or the one that is named, and reads their headers.
 
         Raises:
           ConfigError: there are no safetensors, a file is damaged or outside the directory, or the index is wrong.
@@ -35,8 +44,9 @@ class SafetensorsWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[str, Any] = {}
         self._files: dict[str, Any] = {}
-        for file_name, expected in _safetensors_files(directory).items():
-            self._open(_inside(directory, file_name), expected)
+        files = _safetensors_files(directory) if file_name is None else {file_name: None}
+        for name, expected in files.items():
+            self._open(_inside(directory, name), expected)
 
     def _open(self, file: Path, expected: set[str] | None) -> None:
         try:

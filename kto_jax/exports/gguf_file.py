@@ -1,0 +1,173 @@
+"""A model directory as one GGUF file with its tokenizer, which llama.cpp and what is built on it opens.
+
+Models of the Llama type are written, with byte-level BPE tokenizers; others are refused by name. Matrices get the
+chosen kind, norms stay float32. What is read of such files is in models/weights/gguf.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_jax.config import ConfigError
+from kto_jax.config.packages import require
+from kto_jax.data.tokens import tokenizer_files
+from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
+from kto_jax.models.attention.dense import rotary_frequencies
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.rope import Llama3Scaling
+from kto_jax.models.weights.gguf import LAYER_NAMES, OTHER_NAMES, ROPE_FACTORS, row_order
+from kto_jax.models.weights.load import is_reward_model, read_config
+from kto_jax.models.weights.safetensors_files import SafetensorsWeights
+from kto_jax.models.weights.tensors import expected_shapes
+from kto_jax.storage.atomic import new_file
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+"""llama.cpp's numbers of the kinds (general.file_type)."""
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_OTHERWISE = "Export a Hugging Face directory, without --gguf, and convert that with llama.cpp."
+
+
+def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
+    """Writes a model directory as a GGUF file.
+
+    Args:
+      file: where to; an existing file is replaced.
+      directory: a Hugging Face directory with weights and tokenizer.
+      kind: "q8_0", "f16", "bf16" or "f32": what matrices are kept in. Rows whose length is not a multiple of 32 are
+        kept in f16 where q8_0 is asked for.
+      name: what the file says the model is called.
+
+    Raises:
+      ConfigError: the architecture or the tokenizer is of another kind.
+    """
+    require("gguf", f"--gguf={kind}", "export a Hugging Face directory, without --gguf")
+    import gguf
+
+    config = read_config(directory)
+    _check_architecture(config, directory)
+    fields = _tokenizer_fields(directory, config.vocab_size)
+    with new_file(file) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        writer.add_name(name)
+        writer.add_file_type(_FILE_TYPES[kind])
+        _add_architecture(writer, config)
+        for field, add in (
+            ("model", writer.add_tokenizer_model), ("pre", writer.add_tokenizer_pre), ("tokens", writer.add_token_list),
+            ("types", writer.add_token_types), ("merges", writer.add_token_merges), ("bos", writer.add_bos_token_id),
+            ("eos", writer.add_eos_token_id), ("eot", writer.add_eot_token_id), ("pad", writer.add_pad_token_id),
+            ("add_bos", writer.add_add_bos_token), ("template", writer.add_chat_template),
+        ):  # fmt: skip
+            if fields.get(field) is not None:
+                add(fields[field])
+        _add_tensors(writer, config, directory, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _check_architecture(config: TransformerConfig, directory: Path) -> None:
+    usual = TransformerConfig(8, 8, 1, 1, 1, 8, 8)
+    names = (
+        "activation", "qkv_bias", "qk_norm", "norm_offset", "post_norms", "embed_scale", "window",
+        "query_pre_attn_scalar", "attention_softcap", "final_softcap",
+    )  # fmt: skip
+    other = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    if other or is_reward_model(directory) or not isinstance(config.rope_scaling, Llama3Scaling | None):
+        what = ", ".join(other) or "a reward head or its rope scaling"
+        raise ConfigError(
+            f"{directory} is a model of family {config.family!r} ({what}), which is not written as GGUF. Models of the "
+            f"Llama type are. {_OTHERWISE}"
+        )
+
+
+def _add_architecture(writer: Any, config: TransformerConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str) -> None:
+    import gguf
+    from gguf import quants
+
+    weights = SafetensorsWeights(directory)
+    for name, shape in expected_shapes(config).items():
+        values = np.asarray(weights.read(name, (slice(None),) * len(shape)), np.float32)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if heads:
+            values = values[np.argsort(row_order(len(values), heads))]
+        own = "f32" if values.ndim == 1 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
+        tensor_kind = gguf.GGMLQuantizationType[own.upper()]
+        writer.add_tensor(_gguf_name(name), quants.quantize(values, tensor_kind), raw_dtype=tensor_kind)
+    if config.rope_scaling is not None:
+        plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+        writer.add_tensor(ROPE_FACTORS, (plain / rotary_frequencies(config)).astype(np.float32))
+
+
+def _gguf_name(name: str) -> str:
+    others = {theirs: own for own, theirs in OTHER_NAMES.items()}
+    if name in others:
+        return others[name]
+    _, _, layer, rest = name.split(".", 3)
+    layers = {theirs: own for own, theirs in LAYER_NAMES.items()}
+    return f"blk.{layer}.{layers[rest.removesuffix('.weight')]}.weight"
+
+
+def _tokenizer_fields(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer of a directory as GGUF's fields.
+
+    Raises:
+      ConfigError: it is no byte-level BPE, or splits words in a way that llama.cpp has no name for here.
+    """
+    import tokenizers
+
+    file = directory / tokenizer_files.TOKENIZER
+    if not file.is_file():
+        raise ConfigError(f"{directory} has no tokenizer.json. A GGUF file holds its tokenizer. {_OTHERWISE}")
+    definition = json.loads(file.read_text(encoding="utf-8"))
+    model = definition["model"]
+    pre = name_pre_tokenizer(definition) if model.get("type") == "BPE" else None
+    if pre is None:
+        raise ConfigError(
+            f"the tokenizer of {directory} is {model.get('type')} with the pre-tokenizer "
+            f"{json.dumps(definition.get('pre_tokenizer'))[:200]}. Byte-level BPE as in GPT-2, SmolLM2, Llama 3 and "
+            f"Qwen2 is written. {_OTHERWISE}"
+        )
+    tokens, types = [f"[PAD{number}]" for number in range(vocab_size)], [_UNUSED] * vocab_size
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, _NORMAL
+    for added in definition["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    special = tokenizer_files.read_special_tokens(directory)
+    ids = {name: tokens.index(special[f"{name}_token"]) for name in ("bos", "eos", "pad") if f"{name}_token" in special}
+    starts = tokenizers.Tokenizer.from_file(str(file)).encode("a").ids[:1]
+    ends = _ends(directory)
+    return {
+        "model": "gpt2", "pre": pre, "tokens": tokens, "types": types, "merges": merges, **ids,
+        "eot": next((end for end in ends if end != ids.get("eos")), None),
+        "add_bos": starts == [ids.get("bos")], "template": tokenizer_files.read_template(directory),
+    }  # fmt: skip
+
+
+def _ends(directory: Path) -> list[int]:
+    """The ids that end a completion, from generation_config.json."""
+    file = directory / "generation_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    return found if isinstance(found, list) else [] if found is None else [found]

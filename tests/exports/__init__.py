@@ -1,0 +1,1 @@
+"""Tests of kto_jax.exports."""
