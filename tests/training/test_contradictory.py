@@ -58,7 +58,7 @@ def problem(name):
     config = Config(
         model=ModelConfig(path="x"), data=DataConfig(train="x", max_length=38, max_prompt_length=19), batch_size=64
     )
-    batch = make_schedules(config, contradictory(), objective, None)[0].batch(0)
+    batch = jax.tree.map(jnp.asarray, make_schedules(config, contradictory(), objective, None)[0].batch(0))
     policy = MODEL.init_params(jax.random.key(0), "float32")
     noise = MODEL.init_params(jax.random.key(1), "float32")
     reference = jax.tree.map(lambda leaf, other: leaf + 2 * other, policy, noise)
