@@ -299,8 +299,7 @@ def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stor
         trained = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
     head = trained.get(SCALAR_HEAD)
     if head is not None:
-        kind = "reward" if "weight" in head else "value"
-        model = Model.create(model.config, dtype=dtype, scalar_head=kind)
+        model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
     if not has_adapters:
         return Stored(model, trained, trained)
     scale, reference = lora.alpha / lora.rank, workdir / "checkpoints" / "reference"

@@ -76,7 +76,9 @@ def test_device_step_and_a_run_work_without_the_optional_packages(tmp_path):
     # What is asked is whether the packages of a report are there; transformers asks for more of its own accord.
     assert {"matplotlib", "jinja2"} <= set(json.loads(done.stdout.splitlines()[-1]))
     assert done.stderr.count("report.html is skipped") == 1
-    assert "with matplotlib and jinja2, not installed here. Run pip install matplotlib jinja2 and the" in done.stderr
+    assert (
+        "it needs matplotlib and jinja2, not installed here. Run pip install matplotlib jinja2 and the" in done.stderr
+    )
 
 
 def test_help_is_printed_before_jax_is_imported():

@@ -109,7 +109,7 @@ def name_pre_tokenizer(definition: Mapping[str, Any]) -> str | None:
         return "gpt-2" if last.get("use_regex", True) else None
     if before[0].get("type") == "Digits" and before[0].get("individual_digits") and last.get("use_regex", True):
         return "smollm"
-    regex = before[0].get("pattern", {}).get("Regex") if before[0].get("behavior") == "Isolated" else None
+    regex = before[0].get("pattern", {}).get("Regex", "") if before[0].get("behavior") == "Isolated" else ""
     return {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}.get(regex) if not last.get("use_regex", True) else None
 
 

@@ -105,10 +105,11 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
             'Set config.lora.start to "new", which adds them to the base and trains new ones.'
         )
     ((rank, alpha),) = kinds
-    found = {"rank": rank, "alpha": alpha, "targets": tuple(name for name in ADAPTED if name in targets)}
+    adapted = tuple(name for name in ADAPTED if name in targets)
+    found = {"rank": rank, "alpha": alpha, "targets": adapted}
     given = {"rank": lora.rank, "alpha": lora.alpha, "targets": tuple(n for n in ADAPTED if n in lora.targets)}
     if found != given:
-        as_flags = found | {"targets": ",".join(found["targets"])}
+        as_flags = found | {"targets": ",".join(adapted)}
         flags = " ".join(f"--config.lora.{name}={as_flags[name]}" for name in found if found[name] != given[name])
         raise ConfigError(
             f"config.lora has {given}, and the adapters in {path} that are trained further have {found}. Both must be "
