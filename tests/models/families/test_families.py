@@ -297,7 +297,8 @@ def test_the_soft_cap_of_logits_is_applied_wherever_logits_are_made(drawn):
     capped = 3 * np.tanh(bare / 3)
     close(model.logits(params, hidden), capped, rtol=1e-4)
     expected = np.take_along_axis(capped - np.log(np.exp(capped).sum(-1, keepdims=True)), targets[..., None], -1)
-    close(model.token_logps(params, jnp.asarray(hidden), jnp.asarray(targets)), expected[..., 0], rtol=1e-4)
+    params, hidden, targets = jax.tree.map(jnp.asarray, (params, hidden, targets))
+    close(model.token_logps(params, hidden, targets), expected[..., 0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
