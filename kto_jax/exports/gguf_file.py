@@ -1,4 +1,4 @@
-"""A model directory as one GGUF file with its tokenizer, which llama.cpp and what is built on it opens.
+"""A model directory as one GGUF file with its tokenizer, in the layout that llama.cpp reads.
 
 Models of the Llama type are written, with byte-level BPE tokenizers; others are refused by name. Matrices get the
 chosen kind, norms stay float32. What is read of such files is in models/weights/gguf.py.
