@@ -83,7 +83,7 @@ class Pair:
 
         def total(params):
             hidden = self.model.hidden_states(params, tokens, segments, positions)
-            logps = self.model.token_logps(params, hidden, targets)
+            logps = self.model.token_logps(params, hidden, jnp.asarray(targets))
             return jnp.sum(jnp.where(counts, logps, 0)), self.model.logits(params, hidden)
 
         (_, logits), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
