@@ -316,6 +316,7 @@ def _write_files(model_path: Path, directory: Path) -> list[str]:
                 return [f"its special tokens are those of its class: {', '.join(map(str, found.values()))}"]
         return []
     _load(model_path).save_pretrained(directory)
+    tokenizer_files.set_portable_class(directory)
     return ["its files were made by transformers from the model's own"]
 
 

@@ -83,6 +83,20 @@ def set_eos(directory: Path, token: str) -> None:
             path.write_text(json.dumps({**_read_json(path), "eos_token": token}, indent=2, ensure_ascii=False) + "\n")
 
 
+def set_portable_class(directory: Path) -> None:
+    """Names the class of a tokenizer that transformers 5 saved as transformers 4 does, so that both open it.
+
+    Version 5 calls the class of a plain tokenizer.json TokenizersBackend, which version 4 does not know, and lists
+    further special tokens under a name that version 4 reads as an object.
+    """
+    values = _read_json(directory / CONFIG)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    (directory / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
 def set_template(directory: Path, template: str) -> None:
     """Makes a text the chat template of the tokenizer in a folder."""
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
