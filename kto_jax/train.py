@@ -35,6 +35,7 @@ from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.compilation import Program, keep_compiled
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
+from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.objectives import defaults
 from kto_jax.planning.rows_that_fit import settle_rows
 from kto_jax.reports.results import write_results, write_samples
@@ -190,12 +191,24 @@ def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
         f"{mesh.size} × {jax.devices()[0].device_kind} as {dict(mesh.shape)}; "
         f"{choose_attention(config.model.attention, mesh).name} attention; {peak}",
     )
+    if inputs.policy_files.adapter is not None:
+        console.print(_describe_start(config, inputs.policy_files))
     if config.optimizer.warmup_steps >= inputs.num_steps:
         console.print(
             f"warning: all {inputs.num_steps} steps are warm-up (config.optimizer.warmup_steps="
             f"{config.optimizer.warmup_steps}): the learning rate never reaches {config.optimizer.learning_rate}",
             style="yellow",
         )
+
+
+def _describe_start(config: Config, files: ModelFiles) -> str:
+    if config.lora.start == "continue":
+        use = "trained further"
+    elif config.lora.rank:
+        use = 'merged into the base, and new ones are trained (config.lora.start="new")'
+    else:
+        use = "merged into the base, all of whose weights are trained"
+    return f"the run starts from {files}: these adapters are {use}"
 
 
 def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) -> None:

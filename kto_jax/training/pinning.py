@@ -73,7 +73,7 @@ def _commits(config: Config, workdir: Path | None) -> dict[str, str]:
 
 
 def _found(sources: Iterable[str], workdir: Path | None) -> dict[str, str]:
-    recorded = set(_recorded(workdir)) if workdir else set()
+    recorded = tuple(_recorded(workdir)) if workdir else ()
     found = {}
     for source in sources:
         before = [name for name in recorded if source in (name, name.rpartition("@")[0] or name)]

@@ -71,11 +71,13 @@ def first_row(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
 
 
-@pytest.mark.parametrize("settings", [
-    [], ["--config.lora.rank=4"], CONTINUED, [*CONTINUED, "--config.reference.precompute=true"],
+@pytest.mark.parametrize("settings, use", [
+    ([], "all of whose weights are trained"), (["--config.lora.rank=4"], "new ones are trained"),
+    (CONTINUED, "trained further"), ([*CONTINUED, "--config.reference.precompute=true"], "trained further"),
 ], ids=["full", "new", "continue", "precomputed"])  # fmt: skip
-def test_the_policy_and_the_reference_begin_as_base_plus_adapters(run, base, adapter, settings):
+def test_the_policy_and_the_reference_begin_as_base_plus_adapters(run, base, adapter, capsys, settings, use):
     folder = run(*STILL, *settings)
+    assert use in " ".join(capsys.readouterr().err.split())
     assert first_row(folder)["loss"] == pytest.approx(0.5, abs=1e-6)
     assert_near(tensors(folder / "policy"), tensors(adapter))
     assert json.loads((folder / "config.json").read_text())["model"]["base"] == str(base)
