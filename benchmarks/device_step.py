@@ -33,11 +33,11 @@ from kto_jax.data.batches.packing import RowLimits
 from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.sharding import place_batch, shardings
-from kto_jax.models.int8 import kept_as
+from kto_jax.models.int8 import cast_params
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import make_objective
 from kto_jax.planning.compile_step import Task
-from kto_jax.training.first_state import make_model
+from kto_jax.training.initial_state import make_model
 from kto_jax.training.state import create_state
 from kto_jax.training.step import jit_train_step, make_recipe
 
@@ -67,7 +67,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     layout = shardings(mesh, model.logical_axes(kept), model.abstract_params(kept))
     draw = jax.jit(model.init_params, static_argnums=1, out_shardings=layout)
     policy = draw(jax.random.key(0), kept)
-    state = create_state(policy, kept_as(policy, kept), recipe.optimizer, mesh, objective.initial_state)
+    state = create_state(policy, cast_params(policy, kept), recipe.optimizer, mesh, objective.initial_state)
     del policy
     schedule = _schedule(config, architecture.vocab_size, steps=1 + job["steps"])
     step: Any = jit_train_step(recipe)

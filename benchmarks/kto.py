@@ -55,7 +55,7 @@ from kto_jax.models.weights.load import load_params, read_config, weights_digest
 from kto_jax.objectives import make_objective
 from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import cache_directory
-from kto_jax.training.step import work
+from kto_jax.training.flops import tokens_and_flops
 
 ROOT = Path(__file__).parent.parent
 console = Console()
@@ -201,8 +201,8 @@ def make_job(
             path = scratch / f"{kind}{step}.npz"
             save_batch(path, batch)
             job[kind].append(str(path))
-        figures = {key: float(value) for key, value in work(model, objective, jax.device_put(packed)).items()}
-        steps.append({key: figures[key] for key in ("tokens", "flops")})
+        figures = tokens_and_flops(model, objective, jax.device_put(packed))
+        steps.append({key: float(figures[key]) for key in ("tokens", "flops")})
     return job, steps[1:]
 
 

@@ -29,8 +29,8 @@ from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices.compilation import Program
 from kto_jax.devices.sharding import place_batch
 from kto_jax.train import prepare
-from kto_jax.training.first_state import make_abstract_state, make_state
 from kto_jax.training.in_flight import StepsInFlight
+from kto_jax.training.initial_state import make_abstract_state, make_state
 from kto_jax.training.logs import MetricsLog
 from kto_jax.training.reference import choose_dtype
 from kto_jax.training.step import jit_train_step, make_recipe

@@ -19,7 +19,7 @@ from kto_jax.config.errors import FAILED, FINISHED, INTERRUPTED, PREEMPTED, UNUS
 from kto_jax.config.names import closest
 from kto_jax.config.ranges import base
 from kto_jax.config.recipes import load
-from kto_jax.config.resolve import meant_elsewhere, type_of
+from kto_jax.config.resolve import suggest_elsewhere, type_of
 
 __all__ = [
     "FAILED",
@@ -143,7 +143,7 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
             values[name] = convert(parse(text, hint), hint, f"--{name}")
     if recipe:
         path, config = load(recipe)
-        values["config"] = resolve(_with(config, overrides))
+        values["config"] = resolve(_with_overrides(config, overrides))
         if "workdir" in hints(kind) and not values.get("workdir"):
             values["workdir"] = str(Path("runs") / path.stem)
     elif overrides:
@@ -161,15 +161,15 @@ def _flags(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("-"):
-            raise ConfigError(_no_flag(argument, kind))
+            raise ConfigError(_not_a_flag(argument, kind))
         name, equals, text = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
         hint = _type_of_flag(name, kind)
         if not equals:
-            takes_truth = base(hint) is bool
-            if rest and (rest[0].lower() in ("true", "false") if takes_truth else not rest[0].startswith("--")):
+            is_boolean = base(hint) is bool
+            if rest and (rest[0].lower() in ("true", "false") if is_boolean else not rest[0].startswith("--")):
                 text = rest.pop(0)
-            elif takes_truth:
+            elif is_boolean:
                 text = "true"
             else:
                 raise ConfigError(f"--{name} lacks its value. A flag is --NAME=VALUE. Write --{name}=VALUE.")
@@ -190,7 +190,7 @@ def _type_of_flag(name: str, kind: type) -> Any:
 
 
 def _unknown_flag(name: str, kind: type) -> str:
-    if "config" in hints(kind) and (field := meant_elsewhere(name, hints(kind))):
+    if "config" in hints(kind) and (field := suggest_elsewhere(name, hints(kind))):
         return f"--{name} is not a flag. Did you mean --config.{field}? Correct the command; --help lists all flags."
     flags = [f"--{flag}" for flag in hints(kind)] + (["--config.FIELD"] if "config" in hints(kind) else [])
     close = closest(name, hints(kind))
@@ -198,7 +198,7 @@ def _unknown_flag(name: str, kind: type) -> str:
     return f"--{name} is not a flag. {meant}Allowed: {', '.join(flags)}. Correct the command."
 
 
-def _no_flag(argument: str, kind: type) -> str:
+def _not_a_flag(argument: str, kind: type) -> str:
     first = next(iter(hints(kind)))
     return (
         f"{argument!r} is not a flag. Allowed: --NAME=VALUE; --help lists the names. Write --{first}={argument}, or "
@@ -206,10 +206,10 @@ def _no_flag(argument: str, kind: type) -> str:
     )
 
 
-def _with(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _with_overrides(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A configuration with fields replaced, by their dotted names."""
     config = dict(config)
     for name, value in overrides.items():
         section, dot, field = name.partition(".")
-        config[section] = _with(config.get(section, {}), {field: value}) if dot else value
+        config[section] = _with_overrides(config.get(section, {}), {field: value}) if dot else value
     return config

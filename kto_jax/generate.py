@@ -26,7 +26,7 @@ from kto_jax.command import FINISHED, run_command
 from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
-from kto_jax.progress import note_devices, show_progress
+from kto_jax.progress import report_unused_devices, show_progress
 from kto_jax.sampling.complete import Completion, Prompt, complete, open_language_model
 from kto_jax.sampling.sample import Sampling
 
@@ -166,7 +166,7 @@ def generate(options: Options) -> int:
     keep_compiled()
     # Standard output is for completions; messages go to standard error.
     with contextlib.redirect_stdout(sys.stderr), show_progress() as progress:
-        note_devices()
+        report_unused_devices()
         progress.start("reading the model")
         with open_language_model(options.model, dtype=options.dtype, chat_template=options.chat_template) as model:
             progress.start("completing prompts", total=len(prompts) * options.num_samples)

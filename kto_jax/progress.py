@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Line:
+class ProgressBar:
     """A progress bar that says what is being done; from `show_progress`."""
 
     def __init__(self, bar: Progress) -> None:
@@ -28,7 +28,7 @@ class Line:
 
 
 @contextlib.contextmanager
-def show_progress(console: Console | None = None) -> Iterator[Line]:
+def show_progress(console: Console | None = None) -> Iterator[ProgressBar]:
     """Shows a progress bar on standard error while the body runs; nothing if that is not a terminal.
 
     Args:
@@ -40,10 +40,10 @@ def show_progress(console: Console | None = None) -> Iterator[Line]:
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield Line(bar)
+        yield ProgressBar(bar)
 
 
-def note_devices() -> None:
+def report_unused_devices() -> None:
     """Says on standard error that the command uses one device, if there are more."""
     if jax.device_count() > 1:
         print(f"uses 1 of {jax.device_count()} devices", file=sys.stderr)

@@ -42,17 +42,17 @@ from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.evaluation import make_evaluation, measure_reference
-from kto_jax.training.first_state import make_abstract_state, make_model, make_state
+from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
 from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
-from kto_jax.training.patience import read_patience
+from kto_jax.training.patience import Patience, read_patience
 from kto_jax.training.pinning import pin_sources
 from kto_jax.training.precompute import precompute
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, describe_error, is_rounded
 from kto_jax.training.result import choose_export_dtype, choose_result
-from kto_jax.training.resume import as_begun, with_template_date
+from kto_jax.training.resume import with_recorded_settings, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
 from kto_jax.training.step import jit_train_step, make_recipe
 from kto_jax.training.trackers import check_trackers
@@ -96,7 +96,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
-        config = pin_sources(as_begun(config, workdir), workdir)
+        config = pin_sources(with_recorded_settings(config, workdir), workdir)
         config = with_template_date(processes.together(lambda: choose_export_dtype(choose_dtype(config))))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         if config.microbatch_rows == "auto":
@@ -109,7 +109,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     with (
         run.lock,
         contextlib.closing(
-            Checkpoints(run.path, config.checkpoint, metric=config.evaluation.metric, reference_moves=moves)
+            Checkpoints(run.path, config.checkpoint, metric=config.evaluation.metric, reference_is_synced=moves)
         ) as checkpoints,
         processes.ending_if_one_is_lost(PREEMPTED, config.processes.timeout_seconds / 4),
     ):
@@ -125,9 +125,10 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
 
         # ------------------------------------------------- state: from the newest checkpoint, or from weights
+        if first_step:
+            console.print(f"continuing after step {first_step}")
         with console.phase("reading weights"):
             if first_step:
-                console.print(f"continuing after step {first_step}")
                 state = checkpoints.restore(abstract, first_step)
             else:
                 state = make_state(config, inputs, model, recipe.optimizer, abstract)
@@ -143,18 +144,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             record_part(run.path, first_step, config)
             if first_step < inputs.num_steps and not patience.is_exhausted:
                 (run.path / "samples_after.json").unlink(missing_ok=True)  # of a run that is made longer
-        peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
-        _announce(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
-        job = Job(
-            config=config,
-            inputs=inputs,
-            mesh=mesh,
-            take_step=take_step,
-            evaluate=make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None,
-            patience=patience,
-            peak=peak * mesh.size,
-            peak_is_measured=source == "measured",
-        )
+        job = _make_job(config, inputs, mesh, model, take_step, patience)
         state, exit_code = take_steps(job, run.path, checkpoints, preemption, state)
 
         # ------------------------------------------------- the result
@@ -163,8 +153,24 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             for note in notes:
                 console.print(note)
             write_results(model, state, inputs, run, config, command, notes)
-            _tell_what_next(workdir, inputs, time.monotonic() - started)
+            _print_next_steps(workdir, inputs, time.monotonic() - started)
     return exit_code
+
+
+def _make_job(config: Config, inputs: Inputs, mesh: Mesh, model: Model, take_step: Program, patience: Patience) -> Job:
+    """The loop's inputs; prints a summary of them."""
+    peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
+    _print_summary(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
+    return Job(
+        config=config,
+        inputs=inputs,
+        mesh=mesh,
+        take_step=take_step,
+        evaluate=make_evaluation(model, inputs.objective, inputs.held_out, mesh) if inputs.held_out else None,
+        patience=patience,
+        peak=peak * mesh.size,
+        peak_is_measured=source == "measured",
+    )
 
 
 def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh, Model]:
@@ -180,10 +186,10 @@ def prepare(config: Config, workdir: Path, scratch: Path) -> tuple[Inputs, Mesh,
     return inputs, mesh, model
 
 
-def _announce(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
+def _print_summary(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> None:
     usual = defaults(config.objective.name)
     chosen = {name: value for name, value in inputs.objective.options.items() if value != usual.get(name)}
-    options = ", ".join(f"{name} {_short(value)}" for name, value in chosen.items())
+    options = ", ".join(f"{name} {_format(value)}" for name, value in chosen.items())
     console.print(
         f"{config.objective.name}{f' ({options})' if options else ''}: {inputs.num_steps} steps of {config.batch_size} "
         f"{inputs.objective.examples} from {inputs.schedule.num_examples} ({inputs.num_desirable} desirable and "
@@ -218,11 +224,11 @@ def _report_reference(config: Config, run: RunFolder, errors: dict[str, float]) 
     check_error(config, errors)
 
 
-def _short(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _tell_what_next(workdir: Path, inputs: Inputs, seconds: float) -> None:
+def _print_next_steps(workdir: Path, inputs: Inputs, seconds: float) -> None:
     minutes, seconds = divmod(round(seconds), 60)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")

@@ -69,10 +69,9 @@ ORDER = {
     "kto_jax.sampling": ["sample", "complete"],
     "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
-        "checks",
-        "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state "
-        "trackers work",
-        "accumulate checkpoints first_state logs optimizer run_folder sync",
+        "checks flops",
+        "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
+        "accumulate checkpoints initial_state logs optimizer run_folder sync",
         "in_flight patience precompute step",
         "evaluation loop result",
     ],

@@ -4,7 +4,7 @@ from beartype import BeartypeConf, beartype
 
 _CHECKED = """
 losses objectives values models.heads models.int8 models.lora models.rope
-training.accumulate training.forward training.metrics training.microbatches training.step training.work
+training.accumulate training.forward training.metrics training.microbatches training.step training.flops
 """
 MODULES = [f"kto_jax.{name}" for name in _CHECKED.split()]
 """Modules that compute on JAX arrays alone: others also take NumPy arrays or stand-ins for arrays."""

@@ -16,7 +16,7 @@ from kto_jax.config.names import closest, nearest
 from kto_jax.config.ranges import base, choices, describe, number_range, options
 
 
-class _Unfit(Exception):
+class _MismatchError(Exception):
     """A value is not of a type."""
 
 
@@ -55,7 +55,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     for option in options(hint):
         try:
             return _as(value, option, path)
-        except _Unfit:
+        except _MismatchError:
             continue
     known = [choice for choice in choices(hint) if isinstance(choice, str)]
     texts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
@@ -69,7 +69,7 @@ def _as(value: Any, option: Any, path: str) -> Any:
     kind, bounds = base(option), number_range(option)
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return _or_unfit(value, any(value == allowed and type(value) is type(allowed) for allowed in choices(kind)))
+        return _require(value, any(value == allowed and type(value) is type(allowed) for allowed in choices(kind)))
     if origin is tuple:
         return _as_tuple(value, typing.get_args(kind)[0], path)
     if origin is collections.abc.Mapping:
@@ -78,11 +78,11 @@ def _as(value: Any, option: Any, path: str) -> Any:
         return str(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    return _or_unfit(value, type(value) is kind and (bounds is None or value in bounds))
+    return _require(value, type(value) is kind and (bounds is None or value in bounds))
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
-    return _or_unfit(value, isinstance(value, Mapping))
+    return _require(value, isinstance(value, Mapping))
 
 
 def _as_any(value: Any, hint: Any, path: str) -> Any:
@@ -90,24 +90,24 @@ def _as_any(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     for option in options(hint):
-        with contextlib.suppress(_Unfit):
+        with contextlib.suppress(_MismatchError):
             return None if option is type(None) and value is None else _as(value, option, path)
-    raise _Unfit
+    raise _MismatchError
 
 
-def _or_unfit(value: Any, fits: bool) -> Any:
+def _require(value: Any, fits: bool) -> Any:
     if not fits:
-        raise _Unfit
+        raise _MismatchError
     return value
 
 
 def _as_tuple(value: Any, item: Any, path: str) -> tuple[Any, ...]:
     if options(item) != (item,):  # sources: texts and mappings
-        entries = [value] if isinstance(value, Mapping) else _or_unfit(value, isinstance(value, (tuple, list)))
+        entries = [value] if isinstance(value, Mapping) else _require(value, isinstance(value, (tuple, list)))
         return tuple(_source(entry, f"{path}[{i}]") for i, entry in enumerate(entries))
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(_as(entry, item, path) for entry in _or_unfit(value, isinstance(value, (tuple, list))))
+    return tuple(_as(entry, item, path) for entry in _require(value, isinstance(value, (tuple, list))))
 
 
 def _source(entry: Any, path: str) -> str | dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kto_jax.config.convert import convert, hints, is_section
 from kto_jax.config.errors import ConfigError
 from kto_jax.config.fields import OBJECTIVE_NAMES, Config
-from kto_jax.config.names import closest, likeness, nearest
+from kto_jax.config.names import closest, nearest, similarity
 from kto_jax.config.packages import require
 from kto_jax.config.ranges import choices
 from kto_jax.config.rules import check
@@ -109,7 +109,7 @@ def check_overrides(arguments: Iterable[str]) -> None:
             type_of(argument.lstrip("-").split("=")[0].removeprefix("config."))
 
 
-def meant_elsewhere(name: str, allowed: Iterable[str]) -> str | None:
+def suggest_elsewhere(name: str, allowed: Iterable[str]) -> str | None:
     """The field that was probably meant by a name, wherever it is, if none of the allowed names is as much like it.
 
     A value that only one field takes stands for that field: `adam` for `optimizer.name=adamw`.
@@ -117,7 +117,7 @@ def meant_elsewhere(name: str, allowed: Iterable[str]) -> str | None:
     Returns:
       Its dotted name without `config.`, with "=VALUE" if a value was given; None if an allowed name is nearer.
     """
-    here = max((likeness(name, candidate) for candidate in allowed), default=0.0)
+    here = max((similarity(name, candidate) for candidate in allowed), default=0.0)
     fields, values = dict[str, str](), dict[str, str]()
     for full, kind, field in fields_of():
         fields.setdefault(full.rsplit(".", 1)[-1], full)
@@ -126,7 +126,7 @@ def meant_elsewhere(name: str, allowed: Iterable[str]) -> str | None:
             values.setdefault(str(value), f"{full}={value}")
     for candidates in (fields, values):
         found = closest(name, candidates)
-        if found and likeness(name, found) > here:
+        if found and similarity(name, found) > here:
             return candidates[found]
     return None
 
@@ -135,7 +135,7 @@ def unknown(path: str, name: str, allowed: Iterable[str]) -> str:
     """The error message for a field that does not exist: the nearest name here or in another section."""
     start = f"{path}.{name} is not a field of the configuration."
     allowed = list(allowed)
-    if field := meant_elsewhere(name, allowed):
+    if field := suggest_elsewhere(name, allowed):
         return f"{start} Did you mean config.{field}? Correct the name; --help lists all fields."
     return f"{start} {nearest(name, allowed)}" if allowed else f"{start} {path} is a field itself. Set {path}."
 

@@ -63,7 +63,7 @@ def quantised(params: Any) -> Any:
     return _map(params, quantise, lambda leaf: leaf.astype(jnp.float32))
 
 
-def kept_as(params: Any, dtype: Any) -> Any:
+def cast_params(params: Any, dtype: Any) -> Any:
     """Parameters quantised to "int8", or cast to any dtype of arrays."""
     return quantised(params) if dtype == INT8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 

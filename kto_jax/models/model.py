@@ -14,7 +14,7 @@ from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
-from kto_jax.models.int8 import INT8, kept_as, quantised_axes
+from kto_jax.models.int8 import INT8, cast_params, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
@@ -210,7 +210,7 @@ class Model:
         if self.scalar_head != "none":
             # From a separate key, so that the head does not change the trunk's values.
             params[SCALAR_HEAD] = init_scalar_head(self.scalar_head, self.config, jax.random.fold_in(key, 1))
-        return kept_as(params, param_dtype)
+        return cast_params(params, param_dtype)
 
     def abstract_params(self, param_dtype: str) -> Params:
         """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""

@@ -25,11 +25,11 @@ from kto_jax.objectives import Objective, check_objective
 from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology
 from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
-from kto_jax.training.checks import check_together
-from kto_jax.training.first_state import make_abstract_state, make_model
+from kto_jax.training.checks import check_conflicts
+from kto_jax.training.flops import tokens_and_flops
+from kto_jax.training.initial_state import make_abstract_state, make_model
 from kto_jax.training.reference import choose_dtype
 from kto_jax.training.step import jit_train_step, make_recipe
-from kto_jax.training.work import work
 
 _NUM_STEPS = 1000  # Steps of the learning rate's schedule: a constant, which does not change the program otherwise.
 
@@ -142,7 +142,7 @@ def read_task(config: Config) -> Task:
       ConfigError: the model or the objective cannot be used.
     """
     objective = check_objective(config.objective)
-    check_together(config, objective)
+    check_conflicts(config, objective)
     architecture = read_config(find_model(config.model.path, config.model.base, hub_files=CONFIG_FILES).weights)
     if config.data.max_length > architecture.max_length:
         raise ConfigError(
@@ -229,7 +229,7 @@ def one_sequence(lengths: Lengths, *, precomputed: bool) -> FeedbackBatch:
 
 def count_work(model: Model, objective: Objective, lengths: Lengths, *, precomputed: bool) -> tuple[float, float]:
     """Tokens and operations of one sequence in a step, as `work.work` counts them."""
-    figures = work(model, objective, one_sequence(lengths, precomputed=precomputed))
+    figures = tokens_and_flops(model, objective, one_sequence(lengths, precomputed=precomputed))
     return float(figures["tokens"]), float(figures["flops"])
 
 

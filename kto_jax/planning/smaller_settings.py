@@ -9,7 +9,7 @@ from kto_jax.config import Config, ConfigError
 from kto_jax.devices.sharding import mesh_shape
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_step
 from kto_jax.planning.topology import Topology
-from kto_jax.training.checks import check_together
+from kto_jax.training.checks import check_conflicts
 
 # Devices that share a row if it is too long for one device.
 _ROW_PARTS = 8
@@ -53,7 +53,7 @@ def climb(program: CompiledStep, task: Task, topology: Topology, lengths: Length
             continue
         text = setting(changed)
         try:
-            check_together(changed, task.objective)
+            check_conflicts(changed, task.objective)
             tried = compile_step(changed, task, topology, lengths)
         except ConfigError as error:
             yield Rung(text, cost, None, str(error))

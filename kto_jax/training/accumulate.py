@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.model import Params
-from kto_jax.training.microbatches import microbatch, put, room_for
+from kto_jax.training.microbatches import microbatch, write_at, zeros_for
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 ShareOfLoss = Callable[[Params, Tree], tuple[Float[Array, ""], Result]]
 
 _ad: Any = getattr(jax, "ad", None)
-HAS_REFERENCES = hasattr(jax, "new_ref") and hasattr(_ad, "GradValue") and hasattr(_ad, "GradRef")
+HAS_MUTABLE_REFS = hasattr(jax, "new_ref") and hasattr(_ad, "GradValue") and hasattr(_ad, "GradRef")
 """Whether the installed JAX can accumulate gradients in place."""
 
 
@@ -33,7 +33,7 @@ def accumulate_gradient(
     tree: Tree,
     count: Int[Array, ""],
     *,
-    in_place: bool = HAS_REFERENCES,
+    in_place: bool = HAS_MUTABLE_REFS,
 ) -> tuple[Float[Array, ""], Params, Result]:
     """Sums a loss and its gradient over microbatches.
 
@@ -47,15 +47,15 @@ def accumulate_gradient(
     Returns:
       The loss, its gradient in at least float32, and the results of all microbatches [M, ...].
     """
-    room = room_for(lambda one: share_of_loss(params, one)[1], tree)
+    results = zeros_for(lambda one: share_of_loss(params, one)[1], tree)
     loss_dtype = jax.eval_shape(lambda: share_of_loss(params, microbatch(tree, jnp.int32(0)))[0]).dtype
-    start = (jnp.zeros((), loss_dtype), room)
+    start = (jnp.zeros((), loss_dtype), results)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
-    sum_over = _sum_in_place if in_place else _sum_plainly
+    sum_over = _sum_in_place if in_place else _sum_whole_gradients
     return sum_over(share_of_loss, params, tree, count, start, zeros)
 
 
-def _sum_plainly(
+def _sum_whole_gradients(
     share_of_loss: ShareOfLoss, params: Params, tree: Tree, count: Array, start: tuple[Array, Result], zeros: Params
 ) -> tuple[Array, Params, Result]:
     def body(index: Int[Array, ""], carry: tuple[Array, Result, Params]) -> tuple[Array, Result, Params]:
@@ -64,7 +64,7 @@ def _sum_plainly(
         part, backward, result = jax.vjp(lambda params: share_of_loss(params, one), params, has_aux=True)
         (gradient,) = backward(jnp.ones_like(part))
         total = jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, gradient)
-        return loss + part, put(results, index, result), total
+        return loss + part, write_at(results, index, result), total
 
     loss, results, total = jax.lax.fori_loop(0, count, body, (*start, zeros))
     return loss, total, results
@@ -80,7 +80,7 @@ def _sum_in_place(
         one = microbatch(tree, index)
         part, backward, result = jax.vjp(lambda params: share_of_loss(params, one), params, has_aux=True)
         _add_gradient(total, params, backward, jnp.ones_like(part))
-        return loss + part, put(results, index, result)
+        return loss + part, write_at(results, index, result)
 
     loss, results = jax.lax.fori_loop(0, count, body, start)
     return loss, jax.tree.map(jax.ref.freeze, total), results

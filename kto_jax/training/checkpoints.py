@@ -32,7 +32,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.training.state import TrainState
 
 # Fields of TrainState that a checkpoint holds, unless they are empty.
-_MOVING = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
+_STATE_FIELDS = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 # Each replica of an array writes a part of it. Slicing a part compiles a program, so small arrays stay whole.
 _MIN_PART_BYTES = 2**20
 
@@ -44,16 +44,16 @@ class Checkpoints:
       workdir: the run's folder.
       config: how many checkpoints to keep.
       metric: the held-out figure that decides which checkpoint is best.
-      reference_moves: whether the reference is synced, and therefore part of every checkpoint.
+      reference_is_synced: whether the reference is synced, and therefore part of every checkpoint.
     """
 
     def __init__(
-        self, workdir: Path, config: CheckpointConfig, *, metric: str = "eval_loss", reference_moves: bool = False
+        self, workdir: Path, config: CheckpointConfig, *, metric: str = "eval_loss", reference_is_synced: bool = False
     ) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
         self._directory = workdir.absolute() / "checkpoints"
         self._metric = metric
-        self._moving = (*_MOVING, "reference") if reference_moves else _MOVING
+        self._fields = (*_STATE_FIELDS, "reference") if reference_is_synced else _STATE_FIELDS
         policies = ocp.training.preservation_policies
         self._context = ocp.Context()
         self._context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_PART_BYTES
@@ -64,7 +64,7 @@ class Checkpoints:
                 [
                     policies.LatestN(config.keep),
                     policies.BestN(
-                        get_metric_fn=self._cost,
+                        get_metric_fn=self._sort_key,
                         reverse=True,
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -89,7 +89,7 @@ class Checkpoints:
             )
         return step
 
-    def _cost(self, metrics: Mapping[str, float]) -> Any:
+    def _sort_key(self, metrics: Mapping[str, float]) -> Any:
         """The sort key: lower is better, and of equal figures the first. Infinite if another metric was saved."""
         found = metrics.get(self._metric, math.inf)
         cost = found if self._metric == "eval_loss" or found == math.inf else -found
@@ -100,8 +100,8 @@ class Checkpoints:
         found = {
             one.step: one.metrics[self._metric] for one in self._checkpointer.checkpoints if _has(one, self._metric)
         }
-        told = processes.tell(str(best_step(found, self._metric) if found else ""))[0]
-        return int(told) if told else None
+        answer = processes.tell(str(best_step(found, self._metric) if found else ""))[0]
+        return int(answer) if answer else None
 
     def save(self, step: int, state: TrainState, figures: Mapping[str, float] | None) -> None:
         """Starts writing a checkpoint; returns when the state's buffers may be donated.
@@ -122,7 +122,7 @@ class Checkpoints:
         }
         self._checkpointer.save_checkpointables_async(
             step,
-            {"state": self._moving_part(state)},
+            {"state": self._saved_fields(state)},
             metrics=held_out | {"step": step} if self._metric in held_out else None,
             force=True,
         )
@@ -140,12 +140,12 @@ class Checkpoints:
 
     def save_reference(self, reference: Params) -> None:
         """Writes the frozen reference once per run; does nothing if there is none or if it is synced."""
-        if reference and "reference" not in self._moving:
+        if reference and "reference" not in self._fields:
             with self._context:
                 ocp.save(self._directory / "reference", reference, overwrite=True)
 
-    def _moving_part(self, state: TrainState) -> dict[str, Any]:
-        parts = {name: getattr(state, name) for name in self._moving}
+    def _saved_fields(self, state: TrainState) -> dict[str, Any]:
+        parts = {name: getattr(state, name) for name in self._fields}
         return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
@@ -154,13 +154,13 @@ class Checkpoints:
         Raises:
           ConfigError: the checkpoint is of another model or optimizer; lists the differences.
         """
-        wanted = self._moving_part(abstract)
+        wanted = self._saved_fields(abstract)
         found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-        _check_same(found, wanted, self._directory / str(step))
+        _check_arrays(found, wanted, self._directory / str(step))
         moving = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
         if abstract.reference and "reference" not in wanted:
             place = self._directory / "reference"
-            _check_same(ocp.metadata(place).metadata, abstract.reference, place)
+            _check_arrays(ocp.metadata(place).metadata, abstract.reference, place)
             moving["reference"] = ocp.load(place, abstract.reference)
         return dataclasses.replace(abstract, **moving)
 
@@ -169,7 +169,7 @@ def _has(checkpoint: Any, metric: str) -> bool:
     return bool(checkpoint.metrics) and metric in checkpoint.metrics
 
 
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+def _shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Path -> (shape, dtype) of every array of a tree; elements of tuples and named tuples are named by position."""
     plain = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -181,13 +181,13 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _check_same(found: Any, wanted: Any, place: Path) -> None:
+def _check_arrays(found: Any, wanted: Any, place: Path) -> None:
     """Refuses a checkpoint whose arrays do not match the model's.
 
     Raises:
       ConfigError: listing missing, unexpected and differing arrays.
     """
-    has, wants = _leaves(found), _leaves(wanted)
+    has, wants = _shapes_and_dtypes(found), _shapes_and_dtypes(wanted)
     problems = [f"{path}: missing" for path in sorted(wants.keys() - has.keys())]
     problems += [f"{path}: unexpected" for path in sorted(has.keys() - wants.keys())]
     problems += [
@@ -219,7 +219,7 @@ def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredPolicy:
     """The policy of a checkpoint, on one device.
 
     Attributes:
@@ -270,7 +270,7 @@ def best_step(figures: Mapping[int, float], metric: str) -> int:
     return min(figures, key=lambda step: (sign * figures[step], step))
 
 
-def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stored:
+def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> StoredPolicy:
     """Reads the policy of a checkpoint.
 
     Args:
@@ -301,7 +301,7 @@ def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stor
     if head is not None:
         model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
     if not has_adapters:
-        return Stored(model, trained, trained)
+        return StoredPolicy(model, trained, trained)
     scale, reference = lora.alpha / lora.rank, workdir / "checkpoints" / "reference"
     kept = ocp.metadata(reference).metadata
     table = kept["embed"]["table"]
@@ -310,7 +310,7 @@ def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stor
     if lora.start == "continue":
         frozen = merge_adapters(frozen, adapters, scale)
     frozen = ocp.load(reference, jax.tree.map(abstract, frozen))
-    return Stored(model, merge_adapters(frozen, trained, scale), trained)
+    return StoredPolicy(model, merge_adapters(frozen, trained, scale), trained)
 
 
 def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:

@@ -14,7 +14,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import Objective
 
 
-def check_together(config: Config, objective: Objective) -> None:
+def check_conflicts(config: Config, objective: Objective) -> None:
     """Refuses conflicting settings; reads no file.
 
     Raises:
@@ -94,14 +94,14 @@ def check_held_out(config: Config, *, is_held_out: bool) -> None:
     Raises:
       ConfigError: naming the fields.
     """
-    if (setting := _compares(config)) and not is_held_out:
+    if (setting := _comparing_setting(config)) and not is_held_out:
         raise ConfigError(
             f"{setting} compares evaluations, and no feedback that counts is held out. Some is needed. Set "
             "config.data.holdout or config.data.eval, or take the setting out."
         )
 
 
-def _compares(config: Config) -> str:
+def _comparing_setting(config: Config) -> str:
     """The setting that compares evaluations; "" if there is none."""
     if config.evaluation.patience:
         return f"config.evaluation.patience={config.evaluation.patience}"
@@ -116,7 +116,7 @@ def _check_best(config: Config) -> None:
         ("evaluation.every", config.evaluation.every == 0, "there is one evaluation, at the end"),
     ]  # fmt: skip
     for field, conflict, why in conflicts:
-        if (setting := _compares(config)) and conflict:
+        if (setting := _comparing_setting(config)) and conflict:
             section, name = field.split(".")
             raise ConfigError(
                 f"{setting} cannot be used with config.{field}={getattr(getattr(config, section), name)}: {why}. It is "
@@ -162,11 +162,11 @@ def _check_unused(config: Config, objective: Objective) -> None:
         ("data.score_rule", bool(scored), "no source holds scores, as data.format says"),
         ("data.score_threshold", by_threshold, "no score is compared with it"),
     ]
-    usual = Config()
+    defaults = Config()
     for field, has_use, why in rules:
         section, option = field.split(".")
         value = getattr(getattr(config, section), option)
-        if value != getattr(getattr(usual, section), option) and not has_use:
+        if value != getattr(getattr(defaults, section), option) and not has_use:
             raise ConfigError(
                 f"config.{field}={value!r} has no use: {why}. It must then keep its default. Remove config.{field}, or "
                 "change the setting that it depends on."

@@ -40,11 +40,7 @@ def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Arra
 
 
 def read_completions(
-    model: Model,
-    objective: Objective,
-    policy: Params,
-    reference: Params,
-    labelled: LabelledRows,
+    model: Model, objective: Objective, policy: Params, reference: Params, labelled: LabelledRows
 ) -> Completions:
     """The objective's inputs for one microbatch.
 

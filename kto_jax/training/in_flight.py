@@ -72,7 +72,7 @@ class StepsInFlight:
         """Starts timing the next step, after a pause with no step in flight."""
         self._resumed = self._clock()
 
-    def arriving(self, batches: Iterable[FeedbackBatch]) -> Iterator[FeedbackBatch]:
+    def timed_batches(self, batches: Iterable[FeedbackBatch]) -> Iterator[FeedbackBatch]:
         """Yields the batches, and records how long each was waited for."""
         batches = iter(batches)
         end = object()
@@ -91,7 +91,7 @@ class StepsInFlight:
           step: the step's number, from 1.
           program: the training step.
           state: the state before; its buffers are donated.
-          batch: the step's batch, the last one from `arriving`.
+          batch: the step's batch, the last one from `timed_batches`.
         """
         rows = " × ".join(map(str, batch.matched.tokens.shape))
         if not program.is_ready(batch):

@@ -76,7 +76,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
       ConfigError: the configuration, the data or the model cannot be used.
     """
     objective = check_objective(config.objective)
-    checks.check_together(config, objective)
+    checks.check_conflicts(config, objective)
     judges.check_names(config.samples.judges)
     policy_files = find_model(config.model.path, config.model.base)
     reference_files = (

@@ -17,7 +17,7 @@ from rich.table import Column
 from rich.text import Text
 
 from kto_jax.storage.atomic import write_text
-from kto_jax.training.trackers import Tracker, grouped
+from kto_jax.training.trackers import Tracker, group_names
 
 
 class _Messages(Console):
@@ -95,7 +95,7 @@ class MetricsLog:
         self._file.flush()
         for tracker in list(self._trackers):
             try:
-                tracker.log(step, grouped(finite))
+                tracker.log(step, group_names(finite))
             except Exception as error:  # A tracker's server may fail in any way; the run continues.
                 self._drop(tracker, error)
         self._progress.update(self._task, completed=step, figures=_listed(finite, _SHOWN))

@@ -89,7 +89,7 @@ def take_steps(
         batches: Any = _batches(job, range(first, num_steps))
         stack.callback(batches.close)
         stack.enter_context(preemption.deferred())
-        numbered = enumerate(in_flight.arriving(batches), start=first + 1)
+        numbered = enumerate(in_flight.timed_batches(batches), start=first + 1)
         state, exit_code = _run(job, numbered, state, in_flight, log, profile, checkpoints, preemption)
         checkpoints.wait()
     return state, exit_code
@@ -111,9 +111,9 @@ def _run(
         profile.before(step)
         state = in_flight.dispatch(step, job.take_step, state, batch)
         stopping, last = preemption.requested(), step == job.inputs.num_steps
-        evaluating = job.evaluate is not None and (last or _due(step, config.evaluation.every))
+        evaluating = job.evaluate is not None and (last or _is_due(step, config.evaluation.every))
         timed = save_timer.due(step)
-        saving = last or stopping or evaluating or timed or _due(step, config.checkpoint.every)
+        saving = last or stopping or evaluating or timed or _is_due(step, config.checkpoint.every)
         figures: dict[str, float] = {}
         while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
             number, figures = in_flight.read()
@@ -152,7 +152,7 @@ def _batches(job: Job, steps: range) -> Iterator[FeedbackBatch]:
     )
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 

@@ -39,7 +39,7 @@ def auc(rewards: Float[Array, "*B"], desirable: Bool[Array, "*B"], where: Bool[A
     return jnp.where(pairs > 0, wins / jnp.maximum(pairs, 1), jnp.nan)
 
 
-def class_figures(
+def class_metrics(
     rewards: Float[Array, "*B"], desirable: Bool[Array, "*B"], where: Bool[Array, "*B"]
 ) -> dict[str, Float[Array, ""]]:
     """How well rewards separate the two classes.
@@ -59,7 +59,7 @@ def class_figures(
     }
 
 
-def of_examples(
+def reward_metrics(
     objective: Objective, completions: Completions, batch: FeedbackBatch, reference_reward: Array
 ) -> dict[str, Float[Array, ""]]:
     """The reward metrics of an objective.
@@ -74,7 +74,7 @@ def of_examples(
     flat = (rewards.reshape(-1), batch.desirable.reshape(-1), filled.reshape(-1))
     if objective.reads == "desirable":
         return {"rewards_desirable": mean(rewards, filled)}
-    figures = class_figures(*flat)
+    figures = class_metrics(*flat)
     if objective.reads == "pairs":
         return figures | {"accuracy": pair_accuracy(rewards, filled)}
     if objective.reads == "thumbs" and objective.uses_reference:

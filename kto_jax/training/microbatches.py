@@ -22,14 +22,14 @@ def microbatch(tree: Tree, index: Int[Array, ""]) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def room_for(function: Callable[[Tree], Result], tree: Tree) -> Result:
+def zeros_for(function: Callable[[Tree], Result], tree: Tree) -> Result:
     """Zeros [M, ...] to hold the function's results for all microbatches."""
     num_microbatches = jax.tree.leaves(tree)[0].shape[0]
     one = jax.eval_shape(lambda tree: function(microbatch(tree, jnp.int32(0))), tree)
     return jax.tree.map(lambda leaf: jnp.zeros((num_microbatches, *leaf.shape), leaf.dtype), one)
 
 
-def put(results: Result, index: Int[Array, ""], result: Result) -> Result:
+def write_at(results: Result, index: Int[Array, ""], result: Result) -> Result:
     """The results, with one microbatch's written at `index`."""
     return jax.tree.map(lambda whole, one: whole.at[index].set(one), results, result)
 
@@ -38,6 +38,6 @@ def map_microbatches(function: Callable[[Tree], Result], tree: Tree, count: Int[
     """Applies a function to the first `count` microbatches; results are [M, ...], 0 beyond them."""
 
     def body(index: Int[Array, ""], results: Result) -> Result:
-        return put(results, index, function(microbatch(tree, index)))
+        return write_at(results, index, function(microbatch(tree, index)))
 
-    return jax.lax.fori_loop(0, count, body, room_for(function, tree))
+    return jax.lax.fori_loop(0, count, body, zeros_for(function, tree))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from kto_jax.config import OptimizerConfig
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16
+from kto_jax.training.rounding import with_bfloat16_moments, with_bfloat16_params
 
 
 def make_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -61,9 +61,9 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate),
     )
     if config.moments_dtype == "bfloat16":
-        update = keep_in_bfloat16(update, seed)
+        update = with_bfloat16_moments(update, seed)
     optimizer = optax.chain(clip, update)
-    return reach_bfloat16(optimizer, seed) if param_dtype == "bfloat16" else optimizer
+    return with_bfloat16_params(optimizer, seed) if param_dtype == "bfloat16" else optimizer
 
 
 def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]) -> optax.GradientTransformation:

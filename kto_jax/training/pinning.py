@@ -30,14 +30,14 @@ def pin_sources(config: Config, workdir: Path | None = None) -> Config:
       ConfigError: the Hub has no such repository or revision.
       TransientError: the Hub cannot be reached.
     """
-    commits = _agreed(lambda: _commits(config, workdir))
+    commits = _broadcast(lambda: _commits(config, workdir))
     data = dataclasses.replace(
         config.data, train=_replace(config.data.train, commits), eval=_replace(config.data.eval, commits)
     )
     model = dataclasses.replace(config.model, path=_replace(config.model.path, commits))
     reference = dataclasses.replace(config.reference, path=_replace(config.reference.path, commits))
-    bases = _agreed(lambda: {"model": _base(model, workdir), "reference": _base(reference, workdir)})
-    commits = _agreed(lambda: _found(bases.values(), workdir))
+    bases = _broadcast(lambda: {"model": _base(model, workdir), "reference": _base(reference, workdir)})
+    commits = _broadcast(lambda: _pinned(bases.values(), workdir))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, base=_replace(bases["model"], commits)),
@@ -46,7 +46,7 @@ def pin_sources(config: Config, workdir: Path | None = None) -> Config:
     )
 
 
-def _agreed(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
+def _broadcast(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
     """What the first process finds, on all processes."""
     found = processes.together(lambda: ask() if processes.is_first() else {})
     return dict(json.loads(processes.tell(json.dumps(found))[0]))
@@ -68,12 +68,12 @@ def _base(source: ModelConfig | ReferenceConfig, workdir: Path | None) -> str:
 
 def _commits(config: Config, workdir: Path | None) -> dict[str, str]:
     """Each source as written in the config -> the source at its commit."""
-    data = [name for name in (*_names(config.data.train), *_names(config.data.eval)) if name.startswith("hub:")]
-    return _found((config.model.path, config.reference.path, *data), workdir)
+    data = [name for name in (*_paths(config.data.train), *_paths(config.data.eval)) if name.startswith("hub:")]
+    return _pinned((config.model.path, config.reference.path, *data), workdir)
 
 
-def _found(sources: Iterable[str], workdir: Path | None) -> dict[str, str]:
-    recorded = tuple(_recorded(workdir)) if workdir else ()
+def _pinned(sources: Iterable[str], workdir: Path | None) -> dict[str, str]:
+    recorded = tuple(_recorded_sources(workdir)) if workdir else ()
     found = {}
     for source in sources:
         before = [name for name in recorded if source in (name, name.rpartition("@")[0] or name)]
@@ -90,18 +90,18 @@ def _recorded_models(workdir: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _recorded(workdir: Path) -> Iterator[str]:
+def _recorded_sources(workdir: Path) -> Iterator[str]:
     """The sources in the config.json of a run; none if there is no run."""
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         yield from (values["model"]["path"], values["reference"]["path"])
         yield from (values[name].get("base", "") for name in ("model", "reference"))
-        yield from (*_names(values["data"]["train"]), *_names(values["data"]["eval"]))
+        yield from (*_paths(values["data"]["train"]), *_paths(values["data"]["eval"]))
     except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a broken config.json
         return
 
 
-def _names(entries: Any) -> Iterator[str]:
+def _paths(entries: Any) -> Iterator[str]:
     """The sources of `data.train` or `data.eval`."""
     for entry in [entries] if isinstance(entries, str) else entries:
         yield entry if isinstance(entry, str) else entry["source"]

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -32,12 +32,12 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import weights_digest
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.storage.folders import cache_directory
-from kto_jax.training.first_state import load_reference, reference_layout
 from kto_jax.training.forward import packed_logps
+from kto_jax.training.initial_state import load_reference, reference_shardings
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
 from kto_jax.training.microbatches import map_microbatches
-from kto_jax.training.preemption import agreed
+from kto_jax.training.preemption import reached_sync_point
 from kto_jax.training.run_folder import write_json
 
 _FORMAT = 2
@@ -67,7 +67,7 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     tasks = [("train", inputs.schedule, inputs.num_steps)]
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
-    weights = processes.together(lambda: _same_reference(config, inputs, workdir))
+    weights = processes.together(lambda: _reference_digest(config, inputs, workdir))
     stores = processes.together(lambda: [_find_store(config, inputs, schedule, weights) for _, schedule, _ in tasks])
     missing = {
         name: processes.where_any(store.is_missing(num_steps))
@@ -77,29 +77,40 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     num_missing = sum(int(np.sum(steps)) for steps in missing.values())
     console.print(f"reference log-probabilities: {num_missing} steps to compute, kept in {places}")
     if num_missing:
-        reference = load_reference(config, inputs, plain, reference_layout(config, plain, mesh))
+        reference = load_reference(config, inputs, plain, reference_shardings(config, plain, mesh))
         read = functools.partial(_jit_read(plain), reference)
-        place = functools.partial(place_batch, mesh)
         for store, (name, schedule, _) in zip(stores, tasks, strict=True):
             steps = np.flatnonzero(missing[name]).tolist()
-            unknown = processes.where_any(np.isnan(store.matched))
             make = functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows))
+            place = functools.partial(place_batch, mesh)
             batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
             shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
-            for step, batch in zip(steps, shown, strict=True):
-                sequences = schedule.step(step).ids
-                matched, unmatched = _compute(schedule, step, batch, read, reads_matched=unknown[sequences].any())
-                unknown[sequences] = False
-                for logps in (matched, unmatched):
-                    _check_finite(logps, sequences, inputs.index)
-                store.write(step, sequences, matched, unmatched)
-                if processes.num_processes() > 1 and agreed():
-                    sys.exit(PREEMPTED)
+            _fill(store, schedule, zip(steps, shown, strict=True), read, inputs.index)
     schedules = [schedule.with_reference_logps(store) for store, (_, schedule, _) in zip(stores, tasks, strict=True)]
     return dataclasses.replace(inputs, schedule=schedules[0], held_out=schedules[1] if inputs.held_out else None)
 
 
-def _same_reference(config: Config, inputs: Inputs, workdir: Path) -> str:
+def _fill(
+    store: ReferenceLogps,
+    schedule: Schedule,
+    batches: Iterable[tuple[int, FeedbackBatch]],
+    read: Callable[[PackedRows, Array], Array],
+    index: Index,
+) -> None:
+    """Computes and stores the log-probabilities of these steps; ends the process if it is preempted."""
+    unknown = processes.where_any(np.isnan(store.matched))
+    for step, batch in batches:
+        sequences = schedule.step(step).ids
+        matched, unmatched = _compute_step(schedule, step, batch, read, reads_matched=unknown[sequences].any())
+        unknown[sequences] = False
+        for logps in (matched, unmatched):
+            _check_finite(logps, sequences, index)
+        store.write(step, sequences, matched, unmatched)
+        if processes.num_processes() > 1 and reached_sync_point():
+            sys.exit(PREEMPTED)
+
+
+def _reference_digest(config: Config, inputs: Inputs, workdir: Path) -> str:
     """The digest of the reference's weights, which must be the same as at the run's start."""
     if config.model.init == "random" and not config.reference.path:
         return f"random {config.seed} {inputs.architecture}"
@@ -133,7 +144,7 @@ def _jit_read(model: Model) -> Callable[[Params, PackedRows, Array], Array]:
     return jax.jit(read)
 
 
-def _compute(
+def _compute_step(
     schedule: Schedule,
     step: int,
     batch: FeedbackBatch,

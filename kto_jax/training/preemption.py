@@ -36,31 +36,31 @@ class Preemption:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._deferred = False
-        self._former: dict[int, object] = {}
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
-        self._ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._theirs = theirs
+        self._receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._sender = sender
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         # Python writes every signal's number there at once; handlers wait for the main thread.
-        self._former_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._previous_descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.set_wakeup_fd(self._former_descriptor)
-        for number, handler in self._former.items():
+        signal.set_wakeup_fd(self._previous_descriptor)
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._theirs.close()
+        self._sender.close()
         self._listener.join()
-        self._ours.close()
+        self._receiver.close()
 
     def _listen(self) -> None:
         """Answers Ctrl-C; the handler cannot while the main thread is inside compiled code."""
         presses = 0
-        while numbers := self._ours.recv(64):
+        while numbers := self._receiver.recv(64):
             for number in numbers:
                 if number == signal.SIGINT:
                     presses += 1
@@ -69,10 +69,10 @@ class Preemption:
     def _answer(self, presses: int) -> None:
         at_terminal = sys.stderr.isatty()
         if presses > 1:
-            _say(f"{_SHOW_CURSOR if at_terminal else ''}stopped at once")
+            _print(f"{_SHOW_CURSOR if at_terminal else ''}stopped at once")
             os._exit(INTERRUPTED)
         saves = self._deferred and not _several_processes()
-        _say("stopping after this step; press again to stop now" if saves else "stopping; press again to stop now")
+        _print("stopping after this step; press again to stop now" if saves else "stopping; press again to stop now")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -93,7 +93,7 @@ class Preemption:
 
     def requested(self) -> bool:
         """Whether the run should save and stop; all processes must call this together and get the same answer."""
-        return agreed() if _several_processes() else self._signal is not None
+        return reached_sync_point() if _several_processes() else self._signal is not None
 
     @property
     def exit_code(self) -> int:
@@ -101,7 +101,7 @@ class Preemption:
         return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
 
-def agreed() -> bool:
+def reached_sync_point() -> bool:
     """Whether JAX's preemption service asks all processes to stop now.
 
     All processes must call this the same number of times.
@@ -114,7 +114,7 @@ def _several_processes() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Writes a line to stderr, bypassing Python's buffers, whose locks the main thread may hold."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), f"\r{text}\n".encode() if sys.stderr.isatty() else f"{text}\n".encode())

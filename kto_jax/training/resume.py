@@ -12,17 +12,17 @@ from kto_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Ref
 from kto_jax.data.tokens.prompts import RENDERING_FIELDS, Rendering, rendering_of
 from kto_jax.devices import processes
 
-BEFORE_FIELDS = Config(
+LEGACY_DEFAULTS = Config(
     model=ModelConfig(reduce_dtype="bfloat16"),
     reference=ReferenceConfig(param_dtype="float32"),
     optimizer=OptimizerConfig(decayed="all"),
 )
 """Behaviour of runs that predate a field of config.json, where it differs from the field's default."""
-_AS_RECORDED_IF_AUTO = (("reference", "param_dtype"), ("export", "dtype"), ("data", "template_date"))
-_SINCE_THEN = (("model", "reduce_dtype"), ("optimizer", "decayed"))
+_RECORDED_IF_AUTO = (("reference", "param_dtype"), ("export", "dtype"), ("data", "template_date"))
+_NEWER_FIELDS = (("model", "reduce_dtype"), ("optimizer", "decayed"))
 
 
-def as_begun(config: Config, workdir: Path) -> Config:
+def with_recorded_settings(config: Config, workdir: Path) -> Config:
     """The configuration with the settings that the folder's run started with; unchanged if there is no run.
 
     These are the dtypes of the reference and of the exported policy and the date that chat templates show, if `config`
@@ -39,16 +39,16 @@ def as_begun(config: Config, workdir: Path) -> Config:
         sections["export"] = dict(recorded.get("export", {"dtype": sections["model"].get("param_dtype", "float32")}))
     except (OSError, ValueError, LookupError, TypeError):  # check_folder reports a broken config.json
         return config
-    for section, field in _AS_RECORDED_IF_AUTO:
+    for section, field in _RECORDED_IF_AUTO:
         if getattr(getattr(config, section), field) == "auto":
-            config = _with(config, section, field, sections[section].get(field, "auto"))
-    for section, field in _SINCE_THEN:
+            config = _replace_field(config, section, field, sections[section].get(field, "auto"))
+    for section, field in _NEWER_FIELDS:
         if field not in sections[section]:
-            config = _with(config, section, field, getattr(getattr(BEFORE_FIELDS, section), field))
+            config = _replace_field(config, section, field, getattr(getattr(LEGACY_DEFAULTS, section), field))
     return config
 
 
-def _with(config: Config, section: str, field: str, value: Any) -> Config:
+def _replace_field(config: Config, section: str, field: str, value: Any) -> Config:
     changed = dataclasses.replace(getattr(config, section), **{field: value})
     return dataclasses.replace(config, **{section: changed})
 
@@ -58,7 +58,7 @@ def with_template_date(config: Config) -> Config:
     if config.data.template_date != "auto":
         return config
     (date, *_) = processes.tell(datetime.date.today().isoformat())
-    return _with(config, "data", "template_date", date)
+    return _replace_field(config, "data", "template_date", date)
 
 
 def rendering_of_run(folder: Path) -> Rendering:

@@ -19,7 +19,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Key
 _MOMENTS, _PARAMS, _REFERENCE = 0, 1, 2
 
 
-def round_by_chance(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[Array, "*shape"]:
+def round_stochastically(x: Float[Array, "*shape"], key: Key[Array, ""]) -> BFloat16[Array, "*shape"]:
     """Rounds stochastically to one of the two nearest bfloat16 numbers, so that the mean over draws is `x`.
 
     A bfloat16 number is the upper half of a float32 number. A uniform 16-bit number is added to the lower half, which
@@ -42,7 +42,7 @@ class RoundedState(NamedTuple):
     state: Any
 
 
-def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+def with_bfloat16_moments(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
     """Wraps a transformation so that its moments are stored in bfloat16 and updated in float32.
 
     Args:
@@ -53,20 +53,20 @@ def keep_in_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Gr
     def init(params: Any) -> RoundedState:
         state = inner.init(params)
         return RoundedState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _is_real(x) else x, state)
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if _is_floating(x) else x, state)
         )
 
     def update(updates: Any, state: RoundedState, params: Any = None) -> tuple[Any, RoundedState]:
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_real(x) else x, state.state)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_floating(x) else x, state.state)
         updates, wide = inner.update(updates, wide, params)
         keys = _keys(seed, _MOMENTS, state.num_updates, wide)
-        narrow = jax.tree.map(lambda x, key: round_by_chance(x, key) if _is_real(x) else x, wide, keys)
+        narrow = jax.tree.map(lambda x, key: round_stochastically(x, key) if _is_floating(x) else x, wide, keys)
         return updates, RoundedState(optax.safe_increment(state.num_updates), narrow)
 
     return optax.GradientTransformation(init, update)
 
 
-def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+def with_bfloat16_params(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
     """Wraps an optimizer for bfloat16 parameters, whose updated values are stochastically rounded.
 
     The inner transformation gets float32 parameters, and its state matches them. Its update is added to them in float32
@@ -79,15 +79,15 @@ def reach_bfloat16(inner: optax.GradientTransformation, seed: int) -> optax.Grad
     """
 
     def init(params: Any) -> tuple[Int[Array, ""], Any]:
-        return jnp.zeros((), jnp.int32), inner.init(_widened(params))
+        return jnp.zeros((), jnp.int32), inner.init(_to_float32(params))
 
     def update(updates: Any, state: tuple[Int[Array, ""], Any], params: Any) -> tuple[Any, tuple[Array, Any]]:
         count, inner_state = state
-        wide = _widened(params)
+        wide = _to_float32(params)
         updates, inner_state = inner.update(updates, inner_state, wide)
         keys = _keys(seed, _PARAMS, count, params)
         updates = jax.tree.map(
-            lambda p, u, key: round_by_chance(p + u, key).astype(jnp.float32) - p, wide, updates, keys
+            lambda p, u, key: round_stochastically(p + u, key).astype(jnp.float32) - p, wide, updates, keys
         )
         return updates, (optax.safe_increment(count), inner_state)
 
@@ -107,16 +107,16 @@ def round_reference(values: Any, reference: Any, step: Int[Array, ""]) -> Any:
     """
 
     def kept(x: Array, old: Array, key: Array) -> Array:
-        return round_by_chance(x.astype(jnp.float32), key) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
+        return round_stochastically(x.astype(jnp.float32), key) if old.dtype == jnp.bfloat16 else x.astype(old.dtype)
 
     return jax.tree.map(kept, values, reference, _keys(0, _REFERENCE, step, reference))
 
 
-def _is_real(x: Array) -> bool:
+def _is_floating(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _widened(params: Any) -> Any:
+def _to_float32(params: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 

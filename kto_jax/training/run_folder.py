@@ -31,11 +31,11 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.storage.locks import lock_file
-from kto_jax.training.resume import BEFORE_FIELDS
+from kto_jax.training.resume import LEGACY_DEFAULTS
 
 # Fields that may differ when a run is resumed: they change when results are shown, stored or computed, but not the
 # results; or the index records their effect, as for the EOS.
-_FREE = (
+_MAY_DIFFER = (
     "max_bad_steps",
     "row_length",
     "microbatch_rows",
@@ -67,9 +67,9 @@ _FREE = (
 _HISTORY = "config_history.jsonl"
 # Entries of a manifest that must be equal: the digest of the feedback's tokens, labels, weights and splits. Not the
 # index's key, which changes when a new version adds a setting.
-_CONTENT = ("content_sha256",)
+_DIGESTS = ("content_sha256",)
 # Files that a start may leave if it is killed before it writes config.json.
-_BEGINNINGS = {
+_FIRST_FILES = {
     ".lock",
     "tokenizer",
     "manifest.json",
@@ -107,7 +107,7 @@ def open_run(
     own = processes.together(
         lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
     )
-    return processes.together(lambda: own or _find(path, tokenizer, config.processes.timeout_seconds))
+    return processes.together(lambda: own or _wait_for_folder(path, tokenizer, config.processes.timeout_seconds))
 
 
 def _open(
@@ -122,13 +122,13 @@ def _open(
             f"--workdir={path} cannot be written to: {error}. A run needs a folder of its own. Choose another one."
         ) from None
     try:
-        return _claim(path, lock, config, index, tokenizer, architecture)
+        return _lock_and_write(path, lock, config, index, tokenizer, architecture)
     except ConfigError:
         lock.close()
         raise
 
 
-def _find(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
+def _wait_for_folder(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
     """The folder that the first process opened, on the other processes.
 
     A shared file system may show a new file late, so this waits for it until the timeout, in seconds.
@@ -147,7 +147,7 @@ def _find(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
     return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
 
 
-def _claim(
+def _lock_and_write(
     path: Path,
     lock: IO[str],
     config: Config,
@@ -208,7 +208,7 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
       ConfigError: it holds other files, or a different run; lists the differences, old and new.
     """
     if not (path / "config.json").exists():
-        if path.is_dir() and not set(os.listdir(path)) <= _BEGINNINGS:
+        if path.is_dir() and not set(os.listdir(path)) <= _FIRST_FILES:
             raise ConfigError(
                 f"--workdir={path} holds files but no run. A run needs a new folder, an empty one or its own. Choose "
                 "another --workdir."
@@ -224,24 +224,28 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
             f"--workdir={path} has a config.json, but is not a run that can be resumed: {error}. Choose another one."
         ) from None
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("config", _completed(config_before, _as_json(BEFORE_FIELDS)), _as_json(config)),
+        ("config", _with_defaults(config_before, _as_json(LEGACY_DEFAULTS)), _as_json(config)),
         ("model", model_before, write_config_json(architecture)),
-        ("data", {name: manifest_before.get(name) for name in _CONTENT}, {n: index.manifest[n] for n in _CONTENT}),
+        (
+            "data",
+            {name: manifest_before.get(name) for name in _DIGESTS},
+            {n: index.manifest[n] for n in _DIGESTS},
+        ),
     ]
     changes = {
         f"{kind}.{name}": f"{kind}.{name}: was {before!r}, is {after!r}"
         for kind, old, new in pairs
         for name, before, after in _differences(old, new)
-        if kind != "config" or not any(name == free or name.startswith(free + ".") for free in _FREE)
+        if kind != "config" or not any(name == free or name.startswith(free + ".") for free in _MAY_DIFFER)
     }
-    if changes and not _only_lengthens(path, config, config_before, changes):
+    if changes and not _only_extends(path, config, config_before, changes):
         raise ConfigError(
             f"--workdir={path} holds another run ({'; '.join(changes.values())}). A run must be resumed with the same "
             "settings. Restore these, or choose another --workdir."
         )
 
 
-def _only_lengthens(path: Path, config: Config, before: Mapping[str, Any], changes: Mapping[str, str]) -> bool:
+def _only_extends(path: Path, config: Config, before: Mapping[str, Any], changes: Mapping[str, str]) -> bool:
     """Whether a run differs in its length alone, and is longer.
 
     Raises:
@@ -265,10 +269,10 @@ def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(to_dict(config)))
 
 
-def _completed(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values, with defaults for fields that did not exist yet; the defaults keep the old behaviour."""
     return {**defaults, **recorded} | {
-        name: _completed(recorded[name], default)
+        name: _with_defaults(recorded[name], default)
         for name, default in defaults.items()
         # An empty mapping is a value, not a section.
         if default and isinstance(default, Mapping) and isinstance(recorded.get(name), Mapping)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kto_jax.devices import processes
 
-_LONGEST_SILENCE = 100
+_MAX_STEPS_BETWEEN_CHECKS = 100
 """Maximum number of steps between questions, because the pace may change."""
 
 
@@ -36,22 +36,22 @@ class SaveTimer:
         self._ask = ask
         self._since = clock()
         self._since_step: int | None = None
-        self._next_question = 0
+        self._next_check = 0
 
     def restart(self, step: int) -> None:
         """Restarts the timer at this step; called after every save."""
         self._since, self._since_step = self._clock(), step
-        self._next_question = step + 1
+        self._next_check = step + 1
 
     def due(self, step: int) -> bool:
         """Whether to save after this step; all processes must call it for the same steps."""
-        if not self._period or step < self._next_question:
+        if not self._period or step < self._next_check:
             return False
-        steps_left = self._ask(self._steps_until_question(step))
-        self._next_question = step + steps_left
+        steps_left = self._ask(self._steps_until_check(step))
+        self._next_check = step + steps_left
         return steps_left == 0
 
-    def _steps_until_question(self, step: int) -> int:
+    def _steps_until_check(self, step: int) -> int:
         """0 if a save is due; only the first process's answer counts."""
         if self._since_step is None:
             self._since_step = step - 1
@@ -60,4 +60,4 @@ class SaveTimer:
             return 0
         taken = max(step - self._since_step, 1)
         share_left = (self._period - elapsed) / max(elapsed, 1e-9)
-        return max(min(int(taken * min(share_left, 1)), _LONGEST_SILENCE), 1)
+        return max(min(int(taken * min(share_left, 1)), _MAX_STEPS_BETWEEN_CHECKS), 1)

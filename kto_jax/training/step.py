@@ -22,16 +22,16 @@ from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, FeedbackBatch, LabelledRows
 from kto_jax.training import metrics
 from kto_jax.training.accumulate import accumulate_gradient
+from kto_jax.training.flops import tokens_and_flops
 from kto_jax.training.forward import read_completions
 from kto_jax.training.microbatches import map_microbatches
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer, num_updates
 from kto_jax.training.state import TrainState
-from kto_jax.training.sync import synced
-from kto_jax.training.work import work
+from kto_jax.training.sync import sync_reference
 
-Figures = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""]]
 Tree = TypeVar("Tree")
-_NEVER = ReferenceConfig(sync_every=0)
+_NO_SYNC = ReferenceConfig(sync_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    sync: ReferenceConfig = _NEVER
+    sync: ReferenceConfig = _NO_SYNC
 
 
 def make_recipe(config: Config, objective: Objective, model: Model, num_steps: int) -> Recipe:
@@ -77,7 +77,7 @@ def _without_tokens(completions: Completions) -> Completions:
     return dataclasses.replace(completions, tokens=None)
 
 
-def _after(earlier: Iterable[Array], tree: Tree) -> Tree:
+def _run_after(earlier: Iterable[Array], tree: Tree) -> Tree:
     """Returns `tree` unchanged, but on CPU data-dependent on `earlier`, so that XLA cannot run its consumers first.
 
     CPU devices share a thread pool: if some are in a collective over the batch while others are in a loop with other
@@ -111,7 +111,9 @@ def _unmatched(batch: FeedbackBatch) -> LabelledRows:
     return LabelledRows(batch.unmatched, jnp.zeros_like(filled), jnp.zeros(filled.shape), batch.unmatched_reference)
 
 
-def read_all(model: Model, objective: Objective, state: TrainState, rows: LabelledRows, count: Array) -> Completions:
+def map_completions(
+    model: Model, objective: Objective, state: TrainState, rows: LabelledRows, count: Array
+) -> Completions:
     """The completions of the rows' first `count` microbatches, without gradient: [M, R, S]."""
 
     def read(one: LabelledRows) -> Completions:
@@ -122,7 +124,7 @@ def read_all(model: Model, objective: Objective, state: TrainState, rows: Labell
 
 def reference_point(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
-) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Figures]:
+) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Metrics]:
     """The reference point of the global batch, and its metrics.
 
     Returns:
@@ -135,9 +137,9 @@ def reference_point(
         rows, count = _unmatched(batch), batch.num_unmatched
     else:
         rows, count = _matched(batch), batch.num_matched
-    completions = read_all(model, objective, state, rows, count)
+    completions = map_completions(model, objective, state, rows, count)
     point = objective.reference_point(completions)
-    filled = _after([point], rows.rows.filled)
+    filled = _run_after([point], rows.rows.filled)
     if objective.first_pass == "matched":
         return point, {"z0": metrics.mean(jnp.broadcast_to(point, filled.shape), filled)}
     figures = {"z0": point, "num_unmatched": jnp.sum(filled).astype(point.dtype)}
@@ -190,7 +192,30 @@ def loss_and_gradient(
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
+def _update(
+    recipe: Recipe, state: TrainState, gradient: Params, rewards: Array, filled: Array, finite: Array
+) -> TrainState:
+    """The next state; policy, optimizer state and objective state change only if loss and gradient are finite."""
+
+    def apply(policy: Params, opt_state: Any, objective_state: Mapping[str, Array]) -> tuple:
+        updates, opt_state = recipe.optimizer.update(gradient, opt_state, policy)
+        next_objective_state = recipe.objective.next_state(objective_state, rewards, filled)
+        return optax.apply_updates(policy, updates), opt_state, next_objective_state
+
+    # A branch, not a `jnp.where` of old and new arrays, for which XLA on CPU copies both moments.
+    old = (state.policy, state.opt_state, state.objective_state)
+    policy, opt_state, objective_state = jax.lax.cond(finite, apply, lambda *unchanged: unchanged, *old)
+    return TrainState(
+        step=state.step + 1,
+        policy=policy,
+        reference=state.reference,
+        opt_state=opt_state,
+        objective_state=objective_state,
+        num_bad_steps=jnp.where(finite, 0, state.num_bad_steps + 1),
+    )
+
+
+def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Metrics]:
     """One step: syncs the reference if it is due, then updates the policy.
 
     The reference is synced at the start, so that between steps the state holds the reference that the policy was
@@ -201,35 +226,15 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
       The next state, and the metrics that docs/metrics.md explains.
     """
     model, objective = recipe.model, recipe.objective
-    state = dataclasses.replace(state, reference=synced(state.reference, state.policy, state.step, recipe.sync))
+    state = dataclasses.replace(state, reference=sync_reference(state.reference, state.policy, state.step, recipe.sync))
     point, figures = reference_point(model, objective, state, batch)
-    batch = _after([point, *figures.values()], batch)
+    batch = _run_after([point, *figures.values()], batch)
     loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
-    batch = _after([loss], batch)
+    batch = _run_after([loss], batch)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
-    def move(policy: Params, opt_state: Any, objective_state: Mapping[str, Array]) -> tuple:
-        updates, opt_state = recipe.optimizer.update(gradient, opt_state, policy)
-        rewards = objective.rewards(completions)
-        return (
-            optax.apply_updates(policy, updates),
-            opt_state,
-            objective.next_state(objective_state, rewards, batch.matched.filled),
-        )
-
-    # A branch, not a `jnp.where` of old and new arrays, for which XLA on CPU copies both moments.
-    moved = (state.policy, state.opt_state, state.objective_state)
-    policy, opt_state, objective_state = jax.lax.cond(finite, move, lambda *kept: kept, *moved)
-    next_state = TrainState(
-        step=state.step + 1,
-        policy=policy,
-        reference=state.reference,
-        opt_state=opt_state,
-        objective_state=objective_state,
-        num_bad_steps=jnp.where(finite, 0, state.num_bad_steps + 1),
-    )
-    figures |= metrics.of_examples(
+    next_state = _update(recipe, state, gradient, objective.rewards(completions), batch.matched.filled, finite)
+    figures |= metrics.reward_metrics(
         objective, completions, batch, objective.reference_reward(point, state.objective_state)
     )
     figures |= {
@@ -240,15 +245,15 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
         "examples": jnp.sum(objective.counts(batch.matched.filled, batch.desirable)),
         **next_state.objective_state,
     }
-    return next_state, figures | work(model, objective, batch)
+    return next_state, figures | tokens_and_flops(model, objective, batch)
 
 
 def evaluation_step(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
-) -> tuple[Figures, Float[Array, "M R S"]]:
+) -> tuple[Metrics, Float[Array, "M R S"]]:
     """Loss and z0 of one held-out batch, and the rewards of its slots, for metrics over all batches."""
     point, figures = reference_point(model, objective, state, batch)
-    batch = _after([point, *figures.values()], batch)
+    batch = _run_after([point, *figures.values()], batch)
     loss_sum = _loss_of(model, objective, state, point)
 
     def measure(one: tuple[LabelledRows, Array, Array]) -> tuple[Array, Array]:
@@ -259,14 +264,17 @@ def evaluation_step(
     return figures | {"loss_sum": jnp.sum(losses)}, rewards
 
 
-def reference_error(model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch) -> Figures:
+def reference_error(model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch) -> Metrics:
     """The effect of rounding a reference that started as the policy, on a state before the first step.
 
     Returns:
       logps_mean, logps_max: absolute error of the log-probabilities of the batch's completions, in nats. rewards_mean,
       rewards_max: of the rewards, which would all be 0. completions: their number.
     """
-    completions, filled = read_all(model, objective, state, _matched(batch), batch.num_matched), batch.matched.filled
+    completions, filled = (
+        map_completions(model, objective, state, _matched(batch), batch.num_matched),
+        batch.matched.filled,
+    )
     # Not the policy's log-probabilities, which humanline clamps.
     errors = {"logps": completions.likelihood - completions.reference, "rewards": objective.rewards(completions)}
     figures = {"completions": jnp.sum(filled).astype(completions.policy.dtype)}
@@ -276,10 +284,10 @@ def reference_error(model: Model, objective: Objective, state: TrainState, batch
     return figures
 
 
-def jit_train_step(recipe: Recipe) -> Callable[[TrainState, FeedbackBatch], tuple[TrainState, Figures]]:
+def jit_train_step(recipe: Recipe) -> Callable[[TrainState, FeedbackBatch], tuple[TrainState, Metrics]]:
     """The compiled step; it donates the state's buffers."""
 
-    def step(state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Figures]:
+    def step(state: TrainState, batch: FeedbackBatch) -> tuple[TrainState, Metrics]:
         return train_step(recipe, state, batch)
 
     return jax.jit(step, donate_argnums=0)
@@ -287,10 +295,10 @@ def jit_train_step(recipe: Recipe) -> Callable[[TrainState, FeedbackBatch], tupl
 
 def jit_evaluation_step(
     model: Model, objective: Objective
-) -> Callable[[TrainState, FeedbackBatch], tuple[Figures, jax.Array]]:
+) -> Callable[[TrainState, FeedbackBatch], tuple[Metrics, jax.Array]]:
     """The compiled evaluation step."""
 
-    def step(state: TrainState, batch: FeedbackBatch) -> tuple[Figures, jax.Array]:
+    def step(state: TrainState, batch: FeedbackBatch) -> tuple[Metrics, jax.Array]:
         return evaluation_step(model, objective, state, batch)
 
     return jax.jit(step)

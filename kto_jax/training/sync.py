@@ -11,7 +11,7 @@ from kto_jax.models.model import Params
 from kto_jax.training.rounding import round_reference
 
 
-def synced(reference: Params, policy: Params, step: Int[Array, ""], config: ReferenceConfig) -> Params:
+def sync_reference(reference: Params, policy: Params, step: Int[Array, ""], config: ReferenceConfig) -> Params:
     """The reference of the next step: mix · policy + (1 − mix) · reference if it is due, and unchanged if not.
 
     Args:

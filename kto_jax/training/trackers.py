@@ -64,7 +64,7 @@ def open_trackers(config: Config, folder: Path, first_step: int) -> list[Tracker
     return opened
 
 
-def grouped(figures: Mapping[str, float]) -> dict[str, float]:
+def group_names(figures: Mapping[str, float]) -> dict[str, float]:
     """The metrics under grouped names: eval_loss becomes eval/loss, loss becomes train/loss."""
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
@@ -82,7 +82,7 @@ class TensorBoard:
         # Metrics beyond the first step were left by a killed run.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         shown = {"train/loss": 0.0, "eval/loss": 0.0}
-        for summary in hparams(flat(to_dict(config)), shown):
+        for summary in hparams(flatten(to_dict(config)), shown):
             self._writer.file_writer.add_summary(summary)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -135,7 +135,7 @@ class MLflow:
             return
         self._id = self._client.create_run(self._experiment(), run_name=folder.resolve().name).info.run_id
         (folder / "mlflow.json").write_text(json.dumps({"id": self._id}) + "\n")
-        for name, value in flat(to_dict(config)).items():
+        for name, value in flatten(to_dict(config)).items():
             self._client.log_param(self._id, name, str(value)[:_LONGEST_PARAM])
 
     def _experiment(self) -> str:
@@ -162,12 +162,12 @@ def _read_id(path: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
     """Flattens a nested configuration to dotted names; values other than numbers, booleans and text become text."""
     result: dict[str, str | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            result |= flat(value, f"{prefix}{name}.")
+            result |= flatten(value, f"{prefix}{name}.")
         else:
             result[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return result

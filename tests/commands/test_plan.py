@@ -37,7 +37,7 @@ from kto_jax.planning.compile_step import (
 from kto_jax.planning.hlo import Collective
 from kto_jax.planning.report import cost_per_million, find_bounds, show
 from kto_jax.planning.topology import CHIPS, Topology, open_topology
-from kto_jax.training.first_state import make_abstract_state, make_model
+from kto_jax.training.initial_state import make_abstract_state, make_model
 from tests import ROOT
 
 TINY = ROOT / "configs" / "tiny.py"

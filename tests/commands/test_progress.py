@@ -3,7 +3,7 @@ import io
 import jax
 from rich.console import Console
 
-from kto_jax.progress import note_devices, show_progress
+from kto_jax.progress import report_unused_devices, show_progress
 
 
 def shown(*, terminal):
@@ -24,8 +24,8 @@ def test_elsewhere_nothing_is_shown():
 
 
 def test_a_command_that_uses_one_device_of_several_says_so(capsys, monkeypatch):
-    note_devices()
+    report_unused_devices()
     assert capsys.readouterr().err == "uses 1 of 8 devices\n"
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    note_devices()
+    report_unused_devices()
     assert capsys.readouterr().err == ""

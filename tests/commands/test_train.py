@@ -16,7 +16,7 @@ from kto_jax import score
 from kto_jax.config import TransientError
 from kto_jax.storage.locks import lock_file
 from kto_jax.train import main
-from kto_jax.training.run_folder import _FREE
+from kto_jax.training.run_folder import _MAY_DIFFER
 from tests import COMPILER_FLAGS, ROOT
 
 TINY = [
@@ -378,7 +378,7 @@ def test_two_processes_may_not_write_to_one_folder(unbroken, capsys):
 def test_the_fields_that_a_continued_run_may_change_exist():
     from kto_jax.config import Config, to_dict
 
-    for path in _FREE:
+    for path in _MAY_DIFFER:
         value = to_dict(Config())
         for name in path.split("."):
             value = value[name]

@@ -81,11 +81,11 @@ def test_the_step_has_the_same_gradient_in_place_and_plainly(mesh, monkeypatch):
 
 
 def test_without_references_in_jax_the_plain_sum_is_chosen(monkeypatch):
-    assert accumulate.HAS_REFERENCES
+    assert accumulate.HAS_MUTABLE_REFS
     monkeypatch.delattr(jax, "new_ref")
     spec = importlib.util.spec_from_file_location("accumulate_without_references", accumulate.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert not module.HAS_REFERENCES
+    assert not module.HAS_MUTABLE_REFS
     loss, _, _ = module.accumulate_gradient(share_of_loss, parameters("float32"), INPUTS, 4)
     assert loss == pytest.approx(sum(float(share_of_loss(parameters("float32"), x)[0]) for x in INPUTS), rel=1e-5)

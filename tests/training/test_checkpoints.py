@@ -11,7 +11,7 @@ from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, MeshConfig
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import write_config_json
-from kto_jax.models.int8 import Int8Matrix, kept_as
+from kto_jax.models.int8 import Int8Matrix, cast_params
 from kto_jax.models.lora import Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.training.checkpoints import Checkpoints, load_policy
@@ -97,7 +97,7 @@ def test_the_newest_state_is_restored_bitwise_on_any_mesh(restored_on, tmp_path)
 
 def test_a_checkpoint_holds_a_synced_reference_and_the_objectives_state(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), reference_moves=True)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), reference_is_synced=True)
     state = dataclasses.replace(make_state(mesh), objective_state={"running_mean": jnp.array(0.25)})
     checkpoints.save_reference(state.reference)
     moved = dataclasses.replace(state, reference=jax.tree.map(lambda leaf: leaf + 1, state.reference))
@@ -116,7 +116,7 @@ def test_an_int8_reference_is_restored_on_another_mesh(tmp_path):
     for sizes in (MeshConfig(fsdp=4, data=2), MeshConfig(data=2, fsdp=2, tensor=2)):
         mesh = make_mesh(sizes)
         layout = shardings(mesh, MODEL.logical_axes("int8"), MODEL.abstract_params("int8"))
-        kept = jax.jit(kept_as, static_argnums=1, out_shardings=layout)(
+        kept = jax.jit(cast_params, static_argnums=1, out_shardings=layout)(
             MODEL.init_params(jax.random.key(0), "float32"), "int8"
         )
         states.append(dataclasses.replace(make_state(mesh), reference=kept))
@@ -151,7 +151,7 @@ def as_dictionaries(tree):
 def test_adapters_and_int8_matrices_that_were_saved_as_dictionaries_are_restored(tmp_path):
     lora, mesh = LoraConfig(rank=2), make_mesh(MeshConfig(fsdp=8))
     params = MODEL.init_params(jax.random.key(0), "float32")
-    adapters, frozen = init_adapters(params, lora, jax.random.key(1)), kept_as(params, "int8")
+    adapters, frozen = init_adapters(params, lora, jax.random.key(1)), cast_params(params, "int8")
     of_adapters = shardings(mesh, adapter_axes(MODEL.logical_axes(), lora), adapters)
     of_frozen = shardings(mesh, MODEL.logical_axes("int8"), frozen)
     state = create_state(jax.device_put(adapters, of_adapters), jax.device_put(frozen, of_frozen), OPTIMIZER, mesh, {})

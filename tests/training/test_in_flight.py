@@ -79,7 +79,7 @@ def arrivals(clock, *times):
 
 def test_a_steps_time_is_from_the_previous_completion_to_its_own(setting):
     clock, devices, program, in_flight = setting
-    batches = in_flight.arriving(arrivals(clock, 0, 0, 0))
+    batches = in_flight.timed_batches(arrivals(clock, 0, 0, 0))
     in_flight.dispatch(1, program, 0, next(batches))
     in_flight.dispatch(2, program, 1, next(batches))
     devices.complete(in_flight, 1, at=2.0)
@@ -96,7 +96,7 @@ def test_a_steps_time_is_from_the_previous_completion_to_its_own(setting):
 
 def test_a_wait_for_a_batch_counts_only_while_the_devices_are_idle(setting):
     clock, devices, program, in_flight = setting
-    batches = in_flight.arriving(arrivals(clock, 1.0, 5.0, 9.0))
+    batches = in_flight.timed_batches(arrivals(clock, 1.0, 5.0, 9.0))
     in_flight.dispatch(1, program, 0, next(batches))
     in_flight.dispatch(2, program, 1, next(batches))  # It arrives at 5, while step 1 runs.
     devices.complete(in_flight, 1, at=6.0)
@@ -113,7 +113,7 @@ def test_a_wait_for_a_batch_counts_only_while_the_devices_are_idle(setting):
 
 def test_compiling_is_reported_and_not_part_of_the_step(setting, capsys):
     clock, devices, program, in_flight = setting
-    batches = in_flight.arriving(arrivals(clock, 0, 0))
+    batches = in_flight.timed_batches(arrivals(clock, 0, 0))
     program.compiling = 30.0
     in_flight.dispatch(1, program, 0, next(batches))
     assert "compiling the step for rows of 1 × 2 × 3 tokens" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_compiling_is_reported_and_not_part_of_the_step(setting, capsys):
 
 def test_a_pause_between_steps_belongs_to_no_step(setting):
     clock, devices, program, in_flight = setting
-    batches = in_flight.arriving(arrivals(clock, 0, 0))
+    batches = in_flight.timed_batches(arrivals(clock, 0, 0))
     in_flight.dispatch(1, program, 0, next(batches))
     devices.complete(in_flight, 1, at=1.0)
     in_flight.read()
@@ -147,7 +147,7 @@ def test_a_step_faster_than_a_measured_peak_raises_it_and_one_faster_than_a_publ
     devices = Devices(clock, monkeypatch)
     program = Program(clock, devices)
     with StepsInFlight(100.0, peak_is_measured=measured, clock=clock) as in_flight:
-        in_flight.dispatch(1, program, 0, next(in_flight.arriving([BATCH])))
+        in_flight.dispatch(1, program, 0, next(in_flight.timed_batches([BATCH])))
         devices.complete(in_flight, 1, at=1.0)
         assert in_flight.read()[1]["mfu"] == mfu
     assert ("above the" in capsys.readouterr().err) == measured
@@ -160,6 +160,6 @@ def test_errors_on_the_devices_are_raised_when_the_row_is_read(setting, monkeypa
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("kto_jax.training.in_flight.jax.device_get", fail)
-    in_flight.dispatch(1, program, 0, next(in_flight.arriving([BATCH])))
+    in_flight.dispatch(1, program, 0, next(in_flight.timed_batches([BATCH])))
     with pytest.raises(RuntimeError, match="out of memory"):
         in_flight.read()

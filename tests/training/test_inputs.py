@@ -18,7 +18,7 @@ from kto_jax.config import (
 from kto_jax.data.tokens.tokenizer import prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
-from kto_jax.training.checks import check_judges, check_models, check_together
+from kto_jax.training.checks import check_conflicts, check_judges, check_models
 from kto_jax.training.inputs import (
     _encode_controls,
     count_visits,
@@ -207,13 +207,13 @@ def test_controls_precede_completions_and_held_out_completions_follow_the_good_o
     ({"name": "ppo_offline", "rewards": "scores"}, {}, "needs scores, and the format of 'x' is 'thumbs'"),
 ])  # fmt: skip
 def test_settings_that_an_objective_does_not_use_are_refused(options, elsewhere, message):
-    check_together(config(), KTO)
+    check_conflicts(config(), KTO)
     with pytest.raises(ConfigError, match=message):
-        check_together(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
+        check_conflicts(config(objective=ObjectiveConfig(**options), **elsewhere), objective(**options))
 
 
 def test_a_batch_of_one_is_enough_where_no_unrelated_completion_is_read():
-    check_together(config(batch_size=1), objective("sft"))
+    check_conflicts(config(batch_size=1), objective("sft"))
 
 
 @pytest.mark.parametrize("text, message", [("", r"becomes the tokens \[\]"), ("~", r"'~' becomes the tokens \[\d+\]")])
@@ -234,19 +234,19 @@ def test_a_control_without_tokens_or_beyond_the_vocabulary_is_refused(text, mess
 ])  # fmt: skip
 def test_settings_that_conflict_with_adapters_are_refused(elsewhere, message):
     adapters = {"lora": LoraConfig(rank=4)}
-    check_together(config(**adapters), KTO)
-    check_together(config(**adapters, reference=ReferenceConfig(param_dtype="int8")), objective("orpo"))
+    check_conflicts(config(**adapters), KTO)
+    check_conflicts(config(**adapters, reference=ReferenceConfig(param_dtype="int8")), objective("orpo"))
     with pytest.raises(ConfigError, match=message):
-        check_together(config(**adapters, **elsewhere), KTO)
+        check_conflicts(config(**adapters, **elsewhere), KTO)
 
 
 @pytest.mark.parametrize("options", [{"alpha": 8.0}, {"targets": ("query",)}, {"zero": "a"}])
 def test_settings_of_adapters_without_a_rank_are_refused(options):
     with pytest.raises(ConfigError, match=r"has no use: lora\.rank is 0"):
-        check_together(config(lora=LoraConfig(**options)), KTO)
+        check_conflicts(config(lora=LoraConfig(**options)), KTO)
 
 
 def test_a_reference_in_int8_does_not_move():
     moving = config(reference=ReferenceConfig(param_dtype="int8", sync_every=4))
     with pytest.raises(ConfigError, match=r"int8.*sync_every=4: each move.*Set config.reference.param_dtype"):
-        check_together(moving, objective("kto"))
+        check_conflicts(moving, objective("kto"))

@@ -47,7 +47,7 @@ def test_figures_of_a_batch_by_hand():
     rewards = jnp.array([2.0, 0.5, -1.0, 9.0, 100.0])
     desirable = jnp.array([True, True, False, False, True])
     where = jnp.array([True, True, True, True, False])
-    figures = metrics.class_figures(rewards, desirable, where)
+    figures = metrics.class_metrics(rewards, desirable, where)
     assert figures["rewards_desirable"] == 1.25
     assert figures["rewards_undesirable"] == 4.0
     assert figures["margin"] == -2.75
@@ -57,7 +57,7 @@ def test_figures_of_a_batch_by_hand():
 
 
 def test_an_absent_class_has_no_mean_and_no_margin():
-    figures = metrics.class_figures(jnp.ones(3), jnp.ones(3, bool), jnp.ones(3, bool))
+    figures = metrics.class_metrics(jnp.ones(3), jnp.ones(3, bool), jnp.ones(3, bool))
     assert figures["rewards_desirable"] == 1
     assert jnp.isnan(figures["rewards_undesirable"])
     assert jnp.isnan(figures["margin"])

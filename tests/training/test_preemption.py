@@ -75,7 +75,7 @@ def test_calls_of_the_preemption_service_are_numbered_without_gaps_over_a_proces
     asked = []
     monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", asked.append)
     monkeypatch.setattr(preemption, "_several_processes", lambda: True)
-    preemption.agreed()  # as precompute does
+    preemption.reached_sync_point()  # as precompute does
     for _ in range(2):  # two loops of one process
         handler = Preemption()
         handler.requested()

@@ -12,7 +12,7 @@ from kto_jax.config import Config, ExportConfig, ModelConfig
 from kto_jax.models.weights.stored_dtype import written_dtype
 from kto_jax.train import main
 from kto_jax.training.result import choose_export_dtype
-from kto_jax.training.resume import as_begun
+from kto_jax.training.resume import with_recorded_settings
 from tests import ROOT
 
 QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evaluation.max_examples=16"]
@@ -49,9 +49,9 @@ def test_a_run_that_predates_the_export_dtype_is_exported_in_its_training_dtype(
     recorded = dataclasses.asdict(Config())
     del recorded["export"]
     (tmp_path / "config.json").write_text(json.dumps(recorded))
-    assert as_begun(Config(), tmp_path).export.dtype == "float32"
+    assert with_recorded_settings(Config(), tmp_path).export.dtype == "float32"
     (tmp_path / "config.json").write_text(json.dumps(recorded | {"export": {"dtype": "float16"}}))
-    assert as_begun(Config(), tmp_path).export.dtype == "float16"
+    assert with_recorded_settings(Config(), tmp_path).export.dtype == "float16"
 
 
 def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(tmp_path, monkeypatch, capsys):

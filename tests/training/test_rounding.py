@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kto_jax.config import MeshConfig, OptimizerConfig
 from kto_jax.devices.sharding import make_mesh
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
-from kto_jax.training.rounding import keep_in_bfloat16, reach_bfloat16, round_by_chance
+from kto_jax.training.rounding import round_stochastically, with_bfloat16_moments, with_bfloat16_params
 from kto_jax.training.state import create_state
 
-ROUND = jax.jit(round_by_chance)
+ROUND = jax.jit(round_stochastically)
 
 
 @pytest.mark.parametrize("x", [1.0 + 0.3 / 128, -1.0 - 0.3 / 128, 3e-39, 1e30, 255.9])
@@ -40,7 +40,7 @@ def test_random_bits_do_not_depend_on_the_mesh():
     expected = ROUND(x, jax.random.key(1))
     for sizes, spec in ((MeshConfig(data=1, fsdp=8), ("fsdp",)), (MeshConfig(fsdp=2, tensor=4), ("tensor", "fsdp"))):
         layout = NamedSharding(make_mesh(sizes), PartitionSpec(*spec))
-        rounded = jax.jit(round_by_chance, out_shardings=layout)(jax.device_put(x, layout), jax.random.key(1))
+        rounded = jax.jit(round_stochastically, out_shardings=layout)(jax.device_put(x, layout), jax.random.key(1))
         np.testing.assert_array_equal(rounded.astype(jnp.float32), expected.astype(jnp.float32))
 
 
@@ -65,7 +65,7 @@ def test_tiny_updates_move_bfloat16_weights_as_they_move_float32_ones():
     narrow = {"w": wide["w"].astype(jnp.bfloat16)}
     exact, still, moved = (
         run(chosen, 400, params, gradient)[0]["w"]
-        for chosen, params in ((optimizer, wide), (optimizer, narrow), (reach_bfloat16(optimizer, 0), narrow))
+        for chosen, params in ((optimizer, wide), (optimizer, narrow), (with_bfloat16_params(optimizer, 0), narrow))
     )
     assert mean(exact) == pytest.approx(1 - 400e-5, rel=1e-5)
     assert mean(still) == 1  # rounded to the nearest
@@ -80,7 +80,7 @@ def test_tiny_updates_move_bfloat16_weights_as_they_move_float32_ones():
 def test_a_second_moment_in_bfloat16_follows_the_float32_one(inner, moment):
     params, gradient = {"w": jnp.zeros(4096)}, {"w": jnp.ones(4096)}
     exact = mean(moment(run(inner, 1500, params, gradient)[1])["w"])
-    kept = moment(run(keep_in_bfloat16(inner, 0), 1500, params, gradient)[1].state)["w"]
+    kept = moment(run(with_bfloat16_moments(inner, 0), 1500, params, gradient)[1].state)["w"]
     nearest = _rounded_to_nearest(inner)
     frozen = mean(moment(run(nearest, 1500, params, gradient)[1])["w"])
     assert kept.dtype == jnp.bfloat16
@@ -123,7 +123,7 @@ def test_draws_differ_by_step_by_seed_and_by_array():
     gradient = jax.tree.map(lambda x: jnp.full(512, 1e-3), params)
 
     def drawn(seed):
-        optimizer = reach_bfloat16(optax.sgd(1.0), seed)
+        optimizer = with_bfloat16_params(optax.sgd(1.0), seed)
         first, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
         return first["a"], first["b"], jax.jit(optimizer.update)(gradient, state, params)[0]["a"]
 

@@ -16,10 +16,17 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
+from kto_jax.training.flops import tokens_and_flops
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import TrainState, create_state
-from kto_jax.training.step import Recipe, _after, evaluation_step, jit_train_step, loss_and_gradient, reference_point
-from kto_jax.training.work import work
+from kto_jax.training.step import (
+    Recipe,
+    _run_after,
+    evaluation_step,
+    jit_train_step,
+    loss_and_gradient,
+    reference_point,
+)
 from tests import synthetic
 from tests.losses import oracle
 from tests.synthetic import make_index
@@ -231,7 +238,7 @@ def test_the_logged_learning_rate_is_the_applied_one_after_bad_steps_too():
 
 
 def test_only_on_cpu_do_sums_over_the_batch_wait_for_the_loops():
-    tied = jax.jit(lambda earlier, tree: _after([earlier], tree)).trace(jnp.ones(3), {"a": jnp.ones(2, bool)})
+    tied = jax.jit(lambda earlier, tree: _run_after([earlier], tree)).trace(jnp.ones(3), {"a": jnp.ones(2, bool)})
     for platform, waits in (("cpu", True), ("tpu", False), ("cuda", False)):
         assert ("is_finite" in tied.lower(lowering_platforms=(platform,)).as_text()) == waits
 
@@ -280,7 +287,7 @@ def test_flops_of_local_layers_are_those_of_what_each_token_sees():
     batch = make_schedule(96, 8)[1].batch(0)
     sft = make_objective(ObjectiveConfig(name="sft"), num_desirable=1, num_undesirable=1)
     expected = 3 * flops_of_a_forward_pass(config, batch.matched)
-    assert float(work(Model.create(config), sft, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
+    assert float(tokens_and_flops(Model.create(config), sft, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
     assert expected < 3 * flops_of_a_forward_pass(CONFIG, batch.matched)
 
 
@@ -293,9 +300,10 @@ def test_flops_count_the_passes_that_each_objective_makes(name, options, passes)
     bco, sft = (
         make_objective(ObjectiveConfig(name=name), num_desirable=1, num_undesirable=1) for name in ("bco", "sft")
     )
-    matched = float(work(model, bco, batch)["flops"]) - float(work(model, sft, batch)["flops"])  # a reference's pass
-    unmatched = (float(work(model, OBJECTIVE, batch)["flops"]) - 4 * matched) / 2
+    with_reference, without = (float(tokens_and_flops(model, each, batch)["flops"]) for each in (bco, sft))
+    matched = with_reference - without
+    unmatched = (float(tokens_and_flops(model, OBJECTIVE, batch)["flops"]) - 4 * matched) / 2
     objective = make_objective(ObjectiveConfig(name=name, **options), num_desirable=1, num_undesirable=1)
     expected = passes[0] * matched + passes[1] * unmatched
     assert unmatched > 0.5 * matched
-    assert float(work(model, objective, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
+    assert float(tokens_and_flops(model, objective, batch)["flops"]) == pytest.approx(expected, rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.training.logs import MetricsLog
-from kto_jax.training.trackers import check_trackers, flat, grouped, open_trackers
+from kto_jax.training.trackers import check_trackers, flatten, group_names, open_trackers
 
 ROW = {"loss": 0.5, "auc": float("nan"), "eval_loss": 0.25}
 
@@ -22,11 +22,11 @@ def log_rows(folder, tracker, steps, num_steps=4):
 
 
 def test_names_are_grouped_by_training_and_evaluation():
-    assert grouped({"loss": 1, "eval_loss": 2, "mfu": 3}) == {"train/loss": 1, "eval/loss": 2, "train/mfu": 3}
+    assert group_names({"loss": 1, "eval_loss": 2, "mfu": 3}) == {"train/loss": 1, "eval/loss": 2, "train/mfu": 3}
 
 
 def test_a_configuration_is_flattened_to_values_that_trackers_accept():
-    assert flat({"a": 1, "b": {"c": True, "d": {}}, "e": ("x",), "f": None}) == {
+    assert flatten({"a": 1, "b": {"c": True, "d": {}}, "e": ("x",), "f": None}) == {
         "a": 1, "b.c": True, "b.d": "{}", "e": "('x',)", "f": "None",
     }  # fmt: skip
 

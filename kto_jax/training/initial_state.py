@@ -16,7 +16,7 @@ from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.int8 import INT8, kept_as
+from kto_jax.models.int8 import INT8, cast_params
 from kto_jax.models.lora import adapter_axes, adapters_of, init_adapters, merge_adapters, without_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import load_params
@@ -27,7 +27,7 @@ from kto_jax.training.inputs import Inputs
 from kto_jax.training.state import TrainState, abstract_state, create_state
 
 
-class Subject(Protocol):
+class ModelInputs(Protocol):
     """The inputs that the model and the abstract state need."""
 
     @property
@@ -39,7 +39,7 @@ class Subject(Protocol):
         """The objective."""
 
 
-def make_model(config: Config, inputs: Subject, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
+def make_model(config: Config, inputs: ModelInputs, devices: Sequence[jax.Device] = ()) -> tuple[Mesh, Model]:
     """Makes the device mesh and the model on it.
 
     Args:
@@ -83,7 +83,7 @@ def _check_remat(remat: str, platform: str) -> None:
 
 
 def make_abstract_state(
-    config: Config, inputs: Subject, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config, inputs: ModelInputs, model: Model, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes, dtypes and shardings of the run's state.
 
@@ -91,12 +91,12 @@ def make_abstract_state(
       ConfigError: the mesh does not divide a dimension of the model.
     """
     if config.lora.rank:
-        policy, reference = _placed_adapters(config, model, mesh)
+        policy, reference = _abstract_lora_params(config, model, mesh)
     else:
         plain = dataclasses.replace(model, scalar_head="none")
         uses_reference = inputs.objective.uses_reference and not config.reference.precompute
-        policy = _placed(mesh, model, config.model.param_dtype)
-        reference = _placed(mesh, plain, config.reference.param_dtype) if uses_reference else {}
+        policy = _abstract_params(mesh, model, config.model.param_dtype)
+        reference = _abstract_params(mesh, plain, config.reference.param_dtype) if uses_reference else {}
     return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
 
@@ -109,27 +109,29 @@ def make_state(
 ) -> TrainState:
     """The state before the first step, with initial weights."""
     key = jax.random.key(config.seed)
-    layout, reference_layout = (
-        jax.tree.map(lambda leaf: leaf.sharding, params) for params in (abstract.policy, abstract.reference)
-    )
-    mesh = abstract.step.sharding.mesh
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.policy)
     if config.lora.rank:
-        policy = _first_adapters(config, inputs, model, layout, key)
+        policy = _initial_adapters(config, inputs, model, layout, key)
     else:
-        policy = _first_weights(config, inputs, model, layout, key)
-    if not abstract.reference:
-        reference = {}
-    elif config.lora.rank:
-        reference = load_reference(config, inputs, model, reference_layout)
-    elif config.reference.path:
-        reference = load_reference(config, inputs, dataclasses.replace(model, scalar_head="none"), reference_layout)
-    else:
-        trunk = {name: leaf for name, leaf in policy.items() if name != SCALAR_HEAD}
-        reference = _kept_as_reference(config, trunk, reference_layout)
-    return create_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
+        policy = _initial_weights(config, inputs, model, layout, key)
+    reference = _initial_reference(config, inputs, model, abstract.reference, policy)
+    return create_state(policy, reference, optimizer, abstract.step.sharding.mesh, inputs.objective.initial_state)
 
 
-def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+def _initial_reference(config: Config, inputs: Inputs, model: Model, abstract: Params, policy: Params) -> Params:
+    """The reference's parameters: loaded, or the policy's in the reference's dtype; {} if `abstract` is empty."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if not abstract:
+        return {}
+    if config.lora.rank:
+        return load_reference(config, inputs, model, layout)
+    if config.reference.path:
+        return load_reference(config, inputs, dataclasses.replace(model, scalar_head="none"), layout)
+    trunk = {name: leaf for name, leaf in policy.items() if name != SCALAR_HEAD}
+    return _cast_reference(config, trunk, layout)
+
+
+def _initial_weights(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
     """The policy's parameters, loaded or random; only those that `layout` contains."""
     if config.model.init == "random":
 
@@ -141,21 +143,21 @@ def _first_weights(config: Config, inputs: Inputs, model: Model, layout: Any, ke
     return load_params(model, inputs.policy_files, param_dtype=config.model.param_dtype, shardings=layout, key=key)
 
 
-def _first_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
+def _initial_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
     """Adapters whose product is 0, or those that are trained further; and the initial weights of a scalar head."""
     layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
     if config.lora.start == "continue":
-        adapters = _continued(config, inputs, model, layers)
+        adapters = _load_adapters(config, inputs, model, layers)
     else:
         # From a separate key, so that they do not change the other values.
         draw = jax.jit(
             lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers
         )
         adapters = draw(jax.random.fold_in(key, 2))
-    return adapters | (_first_weights(config, inputs, model, others, key) if others else {})
+    return adapters | (_initial_weights(config, inputs, model, others, key) if others else {})
 
 
-def _continued(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
+def _load_adapters(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
     """The adapters that are trained further, as they were."""
     assert inputs.policy_files.adapter is not None, "check_start refuses this"
     found = read_adapters(inputs.policy_files.adapter, model, config.lora)
@@ -170,19 +172,19 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
       config: the run.
       inputs: the run's inputs.
       model: the architecture.
-      layout: sharding of every parameter of the reference, from `reference_layout`; it has no scalar head.
+      layout: sharding of every parameter of the reference, from `reference_shardings`; it has no scalar head.
     """
     if config.lora.start == "continue":
         base = ModelFiles(inputs.policy_files.weights)
         plain = without_adapters(layout)
         frozen = load_params(model, base, param_dtype=config.reference.param_dtype, shardings=plain)
-        adapters = _continued(config, inputs, model, adapters_of(layout))
+        adapters = _load_adapters(config, inputs, model, adapters_of(layout))
         return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
             params = model.init_params(key, config.model.param_dtype)
-            return kept_as({name: params[name] for name in layout}, config.reference.param_dtype)
+            return cast_params({name: params[name] for name in layout}, config.reference.param_dtype)
 
         return jax.jit(draw, out_shardings=layout)(jax.random.key(config.seed))
     # Without a path the reference is the policy's initial weights, rounded as the policy is.
@@ -190,51 +192,51 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
         kept = config.reference.param_dtype
         return load_params(model, inputs.reference_files, param_dtype=kept, shardings=layout)
     mesh = jax.tree.leaves(layout)[0].mesh
-    rounded = jax.tree.map(lambda leaf: leaf.sharding, _placed(mesh, model, config.model.param_dtype))
+    rounded = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(mesh, model, config.model.param_dtype))
     first = load_params(model, inputs.reference_files, param_dtype=config.model.param_dtype, shardings=rounded)
-    return _kept_as_reference(config, first, layout)
+    return _cast_reference(config, first, layout)
 
 
-def _kept_as_reference(config: Config, params: Params, layout: Any) -> Params:
+def _cast_reference(config: Config, params: Params, layout: Any) -> Params:
     """Placed parameters, cast to the reference's dtype."""
     if config.reference.param_dtype != INT8:
-        return kept_as(params, config.reference.param_dtype)
-    return jax.jit(kept_as, static_argnums=1, out_shardings=layout)(params, INT8)
+        return cast_params(params, config.reference.param_dtype)
+    return jax.jit(cast_params, static_argnums=1, out_shardings=layout)(params, INT8)
 
 
-def _placed_adapters(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
+def _abstract_lora_params(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
     """The trained parameters of a LoRA run (adapters and an optional scalar head), and the frozen ones."""
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
-    policy = _laid(mesh, adapter_axes(axes, config.lora), adapters)
+    policy = _with_shardings(mesh, adapter_axes(axes, config.lora), adapters)
     frozen = _abstract_reference(config, model, mesh)
     if model.scalar_head != "none":
-        policy |= _laid(mesh, {SCALAR_HEAD: axes[SCALAR_HEAD]}, {SCALAR_HEAD: abstract[SCALAR_HEAD]})
+        policy |= _with_shardings(mesh, {SCALAR_HEAD: axes[SCALAR_HEAD]}, {SCALAR_HEAD: abstract[SCALAR_HEAD]})
     return policy, frozen
 
 
-def reference_layout(config: Config, model: Model, mesh: Mesh) -> Any:
+def reference_shardings(config: Config, model: Model, mesh: Mesh) -> Any:
     """Sharding of every parameter of the reference."""
     return jax.tree.map(lambda leaf: leaf.sharding, _abstract_reference(config, model, mesh))
 
 
 def _abstract_reference(config: Config, model: Model, mesh: Mesh) -> Params:
     """The reference's parameters, without a scalar head; with adapters as they were, if these are trained further."""
-    frozen = _placed(mesh, model, config.reference.param_dtype)
+    frozen = _abstract_params(mesh, model, config.reference.param_dtype)
     frozen.pop(SCALAR_HEAD, None)
     if not (config.lora.rank and config.lora.start == "continue"):
         return frozen
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
     adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
-    adapters = _laid(mesh, adapter_axes(axes, config.lora), adapters)
+    adapters = _with_shardings(mesh, adapter_axes(axes, config.lora), adapters)
     return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
 
 
-def _placed(mesh: Mesh, model: Model, dtype: str) -> Params:
-    return _laid(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
+def _abstract_params(mesh: Mesh, model: Model, dtype: str) -> Params:
+    return _with_shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
 
 
-def _laid(mesh: Mesh, axes: Any, abstract: Any) -> Params:
+def _with_shardings(mesh: Mesh, axes: Any, abstract: Any) -> Params:
     layout = shardings(mesh, axes, abstract)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
