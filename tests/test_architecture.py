@@ -52,7 +52,7 @@ ORDER = {
         "model",
         "weights",
     ],
-    "kto_jax.models.attention": ["dense triton", "blockwise splash"],
+    "kto_jax.models.attention": ["dense mosaic triton", "blockwise splash"],
     "kto_jax.models.families": ["tensors", "family", "gemma llama qwen", "config_json"],
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors",

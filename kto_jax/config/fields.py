@@ -64,10 +64,12 @@ class ModelConfig:
     remat: Literal["none", "dots", "full", "offload"] = "full"
     """Activation checkpointing. "none": recompute nothing. "dots": save matmul outputs. "full": save only each layer's
     input. "offload": as "full", with those inputs in host memory (TPU and GPU)."""
-    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto"
-    """Attention kernel for packed rows. "auto": "splash" on TPU, "triton" on GPU (flash attention kernels that come
-    with JAX), "chunked" elsewhere. "chunked" skips blocks of tokens that cannot attend to each other; "dense" computes
-    all of them. Where "triton" lacks a feature (windows, soft caps, dtypes other than bfloat16), "chunked" is used."""
+    attention: Literal["auto", "dense", "chunked", "splash", "mosaic", "triton"] = "auto"
+    """Attention kernel for packed rows. "auto": "splash" on TPU, "mosaic" on GPU (tokamax's flash attention for Hopper
+    and Blackwell, extra [cuda]), "chunked" elsewhere. "triton" is JAX's older flash attention for GPUs. "chunked" skips
+    blocks of tokens that cannot attend to each other; "dense" computes all of them. What "mosaic" lacks (dtypes other
+    than bfloat16, older cards) "triton" computes; what that lacks too (windows, soft caps), "chunked". A log line says
+    so, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

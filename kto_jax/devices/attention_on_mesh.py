@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from kto_jax.config import ConfigError
 from kto_jax.devices.sharding import ACTIVATION_RULES, constrainer, copies_of_kv_heads, num_parts
-from kto_jax.models.attention import splash, triton
+from kto_jax.models.attention import mosaic, splash, triton
 from kto_jax.models.attention.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.layout import Layout
@@ -35,21 +35,32 @@ class Kernel(NamedTuple):
     Attributes:
       platform: the platform that it runs on.
       attend: has the signature of `dense_attention`.
-      supports: whether it can compute attention with these queries, window and soft-cap; if not, "chunked" is used.
-      is_installed: whether the installed JAX includes it.
+      why_not: why it cannot compute attention with these queries, window and soft-cap on this device; "" if it can.
+      why_missing: why it cannot be imported; "" if it can.
+      cost: what it costs compared with the kernels before it in `KERNELS`.
     """
 
     platform: str
     attend: Callable[..., Array]
-    supports: Callable[..., bool]
-    is_installed: Callable[[], bool]
+    why_not: Callable[..., str]
+    why_missing: Callable[[], str]
+    cost: str = ""
 
 
-# "auto" chooses the first kernel of the platform that is installed. "dense" and "chunked" run everywhere.
+# In order of preference: the first kernel of the platform that is installed and supports the attention is used, and
+# "chunked" if there is none. "dense" and "chunked" run everywhere.
 KERNELS = {
-    "splash": Kernel("tpu", splash.splash_attention, splash.supports, splash.is_installed),
-    "triton": Kernel("gpu", triton.triton_attention, triton.supports, triton.is_installed),
+    "splash": Kernel("tpu", splash.splash_attention, splash.why_not, splash.why_missing),
+    "mosaic": Kernel("gpu", mosaic.mosaic_attention, mosaic.why_not, mosaic.why_missing),
+    "triton": Kernel(
+        "gpu",
+        triton.triton_attention,
+        triton.why_not,
+        triton.why_missing,
+        cost="it computes other segments and masks them, and repeats keys and values for each query head",
+    ),
 }
+COST_OF_CHUNKED = "a loop of XLA matmuls instead of a fused kernel; slower, in memory linear in the row length"
 # Tokens per block of "chunked" on accelerators, which need more parallel work than a CPU.
 LARGE_BLOCK = 512
 _ROWS, _LENGTH, _HEADS = (ACTIVATION_RULES[axis] for axis in ("rows", "length", "heads"))
@@ -61,7 +72,7 @@ class MeshAttention:
 
     Attributes:
       mesh: the devices; rows are sharded over data and fsdp, their tokens over sequence, heads over tensor.
-      name: "dense", "chunked", "splash" or "triton".
+      name: "dense", "chunked" or a kernel. A kernel is replaced wherever it lacks a feature: see `kernel_for`.
     """
 
     mesh: Mesh
@@ -92,13 +103,40 @@ class MeshAttention:
 
     def _attend(self, *heads: Array, window: int | None = None, softcap: float | None = None, **options: Any) -> Array:
         options |= {"window": window, "softcap": softcap}
-        kernel = KERNELS.get(self.name)
-        if kernel is not None and kernel.supports(heads[0], window=window, softcap=softcap):
-            return kernel.attend(*heads, **options)
-        if self.name == "dense":
+        name = self.kernel_for(heads[0], window=window, softcap=softcap)
+        if name in KERNELS:
+            return KERNELS[name].attend(*heads, **options)
+        if name == "dense":
             return dense_attention(*heads, **options)
         block = BLOCK if self.mesh.devices.flat[0].platform == "cpu" else LARGE_BLOCK
         return blockwise_attention(*heads, block=block, **options)
+
+    def kernel_for(self, query: Array, *, window: int | None, softcap: float | None) -> str:
+        """The kernel that computes attention of these queries: `name`, or the next of its platform that supports them.
+
+        A replacement is logged once, with its reason and its cost.
+        """
+        if self.name not in KERNELS:
+            return self.name
+        candidates = _of_platform(KERNELS[self.name].platform)
+        candidates = candidates[candidates.index(self.name) :]
+        device, reasons = self.mesh.devices.flat[0], []
+        for name in candidates:
+            kernel = KERNELS[name]
+            reason = kernel.why_missing() or kernel.why_not(query, window=window, softcap=softcap, device=device)
+            if not reason:
+                break
+            reasons.append(f"{name} {reason}")
+        else:
+            name = "chunked"
+        if reasons:
+            _log_fallback(name, "; ".join(reasons))
+        return name
+
+
+def _of_platform(platform: str) -> list[str]:
+    """Kernels of a platform, the preferred first."""
+    return [name for name, kernel in KERNELS.items() if kernel.platform == platform]
 
 
 def _whole_rows(x: Array, sequence: int) -> Array:
@@ -117,30 +155,36 @@ def _part_of_rows(x: Array, sequence: int) -> Array:
     return x if sequence == 1 else jax.lax.all_to_all(x, _LENGTH, split_axis=1, concat_axis=2, tiled=True)
 
 
-def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton"], mesh: Mesh) -> MeshAttention:
+AttentionName = Literal["auto", "dense", "chunked", "splash", "mosaic", "triton"]
+
+
+def choose_attention(name: AttentionName, mesh: Mesh) -> MeshAttention:
     """Chooses the attention of a model on this mesh.
 
-    "auto" is the kernel for the mesh's devices (splash on TPU, triton on GPU). It is chunked on other devices, and when
-    the installed JAX lacks the kernel, which is logged. With triton, chunked computes what the kernel cannot: windows,
-    soft-caps and dtypes other than bfloat16.
+    "auto" is the first installed kernel for the mesh's devices (splash on TPU; mosaic, then triton on GPU), and chunked
+    on other devices. A kernel that is passed over because it is not installed is logged.
 
     Raises:
-      ConfigError: the mesh's devices cannot run it, or the installed JAX lacks it.
+      ConfigError: the mesh's devices cannot run it, or it is not installed.
     """
     if name in ("dense", "chunked"):
         return MeshAttention(mesh, name)
     platform = mesh.devices.flat[0].platform
-    known = [kernel for kernel in KERNELS if KERNELS[kernel].platform == platform]
-    installed = [kernel for kernel in known if KERNELS[kernel].is_installed()]
+    missing = {kernel: KERNELS[kernel].why_missing() for kernel in _of_platform(platform)}
+    installed = [kernel for kernel, reason in missing.items() if not reason]
     if name in installed:
         return MeshAttention(mesh, name)
     if name == "auto":
-        if known and not installed:
-            _log_fallback(known[0])
-        return MeshAttention(mesh, (*installed, "chunked")[0])
-    reason = f"JAX {jax.__version__} does not have"
-    if name not in known:
-        reason = f"runs on {KERNELS[name].platform} devices, and these are {platform}"
+        chosen = (*installed, "chunked")[0]
+        preferred = list(missing)[: list(missing).index(chosen)] if installed else list(missing)
+        if preferred:
+            _log_fallback(chosen, "; ".join(f"{kernel}: {missing[kernel]}" for kernel in preferred))
+        return MeshAttention(mesh, chosen)
+    reason = (
+        f"cannot be imported: {missing[name]}"
+        if name in missing
+        else (f"runs on {KERNELS[name].platform} devices, and these are {platform}")
+    )
     raise ConfigError(
         f"config.model.attention={name!r} is a kernel that {reason}. Allowed here: "
         f"{', '.join(('auto', 'dense', 'chunked', *installed))}. Set config.model.attention."
@@ -149,7 +193,7 @@ def choose_attention(name: Literal["auto", "dense", "chunked", "splash", "triton
 
 def make_layout(
     mesh: Mesh,
-    attention: Literal["auto", "dense", "chunked", "splash", "triton"] = "auto",
+    attention: AttentionName = "auto",
     reduce_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Layout:
     """How a model on this mesh shards its activations.
@@ -167,10 +211,7 @@ def make_layout(
 
 
 @functools.cache
-def _log_fallback(kernel: str) -> None:
+def _log_fallback(chosen: str, reasons: str) -> None:
     if jax.process_index() == 0:
-        logging.getLogger(__name__).warning(
-            'JAX %s has no kernel %r for attention; config.model.attention="auto" uses "chunked" instead',
-            jax.__version__,
-            kernel,
-        )
+        cost = KERNELS[chosen].cost if chosen in KERNELS else COST_OF_CHUNKED
+        logging.getLogger(__name__).warning("attention uses %r (%s), because %s", chosen, cost, reasons)

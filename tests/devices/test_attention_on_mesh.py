@@ -19,7 +19,7 @@ from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.devices import attention_on_mesh
 from kto_jax.devices.attention_on_mesh import MeshAttention, choose_attention
 from kto_jax.devices.sharding import make_mesh
-from kto_jax.models.attention import splash, triton
+from kto_jax.models.attention import mosaic, splash, triton
 from kto_jax.models.attention.blockwise import blockwise_attention
 from kto_jax.planning.topology import open_topology
 from tests import ROOT
@@ -108,46 +108,83 @@ def test_a_kernel_is_refused_where_its_devices_are_not():
 class GpuMesh:
     """A mesh of one device that calls itself a GPU."""
 
-    devices = np.array([SimpleNamespace(platform="gpu")])
+    def __init__(self, compute_capability="9.0"):
+        self.devices = np.array([SimpleNamespace(platform="gpu", compute_capability=compute_capability)])
+
+
+@pytest.fixture(autouse=True)
+def forgotten_fallbacks():
+    attention_on_mesh._log_fallback.cache_clear()
 
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """A JAX from which the kernels have been removed."""
-    for module in (splash, triton):
-        module._kernel.cache_clear()
+    """A JAX from which the kernels have been removed, beside no tokamax."""
+    for cached in (splash._kernel, triton._kernel, mosaic._module):
+        cached.cache_clear()
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.attention", None)
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.tpu.splash_attention", None)
-    attention_on_mesh._log_fallback.cache_clear()
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.attention.pallas_mosaic_gpu", None)
 
 
-def test_auto_falls_back_to_chunked_and_logs_it_once_if_jax_has_no_kernel(without_kernels, caplog):
+@pytest.fixture
+def with_tokamax(monkeypatch):
+    monkeypatch.setitem(
+        attention_on_mesh.KERNELS, "mosaic", attention_on_mesh.KERNELS["mosaic"]._replace(why_missing=lambda: "")
+    )
+
+
+def test_auto_falls_back_to_chunked_and_logs_it_once_if_no_kernel_is_installed(without_kernels, caplog):
     assert [choose_attention("auto", GpuMesh()).name for _ in range(2)] == ["chunked"] * 2
-    assert len(caplog.messages) == 1 and "has no kernel 'triton'" in caplog.text and '"chunked" instead' in caplog.text
+    assert len(caplog.messages) == 1
+    assert re.search(r"'chunked' \(a loop .*because mosaic: tokamax is not .*; triton: JAX .* not have it", caplog.text)
 
 
-def test_a_kernel_that_jax_does_not_have_is_refused_by_name(without_kernels):
-    with pytest.raises(
-        ConfigError, match=r"attention='triton' is a kernel that JAX .* does not have.*dense, chunked\."
-    ):
+def test_a_kernel_that_is_not_installed_is_refused_by_name(without_kernels):
+    with pytest.raises(ConfigError, match=r"attention='triton' is .*: JAX .* does not have it\. .*dense, chunked\."):
         choose_attention("triton", GpuMesh())
+    with pytest.raises(ConfigError, match=r"attention='mosaic' is .*: tokamax is not installed.*pip install"):
+        choose_attention("mosaic", GpuMesh())
 
 
-def test_auto_is_triton_on_a_gpu_where_chunked_does_what_triton_cannot():
+def test_auto_on_a_gpu_is_mosaic_then_triton_then_chunked_each_with_its_reason(with_tokamax, caplog):
     attend = choose_attention("auto", GpuMesh())
-    assert attend.name == "triton"
-    supports = attention_on_mesh.KERNELS["triton"].supports
-    assert supports(jnp.zeros(1, jnp.bfloat16), window=None, softcap=None)
-    assert not supports(jnp.zeros(1), window=None, softcap=None)
-    assert not supports(jnp.zeros(1, jnp.bfloat16), window=3, softcap=None)
-    assert not supports(jnp.zeros(1, jnp.bfloat16), window=None, softcap=2.0)
+    assert attend.name == "mosaic"
+    narrow, wide = jnp.zeros((1, 1, 1, 256), jnp.bfloat16), jnp.zeros((1, 1, 1, 512), jnp.bfloat16)
+    plain = {"window": None, "softcap": None}
+    assert attend.kernel_for(narrow, window=9, softcap=2.0) == "mosaic" and not caplog.messages
+    assert [attend.kernel_for(wide, **plain) for _ in range(2)] == ["triton"] * 2
+    assert len(caplog.messages) == 1
+    assert re.search(
+        r"'triton' \(.*repeats keys.*mosaic supports heads of at most 256, and these have 512", caplog.text
+    )
+    assert attend.kernel_for(wide, window=9, softcap=None) == "chunked"
+    assert "triton has no windows" in caplog.messages[-1]
+    assert attend.kernel_for(narrow.astype(jnp.float32), **plain) == "chunked"
+    assert "mosaic needs bfloat16, and queries are float32; triton needs bfloat16" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("card", "kernel"),
+    [("7.5", "chunked"), ("8.0", "triton"), ("9.0", "mosaic"), ("10.3", "mosaic"), ("12.0", "triton")],
+)
+def test_each_generation_of_cards_gets_a_kernel_that_runs_on_it(card, kernel, with_tokamax):
+    query = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
+    assert choose_attention("auto", GpuMesh(card)).kernel_for(query, window=None, softcap=None) == kernel
+
+
+def test_a_kernel_chosen_by_name_is_never_replaced_by_one_that_is_preferred(with_tokamax):
+    query = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
+    attend = choose_attention("triton", GpuMesh())
+    assert attend.kernel_for(query, window=None, softcap=None) == "triton"
+    assert attend.kernel_for(query, window=9, softcap=None) == "chunked"
 
 
 def test_no_kernel_is_imported_before_it_is_chosen():
     program = """
         import sys
         import kto_jax.devices.attention_on_mesh, kto_jax.models.model
-        print([name for name in sys.modules if name.startswith("jax.experimental.pallas.ops")])
+        print([name for name in sys.modules if name.startswith(("jax.experimental.pallas.ops", "tokamax"))])
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -10,6 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,19 @@ from kto_jax.models.attention.dense import scaled
 BLOCKS = (512, 384, 256, 128)
 
 
-def is_installed() -> bool:
-    """Whether this JAX includes the kernel."""
+def why_missing() -> str:
+    """Why the kernel cannot be imported; empty if it can."""
     try:
         _kernel()
     except ImportError:
-        return False
-    return True
+        return f"JAX {jax.__version__} does not have it"
+    return ""
 
 
-def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel supports this attention: always."""
-    del query, window, softcap
-    return True
+def why_not(query: Array, *, window: int | None, softcap: float | None, device: Any) -> str:
+    """Why the kernel cannot compute this attention on this device: it always can."""
+    del query, window, softcap, device
+    return ""
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Flash attention over packed rows on NVIDIA GPUs: the Pallas kernel that comes with JAX, compiled by Triton.
 
-JAX 0.11 deprecated this kernel. It is imported only when a run uses it; `is_installed` says whether this JAX still
+JAX 0.11 deprecated this kernel. It is imported only when a run uses it; `why_missing` says whether this JAX still
 includes it.
 """
 
@@ -20,18 +20,24 @@ from jaxtyping import Array, Float, Int
 BLOCK = 128
 
 
-def is_installed() -> bool:
-    """Whether this JAX includes the kernel."""
+def why_missing() -> str:
+    """Why the kernel cannot be imported; empty if it can."""
     try:
         _kernel()
     except ImportError:
-        return False
-    return True
+        return f"JAX {jax.__version__} does not have it"
+    return ""
 
 
-def supports(query: Array, *, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel supports this attention: no window, no soft-cap, and bfloat16."""
-    return window is None and softcap is None and query.dtype == jnp.bfloat16
+def why_not(query: Array, *, window: int | None, softcap: float | None, device: Any) -> str:
+    """Why the kernel cannot compute this attention on this device; empty if it can."""
+    if query.dtype != jnp.bfloat16:
+        return f"needs bfloat16, and queries are {query.dtype}"
+    if window is not None or softcap is not None:
+        return f"has no windows and no soft-caps, and this layer has window {window} and soft-cap {softcap}"
+    if float(device.compute_capability) < 8:
+        return f"needs compute capability 8.0 or more, and this GPU has {device.compute_capability}"
+    return ""
 
 
 @functools.cache
@@ -64,7 +70,7 @@ def triton_attention(
     """Computes `attention` with the same tokens as queries and keys, if positions rise along every segment.
 
     The kernel has no windows, no soft-caps, no grouped-query attention and, on a GPU, no float32 matmuls. Keys and
-    values are therefore repeated for each query head; `supports` rejects the rest. Arguments and result are those of
+    values are therefore repeated for each query head; `why_not` rejects the rest. Arguments and result are those of
     `dense_attention`, except:
 
     Args:
@@ -75,7 +81,7 @@ def triton_attention(
       interpret: runs the kernel without a GPU, for tests.
     """
     del positions_RL, precision
-    assert window is None and softcap is None, "see `supports`"
+    assert window is None and softcap is None, "see `why_not`"
     length, num_heads, head_dim = query_RLNH.shape[1:]
     padding = -length % BLOCK
 

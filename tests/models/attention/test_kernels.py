@@ -1,5 +1,6 @@
 """Every attention for packed rows compared with dense attention, which test_attention.py tests."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -9,12 +10,16 @@ import pytest
 
 from kto_jax.models.attention.blockwise import _bounds, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention, scaled
+from kto_jax.models.attention.mosaic import first_keys, mosaic_attention
 from kto_jax.models.attention.splash import block_and_length, splash_attention
 from kto_jax.models.attention.triton import triton_attention
 from tests.losses.test_logprobs import equations
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCKS = partial(blockwise_attention, block=16, precision=HIGHEST)
+needs_tokamax = pytest.mark.skipif(
+    importlib.util.find_spec("tokamax") is None, reason="needs tokamax, which the extra [cuda] installs"
+)
 
 
 def packed(*rows, length):
@@ -148,3 +153,30 @@ def test_triton_in_bfloat16_is_about_as_accurate_as_blocks():
         return [np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other) for one, other in pairs]
 
     assert np.all(np.array(errors(partial(triton_attention, interpret=True))) < 2 * np.array(errors(BLOCKS)))
+
+
+def test_a_token_sees_its_segment_from_its_start_or_from_its_windows_and_padding_itself():
+    tokens = packed([3, 4], length=9)
+    assert first_keys(*tokens.values(), None).tolist() == [[0, 0, 0, 3, 3, 3, 3, 7, 8]]
+    assert first_keys(*tokens.values(), 2).tolist() == [[0, 0, 1, 3, 3, 4, 5, 7, 8]]
+
+
+@needs_tokamax
+@pytest.mark.parametrize("options", [{}, GEMMA], ids=["plain", "gemma"])
+def test_mosaic_gives_the_values_and_gradients_of_dense_attention(options):
+    with jax.numpy_rank_promotion("allow"):  # tokamax promotes ranks.
+        compare(partial(mosaic_attention, interpret=True), ROWS, **options)
+
+
+@needs_tokamax
+@pytest.mark.parametrize("options", [{}, GEMMA], ids=["plain", "gemma"])
+def test_mosaic_in_bfloat16_is_as_accurate_as_its_inputs(options):
+    arrays = draw(ROWS)
+    expected = values_and_gradients(partial(dense_attention, precision=HIGHEST, **ROWS, **options), *arrays)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    with jax.numpy_rank_promotion("allow"):  # tokamax promotes ranks.
+        found = values_and_gradients(partial(mosaic_attention, interpret=True, **ROWS, **options), *rounded)
+    for one, right in zip(found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        # A share of the largest value: bfloat16 keeps 8 bits, so inputs alone are off by up to 0.4 %.
+        assert np.max(np.abs(np.asarray(one, np.float32) - right)) < 2e-2 * np.max(np.abs(right))
