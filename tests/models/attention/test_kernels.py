@@ -11,7 +11,7 @@ import pytest
 from kto_jax.models.attention.blockwise import _bounds, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention, scaled
 from kto_jax.models.attention.mosaic import first_keys, mosaic_attention
-from kto_jax.models.attention.splash import block_and_length, splash_attention
+from kto_jax.models.attention.splash import block_and_length, segment_starts, splash_attention, tile_schedule
 from kto_jax.models.attention.triton import triton_attention
 from tests.losses.test_logprobs import equations
 
@@ -119,8 +119,26 @@ def test_the_scale_of_scores_is_not_rounded_to_the_dtype_of_queries():
 
 @pytest.mark.parametrize("options", [{}, GEMMA], ids=["plain", "gemma"])
 def test_splash_gives_the_values_and_gradients_of_dense_attention(options):
-    tokens = packed([5, 1, 40, 102], [190], length=200)
+    tokens = packed([5, 1, 40, 102, 200], [590], length=600)  # five tiles per row
     compare(partial(splash_attention, interpret=True, precision=HIGHEST), tokens, **options)
+
+
+@pytest.mark.parametrize("window", [None, 5, 17])
+def test_splash_computes_exactly_the_tiles_that_hold_a_visible_key(window):
+    tokens = packed([16, 40, 8, 20], [84], [3] * 32, [], length=96)
+    starts = segment_starts(tokens["segment_ids_RL"])
+    schedule = jax.tree.map(np.asarray, tile_schedule(starts, 16, window))
+    query, key = np.indices((4 * 96, 4 * 96))
+    distance, start = query - key, np.asarray(starts).reshape(-1)
+    visible = (start[query] == start[key]) & (distance >= 0) & (distance < (window or 1000))
+    wanted = visible.reshape(24, 16, 24, 16).any((1, 3))
+    by_query, by_key = np.zeros((2, 24, 24), int)
+    for tile in range(24):
+        np.add.at(by_query[tile], schedule.key_tiles[0, tile], schedule.key_tiles_needed[0, tile])
+        np.add.at(by_key[:, tile], schedule.query_tiles[0, :, tile], schedule.query_tiles_needed[0, :, tile])
+    np.testing.assert_array_equal(by_query, wanted)
+    np.testing.assert_array_equal(by_key, wanted)
+    assert schedule.key_tiles.dtype == np.int8
 
 
 def test_every_matmul_of_splash_has_the_requested_precision():
