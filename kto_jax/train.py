@@ -16,10 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kto_jax.command import TrainOptions, answer_help, run_command
+from kto_jax.command import PREEMPTED, TrainOptions, answer_help, run_command
 
 if __name__ == "__main__":  # The imports below take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Launch scripts restart a run that ends with this code, but none that a signal ends.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     answer_help(TrainOptions, str(__doc__))
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("importing JAX …", file=sys.stderr, flush=True)
@@ -28,7 +30,6 @@ import jax
 from jax.sharding import Mesh
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.config.errors import PREEMPTED
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
@@ -40,6 +41,7 @@ from kto_jax.objectives import defaults
 from kto_jax.planning.rows_that_fit import settle_rows
 from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.training.agreement import compare_config, compare_inputs
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
@@ -93,12 +95,14 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     keep_compiled()
     processes.join(config.processes)
     console.quiet = not processes.is_first()
+    compare_config(config)
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
         config = pin_sources(with_recorded_settings(config, workdir), workdir)
         config = with_template_date(processes.together(lambda: choose_export_dtype(choose_dtype(config))))
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
+        compare_inputs(inputs)
         if config.microbatch_rows == "auto":
             config, inputs = settle_rows(config, inputs, workdir)
 
@@ -238,4 +242,9 @@ def _print_next_steps(workdir: Path, inputs: Inputs, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        exit_code = main()
+    finally:
+        # The exit code is decided; Python takes seconds to end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(exit_code)

@@ -71,7 +71,7 @@ ORDER = {
     "kto_jax.training": [
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
-        "accumulate checkpoints initial_state logs optimizer run_folder sync",
+        "accumulate agreement checkpoints initial_state logs optimizer run_folder sync",
         "in_flight patience precompute step",
         "evaluation loop result",
     ],

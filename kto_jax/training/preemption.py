@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a user."""
+"""Requests to stop: SIGTERM from a scheduler, SIGHUP from a terminal that closes, Ctrl-C from a user."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class Preemption:
     (`deferred`) it is only recorded, and the loop checks for it after every step. A thread prints an answer to every
     Ctrl-C at once. A second Ctrl-C ends the process at once, even while the main thread is inside compiled code.
 
+    SIGHUP is answered as SIGTERM is, unless the process ignores it (nohup).
+
     With several processes, JAX's preemption service receives SIGTERM and agrees on a step at which all processes stop.
-    There is no agreement on a Ctrl-C, so it ends each process at once.
+    SIGHUP is passed on to it as SIGTERM. There is no agreement on a Ctrl-C, so it ends each process at once.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,10 @@ class Preemption:
         self._sender = sender
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         # Python writes every signal's number there at once; handlers wait for the main thread.
         self._previous_descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         return self
@@ -75,6 +80,9 @@ class Preemption:
         _print("stopping after this step; press again to stop now" if saves else "stopping; press again to stop now")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and _several_processes():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         self._signal = number
         if self._deferred and not _several_processes():
             return

@@ -53,7 +53,7 @@ def test_outside_the_steps_sigterm_ends_the_process_with_75():
     assert ended.value.code == 75
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_during_the_steps_a_signal_is_remembered(number, code):
     with Preemption() as asked, asked.deferred():
         assert not asked.requested()
@@ -62,11 +62,31 @@ def test_during_the_steps_a_signal_is_remembered(number, code):
         assert asked.exit_code == code
 
 
+def test_a_process_under_nohup_goes_on_when_its_terminal_closes():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as asked, asked.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked.requested()
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_with_several_processes_sighup_is_passed_on_as_sigterm(monkeypatch):
+    monkeypatch.setattr(preemption, "_several_processes", lambda: True)
+    sent = []
+    monkeypatch.setattr(preemption.os, "kill", lambda process, number: sent.append(number))
+    with Preemption() as asked, asked.deferred():
+        signal.raise_signal(signal.SIGHUP)
+    assert sent == [signal.SIGTERM]
+
+
 def test_the_previous_handlers_and_threads_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     with Preemption(), Preemption():
         pass
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
     assert signal.set_wakeup_fd(-1) == -1
     assert "signals" not in {thread.name for thread in threading.enumerate()}
 

@@ -27,7 +27,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache, workdir, count, *arguments, of_second=None, devices=0):
+def start(cache, workdir, count, *arguments, of_second=None, devices=0, arguments_of_second=()):
     """Starts `count` processes with the given number of fake devices each, or sharing DEVICES."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -38,9 +38,15 @@ def start(cache, workdir, count, *arguments, of_second=None, devices=0):
     for number in range(count):
         own = dict(zip(NAMES, (address, str(count), str(number)), strict=True)) if count > 1 else {}
         own |= of_second if of_second and number == 1 else {}
+        own_arguments = arguments_of_second if number == 1 else ()
         processes.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=environment | own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                [*command, *own_arguments],
+                cwd=ROOT,
+                env=environment | own,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         )
     return processes
@@ -177,6 +183,17 @@ def test_a_refusal_of_one_process_ends_all(cache, tmp_path):
     assert codes == [2, 2], "\n".join(messages)
     assert all("holds files but no run" in message for message in messages)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_processes_with_other_feedback_are_refused(cache, tmp_path):
+    lines = (ROOT / "configs" / "tiny_feedback.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "changed.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
+    other = [f"--config.data.train={tmp_path / 'changed.jsonl'}"]
+    codes, messages = finish(start(cache, tmp_path / "run", 2, arguments_of_second=other))
+    assert codes == [2, 2], "\n".join(messages)
+    for message in messages:
+        assert "the feedback (config.data.train, config.data.eval) is" in " ".join(message.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failure_of_one_process_ends_the_others_too(cache, tmp_path):
