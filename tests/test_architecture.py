@@ -44,7 +44,7 @@ ORDER = {
     "kto_jax.judges": ["judges"],
     "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo ppo reward sft simpo slic", "grpo"],
     "kto_jax.models": [
-        "gather gradients int8 rope",
+        "finite gather gradients int8 rope",
         "config lora",
         "attention families heads",
         "layout",

@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, TransientError
 from kto_jax.devices import processes
 from kto_jax.models.families.config_json import read_config_json
+from kto_jax.models.finite import find_nonfinite
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8
 from kto_jax.models.lora import init_adapters, merge_adapters
@@ -152,7 +153,7 @@ class Checkpoints:
         """Reads the checkpoint of a step, with the shardings of `abstract`.
 
         Raises:
-          ConfigError: the checkpoint is of another model or optimizer; lists the differences.
+          ConfigError: the checkpoint is of another model or optimizer; lists the differences. Or it is damaged.
         """
         wanted = self._saved_fields(abstract)
         found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
@@ -162,7 +163,18 @@ class Checkpoints:
             place = self._directory / "reference"
             _check_arrays(ocp.metadata(place).metadata, abstract.reference, place)
             moving["reference"] = ocp.load(place, abstract.reference)
+        processes.together(lambda: self._check_finite(step, moving))
         return dataclasses.replace(abstract, **moving)
+
+    def _check_finite(self, step: int, parts: Mapping[str, Any]) -> None:
+        # Steps with values that are not finite are not applied, so a run never saves any.
+        if broken := find_nonfinite(parts):
+            raise ConfigError(
+                f"the checkpoint of step {step} in {self._directory} is damaged: values are NaN or infinite in "
+                f"{', '.join(broken[:3])}{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}. All must be "
+                f"finite. Remove the folder {step} to resume from the checkpoint before it; if the reference is "
+                "damaged, start again in another --workdir."
+            )
 
 
 def _has(checkpoint: Any, metric: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kto_jax.config import Config, ConfigError
+from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
@@ -140,7 +142,7 @@ def _initial_weights(config: Config, inputs: Inputs, model: Model, layout: Any, 
             return {name: params[name] for name in layout}
 
         return jax.jit(draw, out_shardings=layout)(key)
-    return load_params(model, inputs.policy_files, param_dtype=config.model.param_dtype, shardings=layout, key=key)
+    return _load(model, inputs.policy_files, param_dtype=config.model.param_dtype, shardings=layout, key=key)
 
 
 def _initial_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
@@ -177,7 +179,7 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
     if config.lora.start == "continue":
         base = ModelFiles(inputs.policy_files.weights)
         plain = without_adapters(layout)
-        frozen = load_params(model, base, param_dtype=config.reference.param_dtype, shardings=plain)
+        frozen = _load(model, base, param_dtype=config.reference.param_dtype, shardings=plain)
         adapters = _load_adapters(config, inputs, model, adapters_of(layout))
         return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
     if config.model.init == "random" and not config.reference.path:
@@ -190,10 +192,10 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
     # Without a path the reference is the policy's initial weights, rounded as the policy is.
     if config.reference.path or config.model.param_dtype == "float32":
         kept = config.reference.param_dtype
-        return load_params(model, inputs.reference_files, param_dtype=kept, shardings=layout)
+        return _load(model, inputs.reference_files, param_dtype=kept, shardings=layout)
     mesh = jax.tree.leaves(layout)[0].mesh
     rounded = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(mesh, model, config.model.param_dtype))
-    first = load_params(model, inputs.reference_files, param_dtype=config.model.param_dtype, shardings=rounded)
+    first = _load(model, inputs.reference_files, param_dtype=config.model.param_dtype, shardings=rounded)
     return _cast_reference(config, first, layout)
 
 
@@ -241,3 +243,8 @@ def _with_shardings(mesh: Mesh, axes: Any, abstract: Any) -> Params:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
     )
+
+
+def _load(*arguments: Any, **options: Any) -> Params:
+    """`load_params`; if it fails on one process, it raises on all."""
+    return processes.together(functools.partial(load_params, *arguments, **options))

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.table import Column
 from rich.text import Text
 
+from kto_jax.config import ConfigError
 from kto_jax.storage.atomic import write_text
 from kto_jax.training.trackers import Tracker, group_names
 
@@ -69,10 +71,10 @@ class MetricsLog:
         self._num_steps, self._last_step = num_steps, first_step
         if not enabled:
             return
-        path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] <= first_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
         self._progress = progress_bar(console)
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, figures="")
 
@@ -85,9 +87,14 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Logs the metrics of a step; non-finite values become null in metrics.jsonl."""
+        """Logs the metrics of a step; non-finite values become null in metrics.jsonl.
+
+        Raises:
+          ConfigError: metrics.jsonl, or the run's folder, has been removed, renamed or replaced.
+        """
         if not self._enabled:
             return
+        self._check_in_place()
         self._last_step = step
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = {name: finite.get(name) for name in figures}
@@ -101,6 +108,16 @@ class MetricsLog:
         self._progress.update(self._task, completed=step, figures=_listed(finite, _SHOWN))
         if not console.is_terminal:
             console.print(f"step {step}/{self._num_steps}: {_listed(finite, _LOGGED)}")
+
+    def _check_in_place(self) -> None:
+        # An open file that was removed takes what is written to it, and nobody ever reads that.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                return
+        raise ConfigError(
+            f"{self._path} was removed, renamed or replaced while the run was writing to it. All that is written "
+            "now would be lost. Put its folder back and run the same command again, or start in another --workdir."
+        )
 
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         self._trackers.remove(tracker)

@@ -237,6 +237,22 @@ def test_a_reference_written_for_another_model_is_refused(tmp_path):
         checkpoints.restore(dataclasses.replace(abstract, reference=abstract.reference | {"extra": scalar}), 1)
 
 
+@pytest.mark.parametrize("part", ["policy", "opt_state", "reference"])
+def test_a_checkpoint_with_a_value_that_is_not_finite_is_refused(part, tmp_path):
+    mesh = make_mesh(MeshConfig(fsdp=4, data=2))
+    state = make_state(mesh)
+    leaves, shape = jax.tree.flatten(getattr(state, part))
+    place = next(i for i, leaf in enumerate(leaves) if leaf.ndim > 1)
+    leaves[place] = leaves[place].at[-1, -1].set(jnp.inf)
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
+        state = dataclasses.replace(state, **{part: jax.tree.unflatten(shape, leaves)})
+        checkpoints.save_reference(state.reference)
+        checkpoints.save(1, state, None)
+        checkpoints.wait()
+        with pytest.raises(ConfigError, match=rf"step 1 in .* is damaged: .* infinite in {part}\."):
+            checkpoints.restore(make_abstract(mesh), 1)
+
+
 def test_the_policy_of_a_run_is_loaded_for_sampling(tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None])
     checkpoints.close()

@@ -3,10 +3,12 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 from rich.console import Console
 
+from kto_jax.config import ConfigError
 from kto_jax.training.logs import MetricsLog, _Messages, progress_bar, read_metrics
 
 
@@ -20,6 +22,21 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
     with MetricsLog(tmp_path, 0, 10) as log:
         log.write(1, {"loss": 0.25})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.25}
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: shutil.rmtree(folder),
+    lambda folder: folder.rename(folder.parent / "elsewhere"),
+    lambda folder: (folder / "metrics.jsonl").unlink(),
+    lambda folder: shutil.copytree(folder.rename(folder.parent / "elsewhere"), folder),
+], ids=["removed", "renamed", "file removed", "replaced"])  # fmt: skip
+def test_a_folder_that_is_gone_ends_the_run(tmp_path, change):
+    (folder := tmp_path / "run").mkdir()
+    with MetricsLog(folder, 0, 10) as log:
+        log.write(1, {"loss": 0.25})
+        change(folder)
+        with pytest.raises(ConfigError, match="was removed, renamed or replaced"):
+            log.write(2, {"loss": 0.25})
 
 
 def test_a_non_finite_figure_becomes_null_and_is_not_shown(tmp_path, capsys):

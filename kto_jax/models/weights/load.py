@@ -19,6 +19,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS, FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.families.tensors import Tensor
+from kto_jax.models.finite import find_nonfinite
 from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
 from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
@@ -88,8 +89,8 @@ def load_params(
       key: PRNG key of a random scalar head; None is `jax.random.key(0)`.
 
     Raises:
-      ConfigError: the weights are missing, incomplete, damaged, pickled, or of another shape than the config says; or
-        they are a reward model's, and `model` is not one.
+      ConfigError: the weights are missing, incomplete, damaged, pickled, not finite, or of another shape than the
+        config says; or they are a reward model's, and `model` is not one.
     """
     files = path if isinstance(path, ModelFiles) else ModelFiles(Path(path))
     weights, tensors = open_weights(files.weights), FAMILIES[model.config.family].tensors
@@ -102,11 +103,14 @@ def load_params(
     abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
     abstract = {name: abstract[name] for name in shardings}
 
+    broken: list[str] = []
+
     def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        name = ".".join(part.key for part in key_path)
         if isinstance(sharding, Int8Matrix):
             whole = load(key_path, leaf, sharding.int8)
+            broken.extend(find_nonfinite({name: whole}))
             return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
-        name = ".".join(part.key for part in key_path)
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
 
     drawn: Params = {}
@@ -114,7 +118,14 @@ def load_params(
         del abstract[SCALAR_HEAD]
         key = jax.random.key(0) if key is None else key
         drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, shardings[SCALAR_HEAD])}
-    return jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract}) | drawn
+    params = jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract})
+    if broken := broken + find_nonfinite(params):
+        raise ConfigError(
+            f"{files} holds values that are NaN or infinite in {', '.join(broken[:3])}"
+            f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}. Weights must be finite. Download the model "
+            "again, or take an earlier one."
+        )
+    return params | drawn
 
 
 def _draw_scalar_head(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:

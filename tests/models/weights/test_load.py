@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kto_jax.config import ConfigError
 from kto_jax.models.families.config_json import write_config_json
 from kto_jax.models.model import Model
-from kto_jax.models.weights.load import read_config, weights_digest
+from kto_jax.models.weights.load import load_params, read_config, weights_digest
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
 from kto_jax.models.weights.tensors import expected_shapes
 from tests.models.weights.directories import assert_equal, draw_weights, load, rewrite, write_model
@@ -136,6 +136,15 @@ def test_a_damaged_file_or_a_false_header_is_refused(directory, damage):
 
 def index(directory, weight_map):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "int8"])
+def test_weights_that_are_not_finite_are_refused(directory, value, param_dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(directory, lambda weights: weights[name].__setitem__((3, 5), value))
+    with pytest.raises(ConfigError, match=r"NaN or infinite in layers\.mlp\.up\.weight"):
+        load_params(Model.create(read_config(directory)), directory, param_dtype=param_dtype)
 
 
 def test_files_outside_the_index_are_neither_read_nor_part_of_the_digest(directory, config):
