@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID = "#1f2328", "#656d76", "#d8dee4"
-_REACH = 3.0
+_MAX_Z = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ CURVES = (
 
 def points(curve: Curve, *, num_points: int = 401) -> tuple[np.ndarray, np.ndarray]:
     """Gains and losses z in [−3, 3] and their values minus the value of 0, as drawn: [num_points] each."""
-    z = np.linspace(-_REACH, _REACH, num_points)
+    z = np.linspace(-_MAX_Z, _MAX_Z, num_points)
     value = np.asarray(curve.value_fn(jnp.asarray(z, jnp.float32)), np.float64)
     return z, value - float(curve.value_fn(jnp.zeros(())))
 
@@ -86,7 +86,7 @@ def draw() -> Figure:
         axes.plot(z, value, color=curve.colour, lw=2.2, linestyle=style, zorder=3)
         axes.annotate(
             f"{curve.name}   {curve.formula}",
-            (_REACH, value[-1]),
+            (_MAX_Z, value[-1]),
             xytext=(8, curve.label_offset),
             textcoords="offset points",
             color=curve.colour,
@@ -94,18 +94,18 @@ def draw() -> Figure:
             va="center",
             annotation_clip=False,
         )
-    _dress(axes)
+    _style_axes(axes)
     return figure
 
 
-def _dress(axes: Axes) -> None:
-    axes.set_xlim(-_REACH, _REACH)
+def _style_axes(axes: Axes) -> None:
+    axes.set_xlim(-_MAX_Z, _MAX_Z)
     axes.set_ylim(-4.2, 3.2)
     axes.set_title("What a gain or a loss is worth", loc="left", color=_INK, fontsize=13, pad=12)
     axes.set_xlabel("z: reward of the completion, less the reference point", color=_MUTED, fontsize=10)
     axes.set_ylabel("value, less that of z = 0", color=_MUTED, fontsize=10)
-    axes.text(-_REACH + 0.12, -3.95, "losses", color=_MUTED, fontsize=10)
-    axes.text(_REACH - 0.12, -3.95, "gains", color=_MUTED, fontsize=10, ha="right")
+    axes.text(-_MAX_Z + 0.12, -3.95, "losses", color=_MUTED, fontsize=10)
+    axes.text(_MAX_Z - 0.12, -3.95, "gains", color=_MUTED, fontsize=10, ha="right")
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=_MUTED, labelsize=9.5, length=0)
     axes.grid(color=_GRID, lw=0.6)

@@ -26,7 +26,7 @@ from kto_jax.config.ranges import Positive, Range
 from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.report import as_dict, show, show_ladder
 from kto_jax.planning.rows_that_fit import plan_rows
-from kto_jax.planning.smaller_settings import climb
+from kto_jax.planning.smaller_settings import try_settings
 from kto_jax.planning.topology import LOCAL, open_topology
 
 FITS, DOES_NOT_FIT = 0, 3
@@ -79,7 +79,7 @@ def plan(given: Options) -> int:
     show(program, topology, lengths, given.price_per_chip_hour, console)
     rungs = []
     if not program.fits and given.ladder:
-        rungs = list(climb(program, task, topology, lengths))
+        rungs = list(try_settings(program, task, topology, lengths))
         show_ladder(program, rungs, console)
     if given.json:
         figures = as_dict(program, topology, lengths, given.price_per_chip_hour, rungs)

@@ -38,7 +38,7 @@ from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
 from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.objectives import defaults
-from kto_jax.planning.rows_that_fit import settle_rows
+from kto_jax.planning.rows_that_fit import resolve_rows
 from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.agreement import compare_config, compare_inputs
@@ -104,7 +104,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
         compare_inputs(inputs)
         if config.microbatch_rows == "auto":
-            config, inputs = settle_rows(config, inputs, workdir)
+            config, inputs = resolve_rows(config, inputs, workdir)
 
         # ------------------------------------------------- the run's folder
         run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def _widened(dtype: Any) -> Any:
+def _at_least_float32(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -36,7 +36,7 @@ def _product_forward(x_TI: Array, weight_IO: Array) -> tuple[Array, tuple[Array,
 def _product_backward(residuals: tuple[Array, Array, Array], gradient_TO: Array) -> tuple[Array, Array]:
     x_TI, narrow_IO, of_weight = residuals
     gradient_TI = jnp.dot(gradient_TO, narrow_IO.T)
-    gradient_IO = jnp.dot(x_TI.T, gradient_TO, preferred_element_type=_widened(x_TI.dtype))
+    gradient_IO = jnp.dot(x_TI.T, gradient_TO, preferred_element_type=_at_least_float32(x_TI.dtype))
     return gradient_TI, gradient_IO.astype(of_weight.dtype)
 
 
@@ -55,7 +55,7 @@ def _repeat_forward(row_O: Array, count: int, dtype: Any) -> tuple[Array, Array]
 
 def _repeat_backward(count: int, dtype: Any, of_row: Array, gradient_TO: Array) -> tuple[Array]:
     del count, dtype
-    return (jnp.sum(gradient_TO, axis=0, dtype=_widened(gradient_TO.dtype)).astype(of_row.dtype),)
+    return (jnp.sum(gradient_TO, axis=0, dtype=_at_least_float32(gradient_TO.dtype)).astype(of_row.dtype),)
 
 
 repeat_rows.defvjp(_repeat_forward, _repeat_backward)
@@ -74,7 +74,7 @@ def _rows_forward(table_VD: Array, tokens_T: Array) -> tuple[Array, tuple[Array,
 
 def _rows_backward(residuals: tuple[Array, Array], gradient_TD: Array) -> tuple[Array, None]:
     table_VD, tokens_T = residuals
-    wide = _widened(table_VD.dtype)
+    wide = _at_least_float32(table_VD.dtype)
     summed_VD = jnp.zeros(table_VD.shape, wide).at[tokens_T].add(gradient_TD.astype(wide))
     return summed_VD.astype(table_VD.dtype), None
 

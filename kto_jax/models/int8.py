@@ -58,18 +58,18 @@ class Int8Matrix:
         return jnp.take(self.int8, ids_T, axis=0).astype(jnp.float32) * jnp.take(self.scales, ids_T)[:, None]
 
 
-def quantised(params: Any) -> Any:
+def quantise_params(params: Any) -> Any:
     """Parameters with int8 matrices, from parameters in float32 or bfloat16; all other leaves become float32."""
     return _map(params, quantise, lambda leaf: leaf.astype(jnp.float32))
 
 
 def cast_params(params: Any, dtype: Any) -> Any:
     """Parameters quantised to "int8", or cast to any dtype of arrays."""
-    return quantised(params) if dtype == INT8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return quantise_params(params) if dtype == INT8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def quantised_axes(axes: Any) -> Any:
-    """Logical axes of `quantised` parameters, from those of the parameters."""
+    """Logical axes of quantised parameters, from those of the parameters."""
 
     def split(names: tuple[str, ...], shared: int) -> Int8Matrix:
         place = len(names) + shared

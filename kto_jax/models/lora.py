@@ -98,7 +98,7 @@ def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[st
         return Adapter(factor("a"), factor("b"))
 
     keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS)), strict=True))
-    return _of_each(lora.targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
+    return _map_targets(lora.targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
 
 
 def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
         layers, axis_in, axis_out = axes["layers"][group][name]["weight"]
         return Adapter((layers, axis_in, "adapter"), (layers, "adapter", axis_out))
 
-    return _of_each(lora.targets, split)
+    return _map_targets(lora.targets, split)
 
 
-def _of_each(targets: Sequence[str], make: Any) -> dict[str, Any]:
+def _map_targets(targets: Sequence[str], make: Any) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for name in targets:
         layers.setdefault(GROUPS[name], {})[name] = {"weight": make(GROUPS[name], name)}

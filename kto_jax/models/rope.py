@@ -27,7 +27,7 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_length: int
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
+    def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
         """Divides low frequencies by `factor`, keeps high ones, and interpolates in between."""
         turns = self.original_max_length * frequencies / (2 * np.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -55,7 +55,7 @@ class LinearScaling:
 
     factor: float
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
+    def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
         """All frequencies, divided by `factor`."""
         return frequencies / self.factor
 
@@ -113,7 +113,7 @@ def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float,
     return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))
 
 
-def either_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+def merge_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Merges `rope_scaling` and `rope_parameters` of a config.json; the newer, `rope_parameters`, wins.
 
     Raises:

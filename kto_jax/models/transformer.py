@@ -206,7 +206,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(values, axes=("vocab", "embed"))
 
 
-def _of_layer(tables: tuple[Tables, Tables], is_local: Array | None) -> Tables:
+def _layer_tables(tables: tuple[Tables, Tables], is_local: Array | None) -> Tables:
     """The rotary tables of a layer, from those of global and of local layers."""
     shared, local = tables
     if is_local is None or local is shared:
@@ -251,14 +251,14 @@ class Transformer(nnx.Module):
                 return self._attend(packed, is_local, query, key, value), None
 
             block = nnx.merge(graphdef, state)
-            x_TD = checkpoint_name(self._pin(x_TD, tokens_RL.shape), _LAYER_INPUT)
-            x_TD, _ = block(x_TD, _of_layer(tables, is_local), attend)
+            x_TD = checkpoint_name(self._constrain(x_TD, tokens_RL.shape), _LAYER_INPUT)
+            x_TD, _ = block(x_TD, _layer_tables(tables, is_local), attend)
             return x_TD, None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_TD, _ = jax.lax.scan(layer, self._embedded(tokens_RL), (self._flags(), state))
-        return self._finish(x_TD, tokens_RL.shape)
+        x_TD, _ = jax.lax.scan(layer, self._embed(tokens_RL), (self._is_local(), state))
+        return self._final_hidden(x_TD, tokens_RL.shape)
 
     def decode(
         self, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
@@ -289,14 +289,18 @@ class Transformer(nnx.Module):
                 return mixed, (new_keys, new_values)
 
             block = nnx.merge(graphdef, state)
-            x_TD, (new_keys, new_values) = block(self._pin(x_TD, tokens_BL.shape), _of_layer(tables, is_local), attend)
+            x_TD, (new_keys, new_values) = block(
+                self._constrain(x_TD, tokens_BL.shape), _layer_tables(tables, is_local), attend
+            )
             return (x_TD, new_keys, new_values), None
 
-        start = (self._embedded(tokens_BL), cache["key"], cache["value"])
-        (x_TD, keys, values), _ = jax.lax.scan(layer, start, (jnp.arange(self.config.num_layers), self._flags(), state))
-        return self._finish(x_TD, tokens_BL.shape), {"key": keys, "value": values}
+        start = (self._embed(tokens_BL), cache["key"], cache["value"])
+        (x_TD, keys, values), _ = jax.lax.scan(
+            layer, start, (jnp.arange(self.config.num_layers), self._is_local(), state)
+        )
+        return self._final_hidden(x_TD, tokens_BL.shape), {"key": keys, "value": values}
 
-    def _flags(self) -> Array | None:
+    def _is_local(self) -> Array | None:
         """For each layer, whether it is local; None if all are alike."""
         local = self.config.layers_are_local
         return None if len(set(local)) == 1 else jnp.array(local)
@@ -305,7 +309,7 @@ class Transformer(nnx.Module):
         """Rotary tables of global and of local layers, which most models share."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         shared = rotary_tables(positions_RL, self.config, wide, local=all(self.config.layers_are_local))
-        if self._flags() is None or self.config.local_rope_theta is None:
+        if self._is_local() is None or self.config.local_rope_theta is None:
             return shared, shared
         return shared, rotary_tables(positions_RL, self.config, wide, local=True)
 
@@ -322,18 +326,18 @@ class Transformer(nnx.Module):
         within = partial(attend, window=config.window)
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
-    def _embedded(self, tokens_RL: Array) -> Array:
+    def _embed(self, tokens_RL: Array) -> Array:
         x_TD = _lookup(self.embed.table[...], tokens_RL.reshape(-1)).astype(self.dtype)
         # Sharded as the table is: each device looks up its part of the vectors. They are then resharded by all-to-all,
         # not all-gather, one mesh axis after the other.
         x_TD = self.constrain(x_TD, ("looked_up", "table_embed"))
         x_RLD = self.constrain(x_TD.reshape(*tokens_RL.shape, -1), ("looked_up", "length", "half_embed"))
-        x_TD = self._pin(x_RLD.reshape(x_TD.shape), tokens_RL.shape)
+        x_TD = self._constrain(x_RLD.reshape(x_TD.shape), tokens_RL.shape)
         scale = self.config.embed_scale
         return x_TD if scale == 1 else x_TD * jnp.asarray(scale, self.dtype)
 
-    def _pin(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
+    def _constrain(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
         return self.constrain(x_TD.reshape(*shape, -1), ("rows", "length", "embed")).reshape(x_TD.shape)
 
-    def _finish(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
+    def _final_hidden(self, x_TD: Array, shape: tuple[int, ...]) -> Array:
         return self.constrain(self.final_norm(x_TD).reshape(*shape, -1), ("rows", "length", "embed"))

@@ -45,19 +45,8 @@ def kto(
         "kahneman_tversky": functools.partial(values.kahneman_tversky, alpha=alpha, loss_aversion=loss_aversion),
     }
     _check_variant("kto", variant, ("standard", "zero", "reference_free", "simple", *value_fns))
-    if variant != "kahneman_tversky" and (alpha, loss_aversion) != (0.88, 2.25):
-        raise ValueError(
-            f"alpha={alpha} and loss_aversion={loss_aversion} with variant={variant!r}; only the variant "
-            "kahneman_tversky uses them. Remove them, or set variant."
-        )
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} of the Kahneman-Tversky value must be in (0, 1]. Set alpha.")
-    if variant in ("zero", "reference_free", "simple") and kl_nonzero_mean:
-        raise ValueError(
-            f"kl_nonzero_mean=True with variant={variant!r}, which has no KL to average. It is for the other variants. "
-            "Remove it."
-        )
-    plain = functools.partial(
+    _check_kto_options(variant, alpha, loss_aversion, kl_nonzero_mean)
+    loss_fn = functools.partial(
         losses.kto_loss,
         beta=beta,
         desirable_weight=desirable_weight,
@@ -66,7 +55,7 @@ def kto(
     )
 
     def loss(c: Completions, z0: Point, state: State) -> Float[Array, "R S"]:
-        return plain(*_log_ratio(c), c.desirable, z0)
+        return loss_fn(*_log_ratio(c), c.desirable, z0)
 
     def _log_ratio(c: Completions) -> tuple[Array, Array]:
         if variant == "reference_free":
@@ -92,6 +81,21 @@ def kto(
     if variant == "zero":
         return dataclasses.replace(objective, first_pass="none", reference_point=no_reference_point)
     return objective
+
+
+def _check_kto_options(variant: str, alpha: float, loss_aversion: float, kl_nonzero_mean: bool) -> None:
+    if variant != "kahneman_tversky" and (alpha, loss_aversion) != (0.88, 2.25):
+        raise ValueError(
+            f"alpha={alpha} and loss_aversion={loss_aversion} with variant={variant!r}; only the variant "
+            "kahneman_tversky uses them. Remove them, or set variant."
+        )
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} of the Kahneman-Tversky value must be in (0, 1]. Set alpha.")
+    if variant in ("zero", "reference_free", "simple") and kl_nonzero_mean:
+        raise ValueError(
+            f"kl_nonzero_mean=True with variant={variant!r}, which has no KL to average. It is for the other variants. "
+            "Remove it."
+        )
 
 
 def apo_zero_unpaired(*, beta: float = 0.1) -> Objective:
@@ -170,8 +174,9 @@ def ppo_offline(
         policy, reference, value = (
             jnp.broadcast_to(x[:, None, :], where_RSC.shape) for x in (tokens.policy, tokens.reference, tokens.values)
         )
-        gained = c.scores if rewards == "scores" else jnp.where(c.desirable, 1.0, -1.0).astype(c.policy.dtype)
-        reward_RSC = jnp.where(_is_last(where_RSC), gained[..., None], 0)
+        by_label = jnp.where(c.desirable, 1.0, -1.0).astype(c.policy.dtype)
+        reward_RS = c.scores if rewards == "scores" else by_label
+        reward_RSC = jnp.where(_is_last(where_RSC), reward_RS[..., None], 0)
         old_value = jax.lax.stop_gradient(value)
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         advantage = losses.generalized_advantages(
@@ -262,7 +267,7 @@ def dpo(
     alpha: float = 0.5,
 ) -> Objective:
     """DPO and its variants, see `losses.dpo_loss`; only the alpha divergence uses `alpha`."""
-    plain = functools.partial(
+    loss_fn = functools.partial(
         losses.dpo_loss,
         variant=variant,
         beta=beta,
@@ -281,7 +286,7 @@ def dpo(
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
         chosen_lengths, rejected_lengths = _chosen_and_rejected(c.lengths)
         return _in_chosen_slots(
-            plain(
+            loss_fn(
                 *_four_logps(c),
                 chosen_lengths=jnp.maximum(chosen_lengths, 1),
                 rejected_lengths=jnp.maximum(rejected_lengths, 1),

@@ -126,8 +126,8 @@ def show_ladder(program: CompiledStep, rungs: Sequence[Rung], console: Console) 
     if fitting:
         # If two rungs set a field, the later one counts.
         settings = dict(field.split("=") for rung in rungs if rung.program for field in rung.setting.split())
-        said = " ".join(f"{name}={value}" for name, value in settings.items())
-        console.print(f"it fits with {said}", soft_wrap=True, markup=False)
+        text = " ".join(f"{name}={value}" for name, value in settings.items())
+        console.print(f"it fits with {text}", soft_wrap=True, markup=False)
     else:
         console.print("none of these makes it fit: take more chips, chips with more memory, or a smaller model")
 
@@ -163,15 +163,15 @@ def _collectives_table(program: CompiledStep) -> Table:
 
 def _reduction(program: CompiledStep) -> str:
     model = program.config.model
-    said = f"for every microbatch the devices sum {_size(program.gradient_bytes)} of gradients of the layers' matrices"
+    text = f"for every microbatch the devices sum {_size(program.gradient_bytes)} of gradients of the layers' matrices"
     if model.dtype != "bfloat16":
-        return said
+        return text
     other = (
         "config.model.reduce_dtype=bfloat16 halves them, and rounds the share of every device"
         if model.reduce_dtype == "float32"
         else "config.model.reduce_dtype=float32 doubles them, and rounds no share"
     )
-    return f"{said} in {model.reduce_dtype}; {other}"
+    return f"{text} in {model.reduce_dtype}; {other}"
 
 
 def _bounds_table(program: CompiledStep, topology: Topology, price: float | None) -> Table:

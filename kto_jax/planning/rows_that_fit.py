@@ -50,15 +50,15 @@ def candidates(config: Config, num_devices: int) -> Iterator[int]:
     return (fewest * 2**doublings for doublings in itertools.count())
 
 
-def room(program: CompiledStep, topology: Topology) -> int:
+def usable_bytes(program: CompiledStep, topology: Topology) -> int:
     """Bytes per device that a step may use."""
     on_host = topology.chip is None and topology.devices[0].platform == "cpu"
     return int((_HOST_SHARE if on_host else _SHARE) * program.limit)
 
 
-def leaves_room(program: CompiledStep, topology: Topology) -> bool:
+def leaves_headroom(program: CompiledStep, topology: Topology) -> bool:
     """Whether the program compiled and leaves enough memory on the devices of all processes."""
-    return _everywhere(not program.refusal and program.total <= room(program, topology))
+    return _on_all_processes(not program.refusal and program.total <= usable_bytes(program, topology))
 
 
 def find_rows(
@@ -77,7 +77,7 @@ def find_rows(
     found: CompiledStep | None = None
     for rows in numbers:
         program = compile_rows(rows)
-        if not leaves_room(program, topology):
+        if not leaves_headroom(program, topology):
             least = "at least " if program.refusal else ""
             why = f"{rows} would take {least}{program.total / _GIB:.2f} GiB"
             return (found, why) if found else (program, "the mesh can share no fewer")
@@ -101,7 +101,7 @@ def plan_rows(config: Config, task: Task, topology: Topology, lengths: Lengths) 
     return find_rows(candidates(config, len(topology.devices)), compile_rows, topology)
 
 
-def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, Inputs]:
+def resolve_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, Inputs]:
     """The run with its `microbatch_rows` found; writes nothing to its folder.
 
     A resumed run keeps the rows in its config.json, since other rows would change its numbers slightly. Other rows are
@@ -126,10 +126,10 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
         return dataclasses.replace(program, limit=program.limit // sharing)
 
     program, why = None, "as the run began"
-    before = int(processes.tell(str(_rows_before(workdir)))[0])
-    if before and _shares(config, before, len(topology.devices)):
+    before = int(processes.tell(str(_recorded_rows(workdir)))[0])
+    if before and _mesh_shards_rows(config, before, len(topology.devices)):
         program = compile_rows(before)
-    if program is None or not leaves_room(program, topology):
+    if program is None or not leaves_headroom(program, topology):
         program, why = find_rows(candidates(config, len(topology.devices)), compile_rows, topology)
     _check_fits(program, why)
     console.print(
@@ -138,12 +138,12 @@ def settle_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config, 
         highlight=False,
         soft_wrap=True,
     )
-    settled = with_rows(config, program.shape.rows)
-    schedule, held_out = make_schedules(settled, inputs.index, inputs.objective, inputs.controls)
-    return settled, dataclasses.replace(inputs, schedule=schedule, held_out=held_out)
+    resolved = with_rows(config, program.shape.rows)
+    schedule, held_out = make_schedules(resolved, inputs.index, inputs.objective, inputs.controls)
+    return resolved, dataclasses.replace(inputs, schedule=schedule, held_out=held_out)
 
 
-def _rows_before(workdir: Path) -> int:
+def _recorded_rows(workdir: Path) -> int:
     """Rows of the run that is resumed; 0 if there is none."""
     try:
         return int(json.loads((workdir / "config.json").read_text(encoding="utf-8"))["microbatch_rows"])
@@ -151,7 +151,7 @@ def _rows_before(workdir: Path) -> int:
         return 0
 
 
-def _shares(config: Config, rows: int, num_devices: int) -> bool:
+def _mesh_shards_rows(config: Config, rows: int, num_devices: int) -> bool:
     try:
         check_rows(rows, mesh_shape(config.mesh, num_devices))
     except ConfigError:
@@ -160,7 +160,7 @@ def _shares(config: Config, rows: int, num_devices: int) -> bool:
 
 
 def _check_fits(program: CompiledStep, why: str) -> None:
-    if not _everywhere(program.fits):
+    if not _on_all_processes(program.fits):
         least, needed, limit = "at least " if program.refusal else "", program.total / _GIB, program.limit / _GIB
         raise ConfigError(
             f'config.microbatch_rows="auto" finds none that fit: with {program.shape.rows} rows the step needs {least}'
@@ -169,7 +169,7 @@ def _check_fits(program: CompiledStep, why: str) -> None:
         )
 
 
-def _everywhere(condition: bool) -> bool:
+def _on_all_processes(condition: bool) -> bool:
     """Whether it holds on all processes: devices of one kind may still report different limits."""
     return all(word == "True" for word in processes.tell(str(condition)))
 

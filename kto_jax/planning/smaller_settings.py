@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices.sharding import mesh_shape
@@ -33,7 +34,24 @@ class Rung:
     why_not: str = ""
 
 
-def climb(program: CompiledStep, task: Task, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
+_Change = Callable[[Config, int], Config]
+
+
+class _Setting(NamedTuple):
+    """A setting that needs less memory.
+
+    Attributes:
+      change: (run, number of devices) -> the run with the setting; the run itself if the setting changes nothing.
+      text: the setting on the command line, a format string of the changed `config`.
+      cost: what it costs instead of memory.
+    """
+
+    change: _Change
+    text: str
+    cost: str
+
+
+def try_settings(program: CompiledStep, task: Task, topology: Topology, lengths: Lengths) -> Iterator[Rung]:
     """Compiles the step with one more setting at a time, the cheapest first, until it fits.
 
     Args:
@@ -47,142 +65,41 @@ def climb(program: CompiledStep, task: Task, topology: Topology, lengths: Length
     """
     config = program.config
     num_devices = len(topology.devices)
-    for change, setting, cost in _settings(task, topology):
-        changed = change(config, num_devices)
+    for setting in _settings(task, topology):
+        changed = setting.change(config, num_devices)
         if changed == config:
             continue
-        text = setting(changed)
+        text = setting.text.format(config=changed)
         try:
             check_conflicts(changed, task.objective)
             tried = compile_step(changed, task, topology, lengths)
         except ConfigError as error:
-            yield Rung(text, cost, None, str(error))
+            yield Rung(text, setting.cost, None, str(error))
             continue
         config = changed
-        yield Rung(text, cost, tried)
+        yield Rung(text, setting.cost, tried)
         if tried.fits:
             return
 
 
-_Change = Callable[[Config, int], Config]
+def _settings(task: Task, topology: Topology) -> list[_Setting]:
+    """The settings that apply, in the order in which they are tried."""
+    unavailable = set[_Change]()
+    if topology.devices[0].platform not in ("tpu", "gpu"):  # Other devices use the host's memory.
+        unavailable |= {_offload}
+    if not task.objective.uses_reference:
+        unavailable |= {_bfloat16_reference, _precompute}
+    return [setting for setting in _SETTINGS if setting.change not in unavailable]
 
 
-def _settings(task: Task, topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
-    """(change, text on the command line, cost) of each setting, in the order in which they are tried."""
-    settings: list[tuple[_Change, Callable[[Config], str], str]] = [
-        (
-            _full_remat,
-            lambda _: "model.remat=full",
-            "activation checkpointing: recomputes each layer in the backward pass",
-        ),
-        (
-            _fewest_rows,
-            lambda config: f"microbatch_rows={config.microbatch_rows}",
-            "more microbatches, and weights gathered for each",
-        ),
-        (
-            _widest_fsdp,
-            lambda config: f"mesh.data=1 mesh.fsdp={config.mesh.fsdp}",
-            "weights gathered from more devices",
-        ),
-        *_offloading(topology),
-        (
-            _split_rows,
-            lambda config: (
-                f"mesh.fsdp={config.mesh.fsdp} mesh.sequence={_ROW_PARTS} microbatch_rows={config.microbatch_rows}"
-            ),
-            "sequence parallel: an all-to-all of heads in each layer, and more microbatches",
-        ),
-        (
-            lambda config, _: dataclasses.replace(
-                config, optimizer=dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
-            ),
-            lambda _: "optimizer.moments_dtype=bfloat16",
-            "both moments stochastically rounded",
-        ),
-    ]
-    if task.objective.uses_reference:
-        settings += [
-            (
-                _bfloat16_reference,
-                lambda _: "reference.param_dtype=bfloat16",
-                "the reference's weights rounded to bfloat16",
-            ),
-            (
-                lambda config, _: dataclasses.replace(
-                    config, reference=dataclasses.replace(config.reference, precompute=True)
-                ),
-                lambda _: "reference.precompute=True",
-                "one pass of the reference over all feedback before training",
-            ),
-        ]
-    settings.append(
-        (
-            _bfloat16_policy,
-            lambda _: "model.param_dtype=bfloat16",
-            "the policy stochastically rounded in every update",
-        )
-    )
-    settings += [
-        (
-            _adapters,
-            lambda config: f"lora.rank={config.lora.rank} model.param_dtype=float32",
-            "trains LoRA adapters instead of the weights",
-        ),
-        (
-            _int8_frozen,
-            lambda _: "reference.param_dtype=int8",
-            "the frozen weights quantized to int8",
-        ),
-    ]
-    return settings
-
-
-def _offloading(topology: Topology) -> list[tuple[_Change, Callable[[Config], str], str]]:
-    """Offloading of saved activations to the host, for devices that have memory of their own."""
-    if topology.devices[0].platform not in ("tpu", "gpu"):
-        return []
-    return [
-        (
-            lambda config, _: dataclasses.replace(config, model=dataclasses.replace(config.model, remat="offload")),
-            lambda _: "model.remat=offload",
-            "copies the inputs of layers to the host and back",
-        )
-    ]
-
-
-def _adapters(config: Config, _: int) -> Config:
-    if config.lora.rank:
-        return config
-    return dataclasses.replace(
-        config,
-        lora=dataclasses.replace(config.lora, rank=_RANK),
-        model=dataclasses.replace(config.model, param_dtype="float32"),
-    )
-
-
-def _int8_frozen(config: Config, _: int) -> Config:
-    if not config.lora.rank:  # The setting before was refused.
-        return config
-    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="int8"))
-
-
-def _bfloat16_reference(config: Config, _: int) -> Config:
-    if config.reference.param_dtype == "int8":  # needs even less
-        return config
-    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="bfloat16"))
-
-
-def _bfloat16_policy(config: Config, _: int) -> Config:
-    if config.lora.rank:  # Adapters are float32, and small.
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+def _with(config: Config, section: str, **fields: Any) -> Config:
+    """The run with fields of one section replaced."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
 
 
 def _full_remat(config: Config, _: int) -> Config:
-    if config.model.remat == "offload":  # needs even less
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+    needs_less = config.model.remat == "offload"
+    return config if needs_less else _with(config, "model", remat="full")
 
 
 def _fewest_rows(config: Config, num_devices: int) -> Config:
@@ -195,9 +112,11 @@ def _widest_fsdp(config: Config, num_devices: int) -> Config:
     sizes = mesh_shape(config.mesh, num_devices)
     if sizes["data"] == 1:
         return config
-    return dataclasses.replace(
-        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=sizes["data"] * sizes["fsdp"])
-    )
+    return _with(config, "mesh", data=1, fsdp=sizes["data"] * sizes["fsdp"])
+
+
+def _offload(config: Config, _: int) -> Config:
+    return _with(config, "model", remat="offload")
 
 
 def _split_rows(config: Config, num_devices: int) -> Config:
@@ -206,5 +125,64 @@ def _split_rows(config: Config, num_devices: int) -> Config:
     if sizes["sequence"] > 1 or sizes["fsdp"] % _ROW_PARTS:
         return config
     fsdp = sizes["fsdp"] // _ROW_PARTS
-    mesh = dataclasses.replace(config.mesh, fsdp=fsdp, sequence=_ROW_PARTS)
-    return dataclasses.replace(config, mesh=mesh, microbatch_rows=sizes["data"] * fsdp)
+    config = _with(config, "mesh", fsdp=fsdp, sequence=_ROW_PARTS)
+    return dataclasses.replace(config, microbatch_rows=sizes["data"] * fsdp)
+
+
+def _bfloat16_moments(config: Config, _: int) -> Config:
+    return _with(config, "optimizer", moments_dtype="bfloat16")
+
+
+def _bfloat16_reference(config: Config, _: int) -> Config:
+    needs_less = config.reference.param_dtype == "int8"
+    return config if needs_less else _with(config, "reference", param_dtype="bfloat16")
+
+
+def _precompute(config: Config, _: int) -> Config:
+    return _with(config, "reference", precompute=True)
+
+
+def _bfloat16_policy(config: Config, _: int) -> Config:
+    if config.lora.rank:  # Adapters are float32, and small.
+        return config
+    return _with(config, "model", param_dtype="bfloat16")
+
+
+def _adapters(config: Config, _: int) -> Config:
+    if config.lora.rank:
+        return config
+    return _with(_with(config, "lora", rank=_RANK), "model", param_dtype="float32")
+
+
+def _int8_frozen(config: Config, _: int) -> Config:
+    if not config.lora.rank:  # The setting before was refused.
+        return config
+    return _with(config, "reference", param_dtype="int8")
+
+
+_SETTINGS = (
+    _Setting(_full_remat, "model.remat=full", "activation checkpointing: recomputes each layer in the backward pass"),
+    _Setting(
+        _fewest_rows,
+        "microbatch_rows={config.microbatch_rows}",
+        "more microbatches, and weights gathered for each",
+    ),
+    _Setting(_widest_fsdp, "mesh.data=1 mesh.fsdp={config.mesh.fsdp}", "weights gathered from more devices"),
+    _Setting(_offload, "model.remat=offload", "copies the inputs of layers to the host and back"),
+    _Setting(
+        _split_rows,
+        "mesh.fsdp={config.mesh.fsdp} mesh.sequence={config.mesh.sequence} microbatch_rows={config.microbatch_rows}",
+        "sequence parallel: an all-to-all of heads in each layer, and more microbatches",
+    ),
+    _Setting(_bfloat16_moments, "optimizer.moments_dtype=bfloat16", "both moments stochastically rounded"),
+    _Setting(_bfloat16_reference, "reference.param_dtype=bfloat16", "the reference's weights rounded to bfloat16"),
+    _Setting(_precompute, "reference.precompute=True", "one pass of the reference over all feedback before training"),
+    _Setting(_bfloat16_policy, "model.param_dtype=bfloat16", "the policy stochastically rounded in every update"),
+    _Setting(
+        _adapters,
+        "lora.rank={config.lora.rank} model.param_dtype=float32",
+        "trains LoRA adapters instead of the weights",
+    ),
+    _Setting(_int8_frozen, "reference.param_dtype=int8", "the frozen weights quantized to int8"),
+)
+"""All settings, in the order in which they are tried."""

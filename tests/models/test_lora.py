@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kto_jax.config import ADAPTED, LoraConfig
-from kto_jax.models.int8 import quantised
+from kto_jax.models.int8 import quantise_params
 from kto_jax.models.lora import AdaptedMatrix, Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.peft import save_adapters
@@ -58,7 +58,7 @@ def test_a_policy_starts_bitwise_equal_to_the_frozen_model_and_can_change(zero, 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])
 def test_the_forward_pass_equals_that_of_the_merged_matrices(kept, model, params):
-    frozen = quantised(params) if kept == "int8" else params
+    frozen = quantise_params(params) if kept == "int8" else params
     adapters, rows = drawn(params), whole_rows(TOKENS)
     got = hidden_states(model, merge_adapters(frozen, adapters, SCALE), TOKENS, *rows)
     expected = hidden_states(model, merged(frozen, adapters), TOKENS, *rows)

@@ -139,7 +139,7 @@ def settle(inputs, workdir, monkeypatch, compile_for, rows_before=None):
     monkeypatch.setattr(fitting, "compile_for", compile_and_note)
     if rows_before:
         (workdir / "config.json").write_text(json.dumps({"microbatch_rows": rows_before}))
-    config, settled = fitting.settle_rows(*inputs, workdir)
+    config, settled = fitting.resolve_rows(*inputs, workdir)
     assert config.microbatch_rows == settled.schedule.microbatch_rows == settled.held_out.microbatch_rows
     return config.microbatch_rows, tried
 

@@ -4,7 +4,7 @@ import tempfile
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.storage.folders import cache_folder, scratch_folder, writing
+from kto_jax.storage.folders import cache_folder, reporting_write_errors, scratch_folder
 
 
 def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -16,7 +16,10 @@ def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeyp
 
 
 def test_a_full_disk_under_the_cache_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"No space left on device.*Free some space"), writing(tmp_path / "rows"):
+    with (
+        pytest.raises(ConfigError, match=r"No space left on device.*Free some space"),
+        reporting_write_errors(tmp_path / "rows"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kto_jax.config import Config, ExportConfig, ModelConfig
-from kto_jax.models.weights.stored_dtype import written_dtype
+from kto_jax.models.weights.stored_dtype import common_dtype
 from kto_jax.train import main
 from kto_jax.training.result import choose_export_dtype
 from kto_jax.training.resume import with_recorded_settings
@@ -24,7 +24,7 @@ QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evalua
 ])  # fmt: skip
 def test_the_written_dtype_is_the_common_dtype_of_all_weights(tmp_path, dtypes, expected):
     save_file({f"w{i}": np.ones(4, jnp.dtype(dtype)) for i, dtype in enumerate(dtypes)}, tmp_path / "model.safetensors")
-    assert written_dtype(tmp_path) == expected
+    assert common_dtype(tmp_path) == expected
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -32,7 +32,7 @@ def test_the_written_dtype_is_the_common_dtype_of_all_weights(tmp_path, dtypes, 
 ])  # fmt: skip
 def test_without_weights_config_json_says_what_is_written(tmp_path, values, expected):
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert written_dtype(tmp_path) == expected
+    assert common_dtype(tmp_path) == expected
     config = Config(model=ModelConfig(path=str(tmp_path)))
     assert choose_export_dtype(config).export.dtype == expected
 

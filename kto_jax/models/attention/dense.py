@@ -160,4 +160,4 @@ def rotary_frequencies(config: TransformerConfig, *, local: bool = False) -> np.
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
     frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    return frequencies if scaling is None else scaling.stretch(frequencies)
+    return frequencies if scaling is None else scaling.scale_frequencies(frequencies)

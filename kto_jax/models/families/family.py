@@ -9,7 +9,7 @@ from typing import Any
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.tensors import Tensor
-from kto_jax.models.rope import either_spelling, read_rope
+from kto_jax.models.rope import merge_rope, read_rope
 
 Values = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class Family:
 def read_one_rope(values: Values) -> dict[str, Any]:
     """Rotary settings of a family whose layers all share them."""
     theta = values.get("rope_theta")
-    theta, scaling = read_rope(either_spelling(values), 10000.0 if theta is None else theta)
+    theta, scaling = read_rope(merge_rope(values), 10000.0 if theta is None else theta)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -13,7 +13,7 @@ from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
 from kto_jax.models.families.tensors import DECODER, LAYER, QK_NORMS, Tensor
-from kto_jax.models.rope import either_spelling, read_rope
+from kto_jax.models.rope import merge_rope, read_rope
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _LOCAL_THETA, _GLOBAL_THETA, _PATTERN = 10000.0, 1000000.0, 6
@@ -32,7 +32,7 @@ def _write_gemma1(config: TransformerConfig) -> dict[str, Any]:
     return write_one_rope(config) | {"hidden_act": _ACTIVATION, "hidden_activation": _ACTIVATION}
 
 
-def _read_later(values: Values) -> dict[str, Any]:
+def _read_gemma2_or_3(values: Values) -> dict[str, Any]:
     """Fields that Gemma 2 and 3 share."""
     return _read_gemma(values) | {
         "post_norms": True,
@@ -41,7 +41,7 @@ def _read_later(values: Values) -> dict[str, Any]:
     }
 
 
-def _write_later(config: TransformerConfig) -> dict[str, Any]:
+def _write_gemma2_or_3(config: TransformerConfig) -> dict[str, Any]:
     return write_layers(config) | {
         "hidden_activation": _ACTIVATION,
         "attention_bias": False,
@@ -54,17 +54,17 @@ def _write_later(config: TransformerConfig) -> dict[str, Any]:
 def _read_gemma2(values: Values) -> dict[str, Any]:
     layers = read_layers(values, values.get("sliding_window"), lambda layer: layer % 2 == 0)
     softcap = {"attention_softcap": values.get("attn_logit_softcapping")}
-    return _read_later(values) | read_one_rope(values) | layers | softcap
+    return _read_gemma2_or_3(values) | read_one_rope(values) | layers | softcap
 
 
 def _write_gemma2(config: TransformerConfig) -> dict[str, Any]:
-    return _write_later(config) | write_one_rope(config)
+    return _write_gemma2_or_3(config) | write_one_rope(config)
 
 
 def _read_gemma3(values: Values) -> dict[str, Any]:
     pattern = values.get("sliding_window_pattern") or _PATTERN
     layers = read_layers(values, values.get("sliding_window"), lambda layer: (layer + 1) % pattern != 0)
-    fields = _read_later(values) | _read_ropes(values) | layers | {"qk_norm": True}
+    fields = _read_gemma2_or_3(values) | _read_ropes(values) | layers | {"qk_norm": True}
     return fields if layers.get("window") is not None else fields | {"local_rope_theta": None}
 
 
@@ -78,7 +78,7 @@ def _read_ropes(values: Values) -> dict[str, Any]:
         )
     global_theta, local_theta = values.get("rope_theta"), values.get("rope_local_base_freq")
     theta, scaling = read_rope(
-        either_spelling({"rope_scaling": values.get("rope_scaling"), "rope_parameters": newer.get("full_attention")}),
+        merge_rope({"rope_scaling": values.get("rope_scaling"), "rope_parameters": newer.get("full_attention")}),
         _GLOBAL_THETA if global_theta is None else global_theta,
     )
     local_theta, local_scaling = read_rope(
@@ -97,7 +97,7 @@ def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
     pattern = local.index(False) + 1 if not all(local) else config.num_layers + 1
     regular = all(is_local is bool((layer + 1) % pattern) for layer, is_local in enumerate(local))
     # Readers that do not know `layer_types` use the pattern.
-    values = _write_later(config) | write_one_rope(config) | {"rope_local_base_freq": config.local_rope_theta}
+    values = _write_gemma2_or_3(config) | write_one_rope(config) | {"rope_local_base_freq": config.local_rope_theta}
     return values | ({"sliding_window_pattern": pattern} if regular else {})
 
 

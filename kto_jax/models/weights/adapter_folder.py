@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _WHOLE = re.compile(r"(?!.*lora_)(.+\.(?:weight|bias))")
 # What peft may add to an adapter, and the values under which it is the plain sum W + scale · B A.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "use_dora": (False, None),
@@ -127,7 +127,7 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
       ConfigError: they are of a kind that is not a sum of low rank, pickled, damaged or incomplete.
     """
     settings = read_json(path / CONFIG)
-    for name, allowed in _PLAIN.items():
+    for name, allowed in _SUPPORTED.items():
         if name in settings and settings[name] not in allowed:
             raise ConfigError(
                 f"{path}/{CONFIG} has {name}={settings[name]!r}. Adapters are read that add scale · B A to a matrix: "

@@ -91,14 +91,36 @@ def save_hugging_face(
             f"{directory} holds files that are not an exported model; an export needs a new or empty directory. "
             "Choose another or empty it."
         )
-    # Imported here because the import is slow, and only an export needs it.
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     writes = jax.process_index() == 0
     partial = directory.parent / f".{directory.name}.partial"
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    stats = _write_weights(partial, model, params, start, dtype, max_shard_bytes)
+    if writes:
+        _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
+        publish_folder(partial, directory)
+    if jax.process_count() > 1:  # No process may read the export before it is complete.
+        multihost_utils.sync_global_devices("export")
+    return _rounding(stats, has_start=start is not None)
+
+
+class _Stats(NamedTuple):
+    """Statistics of one tensor: number of non-finite weights, largest relative change, squared norms."""
+
+    num_bad: Any
+    largest: Any
+    error: Any
+    change: Any
+
+
+def _write_weights(
+    directory: Path, model: Model, params: Params, start: Params | None, dtype: str, max_shard_bytes: int
+) -> list[_Stats]:
+    """Gathers the tensors on all processes, and writes them with their index on the first; returns their statistics."""
+    # Imported here because the import is slow, and only an export needs it.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     expected = expected_tensors(model.config, reward=model.scalar_head == "reward")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     itemsize = jnp.dtype(dtype).itemsize
@@ -108,49 +130,35 @@ def save_hugging_face(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    found: list[_Figures] = []
+    writes = jax.process_index() == 0
+    stats: list[_Stats] = []
     for file_name, names in plan.filename_to_tensors.items():
-        tensors = (_gathered(params, start, name, expected[name], dtype, found) for name in names)
+        tensors = (_gather_tensor(params, start, name, expected[name], dtype, stats) for name in names)
         if writes:
-            write_safetensors(partial / file_name, {name: shapes[name] for name in names}, dtype, tensors)
+            write_safetensors(directory / file_name, {name: shapes[name] for name in names}, dtype, tensors)
         else:
             for _ in tensors:  # Gathering a tensor takes all processes.
                 pass
-    if writes:
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _write_json(partial / WEIGHTS_INDEX, index)
-        _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
-        publish_folder(partial, directory)
-    if jax.process_count() > 1:  # No process may read the export before it is complete.
-        multihost_utils.sync_global_devices("export")
-    return _rounding(found, has_start=start is not None)
+    if writes and plan.is_sharded:
+        _write_json(directory / WEIGHTS_INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    return stats
 
 
-class _Figures(NamedTuple):
-    """Figures of one tensor: number of non-finite weights, largest relative change, squared norms."""
-
-    num_bad: Any
-    largest: Any
-    error: Any
-    change: Any
-
-
-def _gathered(
-    params: Params, start: Params | None, name: str, expected: Expected, dtype: str, found: list[_Figures]
+def _gather_tensor(
+    params: Params, start: Params | None, name: str, expected: Expected, dtype: str, stats: list[_Stats]
 ) -> np.ndarray:
-    """A tensor in the directory's layout, gathered from all devices; appends its figures to `found`.
+    """A tensor in the directory's layout, gathered from all devices; appends its statistics to `stats`.
 
     Raises:
       ConfigError: a weight is not finite in `dtype`.
     """
     layer = None if expected.layer is None else np.int32(expected.layer)
     leaf, before = _leaf(params, expected.parameter), _leaf(start, expected.parameter)
-    array, figures = _cast(leaf, before, layer, dtype)
-    found.append(_Figures(*map(float, figures)))
-    if found[-1].num_bad:
+    array, tensor_stats = _cast(leaf, before, layer, dtype)
+    stats.append(_Stats(*map(float, tensor_stats)))
+    if stats[-1].num_bad:
         raise ConfigError(
-            f"{found[-1].num_bad:.0f} weights of {name} are not finite in {dtype}. All weights of an export must be "
+            f"{stats[-1].num_bad:.0f} weights of {name} are not finite in {dtype}. All weights of an export must be "
             'finite. Set config.export.dtype to "float32" (--dtype of kto_jax.export), or export an earlier checkpoint.'
         )
     return expected.tensor.to_file(gather(array))
@@ -164,8 +172,8 @@ def _leaf(params: Any, name: str) -> Any:
 
 
 @jax.jit(static_argnames="dtype")
-def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Figures]:
-    """A parameter, or one layer of it, in `dtype`, and its figures."""
+def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Stats]:
+    """A parameter, or one layer of it, in `dtype`, and its statistics."""
     if layer is not None:
         leaf, start = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, start))
     exact, info = leaf.astype(jnp.float32), jnp.finfo(dtype)
@@ -174,13 +182,13 @@ def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Fi
     error = rounded - exact
     change = 0.0 if start is None else jnp.sum((exact - start.astype(jnp.float32)) ** 2)
     largest = jnp.max(jnp.abs(error) / jnp.where(exact == 0, 1, jnp.abs(exact)))
-    return leaf.astype(dtype), _Figures(jnp.sum(~jnp.isfinite(rounded)), largest, jnp.sum(error**2), change)
+    return leaf.astype(dtype), _Stats(jnp.sum(~jnp.isfinite(rounded)), largest, jnp.sum(error**2), change)
 
 
-def _rounding(found: Sequence[_Figures], *, has_start: bool) -> Rounding:
-    error, change = (math.sqrt(sum(getattr(one, name) for one in found)) for name in ("error", "change"))
+def _rounding(stats: Sequence[_Stats], *, has_start: bool) -> Rounding:
+    error, change = (math.sqrt(sum(getattr(one, name) for one in stats)) for name in ("error", "change"))
     undone = error / change if has_start and change else math.nan
-    return Rounding(max(one.largest for one in found), undone)
+    return Rounding(max(one.largest for one in stats), undone)
 
 
 def _write_small_files(

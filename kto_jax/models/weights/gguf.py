@@ -48,11 +48,11 @@ def open_gguf(path: Path) -> GgufWeights:
     Raises:
       ConfigError: as `GgufWeights`.
     """
-    return _opened(path, path.stat().st_mtime_ns)
+    return _open_cached(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(path: Path, modified: int) -> GgufWeights:
+def _open_cached(path: Path, modified: int) -> GgufWeights:
     del modified  # Part of the key: a rewritten file is read again.
     return GgufWeights(path)
 

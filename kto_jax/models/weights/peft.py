@@ -60,11 +60,11 @@ def save_adapters(
     """
     directory = Path(directory)
     pairs = dict(_pairs(model, adapters, lora.alpha / lora.rank))
-    modules = [_their_name(model, name).split(".")[-2] for name in lora.targets]
+    modules = [_tensor_name(model, name).split(".")[-2] for name in lora.targets]
     rank, alpha, whole = lora.rank, lora.alpha, dict[str, np.ndarray]()
     if merged is not None:
         before = read_adapter_folder(merged)
-        pairs, whole = _added(model, pairs, before.adapters), {**before.whole}
+        pairs, whole = _concatenate(model, pairs, before.adapters), {**before.whole}
         modules = list(dict.fromkeys(name.split(".")[-2] for name in pairs))
         rank = alpha = len(next(iter(pairs.values())).a)
     if model.scalar_head == "reward":
@@ -94,7 +94,7 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
       ConfigError: they are not; says what to set.
     """
     folder = read_adapter_folder(path)
-    names = {_their_name(model, target): target for target in ADAPTED}
+    names = {_tensor_name(model, target): target for target in ADAPTED}
     targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name, count=1)) for name in folder.adapters}
     kinds = {(len(pair.a), pair.scale * len(pair.a)) for pair in folder.adapters.values()}
     expected = {name.format(layer) for name in names if names[name] in targets for layer in _layers(model)}
@@ -128,7 +128,7 @@ def _layers(model: Model) -> range:
     return range(model.config.num_layers)
 
 
-def _their_name(model: Model, target: str) -> str:
+def _tensor_name(model: Model, target: str) -> str:
     """The name of a matrix in the family's files, "{}" for the layer."""
     return FAMILIES[model.config.family].tensors[f"layers.{GROUPS[target]}.{target}.weight"].name
 
@@ -139,10 +139,10 @@ def _pairs(model: Model, adapters: Params, scale: float) -> Iterator[tuple[str, 
         for target, pair in matrices.items():
             factors = zip(gather(pair["weight"].a), gather(pair["weight"].b), strict=True)
             for layer, (a, b) in enumerate(factors):
-                yield _their_name(model, target).format(layer), LowRank(a.T, b.T, scale)
+                yield _tensor_name(model, target).format(layer), LowRank(a.T, b.T, scale)
 
 
-def _added(model: Model, ours: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def _concatenate(model: Model, ours: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The sums of adapters as adapters of scale 1 and one rank, on every layer, as peft's configuration has them.
 
     B A + B' A' = [B, B'] [A; A']; what is missing is 0.

@@ -28,10 +28,10 @@ def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
         return "float32"
     if any(path.glob("*.safetensors")):
         return "bfloat16" if set(_dtypes(weight_files(path))) == {"BF16"} else "float32"
-    return "bfloat16" if "bfloat16" in _stated(path) else "float32"
+    return "bfloat16" if "bfloat16" in _dtypes_in_config(path) else "float32"
 
 
-def written_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
+def common_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
     """The dtype of a model's stored weights; float32 if there are several dtypes, and for a .gguf file.
 
     Args:
@@ -46,10 +46,10 @@ def written_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
         return "float32"
     if any(path.glob("*.safetensors")):
         return "float16" if set(_dtypes(weight_files(path))) == {"F16"} else "float32"
-    return "float16" if "float16" in _stated(path) else "float32"
+    return "float16" if "float16" in _dtypes_in_config(path) else "float32"
 
 
-def _stated(path: Path) -> list[object]:
+def _dtypes_in_config(path: Path) -> list[object]:
     """The dtypes in a config.json."""
     values = read_json(path / "config.json")
     return [part.get(name) for part in (values, values.get("text_config", {})) for name in ("dtype", "torch_dtype")]
