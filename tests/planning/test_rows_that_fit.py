@@ -81,8 +81,8 @@ def test_what_another_process_has_no_room_for_does_not_fit(monkeypatch):
 
 def test_a_device_of_its_own_is_filled_further_than_the_memory_of_a_host():
     chip = dataclasses.replace(HERE, chip=CHIPS["v5e"])
-    assert fitting.room(program(1, GIB, 1), HERE) == 50 * GIB
-    assert fitting.room(program(1, GIB, 1), chip) == 95 * GIB
+    assert fitting.usable_bytes(program(1, GIB, 1), HERE) == 50 * GIB
+    assert fitting.usable_bytes(program(1, GIB, 1), chip) == 95 * GIB
 
 
 @pytest.mark.parametrize("sizes, numbers", [
