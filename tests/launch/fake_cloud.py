@@ -1,4 +1,4 @@
-"""Stands in for gcloud, kubectl, docker and Slurm's commands in tests/launch/test_launch.py, which puts it on the PATH.
+"""Stands in for gcloud, kubectl, docker and Slurm's commands in tests/launch/machine.py, which puts it on the PATH.
 
 Every call is recorded in $FAKE/calls.jsonl: its argv and the names of its variables. A call whose name has a file
 $FAKE/NAME.codes ends with the next code of that file. gcloud plays a queued resource: $FAKE/states.json holds, for each
