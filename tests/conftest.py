@@ -31,11 +31,21 @@ jaxtyping.install_import_hook(tests.typechecker.MODULES, "tests.typechecker.chec
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and with them every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# No test outlives a power cut. The subprocesses of the tests do flush.
+os.fsync = lambda descriptor: None
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Runs all tests in a process for each core, but at most 4, of up to 6 GB each; named files in one process."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(os.cpu_count() or 1, 4)
+
+
+def pytest_configure() -> None:
+    """Lets all tests of a pytest worker share a process that tokenizes."""
+    from kto_jax.data import workers
+    from tests import kept_pool
+
+    workers.ProcessPoolExecutor = kept_pool.open_pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -27,7 +27,7 @@ class Workers:
     """
 
     def __init__(self, num_workers: int, start: Callable[..., None] | None = None, *arguments: Any):
-        self._pool = concurrent.futures.ProcessPoolExecutor(
+        self._pool = ProcessPoolExecutor(
             num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(start, arguments)
         )
 
@@ -47,7 +47,7 @@ class Workers:
                 "work is done. Run the same command again, which resumes; if it recurs, lower config.data.num_workers."
             ) from error
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> concurrent.futures.Future:
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         """Runs a module-level function in a worker."""
         with bare_main():
             return self._pool.submit(function, *args)

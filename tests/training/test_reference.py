@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from kto_jax.config import (
     Config,
     ConfigError,
-    EvaluationConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -25,11 +24,12 @@ from kto_jax.train import main, train
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.reference import check_error, choose_dtype, is_rounded
 from tests import ROOT
+from tests.base_model import write_base
 
 TINY = ROOT / "configs" / "tiny_model"
 PUBLISHED = str(ROOT / "configs/architectures/llama_3_1_8b")
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evaluation.max_examples=16"]
+QUICK = ["--config.max_steps=1", "--config.data.holdout=0"]
 
 
 def resolved(recipe):
@@ -58,13 +58,7 @@ def in_the_project(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model stored in bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "reference_cache"))
-        workdir = tmp_path_factory.mktemp("base")
-        command = ["--config=configs/tiny.py", f"--workdir={workdir}", *QUICK, "--config.model.param_dtype=bfloat16"]
-        assert main(command) == 0
-        return workdir / "policy"
+    return write_base(tmp_path_factory.mktemp("base") / "model", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +97,10 @@ def test_at_the_first_step_of_every_recipe_all_rewards_are_0_after_sft(recipe, t
     own, tiny = resolved(recipe), resolved(ROOT / "configs" / "tiny.py")
     reads = check_objective(own.objective).reads
     model = dataclasses.replace(own.model, path=str(tuned), init="pretrained")
-    feedback = dataclasses.replace(tiny.data, train=str(data[reads]), format=reads)
+    feedback = dataclasses.replace(tiny.data, train=str(data[reads]), format=reads, holdout=0.0)
     small = dataclasses.replace(
         tiny, model=model, data=feedback, reference=own.reference, objective=own.objective, optimizer=own.optimizer,
-        max_steps=1, evaluation=EvaluationConfig(every=0, max_examples=16),
+        max_steps=1,
     )  # fmt: skip
     with Preemption() as preemption:
         assert train(small, tmp_path / "run", "none", preemption) == 0

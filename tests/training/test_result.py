@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,9 @@ from kto_jax.train import main
 from kto_jax.training.result import choose_export_dtype
 from kto_jax.training.resume import with_recorded_settings
 from tests import ROOT
+from tests.base_model import write_base
 
-QUICK = ["--config.max_steps=1", "--config.evaluation.every=0", "--config.evaluation.max_examples=16"]
+CONSTANT = ["--config.optimizer.schedule=constant", "--config.data.holdout=0"]
 
 
 @pytest.mark.parametrize("dtypes, expected", [
@@ -54,16 +57,16 @@ def test_a_run_that_predates_the_export_dtype_is_exported_in_its_training_dtype(
     assert with_recorded_settings(Config(), tmp_path).export.dtype == "float16"
 
 
-def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    base = tmp_path / "base"
-    quiet = ["--config=configs/tiny.py", *QUICK]
-    assert main([*quiet, f"--workdir={tmp_path / 'first'}", "--config.export.dtype=bfloat16"]) == 0
-    (tmp_path / "first" / "policy").rename(base)
-    tuned = [*quiet, f"--config.model.path={base}", "--config.model.init=pretrained"]
+def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(in_the_project, tmp_path, capsys):
+    base = write_base(tmp_path / "base", "bfloat16")
+    tuned = ["--config=configs/tiny.py", f"--config.model.path={base}", "--config.model.init=pretrained"]
+    tuned += ["--config.max_steps=1", "--config.data.holdout=0"]
     assert main([*tuned, f"--workdir={tmp_path / 'run'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "policy/ is written in bfloat16: rounding changes a weight by up to 0.0039 of its value, and" in said
+    # At most by half the spacing of bfloat16, 2 ** -8.
+    assert re.search(
+        r"policy/ is written in bfloat16: rounding changes a weight by up to 0\.003[89] of its value, and", said
+    )
     assert "times what training changed" in said
     policy = tmp_path / "run" / "policy"
     assert {str(leaf.dtype) for leaf in load_file(policy / "model.safetensors").values()} == {"bfloat16"}
@@ -90,10 +93,18 @@ def trained(workdir, *settings, code=0):
     return workdir
 
 
-@pytest.fixture
-def in_the_project(monkeypatch, tmp_path_factory):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "result_cache"))
+@pytest.fixture(scope="module")
+def in_the_project(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("KTO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "result_cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(in_the_project, tmp_path_factory):
+    """A run of 4 steps at a constant learning rate."""
+    return trained(tmp_path_factory.mktemp("whole") / "run", *CONSTANT, "--config.max_steps=4")
 
 
 def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_project, tmp_path, capsys):
@@ -118,28 +129,27 @@ def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_pr
     assert max(row["step"] for row in rows(run)) == last
 
 
-def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(in_the_project, tmp_path):
-    constant = ["--config.optimizer.schedule=constant", "--config.evaluation.every=0"]
-    longer = trained(tmp_path / "longer", *constant, "--config.max_steps=2")
-    trained(longer, *constant, "--config.max_steps=4")
-    whole = trained(tmp_path / "whole", *constant, "--config.max_steps=4")
+def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(whole, tmp_path):
+    longer = trained(tmp_path / "longer", *CONSTANT, "--config.max_steps=2")
+    trained(longer, *CONSTANT, "--config.max_steps=4")
     assert [row["loss"] for row in rows(longer)] == [row["loss"] for row in rows(whole)]
     for name, values in policy(whole).items():
         np.testing.assert_array_equal(policy(longer)[name], values)
 
 
-@pytest.mark.parametrize("before, after, message", [
-    (["--config.max_steps=2"], ["--config.max_steps=4"], "learning rate falls until its last step (config.optimizer"),
-    (["--config.optimizer.schedule=constant", "--config.max_steps=2"],
-     ["--config.optimizer.schedule=constant", "--config.max_steps=1"],
-     "holds another run (config.max_steps: was 2, is 1"),
+@pytest.mark.parametrize("schedule, max_steps, message", [
+    ("linear", 6, "learning rate falls until its last step (config.optimizer"),
+    ("constant", 3, "holds another run (config.max_steps: was 4, is 3)"),
 ])  # fmt: skip
 def test_a_run_that_cannot_be_made_longer_or_is_made_shorter_is_refused(
-    in_the_project, tmp_path, capsys, before, after, message
+    whole, tmp_path, capsys, schedule, max_steps, message
 ):
-    quiet = ["--config.evaluation.every=0"]
-    run = trained(tmp_path / "run", *quiet, *before)
-    trained(run, *quiet, *after, code=2)
+    run = shutil.copytree(whole, tmp_path / "run")
+    recorded = json.loads((run / "config.json").read_text())
+    recorded["optimizer"]["schedule"] = schedule
+    (run / "config.json").write_text(json.dumps(recorded))
+    again = [f"--config.optimizer.schedule={schedule}", f"--config.max_steps={max_steps}"]
+    trained(run, *CONSTANT, *again, code=2)
     assert message in " ".join(capsys.readouterr().err.split())
 
 

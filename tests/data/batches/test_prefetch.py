@@ -16,7 +16,8 @@ import pytest
 
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.data.batches.prefetch import Loaders, prefetch
-from tests import ROOT, synthetic
+from tests import ROOT, kept_pool, synthetic
+from tests.data.batches.loader_work import end_itself, growing, note, pid_of_step, refuse, send_big, where_jax_would_run
 
 SHAPE = {"row_length": 96, "microbatch_rows": 2, "max_length": 48}
 
@@ -39,7 +40,8 @@ def equal(first, second):
 
 
 def children():
-    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in found if pid not in kept_pool.process_ids()]
 
 
 def is_running(pid):
@@ -76,18 +78,10 @@ def test_a_schedule_is_pickled_without_the_columns_of_its_index(schedule, index)
     assert copy._index.manifest == index.manifest
 
 
-def where_jax_would_run(step):
-    return jax.config.jax_platforms
-
-
 def test_loaders_claim_no_accelerator(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert next(prefetch(where_jax_would_run, range(1), num_loaders=1)) == "cpu"
     assert os.environ["JAX_PLATFORMS"] == "cuda"
-
-
-def pid_of_step(step):
-    return os.getpid()
 
 
 def test_a_loader_is_two_steps_ahead_and_no_more(tmp_path):
@@ -101,38 +95,10 @@ def test_a_loader_is_two_steps_ahead_and_no_more(tmp_path):
         assert sorted(made.read_text().split()) == ["0", "1", "2", "3"]
 
 
-def note(path, step):
-    with open(path, "a") as file:
-        file.write(f"{step}\n")
-    return step
-
-
-def growing(step):
-    return {
-        "step": step,
-        "a": np.arange(1000 * (step % 3)),
-        "b": np.full((3, step), step)[:, ::2],
-        "c": np.float32(step),
-    }
-
-
 def test_arrays_of_all_sizes_arrive_unchanged_and_stay_so():
     results = list(prefetch(growing, range(8), num_loaders=1))
     assert equal(results, [growing(step) for step in range(8)])
     results[4]["a"] += 1  # the receiver's own
-
-
-class StrangeError(Exception):
-    """One that cannot be pickled back."""
-
-    def __init__(self, first, second):
-        super().__init__(first)
-
-
-def refuse(kind, step):
-    if step == 3:
-        raise {"plain": ValueError("bad row"), "strange": StrangeError("bad", "row")}[kind]
-    return step
 
 
 @pytest.mark.parametrize(("kind", "error", "message"), [
@@ -167,14 +133,6 @@ def test_a_row_that_cannot_be_packed_is_named(schedule, monkeypatch):
     assert caught.value.__notes__[0].endswith("train.jsonl:18")
 
 
-def end_itself(how, step):
-    if step == 3 and how == "exit":
-        os._exit(7)
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step
-
-
 @pytest.mark.parametrize(("how", "kind", "message"), [
     ("kill", TransientError, r"loader 1 of .*=2 was ended by SIGKILL \(the system does so .* memory runs out\)"),
     ("exit", ConfigError, "loader 1 of .*=2 ended with exit code 7 while it made the batch of step 3"),
@@ -186,10 +144,6 @@ def test_a_killed_loader_is_reported_in_its_turn_and_no_process_is_left(how, kin
         next(results)
     assert "Set config.data.num_loaders lower, or 0 for a thread" in str(caught.value)
     assert children_are_gone()
-
-
-def send_big(step):
-    return bytes(1 << 20)
 
 
 def test_a_loader_killed_while_it_sends_a_batch_is_reported_too():
@@ -220,7 +174,7 @@ def test_a_caller_that_stops_early_leaves_no_process():
 RUN = """
 import sys
 from kto_jax.data.batches.prefetch import prefetch
-from tests.data.batches.test_prefetch import pid_of_step
+from tests.data.batches.loader_work import pid_of_step
 
 results = prefetch(pid_of_step, range(1000), num_loaders=2)
 print(next(results), next(results), flush=True)
