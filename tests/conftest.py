@@ -41,11 +41,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure() -> None:
-    """Lets all tests of a pytest worker share a process that tokenizes."""
+    """Saves time in every run that tests make in-process; the subprocesses of the tests are as users start them."""
     from kto_jax.data import workers
+    from kto_jax.reports import charts
     from tests import kept_pool
 
     workers.ProcessPoolExecutor = kept_pool.open_pool
+    figure = charts.Figure
+    charts.Figure = lambda figsize, layout: figure(figsize)  # Finding room for the labels takes longer than drawing.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

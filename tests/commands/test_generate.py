@@ -11,7 +11,7 @@ from kto_jax import generate
 from kto_jax.config import ConfigError
 from kto_jax.sampling.complete import Completion, LanguageModel, complete
 from kto_jax.sampling.sample import Sampling
-from tests import ROOT
+from tests import COMPILER_FLAGS, ROOT
 from tests.sampling.tiny import export
 
 
@@ -22,7 +22,7 @@ def exported(tmp_path_factory):
 
 def command(*arguments):
     """Runs the command on one CPU device."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "100"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS, "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "kto_jax.generate", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,

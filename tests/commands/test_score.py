@@ -14,8 +14,10 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows import records
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.rewards import reward_model
-from tests import ROOT
+from tests import COMPILER_FLAGS, ROOT
 from tests.rewards.tiny import CHAT, ROWS, export, naive, write
+
+ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_every_row_keeps_its_fields_and_gains_the_score_of_its_own_sequence(expo
     data, out = write(tmp_path / "data.jsonl", ROWS), tmp_path / "scored.jsonl"
     found = subprocess.run(
         [sys.executable, "-W", "error", "-m", "kto_jax.score", f"--model={run}", f"--data={data}", f"--out={out}"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
@@ -170,7 +172,7 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130_and_leaves_no_file(exported
     process = subprocess.Popen(
         [sys.executable, "-m", "kto_jax.score", f"--model={exported[0]}", f"--data={data}", "--batch_size=1",
          f"--out={tmp_path / 'scored.jsonl'}"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=os.environ | ONE_DEVICE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests import ROOT
+from tests import COMPILER_FLAGS, ROOT
 
 OPTIONAL = (
     *("datasets", "gguf", "jinja2", "matplotlib", "ml_collections", "mlflow", "pyarrow", "sklearn", "tensorboardX"),
@@ -64,7 +64,7 @@ print("jax" in sys.modules)
 
 
 def run(program, *arguments):
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": COMPILER_FLAGS}
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

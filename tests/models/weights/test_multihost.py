@@ -6,6 +6,7 @@ import sys
 
 import safetensors.numpy
 
+from tests import COMPILER_FLAGS
 from tests.models.weights.directories import draw_weights, write_model
 
 WORKER = """
@@ -43,7 +44,7 @@ def test_two_processes_read_half_each_and_write_one_whole_model(config, tmp_path
     write_model(tmp_path / "model", config, weights)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen(
