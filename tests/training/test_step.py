@@ -10,10 +10,9 @@ import optax
 import pytest
 
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from kto_jax.devices.attention_on_mesh import choose_attention, make_layout
+from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.flops import tokens_and_flops
@@ -158,7 +157,9 @@ def test_meshes_microbatches_and_packing_change_nothing_in_float64(mesh, layout)
         assert close_by_norm(got_gradient, gradient, 1e-10)
 
 
-@pytest.mark.parametrize("mesh, layout", [("1", UNPACKED[0]), ("2x2x2", PACKED[2])])
+@pytest.mark.parametrize("mesh, layout", [
+    ("1", UNPACKED[0]), pytest.param("2x2x2", PACKED[2], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_meshes_microbatches_and_packing_change_only_rounding_in_float32(mesh, layout):
     with jax.enable_x64(True):
         z0, loss, gradient, _ = naive_float64()
@@ -178,8 +179,8 @@ def step_on_one_device(dtype):
     """Compiled once for all batches: (mesh, model, optimizer, step)."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(CONFIG, dtype=dtype, layout=make_layout(mesh))
-    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
-    learning_rate = make_learning_rate(config, 10)
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant")
+    learning_rate = make_learning_rate(config, 20)
     optimizer = make_optimizer(config, learning_rate)
     return mesh, model, optimizer, jit_train_step(Recipe(model, OBJECTIVE, optimizer, learning_rate))
 
@@ -217,16 +218,12 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_the_logged_learning_rate_is_the_applied_one_after_bad_steps_too():
     """The optimizer counts updates: after two bad steps it is still at the start of its warm-up."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = Model.create(CONFIG, layout=Layout(attention=choose_attention("auto", mesh)))
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant")
-    learning_rate = make_learning_rate(config, 20)
-    optimizer = make_optimizer(config, learning_rate)
+    mesh, _, optimizer, step = step_on_one_device("float32")
     policy, reference = jax.device_put(parameters("float32"), jax.devices()[0])
     state = create_state(policy, reference, optimizer, mesh, {})
     good = make_schedule(96, 8)[1].batch(0)
     bad = dataclasses.replace(good, weights=np.full_like(good.weights, np.nan))
-    step, rates, moved = jit_train_step(Recipe(model, OBJECTIVE, optimizer, learning_rate)), [], []
+    rates, moved = [], []
     for batch in (bad, bad, good, good):
         before = np.asarray(state.policy["embed"]["table"])
         state, figures = step(state, place_batch(mesh, batch))
