@@ -4,13 +4,12 @@ A config file defines `get_config()`, which starts from `default_config()` and s
 command line: `--config.objective.beta=0.2`. `resolve` turns the result into a `Config`.
 """
 
+from kto_jax.config.data_fields import SOURCE_FIELDS, DataConfig
 from kto_jax.config.errors import ConfigError, TransientError
 from kto_jax.config.fields import (
-    ADAPTED,
-    SOURCE_FIELDS,
+    LORA_MATRICES,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     ExportConfig,
     LoraConfig,
@@ -27,7 +26,7 @@ from kto_jax.config.names import nearest
 from kto_jax.config.resolve import check_overrides, default_config, one_host_config, resolve, to_dict
 
 __all__ = [
-    "ADAPTED",
+    "LORA_MATRICES",
     "SOURCE_FIELDS",
     "CheckpointConfig",
     "Config",

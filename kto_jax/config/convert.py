@@ -10,8 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
+from kto_jax.config.data_fields import SOURCE_FIELDS, DataConfig, SourceWeight
 from kto_jax.config.errors import ConfigError
-from kto_jax.config.fields import SOURCE_FIELDS, DataConfig, SourceWeight
 from kto_jax.config.names import closest, nearest
 from kto_jax.config.ranges import base, choices, describe, number_range, options
 

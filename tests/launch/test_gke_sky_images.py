@@ -21,7 +21,7 @@ def jobset(machine: Machine, **settings: str) -> dict:
     return document
 
 
-def test_jobset_is_submitted_with_every_value_filled_in(machine):
+def test_a_submitted_jobset_has_every_value_filled_in(machine):
     document = jobset(machine, KTO_GKE_SLICES="2", KTO_MAX_RESTARTS="7")
     assert document["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and document["kind"] == "JobSet"
     assert document["metadata"]["name"] == "mine"
@@ -39,7 +39,7 @@ def test_jobset_is_submitted_with_every_value_filled_in(machine):
     assert call["argv"] == ["create", "--filename=-"]
 
 
-def test_jobset_holds_a_job_that_kubernetes_would_take(machine):
+def test_jobset_contains_a_valid_kubernetes_job(machine):
     job = jobset(machine)["spec"]["replicatedJobs"][0]["template"]["spec"]
     document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": job}
     kubernetes_validate.validate(document, "1.37", strict=True)
@@ -47,7 +47,7 @@ def test_jobset_holds_a_job_that_kubernetes_would_take(machine):
         kubernetes_validate.validate(document | {"spec": job | {"backofLimit": 0}}, "1.37", strict=True)
 
 
-def test_jobset_restarts_after_75_an_abort_or_a_lost_node_and_after_nothing_else(machine):
+def test_jobset_restarts_only_after_75_an_abort_or_a_lost_node(machine):
     spec = jobset(machine, KTO_MAX_RESTARTS="7")["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     lost, failed = job["podFailurePolicy"]["rules"]
@@ -64,7 +64,7 @@ def test_jobset_restarts_after_75_an_abort_or_a_lost_node_and_after_nothing_else
     ]
 
 
-def test_jobset_on_demand_asks_for_no_spot_nodes(machine):
+def test_jobset_on_demand_requests_no_spot_nodes(machine):
     document = jobset(machine, KTO_GKE_SPOT="0")
     assert "gke-spot" not in json.dumps(document)
 
@@ -84,7 +84,7 @@ def test_jobset_logs_and_delete_are_one_call_each(machine):
     assert delete == ["delete", "jobset", "mine"]
 
 
-def test_sky_recovers_at_75_only_and_its_scripts_are_shell():
+def test_sky_recovers_only_after_75_and_its_scripts_are_valid_bash():
     document = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     resources = document["resources"]
     assert resources["use_spot"] and resources["job_recovery"] == {
@@ -97,7 +97,7 @@ def test_sky_recovers_at_75_only_and_its_scripts_are_shell():
 
 
 @pytest.mark.parametrize(("name", "extra"), [("Dockerfile.tpu", "tpu"), ("Dockerfile.cuda", "cuda13")])
-def test_an_image_is_pinned_runs_as_no_root_and_takes_no_secret(name, extra):
+def test_an_image_is_pinned_does_not_run_as_root_and_takes_no_secret(name, extra):
     text = (LAUNCH / name).read_text()
     assert "\nFROM python:3.11-slim\n" in text and re.search(r"^USER 1000$", text, re.MULTILINE)
     assert f'"jax[{extra}]==$(sed -n' in text and "-r requirements.txt" in text

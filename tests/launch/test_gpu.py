@@ -7,31 +7,31 @@ import pytest
 from tests.launch.machine import ends_with, python
 
 
-def test_gpu_runs_a_preempted_command_again_until_it_finishes(machine):
+def test_gpu_restarts_a_preempted_command_until_it_finishes(machine):
     code, _, err = machine.run("gpu.sh", "--", *ends_with(75, 75, 0))
     assert code == 0 and len(machine.lines("ran")) == 3
     assert "restart 1 of at most 20" in err and "restart 2 of at most 20" in err
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 127, 130, 137])
-def test_gpu_restarts_at_no_other_code(machine, code):
+def test_gpu_restarts_after_no_other_exit_code(machine, code):
     assert machine.run("gpu.sh", "--", *ends_with(code))[0] == code
     assert len(machine.lines("ran")) == 1
 
 
-def test_gpu_gives_up_after_so_many_restarts_in_a_row(machine):
+def test_gpu_gives_up_after_the_maximum_number_of_restarts_in_a_row(machine):
     code, _, err = machine.run("gpu.sh", "--", *ends_with(75), KTO_MAX_RESTARTS="2")
     assert code == 75 and len(machine.lines("ran")) == 3
     assert "after 2 restarts in a row" in err
 
 
-def test_a_run_that_lasted_begins_a_new_row_of_restarts(machine):
+def test_restarts_are_counted_from_0_after_a_long_run(machine):
     command = ["bash", "-c", f"sleep 1.1; {ends_with(75, 75, 0)[2]}"]
     assert machine.run("gpu.sh", "--", *command, KTO_MAX_RESTARTS="1", KTO_RESET_SECONDS="1")[0] == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_gpu_hands_a_signal_on_and_does_not_restart_after_it(machine, number, code):
+def test_gpu_forwards_a_signal_and_does_not_restart_after_it(machine, number, code):
     text = f"""
 def leave(number, frame):
     time.sleep(0.2)
@@ -47,7 +47,7 @@ time.sleep(600)
     assert process.returncode == code and len(machine.lines("ready")) == 1
 
 
-def test_gpu_hands_secrets_to_docker_by_name(machine):
+def test_gpu_passes_secrets_to_docker_by_name(machine):
     (machine.folder / "docker.codes").write_text("75 0")
     code, _, _ = machine.run("gpu.sh", "--", "python", "train", KTO_IMAGE="kto_jax:cuda")
     first, second = machine.calls("docker")

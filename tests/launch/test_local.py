@@ -39,7 +39,7 @@ time.sleep(600)
     assert not any(alive(int(pid)) for pid in machine.lines("pids"))
 
 
-def test_local_lets_the_others_save_when_one_was_preempted(machine):
+def test_local_waits_for_the_others_to_save_when_one_was_preempted(machine):
     text = """
 if os.environ["JAX_PROCESS_ID"] == "0":
     sys.exit(75)
@@ -58,7 +58,7 @@ def test_local_waits_for_the_others_when_one_has_finished(machine):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_local_hands_signals_to_all(machine, number, code):
+def test_local_forwards_signals_to_all_processes(machine, number, code):
     text = f"""
 def leave(number, frame):
     print(number, file=open("heard", "a"))

@@ -13,7 +13,7 @@ from tests import ROOT
 from tests.launch.machine import COMPLETE, GKE, LAUNCH, SCRIPTS, SECRET, TPU
 
 
-def test_the_scripts_are_clean_to_shellcheck():
+def test_shellcheck_finds_nothing_in_the_scripts():
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "pip install -r requirements-dev.txt"
     files = [*sorted(LAUNCH.rglob("*.sh")), ROOT / ".ci/run"]
@@ -73,7 +73,7 @@ def test_a_missing_setting_is_an_error_in_three_parts(machine, script, name):
         ("gke/jobset.sh", "KTO_GKE_NAME", "two\nlines"),
     ],
 )
-def test_a_setting_that_cannot_be_is_an_error_in_three_parts(machine, script, name, value):
+def test_an_invalid_setting_is_an_error_in_three_parts(machine, script, name, value):
     settings, words = COMPLETE[script]
     code, _, err = machine.run(script, *words, **(settings | {name: value}))
     assert code == 2 and not machine.calls()

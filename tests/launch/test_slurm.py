@@ -35,16 +35,16 @@ def test_slurm_requeues_a_preempted_job(machine):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
-def test_slurm_requeues_at_no_other_code(machine, code):
+def test_slurm_requeues_after_no_other_exit_code(machine, code):
     assert slurm_job(machine, code) == (code, [SRUN])
 
 
-def test_slurm_requeues_no_cancelled_job_and_only_so_often(machine):
+def test_slurm_requeues_no_cancelled_job_and_no_job_beyond_the_maximum(machine):
     assert slurm_job(machine, 75, state="COMPLETING") == (75, [SRUN])
     assert slurm_job(machine, 75, SLURM_RESTART_COUNT="20") == (75, [SRUN, SRUN])
 
 
-def test_slurm_refuses_what_would_give_a_task_the_wrong_gpu(machine):
+def test_slurm_refuses_gpus_per_task(machine):
     assert slurm_job(machine, 0, SLURM_GPUS_PER_TASK="1") == (2, [])
 
 
@@ -54,6 +54,6 @@ def test_slurm_script_given_to_sbatch_itself_says_so(machine):
     assert code == 2 and err.startswith("error: sbatch was called on this file. Allowed: ")
 
 
-def test_slurm_asks_for_a_sigterm_ahead_of_time_and_for_requeues():
+def test_slurm_requests_an_early_sigterm_and_requeues():
     options = re.findall(r"^#SBATCH (.+)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
     assert {"--requeue", "--signal=TERM@300", "--open-mode=append"} <= set(options)

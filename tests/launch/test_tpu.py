@@ -58,7 +58,7 @@ def jax_version() -> str:
     return found[1]
 
 
-def test_tpu_that_is_taken_away_is_deleted_and_asked_for_again(cloud):
+def test_a_suspended_tpu_is_deleted_and_requested_again(cloud):
     states = [["CREATING", "ACTIVE", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "ACTIVE"]]
     code, verbs, err = tpu_run(cloud, states, ends_with(75, 0))
     assert code == 0, err
@@ -66,39 +66,39 @@ def test_tpu_that_is_taken_away_is_deleted_and_asked_for_again(cloud):
     assert len(cloud.lines("ran")) == 2 and "restart 1 of at most 20" in err
 
 
-def test_tpu_whose_nodes_were_preempted_is_deleted_even_while_active(cloud):
+def test_a_tpu_with_preempted_nodes_is_deleted_even_while_active(cloud):
     (cloud.folder / "node_state").write_text("PREEMPTED")
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"], ["ACTIVE"]], ends_with(0), KTO_MAX_RESTARTS="1")
     assert code == 75 and verbs.count("create") == 2 and verbs.count("delete") == 2
 
 
-def test_tpu_request_that_failed_is_deleted_and_made_again(cloud):
+def test_a_failed_tpu_request_is_deleted_and_repeated(cloud):
     code, verbs, _ = tpu_run(cloud, [["FAILED"], ["ACTIVE"]], ends_with(0))
     assert code == 0 and verbs.count("create") == 2 and verbs.count("delete") == 1 and verbs.count("start") == 1
 
 
-def test_tpu_runs_a_preempted_command_again_on_the_same_tpu(cloud):
+def test_a_preempted_command_is_restarted_on_the_same_tpu(cloud):
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(75, 0))
     assert code == 0 and verbs.count("create") == 1 and verbs.count("start") == 2 and "delete" not in verbs
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
-def test_tpu_restarts_at_no_other_code(cloud, code):
+def test_tpu_restarts_after_no_other_exit_code(cloud, code):
     found, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(code))
     assert found == code and verbs.count("start") == 1
 
 
-def test_tpu_gives_up_after_so_many_restarts_in_a_row(cloud):
+def test_tpu_gives_up_after_the_maximum_number_of_restarts_in_a_row(cloud):
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(75), KTO_MAX_RESTARTS="1")
     assert code == 75 and verbs.count("start") == 2
 
 
-def test_tpu_that_somebody_else_deletes_is_not_asked_for_again(cloud):
+def test_a_tpu_deleted_by_somebody_else_is_not_requested_again(cloud):
     code, verbs, err = tpu_run(cloud, [["ACTIVE", "DELETING"]], ends_with(0))
     assert code == 1 and verbs.count("create") == 1 and "deleted by somebody else" in err
 
 
-def test_tpu_is_deleted_at_the_end_when_asked(cloud):
+def test_a_tpu_is_deleted_at_the_end_if_requested(cloud):
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(1), KTO_TPU_DELETE="1")
     assert code == 1 and verbs[-1] == "delete"
 
@@ -114,7 +114,7 @@ def test_tpu_slices_are_nodes_of_one_request(cloud):
     assert looked_at == ["mine-0", "mine-1"]
 
 
-def test_tpu_secrets_travel_in_a_private_file_and_reach_the_command(cloud):
+def test_tpu_secrets_are_copied_in_a_private_file_and_reach_the_command(cloud):
     (cloud.folder / "expected").write_text(SECRET)
     show = [
         "bash",
@@ -129,7 +129,7 @@ def test_tpu_secrets_travel_in_a_private_file_and_reach_the_command(cloud):
     assert stat.S_IMODE(secrets.stat().st_mode) == 0o600
 
 
-def test_tpu_run_again_follows_the_run_that_is_under_way(cloud):
+def test_tpu_run_again_follows_the_run_in_progress(cloud):
     (cloud.folder / "states.json").write_text('[["ACTIVE"]]')
     wait = ["bash", "-c", f"cd {cloud.folder}; echo ready >>ready; until [[ -e give_up ]]; do sleep 0.05; done"]
     first = cloud.start("tpu.sh", "run", "--", *wait, **TPU)

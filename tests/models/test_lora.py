@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kto_jax.config import ADAPTED, LoraConfig
+from kto_jax.config import LORA_MATRICES, LoraConfig
 from kto_jax.models.int8 import quantise_params
 from kto_jax.models.lora import AdaptedMatrix, Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
@@ -146,5 +146,5 @@ def test_the_directory_for_peft_names_every_tensor_as_peft_does(head, config, pa
     assert (values["task_type"], values["modules_to_save"]) == (
         ("SEQ_CLS", ["score"]) if head == "reward" else ("CAUSAL_LM", None)
     )
-    assert len(tensors) == 2 * 2 * len(ADAPTED) - 2
+    assert len(tensors) == 2 * 2 * len(LORA_MATRICES) - 2
     assert set(values["target_modules"]) == {name.split(".")[-3] for name in tensors}

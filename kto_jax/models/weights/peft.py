@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kto_jax.config import ADAPTED, ConfigError, LoraConfig
+from kto_jax.config import LORA_MATRICES, ConfigError, LoraConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.gather import gather
 from kto_jax.models.heads import SCALAR_HEAD
@@ -94,20 +94,21 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
       ConfigError: they are not; says what to set.
     """
     folder = read_adapter_folder(path)
-    names = {_tensor_name(model, target): target for target in ADAPTED}
+    names = {_tensor_name(model, target): target for target in LORA_MATRICES}
     targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name, count=1)) for name in folder.adapters}
     kinds = {(len(pair.a), pair.scale * len(pair.a)) for pair in folder.adapters.values()}
     expected = {name.format(layer) for name in names if names[name] in targets for layer in _layers(model)}
     if folder.whole or None in targets or len(kinds) != 1 or expected != folder.adapters.keys():
         raise ConfigError(
             f"the adapters in {path} cannot be trained further: some are on other matrices than "
-            f"{', '.join(ADAPTED)}, on some layers only, of several ranks, or beside modules that were trained whole. "
+            f"{', '.join(LORA_MATRICES)}, on some layers only, of several ranks, or beside modules that were trained "
+            "whole. "
             'Set config.lora.start to "new", which adds them to the base and trains new ones.'
         )
     ((rank, alpha),) = kinds
-    adapted = tuple(name for name in ADAPTED if name in targets)
+    adapted = tuple(name for name in LORA_MATRICES if name in targets)
     found = {"rank": rank, "alpha": alpha, "targets": adapted}
-    given = {"rank": lora.rank, "alpha": lora.alpha, "targets": tuple(n for n in ADAPTED if n in lora.targets)}
+    given = {"rank": lora.rank, "alpha": lora.alpha, "targets": tuple(n for n in LORA_MATRICES if n in lora.targets)}
     if found != given:
         as_flags = found | {"targets": ",".join(adapted)}
         flags = " ".join(f"--config.lora.{name}={as_flags[name]}" for name in found if found[name] != given[name])
