@@ -5,8 +5,8 @@
     python -m benchmarks.device_step --architecture=configs/architectures/gemma_3_1b --dtype=bfloat16 \
       --kept=bfloat16 --lengths 8192 --longest                             # 262,144 tokens of vocabulary
 
-Every example fills a row, and half of it is completion. Each length runs in its own process, so that running out of
-memory ends only that process, and a peak belongs to one length.
+A row holds `--per-row` examples of one length without padding; half of each is completion. Each length runs in its own
+process, so that running out of memory ends only that process, and a peak belongs to one length.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     policy = draw(jax.random.key(0), kept)
     state = create_state(policy, cast_params(policy, kept), recipe.optimizer, mesh, objective.initial_state)
     del policy
-    schedule = _schedule(config, architecture.vocab_size, steps=1 + job["steps"])
+    schedule = _schedule(config, architecture.vocab_size, 1 + job["steps"], job["per_row"])
     step: Any = jit_train_step(recipe)
-    program, seconds, figures = None, [], {}
+    program, seconds, figures, compile_seconds = None, [], {}, 0.0
     for number in range(1 + job["steps"]):
         batch = place_batch(mesh, schedule.batch(number))
-        program = program or step.lower(state, batch).compile()
         start = time.perf_counter()
+        if program is None:
+            program = step.lower(state, batch).compile()
+            start, compile_seconds = time.perf_counter(), time.perf_counter() - start
         state, figures = jax.block_until_ready(program(state, batch))
         seconds.append(time.perf_counter() - start)
     stated = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -84,6 +86,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "device": device.device_kind,
         "length": length,
         "seconds": seconds[1:],
+        "compile_seconds": compile_seconds,
+        "attention": model.layout.attention.name,
         "tokens": float(figures["tokens"]),
         "flops": float(figures["flops"]),
         "peak_flops": peak,
@@ -94,11 +98,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _schedule(config: Config, vocab_size: int, steps: int) -> Schedule:
-    """Steps of examples that fill a row each."""
+def _schedule(config: Config, vocab_size: int, steps: int, per_row: int) -> Schedule:
+    """Steps of examples of which `per_row` fill a row."""
     length, count = int(config.row_length), config.batch_size * steps
-    completion = np.full(count, length // 2)
-    index = make_index(Lengths("filled rows", length - completion, completion, length, ()))
+    completion = np.full(count, length // per_row // 2)
+    index = make_index(Lengths("filled rows", length // per_row - completion, completion, length, ()))
     tokens = np.random.default_rng(0).integers(3, vocab_size, len(index.tokens)).astype(np.int32)
     index = dataclasses.replace(index, tokens=tokens, weights=np.ones(count, np.float32))
     limits = RowLimits((length,), length // 2, int(config.microbatch_rows), max_length=length)
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--remat", choices=("none", "dots", "full", "offload"), default="full")
     parser.add_argument("--batch", type=int, default=2, help="examples a step")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch")
+    parser.add_argument("--per-row", type=int, default=1, help="examples that fill a row")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256])
     parser.add_argument("--longest", action="store_true", help="also the longest rows that fit")
@@ -164,14 +169,26 @@ def main() -> None:
     if options.job:
         print(json.dumps(measure(json.loads(options.job))))
         return
-    results = [figures for length in options.lengths if (figures := take(options, length))]
-    if options.longest and results and (longest := find_longest(options, results[-1]["length"])):
-        results.append(longest)
+    results: list[dict[str, Any]] = []
+    for length in options.lengths:
+        if figures := take(options, length):
+            results.append(figures)
+            write(options, results)
+        else:
+            print(f"rows of {length:,} tokens do not fit")
     if not results:
         raise SystemExit(f"rows of {options.lengths} tokens do not fit. Take shorter ones.")
+    if options.longest and (longest := find_longest(options, results[-1]["length"])):
+        results.append(longest)
+        write(options, results)
     Console().print(show(results))
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps({"settings": vars(options), "results": results}, indent=1) + "\n")
+
+
+def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Writes the figures so far."""
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": vars(options), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

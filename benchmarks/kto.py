@@ -11,13 +11,14 @@ Contenders, each from the same weights, on the same batches, in the same order:
     padded      the same step with a row for each example, padded to the longest of the batch
     plain_jax   a plain JAX step: padded rows, and the logits of all tokens
     trl         TRL's KTOTrainer with its defaults, and trl_stored without gradient checkpointing
+    trl_liger   TRL with Liger's layer kernels, on a GPU; takes part only by name
     easydel     EasyDeL's KTOTrainer with its defaults, and easydel_saving with what it has to save memory; the latter
                 is slow, and takes part only by name
 
 They alternate: in each round every contender runs in a new process, with one warm-up step before the timed ones. No two
 run at the same time, so none takes another's memory or cores. The peak matmul rate is measured between rounds. Each
-peer has its own environment, created on first use in the cache. A step is timed from a ready batch to the updated
-policy, with programs compiled before. Tokens are the real tokens of matched rows.
+peer has its own environment, created on first use in the cache; with --here, all use this one. A step is timed from a
+ready batch to the updated policy, with programs compiled before. Tokens are the real tokens of matched rows.
 """
 
 from __future__ import annotations
@@ -86,10 +87,11 @@ CONTENDERS = {
     "plain_jax": Contender("plain_jax"),
     "trl": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", True),)),
     "trl_stored": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", False),)),
+    "trl_liger": Contender("trl", requirements=TRL, options=(("gradient_checkpointing", True), ("liger", True))),
     "easydel": Contender("easydel", requirements=EASYDEL, options=(("save_memory", False),)),
     "easydel_saving": Contender("easydel", requirements=EASYDEL, options=(("save_memory", True),)),
 }
-ONLY_BY_NAME = ("easydel_saving",)
+ONLY_BY_NAME = ("easydel_saving", "trl_liger")
 WITHOUT_PEERS = ("kto_jax", "padded", "plain_jax")
 
 
@@ -127,6 +129,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a path, wheel: or Hub id; the default is the set's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--profile", default="", help="a folder for traces of one step each, of contenders in JAX")
+    parser.add_argument("--here", action="store_true", help="run peers in this environment, which has their packages")
     parser.add_argument("--small", action="store_true", help="a random toy model, two rounds, no peers")
     parser.add_argument("--out", default="benchmarks/results/kto.json")
     options = parser.parse_args()
@@ -219,7 +222,8 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
 def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.Namespace) -> dict[str, Any] | str:
     """Runs a contender once in its own process: its figures, with the first step's separate; or why it failed."""
     contender = CONTENDERS[name]
-    python = make_environment(contender) if contender.requirements else sys.executable
+    here = options.here or not contender.requirements
+    python = sys.executable if here else make_environment(contender)
     result, log = scratch / "result.json", scratch / "log.txt"
     result.unlink(missing_ok=True)
     job = job | dict(contender.options) | {"batches": job[contender.batches], "result": str(result)}
@@ -227,7 +231,7 @@ def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.N
     path = scratch / "job.json"
     path.write_text(json.dumps(job))
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         # The second run reuses the first one's compiled programs; compilation is not timed.
         "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "benchmarks" / "compiled"),
     }
@@ -269,7 +273,9 @@ def export_model(feedback: FeedbackSet, scratch: Path) -> Path:
             return directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         params = load_params(model, source, param_dtype="float32")
-    tokenizer = prepare_tokenizer(source, scratch / "tokenizer", chat_template=feedback.config.data.chat_template)
+    # A folder of configs/architectures has no tokenizer, and random tokens need none.
+    text = source if (source / "tokenizer.json").exists() else ROOT / "configs" / "tiny_model"
+    tokenizer = prepare_tokenizer(text, scratch / "tokenizer", chat_template=feedback.config.data.chat_template)
     save_hugging_face(directory, model, params, tokenizer_dir=tokenizer.directory, model_card="For benchmarks.kto.\n")
     return directory
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.packing import log_normal_lengths, make_index
+from benchmarks.packing import Lengths, log_normal_lengths, make_index
 from configs import quickstart, tiny
 from kto_jax.config import Config, resolve
 from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill
 from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index.index import Index
 from kto_jax.inspect import read_feedback
+from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import make_objective
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.training.inputs import choose_lengths
@@ -74,7 +75,38 @@ def log_normal_set(model: str) -> FeedbackSet:
     return _make_set(resolve(config), plain_remat="full", index=index)
 
 
-SETS = {"quickstart": quickstart_set, "log_normal": log_normal_set, "small": small_set}
+def random_set(model: str) -> FeedbackSet:
+    """Log-normal lengths as above, of random tokens, in rows of 4,096: needs no text and no tokenizer."""
+    return _random_set(model, log_normal_lengths(4_000), row_length=4096, batch_size=32)
+
+
+def small_random_set(model: str) -> FeedbackSet:
+    """The same for a tiny model: short lengths, rows of 192."""
+    lengths = log_normal_lengths(400)
+    short = {name: np.maximum(getattr(lengths, name) // 32, 2) for name in ("prompt", "completion")}
+    return _random_set(model, dataclasses.replace(lengths, **short, max_length=96), row_length=192, batch_size=8)
+
+
+def _random_set(model: str, lengths: Lengths, row_length: int, batch_size: int) -> FeedbackSet:
+    config = tiny.get_config()
+    config.model.path = model or config.model.path
+    vocab_size = read_config(Path(config.model.path)).vocab_size
+    index = make_index(lengths)
+    tokens = np.random.default_rng(0).integers(3, vocab_size, index.tokens.shape).astype(np.int32)
+    index = dataclasses.replace(index, tokens=tokens, weights=np.ones(len(lengths.prompt), np.float32))
+    config.data.max_length, config.data.max_prompt_length = lengths.max_length, lengths.max_length // 2
+    config.batch_size, config.microbatch_rows, config.completion_share = batch_size, 2, 0.4
+    config.row_length = row_length
+    return _make_set(resolve(config), plain_remat="full", index=index)
+
+
+SETS = {
+    "quickstart": quickstart_set,
+    "log_normal": log_normal_set,
+    "small": small_set,
+    "random": random_set,
+    "small_random": small_random_set,
+}
 
 
 def _make_set(config: Config, *, plain_remat: str, index: Index | None = None) -> FeedbackSet:

@@ -13,9 +13,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kto_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# Most of the time of the tests is spent in the compiler, hardly any in what it compiles.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("KTO_JAX_TESTS_ON") == "gpu":
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of the time of the tests is spent in the compiler, hardly any in what it compiles.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" {COMPILER_FLAGS} --xla_force_host_platform_device_count=8"
 )

@@ -83,6 +83,8 @@ def make_trainer(job: dict[str, Any], directory: str, clock: Clock) -> Trainer:
         max_grad_norm=settings["clip_norm"],
         lr_scheduler_type="constant",
         bf16=job["dtype"] == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        use_liger_kernel=job.get("liger", False),
         gradient_checkpointing=job["gradient_checkpointing"],
         remove_unused_columns=False,
         save_strategy="no",
