@@ -56,6 +56,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "full", "offload"] = "full"
     """Activation checkpointing. "none": recompute nothing. "dots": save matmul outputs. "full": save only each layer's
     input. "offload": as "full", with those inputs in host memory (TPU and GPU)."""
+    keep_logits: Literal["auto", "always", "never"] = "auto"
+    """Whether the backward pass uses the logits of the forward pass, or recomputes them a chunk at a time. "auto" keeps
+    those of a microbatch if they take at most a sixteenth of the device's memory (128 MiB on a CPU)."""
     attention: Literal["auto", "dense", "chunked", "splash", "mosaic", "triton"] = "auto"
     """Attention kernel for packed rows. "auto": "splash" on TPU, "mosaic" on GPU (tokamax's flash attention for Hopper
     and Blackwell, extra [cuda]), "chunked" elsewhere. "triton" is JAX's older flash attention for GPUs. "chunked" skips

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from kto_jax.config import ConfigError
+from kto_jax.devices.chips import find_chip
 from kto_jax.devices.sharding import ACTIVATION_RULES, constrainer, copies_of_kv_heads, num_parts
+from kto_jax.losses.logprobs import KEPT_LOGITS
 from kto_jax.models.attention import mosaic, splash, triton
 from kto_jax.models.attention.blockwise import BLOCK, blockwise_attention
 from kto_jax.models.attention.dense import dense_attention
@@ -195,6 +198,7 @@ def make_layout(
     mesh: Mesh,
     attention: AttentionName = "auto",
     reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+    keep_logits: Literal["auto", "always", "never"] = "auto",
 ) -> Layout:
     """How a model on this mesh shards its activations.
 
@@ -202,12 +206,20 @@ def make_layout(
       mesh: the devices.
       attention: the kernel, as `choose_attention` takes it.
       reduce_dtype: dtype in which gradients of the layers' matrices are summed over devices.
+      keep_logits: whether the backward pass uses the forward pass's logits; "auto" decides by the device's memory.
 
     Raises:
       ConfigError: as `choose_attention`.
     """
     kernel = choose_attention(attention, mesh)
-    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), kernel, reduce_dtype)
+    kept_logits = {"auto": _kept_logits(mesh.devices.flat[0]), "always": sys.maxsize, "never": 0}[keep_logits]
+    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), kernel, reduce_dtype, kept_logits)
+
+
+def _kept_logits(device: jax.Device) -> int:
+    """How many float32 logits take a sixteenth of a device's memory; the default of an unknown device."""
+    chip = find_chip(device.device_kind)
+    return KEPT_LOGITS if chip is None else chip.hbm_bytes // chip.devices // 16 // 4
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens without materialising all logits, and their sums over examples."""
+"""Log-probabilities of tokens, a chunk of logits at a time, and their sums over examples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Logits that exist at a time on a device: 2**25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
+# Logits that a device of unknown memory keeps from the forward for the backward pass: as many as exist at a time.
+KEPT_LOGITS = _MAX_LOGITS
 # More logits than this are computed in at least two chunks: XLA unrolls a loop of one iteration, and then keeps the
 # logits of several passes at a time (four times the memory on CPU).
 _FEW_LOGITS = 2**22
@@ -26,11 +28,12 @@ def token_logps(
     bias: Float[Array, " V"] | None = None,
     chunk_size: int | None = None,
     num_devices: int = 1,
+    kept_logits: int = KEPT_LOGITS,
 ) -> Float[Array, "*R T"]:
     """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
 
-    Neither pass keeps an array of tokens by vocabulary: the backward pass recomputes the logits. Matmuls accumulate in
-    float32.
+    If all logits together are few, the backward pass uses those of the forward pass. Otherwise it recomputes them, and
+    neither pass keeps an array of tokens by vocabulary. Matmuls accumulate in float32.
 
     Args:
       hidden: hidden states that predict the targets. With a leading rows axis, each row is split into chunks, so that
@@ -45,6 +48,7 @@ def token_logps(
         number of devices.
       num_devices: devices over which a chunk's logits are sharded, by rows, by vocabulary or both. Each device reads
         its whole part of the head for every chunk, so chunks grow with the number of devices.
+      kept_logits: the most logits per device that are kept for the backward pass; 0 recomputes them always.
 
     Returns:
       Log-probabilities in nats, in at least float32.
@@ -53,6 +57,7 @@ def token_logps(
         return token_logps(
             hidden[None], head, targets[None],
             head_axes=head_axes, softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
+            kept_logits=kept_logits,
         ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
     vocabulary = head.shape[head_axes.index("v")]
@@ -67,7 +72,8 @@ def token_logps(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     bias = jnp.zeros(vocabulary, jnp.promote_types(head.dtype, jnp.float32)) if bias is None else bias
-    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks)[:, :length]
+    keeps_logits = targets.size * vocabulary <= kept_logits * num_devices
+    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks, keeps_logits)[:, :length]
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
@@ -99,31 +105,34 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks):
-    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits):
+    del keeps_logits  # without a gradient, nothing is kept
+    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, False)[0]
 
 
-def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks):
+def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits):
     def one_chunk(args):
         hidden_rtd, targets_rt = args
         logits = _logits(hidden_rtd, head, bias, axes, softcap)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.sum(jnp.where(_is_target(logits, targets_rt), logits, 0), axis=-1)
-        return chosen - normalizer, normalizer
+        return chosen - normalizer, normalizer, logits if keeps_logits else None
 
-    logps, normalizer = jax.lax.map(one_chunk, (_split(hidden, num_chunks), _split(targets, num_chunks)))
-    return _join(logps), (hidden, head, bias, targets, _join(normalizer))
+    logps, normalizer, kept = jax.lax.map(one_chunk, (_split(hidden, num_chunks), _split(targets, num_chunks)))
+    return _join(logps), (hidden, head, bias, targets, _join(normalizer), kept)
 
 
-def _chunked_logps_backward(axes, softcap, num_chunks, residuals, cotangent) -> tuple[Any, ...]:
-    hidden, head, bias, targets, normalizer = residuals
+def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, residuals, cotangent) -> tuple[Any, ...]:
+    del keeps_logits
+    hidden, head, bias, targets, normalizer, kept = residuals
     dtype = cotangent.dtype
 
     def one_chunk(carry, args):
         head_grad, bias_grad = carry
-        hidden_rtd, targets_rt, normalizer_rt, cotangent_rt = args
-        logits = _logits(hidden_rtd, head, bias, axes, softcap)
+        hidden_rtd, targets_rt, normalizer_rt, cotangent_rt, logits = args
+        if logits is None:
+            logits = _logits(hidden_rtd, head, bias, axes, softcap)
         probabilities = jnp.exp(logits - normalizer_rt[..., None])
         logits_grad = cotangent_rt[..., None] * (_is_target(logits, targets_rt) - probabilities)
         if softcap is not None:
@@ -136,7 +145,7 @@ def _chunked_logps_backward(axes, softcap, num_chunks, residuals, cotangent) -> 
 
     carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))
     parts = tuple(_split(x, num_chunks) for x in (hidden, targets, normalizer, cotangent))
-    (head_grad, bias_grad), hidden_grad = jax.lax.scan(one_chunk, carry, parts)
+    (head_grad, bias_grad), hidden_grad = jax.lax.scan(one_chunk, carry, (*parts, kept))
     return _join(hidden_grad), head_grad.astype(head.dtype), bias_grad.astype(bias.dtype), None
 
 

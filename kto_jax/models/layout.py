@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxtyping import Array
 
+from kto_jax.losses.logprobs import KEPT_LOGITS
 from kto_jax.models.attention.blockwise import blockwise_attention
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
@@ -34,6 +35,7 @@ class Layout:
         use it.
       reduce_dtype: dtype of the gradients of the layers' matrices where they are summed over devices; "bfloat16"
         applies to a model that computes in bfloat16 only.
+      kept_logits: the most logits per device that are kept from the forward for the backward pass.
     """
 
     constrain: Constrain = unconstrained
@@ -41,6 +43,7 @@ class Layout:
     row_parts: int = 1
     attention: PackedAttention = blockwise_attention
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    kept_logits: int = KEPT_LOGITS
 
 
 ONE_DEVICE = Layout()

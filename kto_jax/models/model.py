@@ -148,7 +148,7 @@ class Model:
     def token_logps(
         self, params: Params, hidden: Float[Array, "*R T D"], targets: Int[Array, "*R T"]
     ) -> Float[Array, "*R T"]:
-        """Log-probability of each target in nats, without materialising all logits: see losses/logprobs.py."""
+        """Log-probability of each target in nats, a chunk of logits at a time: see losses/logprobs.py."""
         # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
         tied = self.config.tied_head
         head = self.head(params)
@@ -164,6 +164,7 @@ class Model:
         logps = token_logps(
             hidden, head, targets,
             head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.layout.num_devices,
+            kept_logits=self.layout.kept_logits,
         )  # fmt: skip
         return logps if self.layout.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 

@@ -66,7 +66,7 @@ def make_model(config: Config, inputs: ModelInputs, devices: Sequence[jax.Device
         dtype=config.model.dtype,
         remat=config.model.remat,
         scalar_head=inputs.objective.scalar_head,
-        layout=make_layout(mesh, config.model.attention, config.model.reduce_dtype),
+        layout=make_layout(mesh, config.model.attention, config.model.reduce_dtype, config.model.keep_logits),
         adapter_scale=config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
     )
 

@@ -41,6 +41,7 @@ _MAY_DIFFER = (
     "microbatch_rows",
     "completion_share",
     "model.remat",
+    "model.keep_logits",
     "model.attention",
     "data.num_workers",
     "data.num_loaders",

@@ -99,7 +99,7 @@ def test_no_pass_makes_an_array_of_tokens_by_vocabulary():
     hidden, head, targets = random_head(tokens=tokens, width=8, vocabulary=vocabulary)
 
     def loss(hidden, head):
-        return jnp.sum(token_logps(hidden, head, targets, chunk_size=chunk))
+        return jnp.sum(token_logps(hidden, head, targets, chunk_size=chunk, kept_logits=tokens * vocabulary - 1))
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(hidden, head).jaxpr
     assert largest_intermediate(jaxpr) == chunk * vocabulary
@@ -107,10 +107,32 @@ def test_no_pass_makes_an_array_of_tokens_by_vocabulary():
     assert largest_intermediate(dense_jaxpr) == tokens * vocabulary
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_kept_logits_give_the_same_gradients_with_one_product_less(softcap):
+    hidden, head, targets = random_head(tokens=50)
+
+    def gradients(kept_logits):
+        def loss(hidden, head):
+            logps = token_logps(hidden, head, targets, chunk_size=16, softcap=softcap, kept_logits=kept_logits)
+            return jnp.sum(jnp.sin(logps))
+
+        return jax.grad(loss, (0, 1))
+
+    def num_products(kept_logits):
+        jaxpr = jax.make_jaxpr(gradients(kept_logits))(hidden, head).jaxpr
+        return sum(equation.primitive.name == "dot_general" for equation in equations(jaxpr))
+
+    few, all_of_them = 0, 52 * head.shape[1]  # four chunks of 13 tokens
+    # Not bitwise: the compiler fuses a soft-cap with what follows it.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, *(jax.jit(gradients(n))(hidden, head) for n in (few, all_of_them)))
+    assert (num_products(few), num_products(all_of_them)) == (4, 3)
+
+
 @pytest.mark.parametrize("dtype, highest", [(jnp.float32, True), (jnp.bfloat16, False)])
 def test_float32_products_are_asked_for_in_full(dtype, highest):
     hidden, head, targets = random_head()
-    function = jax.value_and_grad(lambda h, w: jnp.sum(token_logps(h, w, targets)), (0, 1))
+    function = jax.value_and_grad(lambda h, w: jnp.sum(token_logps(h, w, targets, kept_logits=0)), (0, 1))
     jaxpr = jax.make_jaxpr(function)(hidden.astype(dtype), head.astype(dtype)).jaxpr
     precisions = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
     assert len(precisions) == 4  # forward, and logits again, hidden and head for the gradient
