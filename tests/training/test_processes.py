@@ -63,6 +63,15 @@ def finish(processes):
     return [process.returncode for process in processes], messages
 
 
+def train_alone(cache, workdir, *arguments):
+    """Trains in this process, on all 8 devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("KTO_JAX_CACHE", str(cache))
+        assert main([*SHORT, f"--workdir={workdir}", *arguments]) == 0
+    return rows(workdir)
+
+
 def train(cache, workdir, count, *arguments):
     codes, messages = finish(start(cache, workdir, count, *arguments))
     assert codes == [0] * count, "\n".join(messages)
@@ -95,13 +104,8 @@ def assert_same_policy(found, wanted):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
-    """The run of this process, on 8 devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setenv("KTO_JAX_CACHE", str(cache))
-        assert main([*SHORT, f"--workdir={workdir}"]) == 0
-    assert max(row["z0"] for row in rows(workdir)) > 0.5
+    assert max(row["z0"] for row in train_alone(cache, workdir)) > 0.5
     return workdir
 
 
@@ -130,7 +134,7 @@ def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_
 def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_path):
     adapters = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.reference.param_dtype=int8"]
     adapters += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.samples.num_prompts=2"]
-    log = train(cache, tmp_path / "one", 1, *adapters, "--config.samples.max_new_tokens=3")
+    log = train_alone(cache, tmp_path / "one", *adapters, "--config.samples.max_new_tokens=3")
     assert max(row["z0"] for row in log) > 0.1
     assert_same(train(cache, tmp_path / "two", 2, *adapters, "--config.samples.max_new_tokens=3"), log)
     assert_same_policy(tmp_path / "two", tmp_path / "one")
@@ -175,7 +179,7 @@ def test_after_a_process_is_killed_the_other_exits_for_a_restart_and_the_run_res
     assert time.monotonic() - killed < 100
     assert codes[0] in ends and codes[1] == -9, messages[0]
     assert codes[0] != 75 or "process 1 of 2 is lost" in " ".join(messages[0].split())
-    assert_same(train(cache, workdir, 1), rows(alone))
+    assert_same(train_alone(cache, workdir), rows(alone))
     assert_same_policy(workdir, alone)
 
 
