@@ -11,7 +11,8 @@ from tests import COMPILER_FLAGS
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One cache for all processes of the tests, because many compile the same programs.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kto_jax_compiled_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # To write the many programs of one operation takes longer than to compile them again.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 if os.environ.get("KTO_JAX_TESTS_ON") == "gpu":
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"

@@ -117,8 +117,9 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-# One of each kind: a reference point, pairs, no reference, a running mean, a reward and a value head.
-QUICK = ("kto", "dpo", "sft", "bco", "reward", "ppo_offline")
+# One of each kind: a reference point, pairs, a running mean and a value head. Whole runs of SFT and of a reward model
+# are in test_reference.py and tests/commands/test_train.py.
+QUICK = ("kto", "dpo", "bco", "ppo_offline")
 
 
 @pytest.mark.parametrize("name", [
