@@ -27,7 +27,7 @@ from kto_jax.training.inputs import make_schedules
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
 from kto_jax.training.step import Recipe, jit_train_step
-from kto_jax.training.sync import synced
+from kto_jax.training.sync import sync_reference
 from tests.synthetic import make_index
 
 ARCHITECTURE = TransformerConfig(
@@ -160,14 +160,14 @@ def test_a_synced_reference_is_the_policy_only_from_the_step_after():
 @pytest.mark.parametrize("every, step, moves", [(3, 6, True), (3, 5, False), (3, 0, False), (0, 6, False)])
 def test_the_reference_moves_when_it_is_due_and_at_no_other_time(every, step, moves):
     reference, policy = {"w": jnp.array([1.0], jnp.bfloat16)}, {"w": jnp.array([3.0]), "scorer": jnp.array([9.0])}
-    result = synced(reference, policy, jnp.array(step), ReferenceConfig(sync_every=every, sync_mix=0.5))
+    result = sync_reference(reference, policy, jnp.array(step), ReferenceConfig(sync_every=every, sync_mix=0.5))
     assert result == {"w": jnp.array([2.0 if moves else 1.0])}
     assert result["w"].dtype == jnp.bfloat16
 
 
 def moved(reference, policy, *, mix, moves=1, first=1):
     def move(step, reference):
-        return synced(reference, policy, step, ReferenceConfig(sync_every=1, sync_mix=mix))
+        return sync_reference(reference, policy, step, ReferenceConfig(sync_every=1, sync_mix=mix))
 
     return jax.jit(lambda reference: jax.lax.fori_loop(first, first + moves, move, reference))(reference)
 
