@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,6 +30,7 @@ def token_logps(
     chunk_size: int | None = None,
     num_devices: int = 1,
     kept_logits: int = KEPT_LOGITS,
+    gather: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "*R T"]:
     """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
 
@@ -38,7 +40,8 @@ def token_logps(
     Args:
       hidden: hidden states that predict the targets. With a leading rows axis, each row is split into chunks, so that
         devices that share the rows all work on every chunk.
-      head: output projection.
+      head: output projection. It is read in the dtype of `hidden`; its gradient is accumulated in float32 and returned
+        in its own dtype.
       targets: token ids.
       head_axes: "vd" for a head stored as an embedding table. It is used as stored: transposing it before the loop over
         chunks would copy it.
@@ -49,6 +52,7 @@ def token_logps(
       num_devices: devices over which a chunk's logits are sharded, by rows, by vocabulary or both. Each device reads
         its whole part of the head for every chunk, so chunks grow with the number of devices.
       kept_logits: the most logits per device that are kept for the backward pass; 0 recomputes them always.
+      gather: reshards the head, in the dtype of `hidden`, before the loop over chunks; None leaves it as it is.
 
     Returns:
       Log-probabilities in nats, in at least float32.
@@ -57,7 +61,7 @@ def token_logps(
         return token_logps(
             hidden[None], head, targets[None],
             head_axes=head_axes, softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
-            kept_logits=kept_logits,
+            kept_logits=kept_logits, gather=gather,
         ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
     vocabulary = head.shape[head_axes.index("v")]
@@ -73,7 +77,8 @@ def token_logps(
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     bias = jnp.zeros(vocabulary, jnp.promote_types(head.dtype, jnp.float32)) if bias is None else bias
     keeps_logits = targets.size * vocabulary <= kept_logits * num_devices
-    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks, keeps_logits)[:, :length]
+    gather = gather or (lambda head: head)
+    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks, keeps_logits, gather)[:, :length]
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
@@ -95,7 +100,7 @@ def _product(subscripts: str, left: jax.Array, right: jax.Array, dtype: jnp.dtyp
 
 def _logits(hidden: jax.Array, head: jax.Array, bias: jax.Array, axes: str, softcap: float | None) -> jax.Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = _product(f"rtd,{axes}->rtv", hidden, head.astype(hidden.dtype), dtype)
+    logits = _product(f"rtd,{axes}->rtv", hidden, head, dtype)
     logits = logits + bias.astype(dtype)[None, None]
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -105,13 +110,16 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, gather):
     del keeps_logits  # without a gradient, nothing is kept
-    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, False)[0]
+    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, False, gather)[0]
 
 
-def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits):
+def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, gather):
+    # Cast here, not by the caller: JAX gives a gradient the dtype of the argument, and the head's must not be rounded.
+    of_head, head = jnp.empty((0,), head.dtype), gather(head.astype(hidden.dtype))
+
     def one_chunk(args):
         hidden_rtd, targets_rt = args
         logits = _logits(hidden_rtd, head, bias, axes, softcap)
@@ -120,12 +128,12 @@ def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunk
         return chosen - normalizer, normalizer, logits if keeps_logits else None
 
     logps, normalizer, kept = jax.lax.map(one_chunk, (_split(hidden, num_chunks), _split(targets, num_chunks)))
-    return _join(logps), (hidden, head, bias, targets, _join(normalizer), kept)
+    return _join(logps), (hidden, head, bias, targets, _join(normalizer), kept, of_head)
 
 
-def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, residuals, cotangent) -> tuple[Any, ...]:
-    del keeps_logits
-    hidden, head, bias, targets, normalizer, kept = residuals
+def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, gather, residuals, cotangent) -> tuple[Any, ...]:
+    del keeps_logits, gather
+    hidden, head, bias, targets, normalizer, kept, of_head = residuals
     dtype = cotangent.dtype
 
     def one_chunk(carry, args):
@@ -139,14 +147,14 @@ def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, residuals, 
             logits_grad = logits_grad * (1 - jnp.square(logits / softcap))
         bias_grad = bias_grad + jnp.sum(logits_grad, axis=(0, 1))
         logits_grad = logits_grad.astype(hidden.dtype)
-        hidden_grad = _product(f"rtv,{axes}->rtd", logits_grad, head.astype(hidden.dtype), dtype)
+        hidden_grad = _product(f"rtv,{axes}->rtd", logits_grad, head, dtype)
         head_grad = head_grad + _product(f"rtd,rtv->{axes}", hidden_rtd, logits_grad, dtype)
         return (head_grad, bias_grad), hidden_grad.astype(hidden.dtype)
 
     carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))
     parts = tuple(_split(x, num_chunks) for x in (hidden, targets, normalizer, cotangent))
     (head_grad, bias_grad), hidden_grad = jax.lax.scan(one_chunk, carry, (*parts, kept))
-    return _join(hidden_grad), head_grad.astype(head.dtype), bias_grad.astype(bias.dtype), None
+    return _join(hidden_grad), head_grad.astype(of_head.dtype), bias_grad.astype(bias.dtype), None
 
 
 _chunked_logps.defvjp(_chunked_logps_forward, _chunked_logps_backward)

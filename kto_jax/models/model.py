@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
-from kto_jax.models.int8 import INT8, cast_params, quantised_axes
+from kto_jax.models.int8 import INT8, Int8Matrix, cast_params, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
@@ -149,14 +150,12 @@ class Model:
         self, params: Params, hidden: Float[Array, "*R T D"], targets: Int[Array, "*R T"]
     ) -> Float[Array, "*R T"]:
         """Log-probability of each target in nats, a chunk of logits at a time: see losses/logprobs.py."""
-        # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
         tied = self.config.tied_head
-        head = self.head(params)
-        head = (
-            self.layout.constrain(head.T, ("vocab", "embed"))
-            if tied
-            else self.layout.constrain(head, ("embed", "vocab"))
-        )
+        head = params["embed"]["table"] if tied else params["head"]["weight"]
+        if isinstance(head, Int8Matrix):
+            head = head.astype(self.dtype)
+        # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
+        gather = functools.partial(self.layout.constrain, axes=("vocab", "embed") if tied else ("embed", "vocab"))
         shape = targets.shape
         if self.layout.row_parts > 1:
             # Parts of rows become rows, so that all devices that hold them work on every chunk.
@@ -164,7 +163,7 @@ class Model:
         logps = token_logps(
             hidden, head, targets,
             head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.layout.num_devices,
-            kept_logits=self.layout.kept_logits,
+            kept_logits=self.layout.kept_logits, gather=gather,
         )  # fmt: skip
         return logps if self.layout.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 

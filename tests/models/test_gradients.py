@@ -1,5 +1,7 @@
 """Gradients of mixed precision: accumulated in float32, and reduced over devices in the configured dtype."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,21 @@ def test_the_gradient_of_a_bias_is_summed_over_tokens_in_float32():
     assert rows.shape == (count, 3)
     assert rows.dtype == jnp.bfloat16
     np.testing.assert_allclose(backward(cotangent)[0], np.full(3, 1.0078125 * count), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_head_is_not_rounded_to_bfloat16(tied):
+    model = Model.create(dataclasses.replace(CONFIG, tied_head=tied), dtype="bfloat16")
+    params = model.init_params(jax.random.key(0), "float32")
+    hidden, targets = draw(1, 2, 40, CONFIG.embed_dim).astype(jnp.bfloat16), jnp.ones((2, 40), jnp.int32)
+    part, name = ("embed", "table") if tied else ("head", "weight")
+    found = jax.grad(lambda params: model.token_logps(params, hidden, targets).sum())(params)[part][name]
+    wide = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    exact = Model.create(model.config)
+    expected = jax.grad(lambda params: exact.token_logps(params, hidden.astype(jnp.float32), targets).sum())(wide)
+    # The products read logits' gradients that are rounded to bfloat16; their sum is not rounded again.
+    np.testing.assert_allclose(found, expected[part][name], rtol=0.01, atol=0.05)
+    assert np.mean(found != found.astype(jnp.bfloat16).astype(jnp.float32)) > 0.9
 
 
 def gradient(mesh_config, num_devices, reduce_dtype):
