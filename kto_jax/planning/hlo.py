@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -37,6 +38,7 @@ class Collective:
       num_devices: devices per group; slices, if it is between slices.
       payload: bytes of the gathered or reduced array before each device keeps its part.
       crosses_slices: whether it uses the network between slices.
+      overlaps: whether the program computes while it runs; the device waits for any other.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Collective:
     num_devices: int
     payload: int
     crosses_slices: bool
+    overlaps: bool = False
 
     @property
     def bytes_sent(self) -> float:
@@ -69,7 +72,8 @@ def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> lis
     """Finds the collectives in a program's text, each with the loops that it runs in.
 
     The TPU compiler spreads a collective over several fusions with one `chain_id`, which count once. An all-reduce in a
-    computation named all-reduce-scatter is a reduce-scatter: each device keeps a part of it.
+    computation named all-reduce-scatter is a reduce-scatter: each device keeps a part of it. A collective overlaps with
+    computation if it is spread over fusions, or is asynchronous (its instruction ends in -start).
 
     Args:
       text: `compiled.as_text()`.
@@ -104,39 +108,38 @@ def _collective(
         # Between slices each device exchanges its own part through the host.
         kind = transfer.lower().replace("_", "-")
         whole = num_slices if kind == "all-gather" else 1
-        return [Collective(kind, loops, num_slices, _bytes(_parts(instruction.result)[0]) * whole, True)]
+        return [Collective(kind, loops, num_slices, _bytes(_parts(instruction.result)[0]) * whole, True, True)]
     if kind not in KINDS:
         return []
     size = _group_size(instruction.rest, num_devices)
     payload = _payload(kind, instruction, size)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    return [Collective(kind, loops, size, payload, False)] if size > 1 else []
+    overlaps = instruction.opcode.endswith("-start") or "chain_id=" in instruction.rest
+    return [Collective(kind, loops, size, payload, False, overlaps)] if size > 1 else []
 
 
 def summarize(collectives: list[Collective], *, unknown: int) -> list[dict]:
-    """Adds up collectives by kind, loops and whether they cross slices, the most bytes first.
+    """Adds up collectives by kind, loops, whether they cross slices and whether they overlap, the most bytes first.
 
     Args:
       collectives: from `find_collectives`.
       unknown: assumed trip count of loops for which it is unknown.
 
     Returns:
-      Rows of kind, loops (text), crosses_slices, places (in the program), times (per step) and bytes (sent by each
-      device per step).
+      Rows of kind, loops (text), crosses_slices, overlaps, places (in the program), times (per step) and bytes (sent
+      by each device per step).
     """
     totals: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
     for one in collectives:
         loops = " × ".join("microbatches" if trips is None else str(trips) for trips in one.loops)
-        total = totals[one.kind, loops, one.crosses_slices]
+        total = totals[one.kind, loops, one.crosses_slices, one.overlaps]
         times = one.times(unknown)
         total[0] += 1
         total[1] += times
         total[2] += times * one.bytes_sent
-    rows = [
-        {"kind": kind, "loops": loops, "crosses_slices": crosses, "places": places, "times": times, "bytes": sent}
-        for (kind, loops, crosses), (places, times, sent) in totals.items()
-    ]
+    names = ("kind", "loops", "crosses_slices", "overlaps", "places", "times", "bytes")
+    rows: list[dict[str, Any]] = [dict(zip(names, (*key, *total), strict=True)) for key, total in totals.items()]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 

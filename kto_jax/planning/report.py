@@ -28,17 +28,20 @@ class Bounds:
         and the moments; None if the bandwidth is not published.
       network: by the links of a slice, with each collective at its fewest bytes; None likewise.
       slices: by the network between slices; None likewise.
+      exposed: the part of `network` during which the devices compute nothing; None likewise.
     """
 
     compute: float
     memory: float | None
     network: float | None
     slices: float | None
+    exposed: float | None
 
     @property
     def seconds(self) -> float:
-        """The largest of them: at best everything overlaps."""
-        return max(self.compute, self.memory or 0.0, self.network or 0.0, self.slices or 0.0)
+        """The largest of them: at best everything else overlaps with computation."""
+        waiting = self.exposed or 0.0
+        return max(self.compute + waiting, self.memory or 0.0, self.network or 0.0, self.slices or 0.0)
 
 
 def find_bounds(program: CompiledStep, topology: Topology) -> Bounds:
@@ -46,18 +49,21 @@ def find_bounds(program: CompiledStep, topology: Topology) -> Bounds:
     num_devices = len(topology.devices)
     if topology.chip is None:
         peak, _ = peak_flops(topology.devices[0], program.config.model.dtype)
-        return Bounds(program.flops / (peak * num_devices), None, None, None)
+        return Bounds(program.flops / (peak * num_devices), None, None, None, None)
     chip = topology.chip
     rows = summarize(list(program.collectives), unknown=program.shape.microbatches)
     within = sum(row["bytes"] for row in rows if not row["crosses_slices"])
     across = sum(row["bytes"] for row in rows if row["crosses_slices"])
+    exposed = sum(row["bytes"] for row in rows if not row["overlaps"])
+    links = chip.ici_bandwidth / chip.devices
     state = program.parts["reference"] + 2 * (program.parts["policy"] + program.parts["moments"])
     read = program.passes * program.weight_bytes
     return Bounds(
         compute=program.flops / (chip.peak_flops / chip.devices * num_devices),
         memory=(state + read) / (chip.hbm_bandwidth / chip.devices),
-        network=within / (chip.ici_bandwidth / chip.devices),
+        network=within / links,
         slices=across / (chip.dcn_bandwidth / chip.devices) if chip.dcn_bandwidth else None,
+        exposed=exposed / links,
     )
 
 
@@ -149,12 +155,15 @@ def _memory_table(program: CompiledStep) -> Table:
 
 def _collectives_table(program: CompiledStep) -> Table:
     table = Table(title="collectives per step", title_justify="left", title_style="bold")
-    for name, justify in (("kind", "left"), ("in loops of", "left"), ("times", "right"), ("sent", "right")):
+    for name, justify in (
+        ("kind", "left"), ("in loops of", "left"), ("times", "right"), ("sent", "right"), ("meanwhile", "left")
+    ):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     rows = summarize(list(program.collectives), unknown=program.shape.microbatches)
     for row in rows[:_MAX_ROWS]:
         kind = row["kind"] + (" between slices" if row["crosses_slices"] else "")
-        table.add_row(kind, row["loops"] or "-", str(row["times"]), _size(row["bytes"]))
+        meanwhile = "computes" if row["overlaps"] else "waits"
+        table.add_row(kind, row["loops"] or "-", str(row["times"]), _size(row["bytes"]), meanwhile)
     table.add_section()
     times, sent = sum(row["times"] for row in rows), sum(row["bytes"] for row in rows)
     table.add_row("total sent by each device", "", str(times), _size(sent))
@@ -184,6 +193,7 @@ def _bounds_table(program: CompiledStep, topology: Topology, price: float | None
     for name, value in (
         ("seconds for memory bandwidth, at least", bounds.memory),
         ("seconds for links of the slice, at least", bounds.network),
+        ("of these, seconds without computation", bounds.exposed),
         ("seconds for the network between slices, at least", bounds.slices if topology.num_slices > 1 else None),
     ):
         if value is not None:

@@ -224,7 +224,17 @@ def test_the_slowest_of_peak_memory_and_links_bounds_the_step():
     # Five passes over the weights, the reference once, policy and moments read and written.
     assert bounds.memory == pytest.approx((5e9 + 5 + 2 * 30) / 819e9)
     assert bounds.network == pytest.approx(2 * 0.75 * 200e9 / 200e9)
-    assert bounds.seconds == bounds.network
+    assert bounds.exposed == bounds.network
+    assert bounds.seconds == bounds.network + bounds.compute
+
+
+def test_a_collective_beside_computation_adds_no_time_of_its_own():
+    topology = Topology("v5e:2x2", tuple(jax.devices()[:4]), CHIPS["v5e"])
+    beside, alone = (Collective("all-gather", (), 4, int(4e9), False, overlaps) for overlaps in (True, False))
+    bounds = find_bounds(program(100, collectives=(beside, alone)), topology)
+    assert bounds.exposed == pytest.approx(0.75 * 4e9 / 200e9)
+    assert bounds.network == 2 * bounds.exposed
+    assert bounds.seconds == max(bounds.compute + bounds.exposed, bounds.memory, bounds.network)
 
 
 def test_what_goes_between_slices_is_held_against_their_network():

@@ -69,7 +69,7 @@ def only(line: str, num_devices: int = 8) -> Collective:
 def test_a_collective_spread_over_fusions_counts_once_and_as_often_as_its_loops_run():
     found = {one.kind: one for one in find_collectives(CHAINED, num_devices=4)}
     assert len(find_collectives(CHAINED, num_devices=4)) == len(found) == 3
-    assert found["all-gather"] == Collective("all-gather", (None, 32), 4, 256 * 1024 * 2, False)
+    assert found["all-gather"] == Collective("all-gather", (None, 32), 4, 256 * 1024 * 2, False, True)
     assert found["all-gather"].times(3) == 96
 
 
@@ -82,8 +82,8 @@ def test_an_all_reduce_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
 def test_what_goes_between_slices_is_told_apart():
     found = find_collectives(BETWEEN_SLICES, num_devices=8, num_slices=2)
     assert found == [
-        Collective("all-reduce", (), 2, 64 * 8 * 128 * 4, True),
-        Collective("all-gather", (), 2, 2 * 2 * 4, True),
+        Collective("all-reduce", (), 2, 64 * 8 * 128 * 4, True, True),
+        Collective("all-gather", (), 2, 2 * 2 * 4, True, True),
     ]
 
 
@@ -128,6 +128,7 @@ def test_a_group_of_one_device_is_no_collective():
 )
 def test_the_payload_is_that_of_the_whole_however_it_is_started(line, kind, payload):
     assert (only(line).kind, only(line).payload) == (kind, payload)
+    assert only(line).overlaps == ("-start" in line)
 
 
 def test_the_end_of_an_asynchronous_collective_is_not_counted_again():
