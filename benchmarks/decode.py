@@ -52,8 +52,13 @@ def make_transformers(options: argparse.Namespace) -> tuple[Callable[[list[list[
     import torch
     import transformers
 
+    from kto_jax.models.families.config_json import write_config_json
+    from kto_jax.models.weights.load import read_config
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = transformers.AutoConfig.from_pretrained(options.architecture)
+    # The folders of configs/architectures name no model_type.
+    values = write_config_json(read_config(Path(options.architecture)))
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()

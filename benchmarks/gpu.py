@@ -61,15 +61,15 @@ PARTS = {
     ),
     "step_1b": Part(
         "KTO step of Llama-3.2-1B in full: packed rows of 4,096, 64 examples",
-        60,
-        110,
+        75,
+        140,
         f"{_STEP} --architecture={LLAMA} {_ROWS} --batch=64 --rows=4 --remat=dots",
         f"{_TOY_STEP} --lengths 128 --per-row=4 --batch=16 --rows=2 --remat=dots",
     ),
     "trl": Part(
         "KTO beside TRL 1.16, with and without Liger: Llama-3.2-1B, 32 examples of log-normal length",
-        150,
-        210,
+        180,
+        260,
         f"benchmarks.kto --here --model={LLAMA} --dtype=bfloat16 --sets random --rounds=2 --steps=3 "
         "--contenders kto_jax trl trl_liger --out=OUT",
         "benchmarks.kto --here --model=configs/tiny_model --sets small_random --rounds=1 --steps=1 "
@@ -77,8 +77,8 @@ PARTS = {
     ),
     "memory_262k": Part(
         "peak memory of Gemma-3-1B (262k vocabulary) at 2 x 8,192 tokens; TRL: 11.98 GiB",
-        45,
         90,
+        160,
         f"{_STEP} --architecture=configs/architectures/gemma_3_1b --kept=bfloat16 --lengths 8192",
         f"{_TOY_STEP} --kept=bfloat16 --lengths 256",
         79,
@@ -92,7 +92,7 @@ PARTS = {
     ),
     "decode": Part(
         "decoding of Llama-3.2-1B in bfloat16: 128 tokens after 128, beside transformers",
-        90,
+        80,
         130,
         f"benchmarks.decode --architecture={LLAMA} --dtype=bfloat16 --batches 1 16 64 --prompt=128 --new-tokens=128 "
         "--rounds=1 --out=OUT",
@@ -100,22 +100,22 @@ PARTS = {
     ),
     "step_8b": Part(
         "KTO step of Llama-3.1-8B, weights and moments in bfloat16: packed rows of 4,096, 32 examples",
-        70,
-        120,
+        85,
+        150,
         f"{_STEP} --architecture=configs/architectures/llama_3_1_8b {_ROWS} --kept=bfloat16 --batch=32 --rows=2",
         f"{_TOY_STEP} --kept=bfloat16 --lengths 128 --per-row=4 --batch=8",
     ),
     "step_3b": Part(
         "KTO step of Llama-3.2-3B in full: packed rows of 4,096, 32 examples",
-        65,
-        110,
+        80,
+        150,
         f"{_STEP} --architecture=configs/architectures/llama_3_2_3b {_ROWS} --batch=32 --rows=2",
         f"{_TOY_STEP} --lengths 128 --per-row=4 --batch=8",
     ),
     "longest_262k": Part(
         "the longest sequences of Gemma-3-1B in 79 GiB, batch 2; TRL: 63,488 tokens",
-        80,
-        200,
+        150,
+        240,
         f"{_STEP} --architecture=configs/architectures/gemma_3_1b --kept=bfloat16 --steps=1 --lengths 63488 126976",
         f"{_TOY_STEP} --kept=bfloat16 --lengths 256 512",
         79,
@@ -256,7 +256,8 @@ def write(out: Path, results: dict[str, Any]) -> None:
     partial.replace(out / "gpu.json")
     lines = [f"{results['card'].get('name', 'no GPU: a rehearsal')}, {results['packages']}", ""]
     lines += ["| part | status | seconds (expected) | figures |", "|---|---|---|---|"]
-    for name, part in results["parts"].items():
+    for name in (name for name in PARTS if name in results["parts"]):
+        part = results["parts"][name]
         try:
             text = SUMMARIES[name.split("_")[0]](part["figures"]) if part["figures"] else ""
         except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
