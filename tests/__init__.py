@@ -11,3 +11,5 @@ COMPILER_FLAGS = "--xla_cpu_use_fusion_emitters=false " * importlib.metadata.ver
 # One module of machine code a program: to split it for many cores costs a tenth of the compiler's time.
 COMPILER_FLAGS += "--xla_cpu_parallel_codegen_split_count=1"
 """For XLA_FLAGS, also of the processes that tests start."""
+SAME_PROGRAMS = ["--config.optimizer.schedule=constant", "--config.evaluation.max_examples=16"]
+"""For runs of configs/tiny.py: the step does not depend on the number of steps, so that it is compiled once for all."""

@@ -47,9 +47,8 @@ def accumulate_gradient(
     Returns:
       The loss, its gradient in at least float32, and the results of all microbatches [M, ...].
     """
-    results = zeros_for(lambda one: share_of_loss(params, one)[1], tree)
-    loss_dtype = jax.eval_shape(lambda: share_of_loss(params, microbatch(tree, jnp.int32(0)))[0]).dtype
-    start = (jnp.zeros((), loss_dtype), results)
+    losses, results = zeros_for(lambda one: share_of_loss(params, one), tree)
+    start = (jnp.zeros((), losses.dtype), results)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
     sum_over = _sum_in_place if in_place else _sum_whole_gradients
     return sum_over(share_of_loss, params, tree, count, start, zeros)

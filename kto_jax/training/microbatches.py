@@ -36,6 +36,7 @@ def write_at(results: Result, index: Int[Array, ""], result: Result) -> Result:
 
 def map_microbatches(function: Callable[[Tree], Result], tree: Tree, count: Int[Array, ""]) -> Result:
     """Applies a function to the first `count` microbatches; results are [M, ...], 0 beyond them."""
+    function = jax.jit(function, inline=True)  # So that it is traced once, for its shapes and for the loop.
 
     def body(index: Int[Array, ""], results: Result) -> Result:
         return write_at(results, index, function(microbatch(tree, index)))

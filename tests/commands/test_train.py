@@ -18,13 +18,14 @@ from kto_jax.config import TransientError
 from kto_jax.storage.locks import lock_file
 from kto_jax.train import main
 from kto_jax.training.run_folder import _MAY_DIFFER
-from tests import ROOT
+from tests import ROOT, SAME_PROGRAMS
 
 TINY = [
     "--config=configs/tiny.py",
     "--config.max_steps=12",
     "--config.checkpoint.every=3",
     "--config.evaluation.every=6",
+    *SAME_PROGRAMS,
     "--config.data.eos_token=<|im_start|>",
 ]
 CONTINUE = """

@@ -56,7 +56,8 @@ def runs(base, tmp_path_factory):
         command += ["--config.max_steps=3", "--config.evaluation.every=1", "--config.checkpoint.keep=3"]
         command += ["--config.evaluation.max_examples=16", "--config.optimizer.warmup_steps=0"]
         assert train([*command, f"--workdir={folder / 'full'}"]) == 0
-        assert train([*command, f"--workdir={folder / 'lora'}", "--config.lora.rank=2"]) == 0
+        adapters = ["--config.lora.rank=2", "--config.data.holdout=0"]
+        assert train([*command, f"--workdir={folder / 'lora'}", *adapters]) == 0
     return folder
 
 

@@ -18,10 +18,10 @@ import kto_jax.training.precompute
 from kto_jax.data.batches.reference_logps import ReferenceLogps
 from kto_jax.train import main
 from kto_jax.training.logs import read_metrics
-from tests import ROOT
+from tests import ROOT, SAME_PROGRAMS
 
 # So many epochs that every run here reads the same rows in the same order, also the one of 500 steps.
-STEPS = ["--config.epochs=40", "--config.max_steps=4", "--config.evaluation.max_examples=16"]
+STEPS = ["--config.epochs=40", "--config.max_steps=4", *SAME_PROGRAMS]
 STORED = "--config.reference.precompute=True"
 COMPARED = ("loss", "grad_norm", "margin", "z0", "kl", "eval_loss", "eval_margin", "eval_auc", "eval_z0")
 

@@ -13,12 +13,12 @@ import pytest
 import safetensors.numpy
 
 from kto_jax.train import main
-from tests import COMPILER_FLAGS, ROOT
+from tests import COMPILER_FLAGS, ROOT, SAME_PROGRAMS
 
 STEPS = 6
 DEVICES = 4
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SHORT = ["--config=configs/tiny.py", f"--config.max_steps={STEPS}", "--config.evaluation.max_examples=20",
+SHORT = ["--config=configs/tiny.py", f"--config.max_steps={STEPS}", *SAME_PROGRAMS, "--config.data.chat_template=none",
          "--config.checkpoint.every=2", "--config.processes.timeout_seconds=20"]  # fmt: skip
 
 

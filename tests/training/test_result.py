@@ -15,10 +15,10 @@ from kto_jax.models.weights.stored_dtype import common_dtype
 from kto_jax.train import main
 from kto_jax.training.result import choose_export_dtype
 from kto_jax.training.resume import with_recorded_settings
-from tests import ROOT
+from tests import ROOT, SAME_PROGRAMS
 from tests.base_model import write_base
 
-CONSTANT = ["--config.optimizer.schedule=constant", "--config.data.holdout=0"]
+CONSTANT = [*SAME_PROGRAMS, "--config.data.holdout=0"]
 
 
 @pytest.mark.parametrize("dtypes, expected", [
@@ -88,7 +88,7 @@ def policy(workdir):
 
 
 def trained(workdir, *settings, code=0):
-    quiet = ["--config=configs/tiny.py", "--config.evaluation.max_examples=16", "--config.optimizer.warmup_steps=0"]
+    quiet = ["--config=configs/tiny.py", "--config.evaluation.max_examples=16"]
     assert main([*quiet, f"--workdir={workdir}", *settings]) == code
     return workdir
 
@@ -109,8 +109,9 @@ def whole(in_the_project, tmp_path_factory):
 
 def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_project, tmp_path, capsys):
     # A learning rate that makes every step worse than the first one.
-    worse = ["--config.optimizer.learning_rate=1.0", "--config.optimizer.schedule=constant", "--config.max_steps=9"]
-    worse += ["--config.evaluation.every=1", "--config.evaluation.patience=2", "--config.export.step=best"]
+    worse = [*SAME_PROGRAMS, "--config.optimizer.learning_rate=1.0", "--config.optimizer.warmup_steps=0"]
+    worse += ["--config.max_steps=9", "--config.evaluation.every=1", "--config.evaluation.patience=2"]
+    worse += ["--config.export.step=best"]
     run = trained(tmp_path / "run", *worse)
     said = " ".join(capsys.readouterr().err.split())
     losses = {row["step"]: row["eval_loss"] for row in rows(run)}
