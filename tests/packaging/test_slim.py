@@ -30,8 +30,10 @@ sys.meta_path.insert(0, Missing())
 
 from benchmarks import device_step
 
-job = {"architecture": "configs/tiny_model", "dtype": "float32", "kept": "float32", "remat": "full", "batch": 2}
-assert 0 < device_step.measure(job | {"rows": 1, "steps": 1, "length": 32})["loss"] < 1
+job = {"architecture": "configs/tiny_model", "dtype": "float32", "kept": "bfloat16", "remat": "full", "batch": 2}
+figures = device_step.measure(job | {"rows": 1, "per_row": 2, "steps": 1, "length": 32})
+assert figures["tokens"] == 2 * 16 and len(figures["seconds"]) == 1, figures
+assert figures["flops"] > 0 and figures["peak_bytes"] > 2**27 and 0 < figures["loss"] < 1, figures
 assert not tried, tried
 
 from kto_jax.config import resolve

@@ -56,9 +56,8 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     return np.array(log), jax.device_get(state.policy), jax.device_get(state.reference)
 
 
-@pytest.mark.parametrize("sizes", [
-    MeshConfig(data=2, fsdp=2, tensor=2), pytest.param(MeshConfig(fsdp=2, sequence=4), marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=4)])
 def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(sizes):
     with jax.enable_x64(True):
         expected, policy, _ = three_steps(MeshConfig(), 1)
