@@ -1,5 +1,7 @@
 """Captions of the report hold for the objective that was trained."""
 
+import functools
+
 import jax.numpy as jnp
 import pytest
 
@@ -30,6 +32,7 @@ def row(objective):
     return figures
 
 
+@functools.cache
 def report_of(name, **options):
     objective = make(name, **options)
     report = Report("t", "c", {}, {}, [row(objective)], captions=captions_of(name, objective))
