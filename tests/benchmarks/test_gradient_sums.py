@@ -13,7 +13,7 @@ def test_rings_of_a_torus_hold_every_device_once():
     assert rings((2, 3)) == [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]]]
 
 
-def test_a_gradient_is_the_same_however_its_sum_is_asked_for():
+def test_a_gradient_does_not_depend_on_how_its_sum_is_requested():
     random = np.random.default_rng(0)
     x, cotangent = random.standard_normal((16, 8), np.float32), random.standard_normal((16, 3), np.float32)
     for way in ways(make_mesh(MeshConfig(data=1, fsdp=8)), (2, 2, 2)).values():

@@ -63,7 +63,7 @@ def test_completions_are_shown_to_people_and_markup_in_them_is_text(capsys):
     assert "14 tokens in 1.2 s" in printed
 
 
-def test_what_cannot_be_done_is_one_line_and_exit_code_2():
+def test_an_unusable_command_is_refused_in_one_line_with_exit_code_2():
     found = command("--model=does/not/exist/at/all", "--prompt=x")
     assert found.returncode == 2
     assert found.stdout == ""

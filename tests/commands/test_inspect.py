@@ -96,7 +96,7 @@ def test_a_command_that_cannot_be_used_is_refused(arguments, message, capsys, ca
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_scores_of_one_label_are_shown_and_no_weight_is_said_to_mend_them(capsys, cache, monkeypatch):
+def test_scores_of_one_label_are_shown_and_no_weight_is_suggested(capsys, cache, monkeypatch):
     monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
     scored = [{"prompt": f"Question {i}?", "completion": "Text.", "score": 1.5 + i} for i in range(3)]
     (cache / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
@@ -122,7 +122,7 @@ def test_a_row_ends_in_the_token_that_the_run_would_teach(capsys, cache, monkeyp
     assert ends["<|im_start|>"] == ends["<|im_end|>"] + 5
 
 
-def test_a_mixture_is_shown_by_source_and_the_weights_asked_for_are_those_of_its_visits(capsys, cache, monkeypatch):
+def test_a_mixture_is_shown_by_source_and_weights_are_suggested_from_its_visits(capsys, cache, monkeypatch):
     monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
     monkeypatch.setenv("COLUMNS", "200")
     for name, label in (("good", True), ("bad", False)):
@@ -151,7 +151,7 @@ def get_config():
     ("sft", "Question 0?", ["1 of 3 completions to train on are undesirable; 'sft' leaves them out."]),
     ("kto", "Question 0?", []),
 ])  # fmt: skip
-def test_what_the_objective_leaves_out_is_said(capsys, tmp_path, monkeypatch, objective, second, warning):
+def test_what_the_objective_leaves_out_is_reported(capsys, tmp_path, monkeypatch, objective, second, warning):
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     rated = [("Question 0?", True), (second, False), ("Question 2?", True)]

@@ -70,7 +70,7 @@ def test_a_batch_of_equal_examples_fills_rows_and_microbatches():
     assert shape == Shape(8, 64, 64, slots=2, room=4, microbatches=3, sequences=40)
 
 
-def test_pairs_lie_side_by_side_in_rows_of_twice_the_length():
+def test_pairs_are_adjacent_in_rows_of_twice_the_length():
     shape = assumed_shape(config(batch_size=16), check_objective(ObjectiveConfig(name="dpo")), Lengths(48, 16))
     assert (shape.row_length, shape.sequences, shape.microbatches) == (128, 32, 2)
 
@@ -134,7 +134,7 @@ def test_operations_are_those_that_training_counts():
 # ------------------------------------------------------------------------------------------------ the ladder
 
 
-def test_the_ladder_goes_on_until_the_step_fits(monkeypatch):
+def test_the_ladder_continues_until_the_step_fits(monkeypatch):
     totals = iter([300, 200, 90, 10])
     tried = []
 
@@ -194,7 +194,7 @@ def test_a_reference_in_int8_is_planned_with_a_quarter_of_the_memory():
     assert 0.25 < planning.device_bytes(state.reference) / planning.device_bytes(state.policy) < 0.28
 
 
-def test_a_setting_that_the_run_refuses_is_said_and_passed_over(monkeypatch):
+def test_a_setting_that_the_run_refuses_is_reported_and_skipped(monkeypatch):
     monkeypatch.setattr(ladder, "compile_step", lambda changed, *_: program(400, config=changed))
     run = config(reference=ReferenceConfig(sync_every=5, param_dtype="bfloat16"))
     rungs = ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16))
@@ -237,7 +237,7 @@ def test_a_collective_beside_computation_adds_no_time_of_its_own():
     assert bounds.seconds == max(bounds.compute + bounds.exposed, bounds.memory, bounds.network)
 
 
-def test_what_goes_between_slices_is_held_against_their_network():
+def test_traffic_between_slices_is_bounded_by_their_network():
     topology = Topology("2*v5e:2x2", tuple(jax.devices()), CHIPS["v5e"], 2)
     reduce = Collective("all-reduce", (), 2, int(25e9), True)
     bounds = find_bounds(program(100, collectives=(reduce,)), topology)
@@ -296,7 +296,7 @@ def test_what_a_plan_says_would_fit_names_each_field_once_with_its_last_value(ca
     assert (fields["mesh.fsdp"], fields["mesh.sequence"]) == ("1", "8")
 
 
-def test_where_nothing_helps_a_plan_says_so(capsys, monkeypatch):
+def test_a_plan_reports_that_no_setting_helps(capsys, monkeypatch):
     monkeypatch.setattr("kto_jax.plan.compile_step", lambda given, *_: program(2**31, config=given))
     monkeypatch.setattr(ladder, "compile_step", lambda given, *_: program(2**31, config=given))
     assert main([f"--config={TINY}", "--topology=local"]) == 3

@@ -23,7 +23,7 @@ def test_elsewhere_nothing_is_shown():
     assert shown(terminal=False) == ""
 
 
-def test_a_command_that_uses_one_device_of_several_says_so(capsys, monkeypatch):
+def test_a_command_reports_that_it_uses_one_of_several_devices(capsys, monkeypatch):
     report_unused_devices()
     assert capsys.readouterr().err == "uses 1 of 8 devices\n"
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -59,7 +59,9 @@ def test_every_row_keeps_its_fields_and_gains_the_score_of_its_own_sequence(expo
     assert [record.score for record in read] == [row["score"] for row in rows]
 
 
-def test_rows_that_cannot_be_scored_are_left_out_and_told_with_their_place(exported, tmp_path, command, monkeypatch):
+def test_rows_that_cannot_be_scored_are_left_out_and_reported_with_their_place(
+    exported, tmp_path, command, monkeypatch
+):
     monkeypatch.setattr(reward_model, "_BATCHES_READ_AHEAD", 1)  # Several chunks.
     rows = [
         "{", ROWS[0], {"prompt": "x", "completion": ""}, "[1]", {"prompt": "x"}, ROWS[2],
@@ -108,7 +110,7 @@ def test_a_file_of_which_nothing_can_be_scored_is_exit_code_1_and_leaves_what_wa
         (["--model=m", "--config=configs/tiny.py", "--config.data.trian=x", "--out=x"], "Did you mean 'train'"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(exported, tmp_path, command, arguments, message):
+def test_an_unusable_command_is_refused_in_one_line_with_exit_code_2(exported, tmp_path, command, arguments, message):
     data = write(tmp_path / "data.jsonl", ROWS)
     values = {"model": exported[0], "data": data, "directory": tmp_path}
     code, said = command(*(argument.format(**values) for argument in arguments))
@@ -116,7 +118,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(exported, tmp_path, com
     assert len(data.read_text().splitlines()) == len(ROWS)
 
 
-def test_whatever_training_reads_is_scored_one_row_for_every_completion(exported, tmp_path, command):
+def test_everything_that_training_reads_is_scored_one_row_per_completion(exported, tmp_path, command):
     run, model, params, tokenizer = exported
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     pairs = [

@@ -109,7 +109,7 @@ def test_the_newest_checkpoints_are_kept(unbroken):
     (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, 75, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
-def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(number, code, unbroken, cache, tmp_path):
+def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(number, code, unbroken, cache, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, cache)
     wait_for_step(workdir, 4, process)
@@ -137,9 +137,7 @@ def test_a_run_that_is_ended_and_continued_equals_an_unbroken_one_to_the_bit(num
 @pytest.mark.parametrize("number, code", [
     (signal.SIGTERM, 75), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
-def test_a_run_whose_batches_are_made_by_processes_ends_and_continues_like_any_other(
-    number, code, unbroken, cache, tmp_path
-):
+def test_a_run_with_loader_processes_ends_and_resumes_like_any_other(number, code, unbroken, cache, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, cache, "--config.data.num_loaders=2", start_new_session=True)
     wait_for_step(workdir, 5, process)
@@ -174,7 +172,7 @@ def _children(pid):
 
 
 @pytest.mark.slow
-def test_a_synced_reference_the_state_of_an_objective_and_rounding_live_through_a_kill(cache, tmp_path):
+def test_a_synced_reference_the_state_of_an_objective_and_rounding_survive_a_kill(cache, tmp_path):
     options = (
         *("--config.objective.name=bco", "--config.reference.sync_every=4"),
         # Rounding by chance must go on as it would have, too.
@@ -251,7 +249,7 @@ def test_what_cannot_be_used_is_refused_before_a_step_is_taken(argument, message
     assert not workdir.exists()
 
 
-def test_a_missing_config_is_said(capsys):
+def test_a_missing_config_is_refused(capsys):
     assert "--config is missing" in refused(capsys)
     assert "configs/none.py" in refused(capsys, "--config=configs/none.py")
 
@@ -259,7 +257,7 @@ def test_a_missing_config_is_said(capsys):
 @pytest.mark.parametrize("text, message", [
     ("import no_such_module", "no_such_module"), ("def get_config(:", "SyntaxError"), ("x = y", "NameError"),
 ])  # fmt: skip
-def test_a_config_file_that_fails_is_said(text, message, capsys, tmp_path):
+def test_a_config_file_that_raises_is_refused(text, message, capsys, tmp_path):
     (tmp_path / "broken.py").write_text(text)
     assert message in refused(capsys, f"--config={tmp_path / 'broken.py'}")
 
@@ -305,15 +303,13 @@ def contents(folder):
     ("--config.data.max_length=63", "config.data.max_length: was 64, is 63"),
     ("--config.samples.temperature=0.5", "config.samples.temperature: was 1.0, is 0.5"),
 ])  # fmt: skip
-def test_another_run_in_the_same_folder_is_refused_and_nothing_is_written_over(argument, message, unbroken, capsys):
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_overwritten(argument, message, unbroken, capsys):
     before = contents(unbroken)
     assert message in refused(capsys, *TINY, f"--workdir={unbroken}", argument)
     assert contents(unbroken) == before
 
 
-def test_a_run_that_was_begun_before_there_were_some_fields_is_continued_with_their_defaults(
-    unbroken, capsys, tmp_path
-):
+def test_a_run_that_predates_some_fields_is_resumed_with_their_defaults(unbroken, capsys, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
     recorded = {name: json.loads((workdir / f"{name}.json").read_text()) for name in ("config", "model")}

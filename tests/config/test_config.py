@@ -118,7 +118,7 @@ def test_a_fraction_is_not_an_integer_and_a_truth_value_is_not_a_number():
             resolve(config)
 
 
-def test_missing_model_and_data_are_said():
+def test_missing_model_and_data_are_refused():
     with pytest.raises(ConfigError, match=r"config.model.path=''"):
         resolve(default_config())
 

@@ -18,5 +18,5 @@ def test_every_config_says_how_it_is_run_on_what_and_what_to_expect(path):
     assert "Expect" in docstring
 
 
-def test_no_dump_stands_without_its_config():
+def test_every_dump_belongs_to_a_config():
     assert {path.stem for path in GOLDEN.iterdir()} == {path.stem for path in CONFIGS}

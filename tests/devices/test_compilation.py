@@ -94,7 +94,7 @@ def test_each_shape_is_compiled_once():
     assert traced == [(2,), (3,)]
 
 
-def test_what_was_begun_is_what_the_call_uses(monkeypatch):
+def test_a_call_uses_the_program_that_is_being_compiled(monkeypatch):
     function, traced = count_traces()
     compiled, compile_one = [], Program._compile
     monkeypatch.setattr(Program, "_compile", lambda *these: (compiled.append(these), compile_one(*these)))
@@ -128,7 +128,7 @@ def test_compiling_happens_in_the_background():
     assert threads[0] is not threading.main_thread()
 
 
-def test_what_goes_wrong_in_the_background_is_raised_by_the_call():
+def test_errors_of_background_compilation_are_raised_by_the_call():
     @jax.jit
     def function(state, batch):
         raise ValueError("no such program")

@@ -39,7 +39,7 @@ def join(monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [{}, {"SLURM_NTASKS": "8"}, {"SLURM_STEP_NODELIST": "node1"}])
-def test_one_process_looks_for_nobody(join, variables):
+def test_one_process_waits_for_no_other(join, variables):
     assert join(variables) == []
 
 
@@ -56,7 +56,7 @@ def test_a_tpu_outside_of_any_cluster_is_used_alone(join):
     assert len(join({}, has_tpu=True, error=ValueError("coordinator_address should be defined."))) == 1
 
 
-def test_one_process_can_be_asked_for(join):
+def test_one_process_can_be_requested(join):
     assert join(STEP, has_tpu=True, count=1) == []
 
 
@@ -71,7 +71,7 @@ def test_fewer_processes_than_there_must_be_are_refused(join):
         join({}, count=2)
 
 
-def test_alone_every_word_is_ones_own():
+def test_with_one_process_broadcasts_and_gathers_return_its_own_values():
     assert processes.tell("word") == ["word"]
     assert processes.as_first_says(True) and not processes.as_first_says(False)
     assert processes.number_of_first(7) == 7

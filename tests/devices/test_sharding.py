@@ -72,7 +72,7 @@ def test_a_sequence_axis_with_more_devices_than_heads_is_refused():
         check_heads(32, 8, {"tensor": 1, "sequence": 6})
 
 
-def test_parameters_lie_by_their_logical_axes():
+def test_parameters_are_sharded_by_their_logical_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = {"w": jax.ShapeDtypeStruct((3, 8, 4), np.float32)}
     layout = shardings(mesh, {"w": ("layers", "embed", "mlp")}, abstract)

@@ -48,7 +48,7 @@ def test_slurm_refuses_gpus_per_task(machine):
     assert slurm_job(machine, 0, SLURM_GPUS_PER_TASK="1") == (2, [])
 
 
-def test_slurm_script_given_to_sbatch_itself_says_so(machine):
+def test_a_slurm_script_given_to_sbatch_directly_is_refused(machine):
     copy = shutil.copy(LAUNCH / "slurm.sh", machine.folder / "slurm_script")
     code, _, err = machine.run(str(copy), "--", "python", SLURM_JOB_ID="17")
     assert code == 2 and err.startswith("error: sbatch was called on this file. Allowed: ")

@@ -51,7 +51,7 @@ def test_gradients_equal_those_of_the_dense_form(chunk_size, softcap):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_lies_as_a_table_gives_the_same():
+def test_a_head_stored_as_a_table_gives_the_same():
     hidden, head, targets = random_head()
     function = jax.value_and_grad(
         lambda w, axes: jnp.sum(token_logps(hidden, w, targets, head_axes=axes, chunk_size=5))
@@ -130,7 +130,7 @@ def test_kept_logits_give_the_same_gradients_with_one_product_less(softcap):
 
 
 @pytest.mark.parametrize("dtype, highest", [(jnp.float32, True), (jnp.bfloat16, False)])
-def test_float32_products_are_asked_for_in_full(dtype, highest):
+def test_float32_products_request_full_precision(dtype, highest):
     hidden, head, targets = random_head()
     function = jax.value_and_grad(lambda h, w: jnp.sum(token_logps(h, w, targets, kept_logits=0)), (0, 1))
     jaxpr = jax.make_jaxpr(function)(hidden.astype(dtype), head.astype(dtype)).jaxpr

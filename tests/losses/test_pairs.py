@@ -160,7 +160,7 @@ def test_a_bounded_count_makes_the_running_mean_forget():
     ({"variant": "robust", "label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
     ({"label_smoothing": -0.1}, r"must be in \[0, 1.0\)"),
 ])  # fmt: skip
-def test_what_dpo_cannot_do_is_refused_in_words(options, said):
+def test_options_that_dpo_cannot_use_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         dpo(1, 0, **options)
 

@@ -45,7 +45,7 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(advantages, row(3.25, 4.5, 7.0))
 
 
-def test_discount_and_trace_are_told_apart():
+def test_discount_and_trace_have_different_effects():
     rewards, estimates = row(0, 10), row(1, 2)
     np.testing.assert_allclose(losses.generalized_advantages(rewards, estimates, discount=0.5, trace=0.0), row(0, 8))
     np.testing.assert_allclose(losses.generalized_advantages(rewards, estimates, discount=0.5, trace=1.0), row(4, 8))
@@ -59,7 +59,7 @@ def test_with_a_full_trace_the_advantage_is_what_is_still_to_come_less_the_value
     np.testing.assert_allclose(advantages, to_come - estimates, rtol=1e-5, atol=1e-5)
 
 
-def test_masked_tokens_are_stepped_over():
+def test_masked_tokens_are_skipped():
     where = jnp.array([[False, True, False, True, True, False]])
     rewards, estimates = row(9, 1, 9, 2, 3, 9), row(9, 4, 9, 5, 6, 9)
     advantages = losses.generalized_advantages(rewards, estimates, where=where)

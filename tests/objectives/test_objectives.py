@@ -127,7 +127,7 @@ def test_variants_of_kto_are_its_reference_points():
     np.testing.assert_array_equal(make(variant="simple").reference_point(seen), [[0.0, 5.0, 0.0, 5.0]])
 
 
-def test_the_loss_of_a_pair_lies_in_the_slot_of_its_chosen_completion():
+def test_the_loss_of_a_pair_is_in_the_slot_of_its_chosen_completion():
     seen = completions([[-20.0, -24.0, -9.0, -9.0]], [[-21.0, -22.0, -8.0, -8.0]], [[True, False, True, False]])
     np.testing.assert_allclose(make("dpo").loss(seen, jnp.array(0.0), {}), [[0.5544, 0, 0.6931, 0]], atol=1e-4)
     np.testing.assert_array_equal(make("dpo").counts(seen.filled, seen.desirable), [[True, False, True, False]])

@@ -47,7 +47,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(transformers
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sizes_are_never_taken_for_granted(name):
+def test_sizes_have_no_defaults(name):
     with pytest.raises(ConfigError, match=f"lacks {', '.join(SIZES)}"):
         read_config_json({"model_type": name})
 
@@ -112,7 +112,7 @@ def test_logits_of_packed_rows_are_those_of_transformers_row_by_row(torch, pair,
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_gradients_by_every_parameter_are_those_of_transformers(torch, pair, name):
+def test_gradients_of_every_parameter_equal_those_of_transformers(torch, pair, name):
     both = pair(name)
     both.theirs.zero_grad()
     for sequence in both.sequences:

@@ -79,7 +79,7 @@ def test_an_all_reduce_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
     assert found["all-reduce"] == Collective("all-reduce", (), 4, 2 * 256 * 4, False)
 
 
-def test_what_goes_between_slices_is_told_apart():
+def test_collectives_between_slices_are_distinguished():
     found = find_collectives(BETWEEN_SLICES, num_devices=8, num_slices=2)
     assert found == [
         Collective("all-reduce", (), 2, 64 * 8 * 128 * 4, True, True),

@@ -51,7 +51,7 @@ def find(compile_rows, numbers=(2, 4, 8, 16, 32)):
 # ------------------------------------------------------------------------------------------------ the search
 
 
-def test_rows_are_doubled_until_they_leave_no_room():
+def test_rows_are_doubled_until_they_do_not_fit():
     # Half of the host's memory may be taken: 50 GiB.
     assert find(lambda rows: program(rows, 4 * rows * GIB, 9)) == (8, "16 would take 64.00 GiB", [2, 4, 8, 16])
 
@@ -66,15 +66,15 @@ def test_there_are_no_more_rows_than_a_batch_fills():
     assert found == (8, "a batch fills no more", [1, 2, 4, 8])
 
 
-def test_where_none_leaves_room_the_fewest_rows_are_given_back():
+def test_if_none_fits_the_fewest_rows_are_returned():
     assert find(lambda rows: program(rows, 60 * GIB, 9)) == (2, "the mesh can share no fewer", [2])
 
 
-def test_devices_that_share_a_row_get_the_only_number_there_is():
+def test_devices_that_share_a_row_get_the_only_possible_number():
     assert find(lambda rows: program(rows, GIB, 9), [4]) == (4, "devices that share a row take one at a time", [4])
 
 
-def test_what_another_process_has_no_room_for_does_not_fit(monkeypatch):
+def test_a_program_that_does_not_fit_on_another_process_does_not_fit(monkeypatch):
     monkeypatch.setattr(fitting.processes, "tell", lambda word: [word, "False"])
     assert find(lambda rows: program(rows, GIB, 9))[0] == 2
 
@@ -91,11 +91,11 @@ def test_a_device_of_its_own_is_filled_further_than_the_memory_of_a_host():
     (MeshConfig(tensor=8), [1, 2, 4]),
     (MeshConfig(data=4, sequence=2), [4]),
 ])  # fmt: skip
-def test_the_numbers_that_are_tried_are_those_that_the_mesh_can_share(sizes, numbers):
+def test_only_numbers_that_the_mesh_can_shard_are_tried(sizes, numbers):
     assert list(itertools.islice(fitting.candidates(Config(mesh=sizes), 8), 3)) == numbers
 
 
-def test_the_memory_of_a_container_is_what_its_control_group_may_take(tmp_path):
+def test_the_memory_of_a_container_is_the_limit_of_its_control_group(tmp_path):
     group = tmp_path / "memory.max"
     installed = host_memory(group)
     assert installed == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -106,7 +106,7 @@ def test_the_memory_of_a_container_is_what_its_control_group_may_take(tmp_path):
 
 
 @pytest.mark.parametrize("given", [0, -8, "most", 1.5, True])
-def test_other_words_and_numbers_below_one_are_no_rows(given):
+def test_other_texts_and_numbers_below_one_are_refused(given):
     values = default_config()
     values.model.path = values.data.train = "x"
     values.microbatch_rows = given
@@ -173,7 +173,7 @@ def test_rows_are_found_by_compiling_for_the_longest_rows(inputs, tmp_path, monk
     (12, 32, [8, 16, 32, 64]),  # cannot be shared by 8 devices
     (64, 32, [64, 8, 16, 32, 64]),  # does not fit
 ])  # fmt: skip
-def test_a_continued_run_keeps_its_rows_where_it_can(before, rows, tried, inputs, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_rows_if_it_can(before, rows, tried, inputs, tmp_path, monkeypatch):
     assert settle(inputs, tmp_path, monkeypatch, growing, before) == (rows, tried)
 
 
@@ -187,7 +187,7 @@ def test_processes_on_one_host_share_its_memory(inputs, tmp_path, monkeypatch):
     assert settle(inputs, tmp_path, monkeypatch, growing) == (16, [8, 16, 32])
 
 
-def test_a_run_that_leaves_little_room_is_tried_with_the_fewest_rows(inputs, tmp_path, monkeypatch):
+def test_a_run_with_little_memory_is_tried_with_the_fewest_rows(inputs, tmp_path, monkeypatch):
     needs_much = lambda config, *_, **__: program(config.microbatch_rows, 60 * GIB, 9)  # noqa: E731
     assert settle(inputs, tmp_path, monkeypatch, needs_much) == (8, [8])
 
@@ -226,7 +226,7 @@ def test_a_plan_finds_the_rows_too(in_the_project, monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_writes_down_its_rows_and_is_continued_with_them(in_the_project, tmp_path, capsys):
+def test_a_run_records_its_rows_and_is_resumed_with_them(in_the_project, tmp_path, capsys):
     run = tmp_path / "run"
     command = [
         f"--workdir={run}",

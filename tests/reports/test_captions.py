@@ -54,7 +54,7 @@ def test_the_classes_have_the_names_of_what_the_objective_reads(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_words_of_its_own(name):
+def test_every_objective_has_its_own_captions(name):
     """A new objective needs a line in the tables of captions.py."""
     objective = make(name)
     assert captions_of(name, objective).loss != captions.Captions.loss

@@ -88,7 +88,7 @@ def test_rows_without_the_fields_or_with_a_rating_already_are_refused(exported, 
         list(score_rows(RewardModel(model, params, tokenizer), places([row]), DataConfig(), batch_size=2))
 
 
-def test_ratings_of_a_configuration_are_not_written_over(exported, tmp_path):
+def test_ratings_of_a_configuration_are_not_overwritten(exported, tmp_path):
     rated = write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A", "score": 2}])
     with pytest.raises(ConfigError, match=r"a.jsonl:1 has a field 'score' already"):
         list(completions_to_score(DataConfig(train=str(rated), format="scores"), "score"))

@@ -87,7 +87,7 @@ def test_a_long_prompt_beside_a_short_one_leaves_it_alone():
     assert complete([PROMPTS[1], PROMPTS[4]], temperature=0)[0] == complete([PROMPTS[1]], temperature=0)[0]
 
 
-def test_rows_with_the_same_prompt_draw_apart_and_the_same_key_draws_the_same():
+def test_rows_with_the_same_prompt_draw_independently_and_the_same_key_draws_the_same():
     drawn = complete([[1, 5]] * 4)
     assert len({tuple(completion) for completion in drawn}) == 4
     assert complete([[1, 5]] * 4) == drawn

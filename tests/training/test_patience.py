@@ -37,7 +37,7 @@ def test_no_patience_never_ends_a_run():
     assert not after(0.1, 0.2, 0.3, 0.4, patience=0).is_exhausted
 
 
-def test_why_a_run_ended_is_said_with_its_figures():
+def test_why_a_run_ended_is_reported_with_its_figures():
     assert after(0.3, 0.4, 0.5).describe() == (
         "stopped early after step 3: eval_loss was best after step 1 (0.3), and not better in the last 2 evaluations "
         "(config.evaluation.patience=2)"

@@ -41,7 +41,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_waits_and_a_second_one_ends_at
         assert process.stderr.read() == "stopped at once\n"
 
 
-def test_outside_the_steps_ctrl_c_ends_the_process_and_says_so(capfd):
+def test_outside_the_steps_ctrl_c_ends_the_process_with_a_message(capfd):
     with pytest.raises(KeyboardInterrupt), Preemption():
         signal.raise_signal(signal.SIGINT)
     assert capfd.readouterr().err == "stopping; press again to stop now\n"
@@ -62,7 +62,7 @@ def test_during_the_steps_a_signal_is_remembered(number, code):
         assert asked.exit_code == code
 
 
-def test_a_process_under_nohup_goes_on_when_its_terminal_closes():
+def test_a_process_under_nohup_continues_when_its_terminal_closes():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Preemption() as asked, asked.deferred():

@@ -112,7 +112,7 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-def test_a_killed_build_is_gone_on_with_and_leaves_no_process_and_no_folder(start, sources, tmp_path_factory):
+def test_a_killed_build_is_resumed_and_leaves_no_process_and_no_folder(start, sources, tmp_path_factory):
     killed = start(0.1)
     for _ in range(6):  # into the second file
         assert killed.stdout.readline() == "chunk\n"
@@ -168,7 +168,7 @@ def test_wherever_a_build_is_interrupted_the_index_is_the_same(
 
 
 @pytest.mark.parametrize("damage", ["cut", "unreadable"])
-def test_progress_that_does_not_fit_its_files_is_begun_anew(make_index, sources, monkeypatch, damage):
+def test_a_build_whose_progress_does_not_match_its_files_is_restarted(make_index, sources, monkeypatch, damage):
     digest = build(make_index, sources).manifest["content_sha256"]
     (final,) = (sources / "indices").iterdir()
     folder = final.with_name(f"building-{final.name}") / "index"

@@ -125,7 +125,7 @@ def test_a_host_killed_while_publishing_leaves_nothing_readable_and_publishes_ag
     assert finish(waiting)[0][0].split()[:2] == again[-1].split()[:2]
 
 
-def test_a_disk_that_is_lost_with_its_host_is_no_loss(host, tmp_path):
+def test_a_host_with_an_empty_disk_copies_the_index_from_the_store(host, tmp_path):
     killed = host("first", pause=0.5)
     for _ in range(4):
         killed.stdout.readline()
@@ -251,7 +251,7 @@ def test_a_waiting_host_uses_an_index_that_another_process_brought_to_its_disk(m
     assert len(calls) == 3
 
 
-def test_a_store_that_cannot_be_used_is_said_before_anything_is_built(make, memory, monkeypatch, tmp_path):
+def test_an_unusable_store_is_refused_before_anything_is_built(make, memory, monkeypatch, tmp_path):
     def refuse(*_):
         raise PermissionError("your account may only read")
 

@@ -378,7 +378,7 @@ def test_fields_may_be_dotted_paths():
     assert record == Feedback("Q?", "A.", True, 2.0, "a:1")
 
 
-def test_words_for_roles_are_mapped_in_every_layout():
+def test_role_names_are_mapped_in_every_layout():
     roles = {"customer": "user", "bot": "assistant", "human": "system"}
     said_by = [{"role": "customer", "content": "Q?"}, {"role": "bot", "content": "A."}]
     _, (record,) = read([{"messages": said_by, "label": True}], roles=roles)

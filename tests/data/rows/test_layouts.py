@@ -136,7 +136,7 @@ def test_conversations_that_are_not_of_one_prompt_are_rejected(tmp_path, row, re
     assert isinstance(bad, Rejection) and bad.reason.startswith(reason)
 
 
-def test_a_prompt_that_is_asked_for_by_name_must_be_in_the_file(tmp_path):
+def test_a_configured_prompt_field_must_be_in_the_file(tmp_path):
     row = {"promt": "Q", "chosen": f"{HH} No.", "rejected": f"{HH} Yes."}
     with pytest.raises(ConfigError, match=r"no column 'question'.*Set config.data.prompt_field"):
         read(tmp_path / "a.jsonl", row, format="pairs", prompt_field="question")

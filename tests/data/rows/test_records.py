@@ -179,7 +179,7 @@ def test_a_hub_set_is_streamed_into_a_file_that_reads_as_any_other(tmp_path):
     assert [record.desirable for record in read(tmp_path / "rows.jsonl")] == [True, False]
 
 
-def test_a_hub_set_that_cannot_be_read_is_said_and_leaves_no_file(tmp_path):
+def test_an_unreadable_hub_dataset_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         files.fetch_hub(f"hub:{tmp_path}/nothing/train", tmp_path / "rows.jsonl")
     with pytest.raises(ConfigError, match="hub:org/name/split"):

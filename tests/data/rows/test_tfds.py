@@ -110,7 +110,7 @@ def test_a_source_without_name_or_split_is_refused(source, cache):
         expand(source)
 
 
-def test_a_set_that_cannot_be_read_is_said_and_leaves_no_file(prepared, tmp_path, cache):
+def test_an_unreadable_dataset_is_refused_and_leaves_no_file(prepared, tmp_path, cache):
     for source in (f"tfds-dir:{tmp_path}/nothing", f"tfds-dir:{prepared}/thumbs/1.0.0:nosuch"):
         with pytest.raises(ConfigError, match=r"cannot be read: .*must be prepared as ArrayRecord"):
             expand(source)

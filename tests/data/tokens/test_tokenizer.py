@@ -340,7 +340,7 @@ def test_completions_end_as_the_chat_template_ends_the_assistants_turn(tmp_path,
     assert [encoder.token(i) for i in plain.stop_ids] == [eos]
 
 
-def test_the_eos_that_is_asked_for_ends_completions_and_becomes_the_tokenizers_own(tmp_path):
+def test_the_configured_eos_ends_completions_and_becomes_the_tokenizers_own(tmp_path):
     import transformers
 
     model = chat_model(tmp_path / "model", CHATML, "<|endoftext|>")
@@ -367,7 +367,7 @@ def test_the_eos_that_is_asked_for_ends_completions_and_becomes_the_tokenizers_o
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path, change, message):
+def test_an_unusable_tokenizer_is_refused_and_nothing_is_written(tmp_path, change, message):
     shutil.copytree(TINY_MODEL, tmp_path / "model")
     change(tmp_path / "model")
     with pytest.raises(ConfigError, match=message):
