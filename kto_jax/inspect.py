@@ -1,7 +1,7 @@
 """Explains the feedback of a run: `python -m kto_jax.inspect --config=configs/quickstart.py --rows=4`.
 
 Builds the index that training would read, or reopens it, and prints what was read, what was rejected and where, what
-the splits and labels hold, how long the rows are, which λ the counts ask for, and some rows as they are trained on.
+the splits and labels hold, how long the rows are, suggested λ, and some rows as they are trained on.
 No device is touched.
 """
 
@@ -43,7 +43,7 @@ _ENCODING = {
     "thought": "behind an opened thought, without one: {} thought closed",
     "token": "control tokens {} kept",
 }
-"""What each kind of count in the manifest's "encoding" says; docs/data.md explains the rules."""
+"""Descriptions of the counts in the manifest's "encoding"; docs/data.md explains the rules."""
 _NUM_BINS = 10
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -70,7 +70,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 2 where the configuration or the feedback cannot be used."""
+    """Runs the command; returns its exit code: 2 if the configuration or the feedback cannot be used."""
     return run_command(inspect, Options, str(__doc__), arguments)
 
 
@@ -122,7 +122,7 @@ def as_json(index: Index) -> dict[str, Any]:
 
 
 def warnings(index: Index, config: Config) -> list[str]:
-    """What the objective leaves out of the completions to train on, in sentences."""
+    """Sentences on the completions that the objective does not train on."""
     name, reads = config.objective.name, check_objective(config.objective).reads
     train = index.sequences("train")
     if reads == "pairs":
@@ -142,14 +142,14 @@ def warnings(index: Index, config: Config) -> list[str]:
 
 
 def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, console: Console) -> None:
-    """Prints all there is to say of an index.
+    """Prints the explanation of an index.
 
     Args:
       index: what to explain.
       tokenizer: its tokenizer.
-      config: the run; its limits decide what of a row is trained on.
+      config: the run; its limits decide which part of a row is trained on.
       num_rows: how many rows to print, drawn from those to train on by `config.seed`.
-      console: where to.
+      console: where to print.
     """
     manifest = index.manifest
     console.print(Text(f"index {index.directory}", "dim"), soft_wrap=True)
@@ -168,7 +168,7 @@ def show(index: Index, tokenizer: TokenizerInfo, config: Config, num_rows: int, 
 
 
 def histogram(title: str, values: np.ndarray) -> Table:
-    """Bars of text: ten steps of equal width up to the 99th percentile, and what lies beyond.
+    """Text bars: bins of equal width up to the 99th percentile, and one for all larger values.
 
     Args:
       title: what is counted.
@@ -186,11 +186,11 @@ def histogram(title: str, values: np.ndarray) -> Table:
 
 
 def bars(title: str, counts: Mapping[str, int]) -> Table:
-    """One bar of text for each count, the longest of them full."""
+    """One text bar for each count; the largest count has a full bar."""
     table = _table(title, "", ("", "right"), "")
     most = max([1, *counts.values()])
     for name, count in counts.items():
-        # Whatever is there at all has a bar that can be seen.
+        # Every nonzero count has a visible bar.
         eighths = max(round(8 * _BAR_WIDTH * count / most), min(count, 1))
         table.add_row(name, f"{count:,}", Text("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip(), "cyan"))
     return table
@@ -228,7 +228,7 @@ def _tables(manifest: Mapping[str, Any]) -> list[Table]:
 
 
 def _mixture(manifest: Mapping[str, Any]) -> list[Table]:
-    """What each source brings to an epoch, where there are several."""
+    """What each source contributes to an epoch, if there are several."""
     counts, shares = ("desirable", "undesirable", "pairs"), ("completions", "pairs")
     columns = ("weight", *counts, *(f"share of {kind}" for kind in shares))
     table = _table("an epoch of the sources to train on", "name", *((name, "right") for name in columns))
@@ -251,7 +251,7 @@ def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
 
 
 def _skips(manifest: Mapping[str, Any]) -> list[Table]:
-    """What was left out without being wrong."""
+    """Rows that were skipped without an error."""
     table = _table("skipped", "reason", ("rows", "right"))
     for reason, count in manifest.get("skips", {}).items():
         table.add_row(_visible(reason), f"{count:,}")
@@ -259,7 +259,7 @@ def _skips(manifest: Mapping[str, Any]) -> list[Table]:
 
 
 def _encoding(manifest: Mapping[str, Any]) -> list[Table]:
-    """How completions became tokens, and what of them did not stay text."""
+    """How completions were encoded, and which control tokens were kept."""
     table = _table("completions", "", ("", "right"))
     for kind, counts in manifest.get("encoding", {}).items():
         for name, count in counts.items():
@@ -279,7 +279,7 @@ def _scores(manifest: Mapping[str, Any]) -> list[Table]:
 
 
 def _weights(desirable: int, undesirable: int, config: Config) -> Text:
-    """Which λ the counts of an epoch ask for."""
+    """The λ that the counts of an epoch suggest."""
     text = Text(f"{desirable:,} desirable and {undesirable:,} undesirable rows to train on ", "bold")
     if not desirable or not undesirable:
         return text.append("are of one label: thumbs need both, and λ cannot make up for it.")
@@ -334,7 +334,7 @@ def _row(index: Index, tokenizer: TokenizerInfo, config: Config, row: int) -> Gr
 
 
 def _decode(tokenizer: TokenizerInfo, ids: np.ndarray) -> str:
-    """The text of ids, special tokens and all: what the model reads."""
+    """The text of ids, including special tokens: what the model reads."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
@@ -342,7 +342,7 @@ def _decode(tokenizer: TokenizerInfo, ids: np.ndarray) -> str:
 
 
 def _visible(text: str) -> str:
-    """Control characters spelt out: somebody's text must not steer the terminal."""
+    """Text with control characters spelled out, so that it cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

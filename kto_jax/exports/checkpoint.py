@@ -29,7 +29,7 @@ class Exported:
       step: steps that were taken.
       is_adapter: whether it holds adapters alone.
       dtype: of the weights.
-      rounding: what rounding to that dtype changes; None for adapters, which are never rounded.
+      rounding: the effect of rounding to that dtype; None for adapters, which are never rounded.
     """
 
     folder: Path
@@ -42,12 +42,12 @@ class Exported:
 def export_checkpoint(
     run: Path, folder: Path | None = None, *, step: str = "last", dtype: str = "auto", merge: bool = False
 ) -> Exported:
-    """Writes a checkpoint as a directory that transformers opens; of adapters as one that peft opens.
+    """Writes a checkpoint as a directory that transformers opens, or peft if it holds adapters.
 
     Args:
       run: the folder of a run.
-      folder: where to; an earlier export there is replaced. None is RUN/exports/STEP.
-      step: "last", "best" (of the held-out figure that the run chose by) or a number.
+      folder: where to write; an earlier export there is replaced. None is RUN/exports/STEP.
+      step: "last", "best" (by the run's evaluation.metric) or a number.
       dtype: of the weights; "auto" is that of the run's policy/.
       merge: write a run of adapters as a whole model.
 
@@ -92,13 +92,13 @@ def _base(settings: dict[str, Any]) -> tuple[str | None, Path | None]:
 
 
 def _dtype(settings: dict[str, Any]) -> str:
-    """The dtype of the run's policy/; of a run before that could be set, the dtype that it trained in."""
+    """The dtype of the run's policy/; for a run that predates this setting, the dtype that it trained in."""
     chosen = settings.get("export", {}).get("dtype", "auto")
     return str(settings["model"].get("param_dtype", "float32") if chosen == "auto" else chosen)
 
 
 def _stop_ids(run: Path) -> tuple[int, ...]:
-    """The ids that end a completion, besides those that the model names."""
+    """The ids that end a completion, besides those in the model's config."""
     import tokenizers
 
     eos_id = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["eos_id"]

@@ -220,7 +220,7 @@ def fill(
       num_microbatches: M.
       microbatch_rows: R, over all hosts.
       rows: contiguous range of the R rows to fill.
-      shape: what a row has room for.
+      shape: capacity of a row.
 
     Returns:
       NumPy arrays [M, requested rows, …]; rows without sequences have segment ids 0.

@@ -1,7 +1,7 @@
-"""Which layout the rows of a file have: `data.layout="auto"` looks at the first of them.
+"""Detects the layout of a file's rows: `data.layout="auto"` looks at the first ones.
 
-A layout fits if most of the rows look like it. If one fits, it is chosen and reported; if several fit, the choice is
-the user's; if none does, "fields" says which columns it needs.
+A layout fits if most of the rows look like it. If one fits, it is chosen and reported. If several fit, the choice is
+the user's. If none does, "fields" reports the columns that it needs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Seen:
     """The first rows of a file.
 
     Attributes:
-      rows: those that are objects.
-      place: of the first of them; "" if there is none.
+      rows: the rows that are objects.
+      place: of the first row; "" if there is none.
     """
 
     rows: list[Fields]
@@ -41,7 +41,7 @@ class Seen:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of all rows, in the order in which they are met."""
+        """The columns of all rows, in order of first occurrence."""
         return list(dict.fromkeys(str(name) for row in self.rows for name in row))
 
     def holds(self, names: str | tuple[str, ...]) -> bool:
@@ -56,7 +56,7 @@ class Seen:
 
 
 def look(rows: Iterable[tuple[str, Any]], data: DataConfig) -> tuple[Seen, Rows]:
-    """The first rows, and all rows with them; if the layout is set, no more than needed, since a pipe may be slow."""
+    """The first rows, and all rows including them; if the layout is set, as few as needed, since a pipe may be slow."""
     rows, first = iter(rows), []
     for place, fields in rows:
         first.append((place, fields))
@@ -68,9 +68,9 @@ def look(rows: Iterable[tuple[str, Any]], data: DataConfig) -> tuple[Seen, Rows]
 
 
 def needed_columns(data: DataConfig) -> list[str | tuple[str, ...]]:
-    """The columns that the layout "fields" needs beside the template's; of a tuple, one is enough."""
+    """The columns that the layout "fields" needs besides the template's; of a tuple, one is enough."""
     needed = [getattr(data, f"{key}_field") for key in NEEDED[data.format]]
-    # Chosen and rejected may hold the prompt; a column that is asked for by name must be there.
+    # Chosen and rejected may hold the prompt; a column that is configured must be there.
     may_lack = data.prompt_template or (data.format == "pairs" and data.prompt_field == "prompt")
     return needed if may_lack else [data.prompt_field, *needed]
 
@@ -99,7 +99,7 @@ def fitting(seen: Seen, data: DataConfig) -> list[Fit]:
 
 
 def choose_layout(seen: Seen, data: DataConfig) -> str:
-    """The layout to read the rows by: the one that is set, or the one that they look like, which is then reported.
+    """The layout that reads the rows: the configured one, or the detected one, which is then reported.
 
     Raises:
       ConfigError: several layouts fit.
@@ -126,13 +126,13 @@ def choose_layout(seen: Seen, data: DataConfig) -> str:
 
 
 def alternatives(fits: list[Fit], data: DataConfig) -> list[Fit]:
-    """The layouts and formats that rows fit, if they do not fit those that they are read by."""
+    """The layouts and formats that the rows fit, if they do not fit the current ones."""
     if (data.layout, data.format) in fits:
         return []
-    every = ("fields", "demonstrations")  # It fits whatever has a completion.
+    every = ("fields", "demonstrations")  # It fits any row with a completion.
     return [fit for fit in fits if fit != every] or fits
 
 
 def suggestion(fits: list[Fit]) -> str:
-    """The settings by which rows could be read, in words; "" if there are none."""
+    """A sentence with the settings that would read the rows; "" if there are none."""
     return " or ".join(f"config.data.layout={one!r} with config.data.format={two!r}" for one, two in fits[:3])

@@ -1,6 +1,6 @@
 """Rows of JSON files: one object a line, a list of objects, or objects over many lines.
 
-Lines and rows are cut in bytes, so that a broken row costs only itself and a file of any size takes the memory of one.
+Lines and rows are split as bytes, so that a broken row affects no other, and a file takes the memory of one row.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MAX_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
 _SNIFFED_BYTES = 4096
 _WRAPPERS = ("data", "rows", "items", "records", "examples", "results", "feedbacks", "conversations", "traces", "runs")
-"""Names under which a program's answer holds a list of rows."""
+"""Keys under which an API response holds a list of rows."""
 
 
 def jsonl_rows(stream: Any, name: str) -> Iterator[Row]:
-    """The rows of a file of one object a line; of a list that only has this ending, its rows."""
-    with contextlib.suppress(EOFError, OSError):  # Reading the lines says what is wrong.
+    """The rows of a file of one object per line, or of a list in a file with this ending."""
+    with contextlib.suppress(EOFError, OSError):  # Reading the lines reports the error.
         if re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", stream.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES]):
             yield from json_rows(stream, name)
             return
@@ -73,7 +73,7 @@ _INSIDE = re.compile(rb'"|\\.', re.DOTALL)
 
 
 def json_rows(stream: Any, name: str) -> Iterator[Row]:
-    """The rows of a .json file: of a list, of objects one after the other, or of the list in a single object.
+    """The rows of a .json file: a list, objects one after another, or the list in a single object.
 
     Raises:
       ConfigError: the file begins otherwise.
@@ -88,7 +88,7 @@ def json_rows(stream: Any, name: str) -> Iterator[Row]:
     elif first.startswith(b"{") and _is_over_many_lines(first):
         yield from _unwrapped(_cut(stream, name, in_list=False))
     elif first.startswith(b"{"):
-        # Many sets give files of one object a line this ending.
+        # Many datasets use this ending for files of one object per line.
         yield from _lines(stream, name)
     else:
         raise ConfigError(
@@ -98,11 +98,11 @@ def json_rows(stream: Any, name: str) -> Iterator[Row]:
 
 
 def _is_over_many_lines(start: bytes) -> bool:
-    """Whether an object goes on behind its first line, as indented JSON does."""
+    """Whether an object continues after its first line, as in indented JSON."""
     line, newline, rest = start.partition(b"\n")
     if not newline:
         return False
-    # Indented JSON breaks its lines behind brackets and commas, and a line of JSONL ends in a whole object.
+    # Indented JSON breaks lines after brackets and commas, and a line of JSONL ends in a complete object.
     return line.rstrip()[-1:] in b"{[," and rest.lstrip()[:1] not in b"{"
 
 
@@ -120,7 +120,7 @@ def _unwrapped(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _cut(stream: IO[bytes], name: str, *, in_list: bool) -> Iterator[Row]:
-    """Cuts a list at its outermost commas, or objects behind their last bracket, so that each is parsed by itself."""
+    """Splits a list at its outermost commas, or objects after their last bracket, so that each is parsed separately."""
     buffer = b""
     # Of a list, depth is -1 outside and 0 between its rows; of objects one after the other, 0 between them.
     number, depth, start, position = 1, -1 if in_list else 0, 0, 0
@@ -151,7 +151,7 @@ def _cut(stream: IO[bytes], name: str, *, in_list: bool) -> Iterator[Row]:
                     return
                 number, too_long = number + 1, False
                 row.clear()
-        # A backslash at the very end belongs to the character that comes next.
+        # A backslash at the end belongs to the next character.
         end = len(buffer) - (inside and position < len(buffer) and buffer.endswith(b"\\"))
         row += buffer[start:end]
         if len(row) > MAX_BYTES:

@@ -1,11 +1,11 @@
-"""Rows that are not trained on: rejected because they cannot be used, or skipped because they are not meant to be."""
+"""Rows that are not trained on: rejected because they cannot be used, or skipped because they need not be."""
 
 from __future__ import annotations
 
 import dataclasses
 
 BLANK = "a blank line"
-"""Why a line without anything is skipped."""
+"""Reason for skipping a blank line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row, or an answer in it, that nobody asked to train on: it has no label, or its label is mapped to None."""
+    """A row, or an answer in it, without feedback: it has no label, or its label is mapped to None."""
 
     reason: str
     place: str

@@ -1,10 +1,10 @@
-"""The sources that a configuration names, each with its own weight and its own way of being read.
+"""The sources that a configuration names, each with its own weight and settings for reading.
 
 An entry of `data.train` or `data.eval` is a source, or a mapping of the source, its weight and settings of its own:
 
     config.data.train = ({"source": "pairs.jsonl", "format": "pairs", "weight": 0.5}, "thumbs.jsonl")
 
-What a weight does: `kto_jax.data.batches.visits`.
+`kto_jax.data.batches.visits` explains weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Source:
       path: what to read: a file, a directory, a glob, or one of the prefixed kinds.
       split: "train" or "eval".
       weight: how often an epoch visits each of its sequences.
-      own: the settings that the entry makes for itself.
+      own: the entry's own settings.
       data: how its records are read: the settings of all sources, overridden by its own.
     """
 
@@ -38,12 +38,12 @@ class Source:
 
     @property
     def scale(self) -> int | None:
-        """Its number where it says itself how its scores are judged; None of all sources that are judged together."""
+        """Its number if it has its own score rule or threshold; None for sources that share a scale."""
         return None if {"score_rule", "score_threshold"}.isdisjoint(self.own) else self.number
 
 
 def sources_of(data: DataConfig) -> list[Source]:
-    """The sources that a configuration names, those to train on first; empty entries are left out."""
+    """The sources that a configuration names, training sources first; empty entries are omitted."""
     found: list[Source] = []
     for split, entries in (("train", data.train), ("eval", data.eval)):
         for entry in [entries] if isinstance(entries, str) else entries:

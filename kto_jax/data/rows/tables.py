@@ -18,7 +18,7 @@ from kto_jax.data.rows.json_rows import MAX_BYTES, Row
 from kto_jax.data.rows.rejection import BLANK, Rejection, Skipped
 
 _SNIFFED_BYTES = 4096
-"""Bytes of a CSV file from which its encoding and separator are told."""
+"""Bytes of a CSV file from which its encoding and separator are detected."""
 _SURROGATES = re.compile("[\udc80-\udcff]")
 
 
@@ -37,7 +37,7 @@ def csv_rows(stream: Any, name: str, separator: str | None = None) -> Iterator[R
     try:
         start = stream.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES]
     except (EOFError, OSError):
-        start = b""  # Reading it says what is wrong.
+        start = b""  # Reading it reports the error.
     encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     # Bytes that are not UTF-8 become surrogates here and reject their own row below, not the file.
     with io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="") as text:
@@ -46,7 +46,7 @@ def csv_rows(stream: Any, name: str, separator: str | None = None) -> Iterator[R
 
 
 def _separator(start: str) -> tuple[str, bool]:
-    """What separates the columns of a CSV file, from its beginning, and whether a first line says so.
+    """The separator of a CSV file, from its first bytes, and whether the first line declares it.
 
     It is a comma unless that would make the header one column, and another separator several.
     """
@@ -93,10 +93,10 @@ def _refuse_repeated(header: list[str], name: str) -> None:
 
 
 def excel_rows(path: Path, name: str) -> Iterator[Row]:
-    """The rows of the first sheet of an Excel workbook that has any; other sheets with rows are named.
+    """The rows of the first sheet of an Excel workbook that has any; a warning names other sheets with rows.
 
     Raises:
-      ConfigError: the file is no workbook, openpyxl is not installed, or a column is named twice.
+      ConfigError: the file is not a workbook, openpyxl is not installed, or a column name occurs twice.
     """
     require("openpyxl", f"data source {name!r}", "save the workbook as CSV")
     import openpyxl
@@ -104,7 +104,7 @@ def excel_rows(path: Path, name: str) -> Iterator[Row]:
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:
-        # The library raises what its parsers raise.
+        # The library raises its parsers' errors.
         raise ConfigError(
             f"{name} cannot be read as Excel: {type(error).__name__}: {str(error)[:200]}. An .xlsx file must be whole. "
             "Save it again, or as CSV."
@@ -139,7 +139,7 @@ def _sheet_rows(rows: Iterator[tuple[Any, ...]], name: str) -> Iterator[Row]:
 
 
 def _cell(value: Any) -> Any:
-    """A cell as CSV would have it where JSON knows no such value: dates and times as text."""
+    """A cell; values that JSON lacks, dates and times, become text as in CSV."""
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
@@ -171,7 +171,7 @@ def columnar_rows(path: Path, name: str, suffix: str) -> Iterator[Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the nulls that Arrow adds: all objects of a column have the keys of all."""
+    """A value without the nulls that Arrow adds to give all objects of a column the same keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

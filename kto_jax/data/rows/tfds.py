@@ -27,7 +27,7 @@ def tfds_file(source: str) -> Path:
         `tfds-dir:path` or `tfds-dir:path:split`, a prepared version's own directory and "train" or another split.
 
     Returns:
-      A JSONL file in the cache. A directory that has changed is read anew.
+      A JSONL file in the cache. A directory that has changed is read again.
 
     Raises:
       ConfigError: the source is misspelt, is not there, or cannot be read without TensorFlow; or tensorflow-datasets
@@ -73,7 +73,7 @@ def fetch_tfds(source: str, path: Path) -> None:
             for row in builder.as_data_source(split):
                 file.write(json.dumps(_plain(row, features)) + "\n")
     except Exception as error:
-        # The builder of a set is a stranger's program, and raises whatever it likes.
+        # The builder of a dataset is third-party code, and may raise any exception.
         raise ConfigError(
             f"data source {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. It is written "
             "tfds:name/split or tfds-dir:path:split, and must be prepared as ArrayRecord, which is read without "
@@ -95,7 +95,7 @@ def _parse(source: str) -> tuple[str, str]:
 
 
 def _plain(value: Any, feature: Any) -> Any:
-    """A value as JSON has it; a sequence of dictionaries, which comes as a dictionary of sequences, turned round."""
+    """A value as in JSON; a dictionary of sequences becomes a sequence of dictionaries."""
     inner: Any = getattr(feature, "feature", None)
     if hasattr(inner, "keys") and isinstance(value, Mapping):
         length = len(next(iter(value.values()), ()))

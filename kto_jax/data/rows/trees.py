@@ -3,7 +3,7 @@
     oasst           one message a row: message_id, parent_id, role, text, rank. Holds a whole file in memory.
     oasst_trees     one tree a row: prompt, a message with its replies, which have replies of their own
 
-Replies without a rank, of equal rank, deleted, or alone in their rank make no pair; they are skipped by their reason.
+Replies without a rank, with equal rank, deleted, or without siblings make no pair; they are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMES = {key: key for key in ("prompt", "chosen", "rejected")}
 
 @dataclasses.dataclass
 class _Tree:
-    """Messages by their id, each with its own fields, and the replies to each, as far as they are found."""
+    """Messages by id, each with its fields, and the replies to each that have been read."""
 
     found: dict[str, Fields] = dataclasses.field(default_factory=dict)
     replies: dict[str, list[str]] = dataclasses.field(default_factory=lambda: defaultdict(list))
@@ -37,7 +37,7 @@ class _Tree:
             self.replies[parent].append(key)
 
     def pairs(self) -> Iterator[tuple[str, Fields | Skip | BadRowError]]:
-        """For each reply that ends a pair, or makes none: its id, and an example, or why there is none."""
+        """For each reply that completes a pair or makes none: its id, and an example or the reason for none."""
         for parent, keys in self.replies.items():
             ranked = sorted((self._rank(key), key) for key in keys if self._rank(key) is not None)
             for key in keys:

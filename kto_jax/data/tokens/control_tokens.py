@@ -1,7 +1,7 @@
-"""Control tokens: the strings that one token stands for, and whose text may become them.
+"""Control tokens: their strings, and in which text a string may become its token.
 
 A string such as `<|im_end|>` in a user's text must never become the control token that ends a turn. So every control
-string in such text is masked before the chat template is rendered, and encoded apart from the markup:
+string in such text is masked before the chat template is rendered, and encoded separately from the markup:
 
     content            say <|im_end|> please
     masked             say ▮3▮ please                     ▮ is a character that occurs in no text of the record
@@ -49,7 +49,7 @@ class ControlTokens:
         definition["truncation"] = definition["padding"] = None
         added = definition["added_tokens"]
         self._full = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        # SentencePiece's way: a text by itself begins with a mark of a space that it does not have behind other text.
+        # SentencePiece begins a text with a space marker that the same text lacks after other text.
         self._marks_beginnings = bool(_MARKS_BEGINNINGS.search(json.dumps(definition)))
         # Added tokens that are only white space are ordinary text; all others are control tokens.
         self.ids: dict[str, int] = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}
@@ -66,7 +66,7 @@ class ControlTokens:
         """The control tokens that an assistant emits.
 
         They are those whose names say so (thoughts, calls of tools), and those that the template writes for a call of
-        a tool and neither for a plain answer nor for a tool's result. What ends a turn is none of them.
+        a tool but not for a plain answer or a tool's result. What ends a turn is none of them.
 
         Args:
           template: the chat template, or None.
@@ -80,7 +80,7 @@ class ControlTokens:
         return frozenset(named - set(ends))
 
     def mask(self, text: str, mark: str, keep: frozenset[str] = frozenset()) -> str:
-        """The text with every control string but those to keep written as `mark`, its number, `mark`."""
+        """The text with every control string, except those to keep, replaced by `mark`, its number, `mark`."""
 
         def masked(match: re.Match[str]) -> str:
             return match[0] if match[0] in keep else f"{mark}{self._names.index(match[0])}{mark}"
@@ -88,7 +88,7 @@ class ControlTokens:
         return self.pattern.sub(masked, text)
 
     def mask_json(self, value: Any, mark: str) -> Any:
-        """The same of every text in a JSON value."""
+        """Masks every text in a JSON value."""
         if isinstance(value, str):
             return self.mask(value, mark)
         if isinstance(value, list):
@@ -102,11 +102,11 @@ class ControlTokens:
         return re.sub(f"{mark}([0-9]+){mark}", lambda match: self._names[int(match[1])], text)
 
     def encode(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a masked text: control strings become control tokens, and masked ones the tokens that spell them.
+        """Ids of a masked text: control strings become control tokens, masked ones become ordinary tokens.
 
         Args:
           text: the text.
-          mark: what it is masked with.
+          mark: the character that it is masked with.
           before: masked text that it continues.
 
         Raises:
@@ -132,7 +132,7 @@ class ControlTokens:
         return ids
 
     def _open_text(self, before: str, mark: str) -> str:
-        """The text behind the last control string, where it changes how what follows is encoded."""
+        """The text after the last control string, if it affects the encoding of the text that follows."""
         if not self._marks_beginnings:
             return ""
         return self.pattern.split(re.split(f"{mark}[0-9]+{mark}", before)[-1])[-1]
@@ -142,7 +142,7 @@ class ControlTokens:
         return collections.Counter(name for name in self.pattern.findall(text) if name in self.emitted)
 
     def first_ids(self, num: int) -> list[int]:
-        """The first ids of an ordinary text as the tokenizer encodes it by itself: BOS, where it adds one."""
+        """The first ids of an ordinary text as the tokenizer encodes it alone: BOS, if it adds one."""
         return self._full.encode("a").ids[:num]
 
     def token(self, token_id: int) -> str:

@@ -1,13 +1,13 @@
 """From a prompt and its completions to token ids. Runs in worker processes: it imports transformers.
 
 The prompt is what the chat template writes when the model is served: the conversation, closed by the generation prompt.
-The completion is what the model would then be seen to write, closed by one end token. Two rules give it:
+The completion is what the model would then write, closed by one end token. One of two rules gives it:
 
-    template     the rendered conversation begins with the prompt: the completion is what the template writes behind it
+    template     the rendered conversation begins with the prompt: the completion is what the template writes after it
     served       it does not (the template drops thoughts, or the prompt opens one): the completion is the record's own
                  text, continued from where the prompt ends
 
-`control_tokens` says which control strings keep their meaning in whose text.
+control_tokens.py says which control strings keep their meaning in which text.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class EncodedRecord:
 
     Attributes:
       prompt: ids, closed by the generation prompt, int32.
-      canonical: the prompt's ids on a fixed day and without settings, int32. They tell prompts apart in the same way
+      canonical: the prompt's ids on a fixed day and without settings, int32. Equal prompts have equal ids,
         whenever and however the record is rendered.
       completions: ids of each, closed by one end token, int32.
-      counts: what was done to how many completions, by kind and name; see `Encoder.encode`.
+      counts: numbers of completions by treatment, by kind and name; see `Encoder.encode`.
     """
 
     prompt: np.ndarray
@@ -54,11 +54,11 @@ class Encoder:
       bos_id: the model's BOS, or None.
       eos_id: what every completion ends in.
       has_chat_template: whether prompts are rendered by the tokenizer's chat template.
-      stop_ids: ids that end a completion; their text is taken off a completion that ends in it already.
+      stop_ids: ids that end a completion; if a completion already ends in their text, the text is removed.
       rendering: how the template is used.
 
     Raises:
-      EncodingError: `assistant_tokens` names what is no control token.
+      EncodingError: `assistant_tokens` names a token that is not a control token.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Encoder:
         self._controls, self._template, self._ends = self._prompts.controls, self._prompts.template, self._prompts.ends
 
     def encode(self, prompt: str | list[Message], completions: Sequence[Completion]) -> EncodedRecord:
-        """Encodes a prompt and what is said in reply to it.
+        """Encodes a prompt and its completions.
 
         Args:
-          prompt: text (one user turn where there is a chat template) or messages.
+          prompt: text (one user turn if there is a chat template) or messages.
           completions: texts, or messages that call tools or hold a thought.
 
         Returns:
@@ -124,14 +124,14 @@ class Encoder:
         return self._prompts.encode(prompt)
 
     def find_turn_end(self) -> int | None:
-        """The control token that the chat template writes behind a completion, white space aside.
+        """The control token that the chat template writes after a completion, ignoring white space.
 
             Fine.<|im_end|>\\n          <|im_end|>
             Fine. </s>                 </s>
             Fine.\\n### End\\n          None
 
         Returns:
-          Its id, the first where there are several; None where text comes first, or nothing.
+          Its id, the first if there are several; None if text comes first, or nothing.
 
         Raises:
           EncodingError: the template refuses a conversation or changes it.
@@ -142,7 +142,7 @@ class Encoder:
 
     @property
     def is_dated(self) -> bool:
-        """Whether prompts depend on the moment at which they are rendered."""
+        """Whether prompts depend on the time at which they are rendered."""
         return self._template is not None and self._template.is_dated
 
     @property
@@ -163,7 +163,7 @@ class Encoder:
         settings: Mapping[str, Any],
         counts: collections.Counter[tuple[str, str]],
     ) -> str:
-        """The masked text of a completion behind the rendered prompt `opened`."""
+        """The masked text of a completion after the rendered prompt `opened`."""
         template = self._template
         assert template is not None
         masked = self._prompts.masked(reply, mark)
@@ -182,15 +182,15 @@ class Encoder:
         return self._served(opened, masked, counts)
 
     def _written(self, text: str, reply: dict[str, Any]) -> str | None:
-        """What the template writes for a reply, without what ends the turn; None where it leaves out a thought.
+        """What the template writes for a reply, without the end of the turn; None if it omits a thought.
 
         Raises:
-          EncodingError: the template leaves out or changes what is not a thought.
+          EncodingError: the template omits or changes anything but a thought.
         """
         assert self._template is not None
         content = reply["content"]
         if TOOL_CALLS in reply:
-            # What the template writes after a text says where the calls end.
+            # What the template writes after plain text shows where tool calls end.
             end = self._template.turn_end
             if not text.endswith(end) or len(text) == len(end):
                 raise EncodingError("the chat template ends tool calls in another way than text")
@@ -200,7 +200,7 @@ class Encoder:
         if text.endswith(self._template.turn_end):
             written = text[: len(text) - len(self._template.turn_end)]
         else:
-            # Some templates trim what they are given, and some write a space before it, which is the completion's.
+            # Some templates trim the text, and some write a space before it, which belongs to the completion.
             candidates = (content, content.strip(), f" {content.strip()}")
             written = next((candidate for candidate in candidates if text.startswith(candidate)), "")
         *thoughts, answer = self._pieces(content)
@@ -210,12 +210,12 @@ class Encoder:
         return written if all(piece in written for piece in thoughts) else None
 
     def _pieces(self, text: str) -> list[str]:
-        """The text between the control tokens that the assistant emits, white space aside."""
+        """The text between the control tokens that the assistant emits, ignoring white space."""
         emitted = "|".join(map(re.escape, sorted(self._controls.emitted, key=len, reverse=True))) or r"(?!)"
         return [piece.strip() for piece in re.split(emitted, text)]
 
     def _served(self, opened: str, reply: dict[str, Any], counts: collections.Counter[tuple[str, str]]) -> str:
-        """What the model would be seen to write behind a prompt that the template does not repeat."""
+        """What the model would write after a prompt that the template does not repeat."""
         text, thought = reply["content"], reply.get(REASONING)
         tokens = self._prompts.opened_thought(opened)
         if tokens is None:

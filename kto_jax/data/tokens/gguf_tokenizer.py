@@ -31,15 +31,15 @@ _PRE_TOKENIZERS: dict[str, str | None] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
-"""How each kind of file splits text into words: GPT-2's way, GPT-2's with single digits, or by a regular expression."""
+"""How each kind of file splits text into words: as GPT-2, as GPT-2 with single digits, or by a regular expression."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTokenizer:
-    """What a GGUF file says about text.
+    """The tokenizer in a GGUF file.
 
     Attributes:
-      backend: the tokenizer; it adds a leading BOS where the file says so.
+      backend: the tokenizer; it adds a leading BOS if the file says so.
       special_tokens: `bos_token`, `eos_token`, `pad_token`, `unk_token`, as far as the file names them.
       chat_template: Jinja text, or None.
     """
@@ -59,7 +59,7 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
       The tokenizer, its special tokens and its chat template.
 
     Raises:
-      ConfigError: the file is no GGUF, or its tokenizer is of a kind that is not known here.
+      ConfigError: the file is not GGUF, or its kind of tokenizer is not supported.
     """
     require("gguf", str(path), "set a Hugging Face directory of the same model")
     import gguf

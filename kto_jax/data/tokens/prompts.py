@@ -29,12 +29,12 @@ _NO_THINKING = {"enable_thinking": False}
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """How conversations are rendered, beside the chat template itself; the fields are those of `DataConfig`.
+    """How conversations are rendered, apart from the chat template; the fields are those of `DataConfig`.
 
     Attributes:
       settings: variables for the template (`data.chat_template_kwargs`), as JSON.
       moment: what `strftime_now` shows, in ISO 8601; "" for a fixed one.
-      fold_system: whether a system turn becomes the beginning of the user's.
+      fold_system: whether a system turn becomes the beginning of the user's turn.
       assistant_tokens: control tokens that keep their meaning in the assistant's text; None finds them.
     """
 
@@ -75,7 +75,7 @@ class PromptEncoder:
       template: the chat template in use, or None.
 
     Raises:
-      EncodingError: `assistant_tokens` names what is no control token.
+      EncodingError: `assistant_tokens` names a token that is not a control token.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class PromptEncoder:
         self._added_bos = first if first == [bos_id] else []
         self.ends = tuple(name for name, i in self.controls.ids.items() if i in end_ids)
         source, special_tokens = read_template(directory), read_special_tokens(directory)
-        # Without a template in use, the tokenizer's own still tells which prompts it has rendered already.
+        # If no template is used, the tokenizer's own still detects prompts that it has already rendered.
         self._own = None if source is None else ChatTemplate(source, special_tokens)
         self.template: ChatTemplate | None = None
         if has_chat_template:
@@ -98,10 +98,10 @@ class PromptEncoder:
         self._render = functools.lru_cache(maxsize=4096)(self._render_uncached)
 
     def encode(self, prompt: str | list[Message]) -> np.ndarray:
-        """Encodes a prompt, closed by the generation prompt, with exactly one BOS where the tokenizer adds one.
+        """Encodes a prompt, closed by the generation prompt, with exactly one BOS if the tokenizer adds one.
 
         Args:
-          prompt: text (one user turn where there is a chat template) or messages.
+          prompt: text (one user turn if there is a chat template) or messages.
 
         Returns:
           Ids, int32.
@@ -133,7 +133,7 @@ class PromptEncoder:
         return self.template.render(messages, add_generation_prompt=True, **json.loads(settings_json))
 
     def ids(self, text: str, mark: str) -> list[int]:
-        """Ids of a rendered prompt, with exactly one BOS where the tokenizer adds one."""
+        """Ids of a rendered prompt, with exactly one BOS if the tokenizer adds one."""
         ids = self.controls.encode(text, mark)
         return ids if ids[:1] == self._added_bos else self._added_bos + ids
 
@@ -189,7 +189,7 @@ class PromptEncoder:
         return masked
 
     def opened_thought(self, opened: str) -> tuple[str, str] | None:
-        """The tokens that begin and end a thought, where a prompt ends inside a thought that it opens."""
+        """The tokens that begin and end a thought, if a prompt ends inside a thought that it opens."""
         tail = opened.rstrip()
         for begin in self.controls.emitted:
             end = begin.replace("<", "</", 1).replace("[", "[/", 1)
@@ -199,13 +199,13 @@ class PromptEncoder:
 
     @functools.cached_property
     def _shows_thoughts(self) -> bool:
-        """Whether thoughts in a field of their own are written, or prompts end inside a thought that they open."""
+        """Whether the template writes thoughts from a field of their own, or opens a thought at the end of prompts."""
         assert self.template is not None
         opens = any(self.opened_thought(end) is not None for end in self.template.prompt_ends)
         return opens or self.template.shows_reasoning
 
     def thinking(self, replies: Sequence[Message]) -> dict[str, Any]:
-        """Whether the prompt invites a thought: where a completion holds one, unless the settings say."""
+        """Whether the prompt invites a thought: by the settings, else if a completion holds one."""
         assert self.template is not None
         if "enable_thinking" in self.template.settings:
             return {}

@@ -1,6 +1,6 @@
 """Chat templates: rendered by transformers' sandbox, within limits of time and memory. Runs in worker processes.
 
-A template is a stranger's program. It sees plain data only, and whatever it raises rejects the record, not the run.
+A template is an untrusted program. It sees plain data only, and its errors reject the record, not the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CALL: dict[str, Any] = {
     TOOL_CALLS: [{"id": _CALL_ID, "type": "function", "function": {"name": _PROBE, "arguments": {}}}],
 }
 FIXED_MOMENT = datetime.datetime(2024, 7, 26, 12)
-"""The moment that templates see where their output must not depend on the day."""
+"""The time that templates see if their output must not depend on the day."""
 
 Messages = list[dict[str, Any]]
 
@@ -42,7 +42,7 @@ class EncodingError(ValueError):
 
 
 class ChatTemplate:
-    """A chat template, and all that decides what it writes beside the messages.
+    """A chat template, with everything besides the messages that determines its output.
 
     Args:
       source: Jinja text.
@@ -65,12 +65,12 @@ class ChatTemplate:
 
     @property
     def is_dated(self) -> bool:
-        """Whether what it writes may depend on the moment."""
+        """Whether its output may depend on the time."""
         return "strftime_now" in self.source
 
     @property
     def can_think(self) -> bool:
-        """Whether `enable_thinking` chooses between a prompt that invites a thought and one that holds an empty one."""
+        """Whether `enable_thinking` chooses between a prompt that invites a thought and one with an empty thought."""
         return "enable_thinking" in self.source
 
     def render(self, messages: Messages, *, add_generation_prompt: bool, **settings: Any) -> str:
@@ -96,7 +96,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def turn_end(self) -> str:
-        """What the template writes behind the text of a last answer.
+        """What the template writes after the text of a last answer.
 
         Raises:
           EncodingError: the template refuses a user's turn and an answer, or changes them.
@@ -108,7 +108,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def prompt_ends(self) -> tuple[str, ...]:
-        """What a prompt may end in behind the user's words: the end of the turn and the generation prompt."""
+        """What may follow the user's text at the end of a prompt: the end of the turn and the generation prompt."""
         ends = []
         for thinking in (False, True):
             with contextlib.suppress(EncodingError):
@@ -118,7 +118,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def probes(self) -> dict[str, str]:
-        """What the template writes for a plain answer, a call of a tool and a tool's result; "" where it refuses."""
+        """What the template writes for a plain answer, a tool call and a tool's result; "" if it refuses."""
         conversations: dict[str, Messages] = {
             "answer": [_USER, _ANSWER],
             "call": [_USER, _CALL],
@@ -132,12 +132,12 @@ class ChatTemplate:
 
     @functools.cached_property
     def shows_reasoning(self) -> bool:
-        """Whether the thought of a last answer is written when it stands in a field of its own."""
+        """Whether the template writes the thought of a last answer from a field of its own."""
         return self._shows(_USER, {**_ANSWER, REASONING: _PROBE})
 
     @functools.cached_property
     def takes_system(self) -> bool:
-        """Whether a system turn is written rather than refused or left out."""
+        """Whether the template writes a system turn, instead of refusing or omitting it."""
         return self._shows({"role": "system", "content": _PROBE}, _USER, last=0)
 
     @property
@@ -156,11 +156,11 @@ class ChatTemplate:
 
     @functools.cached_property
     def _shows_results(self) -> bool:
-        # Some templates take results only behind calls, others know no calls.
+        # Some templates accept results only after calls, others do not support calls.
         return self._shows(_USER, _CALL if self._shows_tool_calls else _ANSWER, self._result)
 
     def _shows(self, *messages: dict[str, Any], last: int = -1) -> bool:
-        """Whether the template writes the probe in one message, and nothing of it without that message."""
+        """Whether the template writes the probe because of one message, and not without that message."""
         without = [message for i, message in enumerate(messages) if i != last % len(messages)]
         written = []
         for seen in (list(messages), without):
@@ -186,7 +186,7 @@ class ChatTemplate:
                 )
             text = rendered[0][0]
         except Exception as error:
-            # Whatever a template raises is the record's or the template's fault.
+            # Any error is the fault of the record or the template.
             raise EncodingError(f"chat template: {type(error).__name__}: {str(error)[:100]}") from error
         given = sum(len(json.dumps(m)) for m in messages) + (len(json.dumps(tools)) if tools else 0)
         if len(text) > _RENDER_CHARACTERS + 4 * given:
@@ -196,7 +196,7 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def _showing(moment: datetime.datetime) -> Iterator[None]:
-    """Lets `strftime_now` show a moment: transformers takes the time from its module's `datetime`."""
+    """Lets `strftime_now` show a given time: transformers takes the time from its module's `datetime`."""
     from transformers.utils import chat_template_utils as module
 
     class Pinned(datetime.datetime):
@@ -210,7 +210,7 @@ def _showing(moment: datetime.datetime) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Bounds the time and the memory of a chat template; a template can loop or make a giant string in one line."""
+    """Limits the time and memory of a chat template; a template can loop or build a huge string in one line."""
     import resource
 
     def expire(signum: int, frame: Any) -> None:
@@ -232,7 +232,7 @@ def _limits() -> Iterator[None]:
 
 
 def _data_bytes() -> int:
-    """Writable private memory of this process; 0 where the system does not say."""
+    """Writable private memory of this process in bytes; 0 if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Tokenizers, in worker processes: transformers, and torch where it is installed, stay out of the training process."""
+"""Tokenizers, in worker processes: the training process imports neither transformers nor torch."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from kto_jax.storage.atomic import new_folder
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """A normalised Hugging Face tokenizer directory, and what the rest needs to know of it.
+    """A normalised Hugging Face tokenizer directory, and what other modules need to know about it.
 
     Attributes:
       directory: holds tokenizer.json, tokenizer_config.json and, with a chat template, chat_template.jinja.
       vocab_size: one more than the largest id.
       bos_id: id of the token that begins a sequence, or None.
-      eos_id: id of the token that every completion ends in: what the chat template ends the assistant's turn in, or
+      eos_id: id of the token that ends every completion: the one with which the chat template ends a turn, or
         else the tokenizer's EOS.
       stop_ids: ids that end a completion as it is written: `eos_id` and the tokenizer's EOS.
-      sha256: of everything that decides how text becomes ids.
+      sha256: digest of everything that determines how text becomes ids.
       has_chat_template: whether prompts are rendered by a chat template.
       rendering: how the template is used.
-      changes: what was changed in the base's own files, in words.
-      is_dated: whether prompts depend on the moment at which they are rendered.
+      changes: descriptions of the changes to the base's own files.
+      is_dated: whether prompts depend on the time at which they are rendered.
     """
 
     directory: Path
@@ -57,7 +57,7 @@ class TokenizerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a row must fit into; the fields are those of `DataConfig`, and the model's vocabulary."""
+    """Limits of a row; the fields are those of `DataConfig`, and the size of the model's vocabulary."""
 
     max_length: int
     max_prompt_length: int
@@ -67,7 +67,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """Rows on their way back from a worker. A pair is accepted or rejected as one, and is two accepted completions.
+    """Rows returned by a worker. A pair is accepted or rejected as a whole, and counts as two accepted completions.
 
     Attributes:
       reasons: why a row is rejected, or None; one for each row.
@@ -76,7 +76,7 @@ class EncodedRows:
       completion_lengths: tokens of each accepted completion, its EOS included.
       prompt_hashes: uint64 of each accepted completion's whole prompt, as `EncodedRecord.canonical` has it.
       pair_hashes: uint64 of each accepted completion and its prompt, whole.
-      counts: what was done to how many accepted completions, by kind and name: see `Encoder.encode`.
+      counts: numbers of accepted completions by treatment, by kind and name: see `Encoder.encode`.
     """
 
     reasons: list[str | None]
@@ -96,12 +96,12 @@ def prepare_tokenizer(
     eos_token: str = "auto",
     rendering: Rendering | None = None,
 ) -> TokenizerInfo:
-    """Copies the tokenizer of a model into a folder, in a worker process. Its files stay the model's, byte for byte.
+    """Copies the tokenizer of a model into a folder, in a worker process; the files are copied byte for byte.
 
     Args:
       model_path: Hugging Face directory with a fast tokenizer, or a .gguf file.
-      directory: where to write; replaced when it exists.
-      chat_template: "auto" for the tokenizer's own where it has one, "none", or the path of a Jinja file.
+      directory: where to write; replaced if it exists.
+      chat_template: "auto" for the tokenizer's own if it has one, "none", or the path of a Jinja file.
       eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
         assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
       rendering: how the template is used.
@@ -123,7 +123,7 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
 
     Args:
       tokenizer: the tokenizer.
-      prompts: texts (one user turn each where there is a chat template) or chat messages.
+      prompts: texts (one user turn each if there is a chat template) or chat messages.
 
     Returns:
       Ids of each prompt, closed by the generation prompt, int32.
@@ -136,7 +136,7 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
 
 
 def decode(tokenizer: TokenizerInfo, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of token ids, without special tokens and what ends a completion. Imports no transformers, no torch."""
+    """The text of token ids, without special tokens and end tokens. Imports neither transformers nor torch."""
     kept = [int(i) for i in ids if i not in tokenizer.stop_ids]
     return _backend(tokenizer.directory / "tokenizer.json").decode(kept, skip_special_tokens=True)
 
@@ -180,7 +180,7 @@ def _quieten_transformers() -> None:
 
 
 def make_encoder(tokenizer: TokenizerInfo) -> Encoder:
-    """An `Encoder` in this process, which then imports transformers where there is a chat template."""
+    """An `Encoder` in this process, which then imports transformers if there is a chat template."""
     return Encoder(
         tokenizer.directory,
         tokenizer.bos_id,
@@ -196,10 +196,10 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
 
     Args:
       rows: what to encode.
-      limits: what they must fit into.
+      limits: of a row.
 
     Returns:
-      The encoded rows, and the reasons of those that are rejected.
+      The encoded rows, with the reasons of rejected ones.
     """
     reasons: list[str | None] = []
     accepted: list[_Encoded] = []
@@ -237,7 +237,7 @@ def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limi
         largest = max(prompt.max(initial=0), completion.max(initial=0))
         if largest >= limits.vocab_size:
             raise EncodingError(f"token {encoder.token(int(largest))!r} ({largest}) is outside the model's vocabulary")
-        # Hashes are of the whole texts, so that neither split nor pairing depends on where a text is cut.
+        # Hashes are of whole texts, so that neither split nor pairing depends on truncation.
         prompt_hash = _hash(canonical)
         pair_hash = _hash(np.concatenate([[len(canonical)], canonical, completion]))
         if len(completion) > limits.max_length - 1:
@@ -248,7 +248,7 @@ def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limi
             completion = completion[: limits.max_length - kept]
         stored.append((cut_prompt(prompt, limits.max_length - 1, encoder.bos_id), completion, prompt_hash, pair_hash))
     if len(stored) == 2 and np.array_equal(stored[0][1], stored[1][1]):
-        raise EncodingError(SAME_COMPLETIONS)  # They are the same once they are cut.
+        raise EncodingError(SAME_COMPLETIONS)  # The two are equal after truncation.
     return stored, encoded.counts
 
 
@@ -305,7 +305,7 @@ def _prepare(
 
 
 def _write_files(model_path: Path, directory: Path) -> list[str]:
-    """Writes the tokenizer of a model into an empty folder; returns what of it is not the model's own, in words."""
+    """Writes a model's tokenizer into an empty folder; returns descriptions of what differs from the model's own."""
     if model_path.is_dir() and (model_path / tokenizer_files.TOKENIZER).is_file():
         tokenizer_files.copy_files(model_path, directory)
         if "eos_token" not in tokenizer_files.read_special_tokens(directory):
@@ -352,7 +352,7 @@ def _load(model_path: Path) -> Any:
             model_path, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        # transformers raises whatever its parsers raise; the user needs the path and one line.
+        # transformers raises its parsers' errors; the user needs the path and one line.
         raise _unreadable(model_path, error) from error
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -403,8 +403,8 @@ def _try_template(info: TokenizerInfo, chat_template: str, *, find_end: bool) ->
     """Refuses a template that cannot render two plain turns, before any record is read.
 
     Returns:
-      The tokenizer, whose completions end as the template ends the second turn, if that is asked for. Its digest holds
-      the rendering, and of the moment only what prompts depend on.
+      The tokenizer, whose completions end as the template ends the second turn, if requested. Its digest holds
+      the rendering, and the time only if prompts depend on it.
     """
     if info.has_chat_template:
         require(

@@ -1,7 +1,7 @@
 """The files of a tokenizer: copied as they are, and read without rebuilding the tokenizer.
 
-transformers writes a tokenizer that it has loaded in a form of its own, which other versions and other programs do not
-read, and builds some classes anew in another way than their tokenizer.json says. So the files stay the base's own.
+transformers writes a loaded tokenizer in its own form, which other versions and other programs do not
+read, and rebuilds some classes differently from their tokenizer.json. So the base's own files are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = (
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
     "generation_config.json",
 )
-"""What a tokenizer may consist of, and the model's sampling defaults, which an export keeps."""
+"""Files of a tokenizer, and the model's sampling defaults, which an export keeps."""
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -38,7 +38,7 @@ def read_template(directory: Path) -> str | None:
     """The chat template of a tokenizer, or None.
 
     Raises:
-      ConfigError: a file is no text or no JSON.
+      ConfigError: a file is not text or not JSON.
     """
     if (directory / TEMPLATE).is_file():
         return _read_text(directory / TEMPLATE) or None
@@ -52,10 +52,10 @@ def read_template(directory: Path) -> str | None:
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token` and the like by name, as far as the files say.
+    """`bos_token`, `eos_token` and so on by name, if the files name them.
 
     Raises:
-      ConfigError: a file is no JSON.
+      ConfigError: a file is not JSON.
     """
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", CONFIG):
@@ -69,14 +69,14 @@ def read_special_tokens(directory: Path) -> dict[str, str]:
 
 
 def set_special_tokens(directory: Path, tokens: Mapping[str, str]) -> None:
-    """Names special tokens in a tokenizer's configuration, beside those that it names."""
+    """Adds special tokens to a tokenizer's configuration."""
     named = {key: value for key, value in tokens.items() if key in _SPECIAL}
     values = named | _read_json(directory / CONFIG)
     (directory / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def set_eos(directory: Path, token: str) -> None:
-    """Makes a token the EOS of the tokenizer in a folder; nothing else in its files changes."""
+    """Makes a token the EOS of the tokenizer in a folder; changes nothing else in its files."""
     for name in (CONFIG, "special_tokens_map.json"):
         path = directory / name
         if path.is_file() and (name == CONFIG or "eos_token" in _read_json(path)):
@@ -98,7 +98,7 @@ def set_portable_class(directory: Path) -> None:
 
 
 def set_template(directory: Path, template: str) -> None:
-    """Makes a text the chat template of the tokenizer in a folder."""
+    """Sets the chat template of the tokenizer in a folder."""
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)
     values = _read_json(directory / CONFIG)
