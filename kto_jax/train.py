@@ -100,8 +100,8 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
         config = pin_sources(with_recorded_settings(config, workdir), workdir)
-        config = with_template_date(processes.together(lambda: choose_export_dtype(choose_dtype(config))))
-        inputs, mesh, model = processes.together(lambda: prepare(config, workdir, Path(scratch)))
+        config = with_template_date(processes.call_on_all(lambda: choose_export_dtype(choose_dtype(config))))
+        inputs, mesh, model = processes.call_on_all(lambda: prepare(config, workdir, Path(scratch)))
         compare_inputs(inputs)
         if config.microbatch_rows == "auto":
             config, inputs = resolve_rows(config, inputs, workdir)
@@ -115,7 +115,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
         contextlib.closing(
             Checkpoints(run.path, config.checkpoint, metric=config.evaluation.metric, reference_is_synced=moves)
         ) as checkpoints,
-        processes.ending_if_one_is_lost(PREEMPTED, config.processes.timeout_seconds / 4),
+        processes.exit_if_one_is_lost(PREEMPTED, config.processes.timeout_seconds / 4),
     ):
         if config.reference.precompute:
             inputs = precompute(config, inputs, model, mesh, run.path)

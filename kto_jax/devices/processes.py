@@ -104,7 +104,7 @@ def num_processes() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def together(function: Callable[[], T]) -> T:
+def call_on_all(function: Callable[[], T]) -> T:
     """Calls the function and waits until all processes have called it; if it fails on one, it raises on all.
 
     The process that fails raises at once, the others when they reach this call.
@@ -119,7 +119,7 @@ def together(function: Callable[[], T]) -> T:
         if num_processes() > 1:
             _put(_FAILED_FOR_NOW if isinstance(error, TransientError) else _FAILED)
         raise
-    for number, word in enumerate(tell("done")):
+    for number, word in enumerate(exchange_text("done")):
         if word != "done":
             kind = TransientError if word == _FAILED_FOR_NOW else ConfigError
             raise kind(
@@ -128,7 +128,7 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
-def tell(word: str) -> list[str]:
+def exchange_text(word: str) -> list[str]:
     """Sends a word to all processes, and waits without a time limit for theirs.
 
     Uses no device, because collectives time out when one process takes much longer than the others.
@@ -162,12 +162,12 @@ def _service() -> Any:
     return distributed.global_state.client
 
 
-def as_first_says(value: bool) -> bool:
+def broadcast_bool(value: bool) -> bool:
     """The first process's value, on all processes, once all have called this."""
-    return tell(str(value))[0] == "True"
+    return exchange_text(str(value))[0] == "True"
 
 
-def number_of_first(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """The first process's number, on all processes; the first does not wait for the others."""
     if num_processes() == 1:
         return value
@@ -178,7 +178,7 @@ def number_of_first(value: int) -> int:
 
 
 @contextlib.contextmanager
-def ending_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
+def exit_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
     """Ends this process at once if an error inside the context was caused by the death of another process.
 
     A collective fails on every process when one of them dies. A clean exit would wait for the dead process in JAX's
@@ -195,14 +195,14 @@ def ending_if_one_is_lost(exit_code: int, timeout: float) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not isinstance(error, ConfigError) and num_processes() > 1 and (lost := _silent(timeout)):
+        if not isinstance(error, ConfigError) and num_processes() > 1 and (lost := _unresponsive(timeout)):
             text = f"error: process {lost[0]} of {num_processes()} is lost ({str(error).splitlines()[0]}). "
             print(f"{text}All processes are needed. Run the same command again to resume.", file=sys.stderr, flush=True)
             os._exit(exit_code)
         raise
 
 
-def _silent(timeout: float) -> list[int]:
+def _unresponsive(timeout: float) -> list[int]:
     """The processes that do not also call this within the timeout, in seconds."""
     service, lost = _service(), []
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -217,7 +217,7 @@ def _silent(timeout: float) -> list[int]:
     return lost
 
 
-def where_any(mask: np.ndarray) -> np.ndarray:
+def any_process(mask: np.ndarray) -> np.ndarray:
     """Where any process's mask is set; all masks have the same shape."""
     if num_processes() == 1:
         return mask

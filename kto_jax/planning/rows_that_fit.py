@@ -119,14 +119,14 @@ def resolve_rows(config: Config, inputs: Inputs, workdir: Path) -> tuple[Config,
     topology = Topology(LOCAL, tuple(jax.devices()))
     on_host = topology.devices[0].platform == "cpu"
     # Processes on one host share its memory; accelerators have their own.
-    sharing = processes.tell(platform.node()).count(platform.node()) if on_host else 1
+    sharing = processes.exchange_text(platform.node()).count(platform.node()) if on_host else 1
 
     def compile_rows(rows: int) -> CompiledStep:
-        program = processes.together(lambda: _compile(with_rows(config, rows), inputs, topology))
+        program = processes.call_on_all(lambda: _compile(with_rows(config, rows), inputs, topology))
         return dataclasses.replace(program, limit=program.limit // sharing)
 
     program, why = None, "as the run began"
-    before = int(processes.tell(str(_recorded_rows(workdir)))[0])
+    before = int(processes.exchange_text(str(_recorded_rows(workdir)))[0])
     if before and _mesh_shards_rows(config, before, len(topology.devices)):
         program = compile_rows(before)
     if program is None or not leaves_headroom(program, topology):
@@ -171,7 +171,7 @@ def _check_fits(program: CompiledStep, why: str) -> None:
 
 def _on_all_processes(condition: bool) -> bool:
     """Whether it holds on all processes: devices of one kind may still report different limits."""
-    return all(word == "True" for word in processes.tell(str(condition)))
+    return all(word == "True" for word in processes.exchange_text(str(condition)))
 
 
 def _compile(config: Config, inputs: Inputs, topology: Topology) -> CompiledStep:

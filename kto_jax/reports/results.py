@@ -36,7 +36,7 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
     """
     path = run.path / f"samples_{name}.json"
     prompts = samples.held_out_prompts(inputs.index, config.samples.num_prompts)
-    if not prompts or processes.as_first_says(path.exists()):
+    if not prompts or processes.broadcast_bool(path.exists()):
         return
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
@@ -88,7 +88,7 @@ def write_results(
     if processes.is_first():
         _write_report(inputs, run, config, command, [*notes, *([note] if rounding.largest else [])])
     # No process exits before the first one has written the report, however long the judges take.
-    processes.tell("written")
+    processes.exchange_text("written")
 
 
 def _base(path: str) -> str:

@@ -66,7 +66,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _compare(mine: Mapping[str, str]) -> None:
-    first, *others = (json.loads(word) for word in processes.tell(json.dumps(mine)))
+    first, *others = (json.loads(word) for word in processes.exchange_text(json.dumps(mine)))
     differences = [
         f"{name} is {theirs[name]} on process {number} and {value} on process 0"
         for number, theirs in enumerate(others, start=1)

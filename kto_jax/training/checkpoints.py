@@ -82,7 +82,7 @@ class Checkpoints:
           TransientError: the processes see different ones, as on a shared file system with delays.
         """
         step = self._checkpointer.latest.step if self._checkpointer.latest else None
-        seen = processes.tell(str(step))
+        seen = processes.exchange_text(str(step))
         if len(set(seen)) > 1:
             raise TransientError(
                 f"the processes see different newest checkpoints in {self._directory}: steps {', '.join(seen)}. All "
@@ -101,7 +101,7 @@ class Checkpoints:
         found = {
             one.step: one.metrics[self._metric] for one in self._checkpointer.checkpoints if _has(one, self._metric)
         }
-        answer = processes.tell(str(best_step(found, self._metric) if found else ""))[0]
+        answer = processes.exchange_text(str(best_step(found, self._metric) if found else ""))[0]
         return int(answer) if answer else None
 
     def save(self, step: int, state: TrainState, figures: Mapping[str, float] | None) -> None:
@@ -163,7 +163,7 @@ class Checkpoints:
             place = self._directory / "reference"
             _check_arrays(ocp.metadata(place).metadata, abstract.reference, place)
             moving["reference"] = ocp.load(place, abstract.reference)
-        processes.together(lambda: self._check_finite(step, moving))
+        processes.call_on_all(lambda: self._check_finite(step, moving))
         return dataclasses.replace(abstract, **moving)
 
     def _check_finite(self, step: int, parts: Mapping[str, Any]) -> None:

@@ -247,4 +247,4 @@ def _with_shardings(mesh: Mesh, axes: Any, abstract: Any) -> Params:
 
 def _load(*arguments: Any, **options: Any) -> Params:
     """`load_params`; if it fails on one process, it raises on all."""
-    return processes.together(functools.partial(load_params, *arguments, **options))
+    return processes.call_on_all(functools.partial(load_params, *arguments, **options))

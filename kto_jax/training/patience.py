@@ -67,4 +67,4 @@ def read_patience(config: EvaluationConfig, folder: Path, last_step: int) -> Pat
         for row in rows
         if row["step"] <= last_step and config.metric in row
     ]
-    return Patience(config, dict(json.loads(processes.tell(json.dumps(figures))[0])))
+    return Patience(config, dict(json.loads(processes.exchange_text(json.dumps(figures))[0])))

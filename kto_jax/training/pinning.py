@@ -48,8 +48,8 @@ def pin_sources(config: Config, workdir: Path | None = None) -> Config:
 
 def _broadcast(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
     """What the first process finds, on all processes."""
-    found = processes.together(lambda: ask() if processes.is_first() else {})
-    return dict(json.loads(processes.tell(json.dumps(found))[0]))
+    found = processes.call_on_all(lambda: ask() if processes.is_first() else {})
+    return dict(json.loads(processes.exchange_text(json.dumps(found))[0]))
 
 
 def _base(source: ModelConfig | ReferenceConfig, workdir: Path | None) -> str:

@@ -67,10 +67,10 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
     tasks = [("train", inputs.schedule, inputs.num_steps)]
     if inputs.held_out:
         tasks.append(("held-out", inputs.held_out, inputs.held_out.num_steps))
-    weights = processes.together(lambda: _reference_digest(config, inputs, workdir))
-    stores = processes.together(lambda: [_find_store(config, inputs, schedule, weights) for _, schedule, _ in tasks])
+    weights = processes.call_on_all(lambda: _reference_digest(config, inputs, workdir))
+    stores = processes.call_on_all(lambda: [_find_store(config, inputs, schedule, weights) for _, schedule, _ in tasks])
     missing = {
-        name: processes.where_any(store.is_missing(num_steps))
+        name: processes.any_process(store.is_missing(num_steps))
         for store, (name, _, num_steps) in zip(stores, tasks, strict=True)
     }
     places = " and ".join(str(store.directory) for store in stores)
@@ -98,7 +98,7 @@ def _fill(
     index: Index,
 ) -> None:
     """Computes and stores the log-probabilities of these steps; ends the process if it is preempted."""
-    unknown = processes.where_any(np.isnan(store.matched))
+    unknown = processes.any_process(np.isnan(store.matched))
     for step, batch in batches:
         sequences = schedule.step(step).ids
         matched, unmatched = _compute_step(schedule, step, batch, read, reads_matched=unknown[sequences].any())

@@ -57,7 +57,7 @@ def with_template_date(config: Config) -> Config:
     """The configuration with the date that chat templates show: today, equal on all processes, if it is "auto"."""
     if config.data.template_date != "auto":
         return config
-    (date, *_) = processes.tell(datetime.date.today().isoformat())
+    (date, *_) = processes.exchange_text(datetime.date.today().isoformat())
     return _replace_field(config, "data", "template_date", date)
 
 

@@ -105,10 +105,10 @@ def open_run(
       ConfigError: the folder cannot be written to, another process uses it, or it holds something else: a run with
         another configuration or other data, or no run. Nothing in it is changed then.
     """
-    own = processes.together(
+    own = processes.call_on_all(
         lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
     )
-    return processes.together(lambda: own or _wait_for_folder(path, tokenizer, config.processes.timeout_seconds))
+    return processes.call_on_all(lambda: own or _wait_for_folder(path, tokenizer, config.processes.timeout_seconds))
 
 
 def _open(

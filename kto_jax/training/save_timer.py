@@ -29,7 +29,7 @@ class SaveTimer:
         minutes: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        ask: Callable[[int], int] = processes.number_of_first,
+        ask: Callable[[int], int] = processes.broadcast_int,
     ) -> None:
         self._period = 60 * minutes
         self._clock = clock

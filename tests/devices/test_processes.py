@@ -72,9 +72,9 @@ def test_fewer_processes_than_there_must_be_are_refused(join):
 
 
 def test_with_one_process_broadcasts_and_gathers_return_its_own_values():
-    assert processes.tell("word") == ["word"]
-    assert processes.as_first_says(True) and not processes.as_first_says(False)
-    assert processes.number_of_first(7) == 7
-    assert processes.together(lambda: 3) == 3
+    assert processes.exchange_text("word") == ["word"]
+    assert processes.broadcast_bool(True) and not processes.broadcast_bool(False)
+    assert processes.broadcast_int(7) == 7
+    assert processes.call_on_all(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        processes.together(lambda: 1 / 0)
+        processes.call_on_all(lambda: 1 / 0)

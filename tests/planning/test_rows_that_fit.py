@@ -75,7 +75,7 @@ def test_devices_that_share_a_row_get_the_only_possible_number():
 
 
 def test_a_program_that_does_not_fit_on_another_process_does_not_fit(monkeypatch):
-    monkeypatch.setattr(fitting.processes, "tell", lambda word: [word, "False"])
+    monkeypatch.setattr(fitting.processes, "exchange_text", lambda word: [word, "False"])
     assert find(lambda rows: program(rows, GIB, 9))[0] == 2
 
 
@@ -178,12 +178,12 @@ def test_a_resumed_run_keeps_its_rows_if_it_can(before, rows, tried, inputs, tmp
 
 
 def test_all_processes_take_the_rows_that_the_first_one_remembers(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting.processes, "tell", lambda word: ["8" if word == "24" else word, word])
+    monkeypatch.setattr(fitting.processes, "exchange_text", lambda word: ["8" if word == "24" else word, word])
     assert settle(inputs, tmp_path, monkeypatch, growing, 24) == (8, [8])
 
 
 def test_processes_on_one_host_share_its_memory(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting.processes, "tell", lambda word: [word, word])
+    monkeypatch.setattr(fitting.processes, "exchange_text", lambda word: [word, word])
     assert settle(inputs, tmp_path, monkeypatch, growing) == (16, [8, 16, 32])
 
 

@@ -17,7 +17,7 @@ def second(monkeypatch):
     """Sets what the second process of two says."""
 
     def says(**changes):
-        monkeypatch.setattr(processes, "tell", lambda word: [word, json.dumps(json.loads(word) | changes)])
+        monkeypatch.setattr(processes, "exchange_text", lambda word: [word, json.dumps(json.loads(word) | changes)])
 
     return says
 
@@ -48,7 +48,7 @@ def test_many_differences_are_counted(second):
 
 def test_the_same_files_may_be_in_other_folders(monkeypatch):
     said = []
-    monkeypatch.setattr(processes, "tell", lambda word: said.append(word) or [word])
+    monkeypatch.setattr(processes, "exchange_text", lambda word: said.append(word) or [word])
     compare_config(resolve(CONFIG))
     compare_config(resolve({"model": {"path": "/elsewhere"}, "data": {"train": "/elsewhere/a.jsonl"}}))
     assert said[0] == said[1]

@@ -273,7 +273,7 @@ def test_a_folder_without_a_run_or_checkpoint_is_refused(tmp_path):
 
 
 def test_processes_that_see_different_checkpoints_are_told_to_try_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("kto_jax.training.checkpoints.processes.tell", lambda word: ["4", "2"])
+    monkeypatch.setattr("kto_jax.training.checkpoints.processes.exchange_text", lambda word: ["4", "2"])
     with (
         contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints,
         pytest.raises(TransientError, match=r"different newest checkpoints .* steps 4, 2"),

@@ -221,7 +221,7 @@ from kto_jax.devices import processes
 from kto_jax.config import ProcessesConfig
 processes.join(ProcessesConfig(timeout_seconds=5))
 time.sleep(0 if processes.is_first() else 15)
-print(processes.tell(f"word {sys.argv[1]}"), processes.as_first_says(processes.is_first()))
+print(processes.exchange_text(f"word {sys.argv[1]}"), processes.broadcast_bool(processes.is_first()))
 """
 
 
