@@ -74,7 +74,7 @@ def print_error(error: Exception | str) -> None:
 
 
 def answer_help(kind: type, about: str) -> None:
-    """Prints the help and exits if this process was asked for it, before a command's slow imports.
+    """Prints the help and exits if the command line asks for it, before a command's slow imports.
 
     Args:
       kind: the dataclass of the command's flags.

@@ -228,7 +228,7 @@ def one_sequence(lengths: Lengths, *, precomputed: bool) -> FeedbackBatch:
 
 
 def count_work(model: Model, objective: Objective, lengths: Lengths, *, precomputed: bool) -> tuple[float, float]:
-    """Tokens and operations of one sequence in a step, as `work.work` counts them."""
+    """Tokens and operations of one sequence in a step, as `flops.tokens_and_flops` counts them."""
     figures = tokens_and_flops(model, objective, one_sequence(lengths, precomputed=precomputed))
     return float(figures["tokens"]), float(figures["flops"])
 
@@ -243,12 +243,7 @@ def compile_step(config: Config, task: Task, topology: Topology, lengths: Length
 
 
 def compile_for(
-    config: Config,
-    task: Task,
-    topology: Topology,
-    shape: Shape,
-    lengths: Lengths,
-    num_steps: int = _NUM_STEPS,
+    config: Config, task: Task, topology: Topology, shape: Shape, lengths: Lengths, num_steps: int = _NUM_STEPS
 ) -> CompiledStep:
     """Compiles the step that training takes for batches of a shape.
 
@@ -270,18 +265,12 @@ def compile_for(
     recipe = make_recipe(config, objective, model, num_steps)
     state = make_abstract_state(config, task, model, mesh, recipe.optimizer)
     batch = abstract_batch(mesh, empty_batch(shape, objective, precomputed=precomputed))
-    parts = {
-        "policy": device_bytes(state.policy),
-        "reference": device_bytes(state.reference),
-        "moments": device_bytes(state.opt_state),
-        "batch": device_bytes(batch),
-    }
+    trees = {"policy": state.policy, "reference": state.reference, "moments": state.opt_state, "batch": batch}
+    parts = {name: device_bytes(tree) for name, tree in trees.items()}
     started = time.perf_counter()
     arguments, temporaries, refusal, collectives = _compile(jit_train_step(recipe), state, batch, parts, topology)
     seconds = time.perf_counter() - started
     tokens, flops = count_work(model, objective, lengths, precomputed=precomputed)
-    models = 2 if objective.uses_reference and not precomputed else 1
-    first_pass = models if objective.first_pass != "none" else 0
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
     return CompiledStep(
         config=config,
@@ -297,10 +286,16 @@ def compile_for(
         flops=flops * shape.sequences,
         weight_bytes=task.architecture.num_params() * width / mesh.shape["tensor"],
         gradient_bytes=_gradient_bytes(config, state.policy["layers"], dict(mesh.shape)),
-        passes=shape.microbatches * (first_pass + models + 1),
+        passes=shape.microbatches * _passes_per_microbatch(objective, precomputed=precomputed),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _passes_per_microbatch(objective: Objective, *, precomputed: bool) -> int:
+    """Passes over a model's weights: the forward passes of policy and reference in each pass, and one backward pass."""
+    models = 2 if objective.uses_reference and not precomputed else 1
+    return models + 1 + (models if objective.first_pass != "none" else 0)
 
 
 def _gradient_bytes(config: Config, layers: Any, mesh: Mapping[str, int]) -> float:

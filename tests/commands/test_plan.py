@@ -146,7 +146,7 @@ def test_the_ladder_continues_until_the_step_fits(monkeypatch):
     run = config(microbatch_rows=32, mesh=MeshConfig(data=2, fsdp=-1))
     rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     assert [rung.setting for rung in rungs] == ["model.remat=full", "microbatch_rows=8", "mesh.data=1 mesh.fsdp=8"]
-    # Each setting stands upon those before.
+    # Each setting is added to those before it.
     assert (tried[2].model.remat, tried[2].microbatch_rows, tried[2].mesh) == ("full", 8, MeshConfig(1, 8))
     assert [rung.program.fits for rung in rungs] == [False, False, True]
 
@@ -160,7 +160,7 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
         "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
         "lora.rank=16 model.param_dtype=float32", "reference.param_dtype=int8",
     ]  # fmt: skip
-    # Adapters are not rounded, and what they are laid upon is as the rungs before left it.
+    # Adapters are not rounded, and the frozen weights are as the previous rungs left them.
     *_, adapters, rounded = (rung.program.config for rung in rungs)
     assert (adapters.lora.rank, adapters.model.param_dtype, adapters.reference.param_dtype) == (
         16,

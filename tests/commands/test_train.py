@@ -175,7 +175,7 @@ def _children(pid):
 def test_a_synced_reference_the_state_of_an_objective_and_rounding_survive_a_kill(cache, tmp_path):
     options = (
         *("--config.objective.name=bco", "--config.reference.sync_every=4"),
-        # Rounding by chance must go on as it would have, too.
+        # Stochastic rounding must also continue with the same bits.
         *("--config.model.param_dtype=bfloat16", "--config.optimizer.moments_dtype=bfloat16"),
     )
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -190,7 +190,7 @@ def test_a_synced_reference_the_state_of_an_objective_and_rounding_survive_a_kil
     assert numbers(broken) == numbers(unbroken)
     assert rows(broken)[-1]["running_count"] == 12 * 16
     assert json.loads((broken / "policy/config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert not (broken / "checkpoints" / "reference").exists()  # it moves, and lies in every checkpoint
+    assert not (broken / "checkpoints" / "reference").exists()  # it is synced, and part of every checkpoint
     assert (broken / "policy/model.safetensors").read_bytes() == (unbroken / "policy/model.safetensors").read_bytes()
 
 

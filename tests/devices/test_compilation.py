@@ -146,7 +146,7 @@ def test_freed_memory_goes_back_to_the_system():
         return int(next(line.split()[1] for line in status if line.startswith("RssAnon")))
 
     pieces = [bytes(1000) for _ in range(100_000)]
-    above = [bytes(1000) for _ in range(100)]  # what lies above keeps the C library from giving back what lies below
+    above = [bytes(1000) for _ in range(100)]  # blocks above keep the C library from freeing those below
     del pieces
     kept = private_kib()
     give_back_memory()

@@ -1,4 +1,4 @@
-"""Exported adapters, loaded by peft upon the exported model that they were trained beside."""
+"""Exported adapters, loaded by peft on top of the exported base model."""
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft
 
 
 def test_peft_scores_with_the_adapters_and_the_head_of_a_reward_model(torch, transformers, peft, tmp_path):
-    """Upon the language model that the reward model was trained from."""
+    """On top of the language model that the reward model was trained from."""
     lora = LoraConfig(rank=3, alpha=4.0)
     config = read_config_json(FILES["mistral"])
     language_model, model = Model.create(config, remat="none"), Model.create(config, remat="none", scalar_head="reward")

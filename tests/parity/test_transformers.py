@@ -153,7 +153,7 @@ def test_a_bfloat16_model_of_transformers_is_read_exactly(torch, transformers, t
     model = Model.create(read_config(tmp_path))
     params = load_params(model, tmp_path, param_dtype="float32")
     tokens = np.random.default_rng(0).integers(0, 64, (2, 30))
-    # Loaded anew: casting a model to bfloat16 also rounds its rotary frequencies.
+    # Loaded again: casting a model to bfloat16 also rounds its rotary frequencies.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = their_logits(torch, theirs, tokens)
     np.testing.assert_allclose(our_logits(model, params, tokens), expected, atol=1e-4)

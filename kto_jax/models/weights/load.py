@@ -6,7 +6,7 @@ Every device reads only the bytes of its own shard of each tensor. Nothing is un
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def load_params(
         config says; or they are a reward model's, and `model` is not one.
     """
     files = path if isinstance(path, ModelFiles) else ModelFiles(Path(path))
-    weights, tensors = open_weights(files.weights), FAMILIES[model.config.family].tensors
+    weights = open_weights(files.weights)
     if files.adapter is not None:
         weights = AdaptedWeights(weights, files.weights, read_adapter_folder(files.adapter))
     _check_names(weights, model, str(files))
@@ -102,30 +102,37 @@ def load_params(
         shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
     abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
     abstract = {name: abstract[name] for name in shardings}
-
-    broken: list[str] = []
-
-    def load(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-        name = ".".join(part.key for part in key_path)
-        if isinstance(sharding, Int8Matrix):
-            whole = load(key_path, leaf, sharding.int8)
-            broken.extend(find_nonfinite({name: whole}))
-            return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
-        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
-
     drawn: Params = {}
     if SCALAR_HEAD in abstract and "score.weight" not in weights.shapes:
         del abstract[SCALAR_HEAD]
         key = jax.random.key(0) if key is None else key
         drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, shardings[SCALAR_HEAD])}
-    params = jax.tree_util.tree_map_with_path(load, abstract, {name: shardings[name] for name in abstract})
-    if broken := broken + find_nonfinite(params):
+    params, broken = _read_params(weights, FAMILIES[model.config.family].tensors, abstract, shardings)
+    if broken:
         raise ConfigError(
             f"{files} holds values that are NaN or infinite in {', '.join(broken[:3])}"
             f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}. Weights must be finite. Download the model "
             "again, or take an earlier one."
         )
     return params | drawn
+
+
+def _read_params(
+    weights: Weights, tensors: Mapping[str, Tensor], abstract: Params, shardings: Params
+) -> tuple[Params, list[str]]:
+    """Reads the parameters of `abstract`; also returns the names of those with values that are not finite."""
+    broken: list[str] = []
+
+    def read(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        name = ".".join(part.key for part in key_path)
+        if isinstance(sharding, Int8Matrix):
+            whole = read(key_path, leaf, sharding.int8)
+            broken.extend(find_nonfinite({name: whole}))
+            return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
+        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
+
+    params = jax.tree_util.tree_map_with_path(read, abstract, {name: shardings[name] for name in abstract})
+    return params, broken + find_nonfinite(params)
 
 
 def _draw_scalar_head(model: Model, key: Array, param_dtype: str, shardings: Any) -> Params:

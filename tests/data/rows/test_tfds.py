@@ -45,7 +45,7 @@ assert "tensorflow" not in sys.modules
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Where the set "thumbs" lies as ArrayRecord, version 1.0.0."""
+    """The folder of the dataset "thumbs" as ArrayRecord, version 1.0.0."""
     directory = tmp_path_factory.mktemp("tfds")
     subprocess.run([sys.executable, "-c", PREPARE, directory, "array_record"], check=True, capture_output=True)
     return directory / "array_record"
