@@ -33,6 +33,7 @@ __all__ = [
     "read_command",
     "read_options",
     "run_command",
+    "visible",
 ]
 
 T = TypeVar("T")
@@ -69,8 +70,13 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
 
 def print_error(error: Exception | str) -> None:
     """Prints an error on standard error, in red on a terminal."""
-    line = f"error: {error}"
+    line = f"error: {visible(str(error))}"
     print(f"\033[31m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelt out, so that text of a model or a file cannot steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def answer_help(kind: type, about: str) -> None:

@@ -22,7 +22,7 @@ import rich.padding
 import rich.rule
 import rich.text
 
-from kto_jax.command import FINISHED, run_command
+from kto_jax.command import FINISHED, run_command, visible
 from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
@@ -95,8 +95,8 @@ def _print_pretty(completions: Sequence[Completion], seconds: float) -> None:
             shown = completion.prompt
             console.print(rich.rule.Rule(style="dim"))
             # Text objects, because a prompt may contain rich's markup.
-            console.print(rich.text.Text(_prompt_text(shown), style="bold"))
-        text = rich.text.Text(completion.text.strip())
+            console.print(rich.text.Text(visible(_prompt_text(shown)), style="bold"))
+        text = rich.text.Text(visible(completion.text.strip()))
         if not completion.ended:
             text.append(" … (cut)", style="dim italic")
         console.print(rich.padding.Padding(text, (1, 0, 0, 2), expand=False))

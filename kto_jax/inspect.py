@@ -22,7 +22,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kto_jax.command import FINISHED, run_command
+from kto_jax.command import FINISHED, run_command, visible
 from kto_jax.config import Config
 from kto_jax.config.ranges import Range
 from kto_jax.data.index.index import Index
@@ -246,7 +246,7 @@ def _rejections(manifest: Mapping[str, Any]) -> list[Table]:
         first[rejection["reason"]].append(rejection["place"])
     table = _table("rejected", "reason", ("rows", "right"), "first places")
     for reason, count in manifest["rejections"]["histogram"].items():
-        table.add_row(_visible(reason), f"{count:,}", Text(", ".join(first[reason][:_MAX_PLACES])))
+        table.add_row(visible(reason), f"{count:,}", Text(", ".join(first[reason][:_MAX_PLACES])))
     return [table] if table.row_count else []
 
 
@@ -254,7 +254,7 @@ def _skips(manifest: Mapping[str, Any]) -> list[Table]:
     """Rows that were skipped without an error."""
     table = _table("skipped", "reason", ("rows", "right"))
     for reason, count in manifest.get("skips", {}).items():
-        table.add_row(_visible(reason), f"{count:,}")
+        table.add_row(visible(reason), f"{count:,}")
     return [table] if table.row_count else []
 
 
@@ -263,7 +263,7 @@ def _encoding(manifest: Mapping[str, Any]) -> list[Table]:
     table = _table("completions", "", ("", "right"))
     for kind, counts in manifest.get("encoding", {}).items():
         for name, count in counts.items():
-            table.add_row(_visible(_ENCODING[kind].format(name)), f"{count:,}")
+            table.add_row(visible(_ENCODING[kind].format(name)), f"{count:,}")
     return [table] if table.row_count else []
 
 
@@ -338,12 +338,7 @@ def _decode(tokenizer: TokenizerInfo, ids: np.ndarray) -> str:
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
-    return _visible(backend.decode(ids.tolist(), skip_special_tokens=False))
-
-
-def _visible(text: str) -> str:
-    """Text with control characters spelled out, so that it cannot control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return visible(backend.decode(ids.tolist(), skip_special_tokens=False))
 
 
 def _table(title: str, *columns: str | tuple[str, str]) -> Table:

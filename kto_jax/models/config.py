@@ -7,6 +7,9 @@ import dataclasses
 from kto_jax.config import ConfigError
 from kto_jax.models.rope import Scaling
 
+_MOST_LAYERS = 10_000
+"""More would only fill the memory with names of tensors."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -84,6 +87,10 @@ class TransformerConfig:
                 raise ConfigError(
                     f"The model has {name}={value!r}; it must be an integer of at least 1. Fix its config.json."
                 )
+        if self.num_layers > _MOST_LAYERS:
+            raise ConfigError(
+                f"The model has num_layers={self.num_layers}; at most {_MOST_LAYERS} are read. Fix its config.json."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"The model has num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}; the first must be a "

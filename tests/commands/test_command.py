@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from kto_jax.command import TrainOptions, read_command, read_options, run_command
+from kto_jax.command import TrainOptions, print_error, read_command, read_options, run_command
 from kto_jax.config import Config, ConfigError, TransientError
 from kto_jax.config.ranges import Count
 
@@ -141,3 +141,8 @@ def test_the_help_of_a_command_with_a_configuration_shows_its_fields(capsys):
     shown = capsys.readouterr().out
     assert "--config.optimizer.learning_rate\n      [a number above 0; default: 5e-06]" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_an_error_cannot_steer_the_terminal(capsys):
+    print_error("row 3 holds \x1b]0;title\x07")
+    assert capsys.readouterr().err == "error: row 3 holds \\x1b]0;title\\x07\n"

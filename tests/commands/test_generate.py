@@ -63,6 +63,13 @@ def test_completions_are_shown_to_people_and_markup_in_them_is_text(capsys):
     assert "14 tokens in 1.2 s" in printed
 
 
+def test_a_completion_cannot_steer_the_terminal(capsys):
+    generate._print_pretty([Completion("a\x1b[2J", "b\x9b31m\x07", 3, True)], 1.25)
+    printed = capsys.readouterr().out
+    assert r"a\x1b[2J" in printed and r"b\x9b31m\x07" in printed
+    assert not set("\x1b\x9b\x07") & set(printed)
+
+
 def test_an_unusable_command_is_refused_in_one_line_with_exit_code_2():
     found = command("--model=does/not/exist/at/all", "--prompt=x")
     assert found.returncode == 2

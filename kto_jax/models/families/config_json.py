@@ -18,8 +18,20 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
         and `rope_scaling`, or `rope_parameters`.
 
     Raises:
-      ConfigError: the architecture or one of its options is not supported, or a field is missing.
+      ConfigError: the architecture or one of its options is not supported, a field is missing or is of a wrong type.
     """
+    try:
+        return _read(values)
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"The model's config.json cannot be read ({type(error).__name__}: {error}). Its sizes must be integers and "
+            "its options of the types that transformers writes. Download the file again."
+        ) from error
+
+
+def _read(values: Mapping[str, Any]) -> TransformerConfig:
     family = find_family(values)
     values = {**family.defaults, **values}
     missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",

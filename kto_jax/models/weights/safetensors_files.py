@@ -123,7 +123,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not readable JSON ({error}). Download the model again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds a {type(values).__name__}; it must hold an object. Download the model again.")
@@ -170,7 +170,11 @@ def _inside(directory: Path, file_name: str) -> Path:
     root = directory.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     file = directory / file_name
-    if Path(file_name).name != file_name or not any(file.resolve().is_relative_to(place) for place in allowed):
+    if (
+        "\0" in file_name
+        or Path(file_name).name != file_name
+        or not any(file.resolve().is_relative_to(place) for place in allowed)
+    ):
         raise ConfigError(
             f"{directory} names the weights file {file_name!r}, which is outside it. Weights must be in the model's "
             "own directory. Do not use this model unless you know why; if you do, copy the file into the directory."

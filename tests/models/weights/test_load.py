@@ -159,7 +159,9 @@ def test_files_outside_the_index_are_neither_read_nor_part_of_the_digest(directo
     assert weights_digest(directory) != digest
 
 
-@pytest.mark.parametrize("name", ["../model/model.safetensors", "{absolute}", "link.safetensors", "sub/x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../model/model.safetensors", "{absolute}", "link.safetensors", "sub/x.safetensors", "a\0b"]
+)
 def test_an_index_cannot_reach_outside_of_its_directory(directory, tmp_path, name):
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((directory / "model.safetensors").read_bytes())
@@ -211,7 +213,19 @@ def test_pickled_weights_are_refused_unopened(config, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not readable JSON"), ("[]", "must hold an object")])
+@pytest.mark.parametrize("change", [
+    {"num_attention_heads": 0}, {"hidden_size": "64"}, {"rope_theta": "x"}, {"rope_scaling": "x"}, {"architectures": 5},
+    {"num_hidden_layers": 10**9}, {"rms_norm_eps": []}, {"model_type": ["llama"], "architectures": None},
+], ids=str)  # fmt: skip
+def test_values_of_a_wrong_kind_in_config_json_are_refused(config, tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(write_config_json(config) | change))
+    with pytest.raises(ConfigError, match="The model"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "not readable JSON"), ("[]", "must hold an object"), ("[" * 100_000, "not readable JSON"),
+])  # fmt: skip
 def test_a_broken_config_json_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         read_config(tmp_path)
