@@ -51,8 +51,9 @@ class ModelConfig:
     """Dtype of the policy's weights. float32 keeps master weights, whatever `dtype` is. bfloat16 halves their memory:
     each update is added in float32 and the sum is stochastically rounded, so that small updates are not lost."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which the gradients of the layers' matrices are summed over devices if `dtype` is bfloat16. bfloat16
-    sends half the bytes and rounds the share of every device first. All other gradients are summed in float32."""
+    """Dtype in which the gradients of the layers' matrices and of the output head are summed over devices if `dtype` is
+    bfloat16. bfloat16 sends half the bytes and rounds the share of every device first. All other gradients are summed
+    in float32."""
     remat: Literal["none", "dots", "full", "offload"] = "full"
     """Activation checkpointing. "none": recompute nothing. "dots": save matmul outputs. "full": save only each layer's
     input. "offload": as "full", with those inputs in host memory (TPU and GPU)."""

@@ -30,7 +30,7 @@ def token_logps(
     chunk_size: int | None = None,
     num_devices: int = 1,
     kept_logits: int = KEPT_LOGITS,
-    gather: Callable[[Array], Array] | None = None,
+    constrain_head: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "*R T"]:
     """Log-probability of each target, `log softmax(hidden @ head)[target]`, a chunk of tokens at a time.
 
@@ -52,7 +52,8 @@ def token_logps(
       num_devices: devices over which a chunk's logits are sharded, by rows, by vocabulary or both. Each device reads
         its whole part of the head for every chunk, so chunks grow with the number of devices.
       kept_logits: the most logits per device that are kept for the backward pass; 0 recomputes them always.
-      gather: reshards the head, in the dtype of `hidden`, before the loop over chunks; None leaves it as it is.
+      constrain_head: a sharding constraint for the head and its gradient, so that neither is resharded in every chunk;
+        None leaves both to the compiler.
 
     Returns:
       Log-probabilities in nats, in at least float32.
@@ -61,7 +62,7 @@ def token_logps(
         return token_logps(
             hidden[None], head, targets[None],
             head_axes=head_axes, softcap=softcap, bias=bias, chunk_size=chunk_size, num_devices=num_devices,
-            kept_logits=kept_logits, gather=gather,
+            kept_logits=kept_logits, constrain_head=constrain_head,
         ).squeeze(0)  # fmt: skip
     num_rows, length, _ = hidden.shape
     vocabulary = head.shape[head_axes.index("v")]
@@ -77,8 +78,10 @@ def token_logps(
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     bias = jnp.zeros(vocabulary, jnp.promote_types(head.dtype, jnp.float32)) if bias is None else bias
     keeps_logits = targets.size * vocabulary <= kept_logits * num_devices
-    gather = gather or (lambda head: head)
-    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks, keeps_logits, gather)[:, :length]
+    constrain_head = constrain_head or (lambda head: head)
+    return _chunked_logps(hidden, head, bias, targets, head_axes, softcap, num_chunks, keeps_logits, constrain_head)[
+        :, :length
+    ]
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
@@ -111,14 +114,14 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, gather):
+def _chunked_logps(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, constrain_head):
     del keeps_logits  # without a gradient, nothing is kept
-    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, False, gather)[0]
+    return _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, False, constrain_head)[0]
 
 
-def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, gather):
+def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunks, keeps_logits, constrain_head):
     # Cast here, not by the caller: JAX gives a gradient the dtype of the argument, and the head's must not be rounded.
-    of_head, head = jnp.empty((0,), head.dtype), gather(head.astype(hidden.dtype))
+    of_head, head = jnp.empty((0,), head.dtype), constrain_head(head.astype(hidden.dtype))
 
     def one_chunk(args):
         hidden_rtd, targets_rt = args
@@ -131,8 +134,10 @@ def _chunked_logps_forward(hidden, head, bias, targets, axes, softcap, num_chunk
     return _join(logps), (hidden, head, bias, targets, _join(normalizer), kept, of_head)
 
 
-def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, gather, residuals, cotangent) -> tuple[Any, ...]:
-    del keeps_logits, gather
+def _chunked_logps_backward(
+    axes, softcap, num_chunks, keeps_logits, constrain_head, residuals, cotangent
+) -> tuple[Any, ...]:
+    del keeps_logits
     hidden, head, bias, targets, normalizer, kept, of_head = residuals
     dtype = cotangent.dtype
 
@@ -151,10 +156,11 @@ def _chunked_logps_backward(axes, softcap, num_chunks, keeps_logits, gather, res
         head_grad = head_grad + _product(f"rtd,rtv->{axes}", hidden_rtd, logits_grad, dtype)
         return (head_grad, bias_grad), hidden_grad.astype(hidden.dtype)
 
-    carry = (jnp.zeros(head.shape, dtype), jnp.zeros(bias.shape, dtype))
+    # The sum over devices follows the loop: a gradient that is sharded inside would be summed in every chunk.
+    carry = (constrain_head(jnp.zeros(head.shape, dtype)), jnp.zeros(bias.shape, dtype))
     parts = tuple(_split(x, num_chunks) for x in (hidden, targets, normalizer, cotangent))
     (head_grad, bias_grad), hidden_grad = jax.lax.scan(one_chunk, carry, (*parts, kept))
-    return _join(hidden_grad), head_grad.astype(of_head.dtype), bias_grad.astype(bias.dtype), None
+    return _join(hidden_grad), constrain_head(head_grad).astype(of_head.dtype), bias_grad.astype(bias.dtype), None
 
 
 _chunked_logps.defvjp(_chunked_logps_forward, _chunked_logps_backward)

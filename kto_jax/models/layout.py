@@ -33,8 +33,8 @@ class Layout:
       row_parts: number of parts into which the tokens of a row are sharded.
       attention: attention over packed rows, with the signature of `dense_attention`. Decoding with a KV cache does not
         use it.
-      reduce_dtype: dtype of the gradients of the layers' matrices where they are summed over devices; "bfloat16"
-        applies to a model that computes in bfloat16 only.
+      reduce_dtype: dtype of the gradients of the layers' matrices and of the head where they are summed over devices;
+        "bfloat16" applies to a model that computes in bfloat16 only.
       kept_logits: the most logits per device that are kept from the forward for the backward pass.
     """
 
