@@ -132,6 +132,7 @@ def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_
 def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_path):
     adapters = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.reference.param_dtype=int8"]
     adapters += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.samples.num_prompts=2"]
+    adapters += ["--config.data.chat_template=auto"]
     log = train_alone(cache, tmp_path / "one", *adapters, "--config.samples.max_new_tokens=3")
     assert max(row["z0"] for row in log) > 0.1
     assert_same(train(cache, tmp_path / "two", 2, *adapters, "--config.samples.max_new_tokens=3"), log)
