@@ -50,7 +50,7 @@ ORDER = {
     "kto_jax.judges": ["judges"],
     "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo ppo reward sft simpo slic", "grpo"],
     "kto_jax.models": [
-        "finite gather gradients int8 rope",
+        "finite gather gradients int8 rope unstacked",
         "config lora",
         "attention families heads",
         "layout",
@@ -58,7 +58,7 @@ ORDER = {
         "model",
         "weights",
     ],
-    "kto_jax.models.attention": ["dense mosaic triton", "blockwise splash"],
+    "kto_jax.models.attention": ["dense mosaic triton", "blockwise cached splash"],
     "kto_jax.models.families": ["tensors", "family", "gemma llama qwen", "config_json"],
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors",
@@ -72,7 +72,7 @@ ORDER = {
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.rewards": ["reward_model"],
-    "kto_jax.sampling": ["sample", "complete"],
+    "kto_jax.sampling": ["choose", "slots", "sample", "complete"],
     "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
     "kto_jax.training": [
         "checks flops",

@@ -180,10 +180,11 @@ class Model:
         return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty KV cache: keys and values [layers, batch, length, K, H] in the compute dtype, sharded."""
+        """An empty KV cache: keys and values [batch, K, length, H] of each layer in the compute dtype, sharded."""
         config = self.config
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return {name: self.layout.constrain(jnp.zeros(shape, self.dtype), CACHE_AXES) for name in ("key", "value")}
+        shape = (batch, config.num_kv_heads, length, config.head_dim)
+        empty = lambda: self.layout.constrain(jnp.zeros(shape, self.dtype), CACHE_AXES)  # noqa: E731
+        return {name: tuple(empty() for _ in range(config.num_layers)) for name in ("key", "value")}
 
     def decode(
         self, params: Params, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
@@ -191,10 +192,11 @@ class Model:
         """Writes tokens to the KV cache and returns their hidden states: prefills a prompt, or decodes token by token.
 
         Keys and values are written at the tokens' positions. A token attends to every cached position up to its own,
-        so positions must be filled from 0 without gaps; the order of tokens in the row does not matter.
+        so positions must be filled from 0 without gaps; the order of tokens in the row does not matter. A long prompt
+        is prefilled in chunks, because every chunk holds scores of all its tokens by all slots.
 
         Args:
-          params: parameters of this model.
+          params: parameters of this model, stacked over layers or from `unstack_layers`.
           cache: from `init_cache` or the last call; donate it.
           tokens_BL: token ids.
           positions_BL: position of every token; -1 is padding, which is neither written nor attended to.
@@ -202,7 +204,10 @@ class Model:
         Returns:
           Hidden states after the final norm (finite but meaningless for padding), and the cache.
         """
-        return self._merge(params).decode(cache, tokens_BL, positions_BL)
+        layers = params["layers"]
+        if not isinstance(layers, tuple):
+            layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.config.num_layers))
+        return self._merge(params | {"layers": layers[0]}).decode(layers, cache, tokens_BL, positions_BL)
 
     def init_params(self, key: Key[Array, ""], param_dtype: str) -> Params:
         """Random parameters: normal with the config's standard deviation, norms at one; scalar heads: see heads.py."""

@@ -11,7 +11,7 @@ all layers are alike, there is no flag and no branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kto_jax.models.attention.dense import attention, rotary_tables, rotate
+from kto_jax.models.attention.cached import cached_attention
+from kto_jax.models.attention.dense import rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_product
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
 
-Cache = dict[str, Array]
-CACHE_AXES = ("layers", "rows", "slots", "kv_heads", "head_dim")
+Cache = dict[str, tuple[Array, ...]]  # keys and values of each layer
+CACHE_AXES = ("rows", "kv_heads", "slots", "head_dim")
 Tables = tuple[Array, Array]  # cosine and sine
 # Takes rotated queries and keys, and values, [R, L, heads, H]; returns attention's output and the updated KV cache, if
 # any.
@@ -248,7 +249,7 @@ class Transformer(nnx.Module):
             is_local, state = scanned
 
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-                return self._attend(packed, is_local, query, key, value), None
+                return self._attend(packed, is_local, key.shape[1], query, key, value), None
 
             block = nnx.merge(graphdef, state)
             x_TD = checkpoint_name(self._constrain(x_TD, tokens_RL.shape), _LAYER_INPUT)
@@ -261,44 +262,38 @@ class Transformer(nnx.Module):
         return self._final_hidden(x_TD, tokens_RL.shape)
 
     def decode(
-        self, cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
+        self, layers: Sequence[Any], cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """A decoding step, or the prefill of a prompt: see `Model.decode`."""
-        batch, slots = cache["key"].shape[1:3]
+        """A decoding step, or a chunk of a prompt: see `Model.decode`. `layers` holds each layer's parameters.
+
+        The loop over layers is unrolled. A scan would copy each layer's weights and cache in every step on CPU.
+        """
         tables = self._tables(positions_BL)
-        row_B1 = jnp.arange(batch)[:, None]
-        # Padding's slot is past the end of the cache, where the scatter drops it.
-        slot_BL = jnp.where(positions_BL < 0, slots, positions_BL)
-        slots_BS = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
-        cached = partial(
-            attention, query_places_RL=positions_BL, key_places_RS=slots_BS,
-            query_segments_RL=jnp.zeros_like(positions_BL), key_segments_RS=jnp.zeros_like(slots_BS),
-        )  # fmt: skip
-        graphdef, state = nnx.split(self.layers)
-
-        # The cache is the scan's carry, not an input: the loop then updates it in place, a few tokens at a time.
-        def layer(carry, scanned):
-            x_TD, keys, values = carry
-            index, is_local, state = scanned
-
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-                written = (index, row_B1, slot_BL)
-                new_keys = self.constrain(keys.at[written].set(key, mode="drop"), CACHE_AXES)
-                new_values = self.constrain(values.at[written].set(value, mode="drop"), CACHE_AXES)
-                mixed = self._attend(cached, is_local, query, new_keys[index], new_values[index])
-                return mixed, (new_keys, new_values)
-
-            block = nnx.merge(graphdef, state)
-            x_TD, (new_keys, new_values) = block(
-                self._constrain(x_TD, tokens_BL.shape), _layer_tables(tables, is_local), attend
-            )
-            return (x_TD, new_keys, new_values), None
-
-        start = (self._embed(tokens_BL), cache["key"], cache["value"])
-        (x_TD, keys, values), _ = jax.lax.scan(
-            layer, start, (jnp.arange(self.config.num_layers), self._is_local(), state)
-        )
+        graphdef, _ = nnx.split(self.layers)
+        x_TD, caches = self._embed(tokens_BL), []
+        per_layer = zip(layers, self.config.layers_are_local, cache["key"], cache["value"], strict=True)
+        for state, is_local, *kept in per_layer:
+            attend = partial(self._attend_cached, positions_BL, is_local, kept)
+            block = nnx.merge(graphdef, nnx.State(state))
+            x_TD, kept = block(self._constrain(x_TD, tokens_BL.shape), tables[int(is_local)], attend)
+            caches.append(kept)
+        keys, values = zip(*caches, strict=True)
         return self._final_hidden(x_TD, tokens_BL.shape), {"key": keys, "value": values}
+
+    def _attend_cached(
+        self, positions_BL: Array, is_local: bool, kept: Sequence[Array], query: Array, key: Array, value: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Writes keys and values [B, L, K, H] to a layer's cache, and attends over it."""
+        num_slots = kept[0].shape[2]
+        row_B1 = jnp.arange(len(positions_BL))[:, None]
+        # Padding's slot is past the end of the cache, where the scatter drops it.
+        slot_BL = jnp.where(positions_BL < 0, num_slots, positions_BL)
+        keys, values = (
+            self.constrain(old.at[row_B1, :, slot_BL].set(new, mode="drop"), CACHE_AXES)
+            for old, new in zip(kept, (key, value), strict=True)
+        )
+        cached = partial(cached_attention, positions_BL=positions_BL)
+        return self._attend(cached, is_local, num_slots, query, keys, values), (keys, values)
 
     def _is_local(self) -> Array | None:
         """For each layer, whether it is local; None if all are alike."""
@@ -313,7 +308,9 @@ class Transformer(nnx.Module):
             return shared, shared
         return shared, rotary_tables(positions_RL, self.config, wide, local=True)
 
-    def _attend(self, attention: Callable[..., Array], is_local: Array | None, *heads: Array) -> Array:
+    def _attend(
+        self, attention: Callable[..., Array], is_local: Array | bool | None, num_keys: int, *heads: Array
+    ) -> Array:
         """Calls `attention` with this layer's window; `is_local` is None if all layers are alike."""
         config = self.config
         scalar = config.query_pre_attn_scalar
@@ -321,9 +318,11 @@ class Transformer(nnx.Module):
             attention, softcap=config.attention_softcap, scale=None if scalar is None else scalar**-0.5,
             precision=matmul_precision(self.dtype),
         )  # fmt: skip
-        if config.window is None or heads[1].shape[1] <= config.window:  # such a window masks no key
+        if config.window is None or num_keys <= config.window:  # such a window masks no key
             return attend(*heads)
         within = partial(attend, window=config.window)
+        if isinstance(is_local, bool):
+            return within(*heads) if is_local else attend(*heads)
         return within(*heads) if is_local is None else jax.lax.cond(is_local, within, attend, *heads)
 
     def _embed(self, tokens_RL: Array) -> Array:

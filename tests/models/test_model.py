@@ -116,7 +116,7 @@ def test_bfloat16_compute_gives_bfloat16_close_to_float32(config, params, model)
     tokens = draw_tokens(1, 2, 10)
     half = Model.create(config, dtype="bfloat16")
     hidden = hidden_states(half, params, tokens, *whole_rows(tokens))
-    assert hidden.dtype == half.head(params).dtype == half.init_cache(1, 2)["key"].dtype == jnp.bfloat16
+    assert hidden.dtype == half.head(params).dtype == half.init_cache(1, 2)["key"][0].dtype == jnp.bfloat16
     assert half.logits(params, hidden).dtype == jnp.float32
     exact = hidden_states(model, params, tokens, *whole_rows(tokens))
     assert 0 < np.linalg.norm(np.asarray(hidden, np.float32) - exact) < 0.03 * np.linalg.norm(exact)

@@ -13,8 +13,10 @@ from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
-from kto_jax.sampling import sample as rollout
-from kto_jax.sampling.sample import Sampling, sample
+from kto_jax.models.unstacked import unstack_layers
+from kto_jax.sampling import slots
+from kto_jax.sampling.choose import choose_tokens, truncate
+from kto_jax.sampling.sample import Sampling, sample, sample_with_logps
 
 NEVER = 10_000  # an id that no row draws
 EIGHT = Sampling(max_new_tokens=8)
@@ -83,7 +85,7 @@ def test_a_rows_completion_does_not_depend_on_the_other_rows_or_the_batch(temper
 
 
 def test_a_long_prompt_beside_a_short_one_leaves_it_alone():
-    # In one batch the short row is padded from 2 to 64 tokens, alone to 32.
+    # The long one takes two chunks.
     assert complete([PROMPTS[1], PROMPTS[4]], temperature=0)[0] == complete([PROMPTS[1]], temperature=0)[0]
 
 
@@ -114,30 +116,119 @@ def test_no_prompts_give_no_completions():
     assert complete([]) == []
 
 
-def test_the_loop_ends_when_all_rows_have_ended():
-    # A loop that went on would read the cache past its end and take a thousand steps for one token.
-    model, params = tiny()
-    first = complete([[1, 5]], temperature=0)[0][0]
-    calls = []
+def counted_decoding(calls):
+    """The tiny model, which notes the shape of the tokens of every call of `decode` when it runs."""
 
     class Counting(Model):
         def decode(self, params, cache, tokens_BL, positions_BL):
-            jax.debug.callback(lambda: calls.append(1))
+            jax.debug.callback(lambda: calls.append(tokens_BL.shape))
             return super().decode(params, cache, tokens_BL, positions_BL)
 
-    counting = Counting(model.config, model.dtype, model.remat, model.scalar_head, model.graphdef)
+    model = tiny()[0]
+    return Counting(model.config, model.dtype, model.remat, model.scalar_head, model.graphdef)
+
+
+def test_the_loop_ends_when_all_rows_have_ended():
+    # A loop that went on would read the cache past its end and take a thousand steps for one token.
+    first = complete([[1, 5]], temperature=0)[0][0]
+    calls = []
     greedy = Sampling(temperature=0, max_new_tokens=100)
-    sample(counting, params, [[1, 5]], greedy, eos_id=first, key=jax.random.key(0), batch_size=1)
+    model = counted_decoding(calls)
+    sample(model, tiny()[1], [[1, 5]], greedy, eos_id=first, key=jax.random.key(0), batch_size=1)
     jax.effects_barrier()
-    assert len(calls) == 1
+    assert calls == [(1, 32), (1, 1)]  # the prompt and one step
+
+
+def test_a_slot_whose_completion_has_ended_takes_the_next_prompt_while_the_others_go_on():
+    # By their lengths until an id that some draw early and some never.
+    free = complete(PROMPTS * 2, max_new_tokens=24)
+    eos_id = max(range(61), key=lambda token: len({c.index(token) for c in free if token in c}))
+    expected = [c[: c.index(eos_id) + 1] if eos_id in c else c for c in free]
+    lengths = [len(completion) for completion in expected]
+    assert len(set(lengths)) > 3 and max(lengths) == 24
+    calls, sampling = [], Sampling(max_new_tokens=24)
+    arguments = {"eos_id": eos_id, "key": jax.random.key(1), "batch_size": 2}
+    drawn = sample(counted_decoding(calls), tiny()[1], PROMPTS * 2, sampling, **arguments)
+    jax.effects_barrier()
+    assert [completion.tolist() for completion in drawn] == expected
+    steps = calls.count((2, 1))
+    assert sum(lengths) / 2 <= steps < sum(lengths) / 2 + 24  # both slots work until the last completions
+
+
+def test_a_prompt_is_prefilled_once_for_several_completions_however_many_slots_there_are(monkeypatch):
+    calls, prefill = [], slots.prefill
+    monkeypatch.setattr(slots, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
+    drawn = complete([[1, 5, 9]] * 5 + [[1, 7]] * 2, batch_size=2)
+    assert len(calls) == 2
+    monkeypatch.undo()
+    assert drawn == complete([[1, 5, 9]] * 5 + [[1, 7]] * 2, batch_size=8)
+    assert len({tuple(completion) for completion in drawn}) == 7
+
+
+def test_prompts_of_any_length_are_prefilled_in_chunks_by_one_program():
+    complete([list(range(1, 11))], temperature=0, max_new_tokens=240)
+    compiled = slots.prefill._cache_size()
+    long = [1 + i % 60 for i in range(200)]
+    drawn = complete([long], temperature=0, max_new_tokens=8)
+    assert slots.prefill._cache_size() == compiled
+    assert drawn[0][0] == int(jnp.argmax(next_logits(tiny()[1], jnp.asarray(long + [0] * 20), 200)))
+
+
+def test_the_cache_grows_only_when_a_completion_needs_it_and_nothing_else_changes(monkeypatch):
+    expected = complete(PROMPTS, max_new_tokens=100)
+    lengths, grow = [], slots.grow
+    monkeypatch.setattr(slots, "grow", lambda *args, length: lengths.append(length) or grow(*args, length=length))
+    monkeypatch.setattr(slots, "_SHORTEST_CACHE", 32)
+    assert complete(PROMPTS, max_new_tokens=100) == expected
+    assert sorted(set(lengths)) == [64, 128, 192]
+    lengths.clear()
+    assert complete(PROMPTS[:4], max_new_tokens=100, eos_id=list(range(61))) == [c[:1] for c in expected[:4]]
+    assert lengths == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logps_are_those_of_the_training_forward_pass(temperature):
+    model, params = tiny()
+    sampling = Sampling(temperature, top_p=0.9, max_new_tokens=12)
+    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 2}
+    for prompt, found in zip(PROMPTS, sample_with_logps(model, params, PROMPTS, sampling, **arguments), strict=True):
+        tokens = jnp.concatenate([jnp.asarray(prompt, jnp.int32), jnp.asarray(found.ids)])[None]
+        places = jnp.arange(tokens.shape[1])[None]
+        hidden = model.hidden_states(params, tokens, jnp.ones_like(tokens), places)[:, len(prompt) - 1 : -1]
+        expected = model.token_logps(params, hidden, jnp.asarray(found.ids)[None])[0]
+        assert found.logps.dtype == np.float32
+        np.testing.assert_allclose(found.logps, expected, atol=1e-4)
+
+
+def test_bfloat16_draws_valid_completions_with_a_bfloat16_cache():
+    model, params = Model.create(CONFIG, dtype="bfloat16"), jax.tree.map(lambda x: x.astype("bfloat16"), tiny()[1])
+    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 4}
+    half = sample_with_logps(model, params, PROMPTS, Sampling(0, max_new_tokens=4), **arguments)
+    exact = sample_with_logps(*tiny(), PROMPTS, Sampling(0, max_new_tokens=4), **arguments)
+    for rounded, other in zip(half, exact, strict=True):
+        assert abs(rounded.logps[0] - other.logps[0]) < 0.2
+    assert sum(a.ids[0] == b.ids[0] for a, b in zip(half, exact, strict=True)) >= 5
+
+
+def test_parameters_can_be_donated_after_sampling_and_their_layers_were_not_copied():
+    params = jax.tree.map(jnp.copy, tiny()[1])
+    weight = params["layers"]["mlp"]["up"]["weight"]
+    if jax.default_backend() == "cpu":
+        first = unstack_layers(params)["layers"][0]["mlp"]["up"]["weight"]
+        assert first.unsafe_buffer_pointer() == weight.unsafe_buffer_pointer()
+        del first
+    sample(tiny()[0], params, PROMPTS[:1], EIGHT, eos_id=NEVER, key=jax.random.key(1), batch_size=1)
+    address = weight.unsafe_buffer_pointer()
+    updated = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(params)
+    assert updated["layers"]["mlp"]["up"]["weight"].unsafe_buffer_pointer() == address
 
 
 def test_other_temperatures_and_cuts_do_not_compile_again():
     complete(PROMPTS, temperature=0)
-    compiled = rollout._complete._cache_size()
+    compiled = slots.decode._cache_size()
     for changes in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"eos_id": 3}, {"key": jax.random.key(5)}):
         complete(PROMPTS, **changes)
-    assert rollout._complete._cache_size() == compiled
+    assert slots.decode._cache_size() == compiled
 
 
 def test_one_token_is_drawn_with_the_models_own_probabilities():
@@ -161,26 +252,26 @@ def test_top_k_keeps_exactly_the_k_most_likely():
         (3, {1, 2, 3}, {0, 1, 2}),
         (0, {0, 1, 2, 3}, {0, 1, 2, 3}),
     ):
-        kept = np.isfinite(rollout.truncate(logits, Sampling(top_k=k)))
+        kept = np.isfinite(truncate(logits, Sampling(top_k=k)))
         assert [set(np.flatnonzero(row)) for row in kept] == [first, second]
-    assert np.isfinite(rollout.truncate(logits, Sampling(top_k=99))).all()
+    assert np.isfinite(truncate(logits, Sampling(top_k=99))).all()
 
 
 def test_top_p_keeps_the_smallest_set_whose_mass_is_at_least_p():
     logits = logits_of([0.1, 0.4, 0.2, 0.3])
     cases = ((0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}), (0.91, {0, 1, 2, 3}))
     for p, expected in cases:
-        kept = np.isfinite(rollout.truncate(logits, Sampling(top_p=p)))
+        kept = np.isfinite(truncate(logits, Sampling(top_p=p)))
         assert set(np.flatnonzero(kept[0])) == expected
     # Mass that is exactly p is enough: halves and quarters are exact in floating point.
-    exact = rollout.truncate(logits_of([0.5, 0.25, 0.125, 0.125]), Sampling(top_p=0.75))
+    exact = truncate(logits_of([0.5, 0.25, 0.125, 0.125]), Sampling(top_p=0.75))
     assert set(np.flatnonzero(np.isfinite(exact[0]))) == {0, 1}
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.95, 0.999])
 def test_top_p_agrees_with_a_search_in_float64(top_p):
     logits = np.asarray(jax.random.normal(jax.random.key(3), (8, 500)) * 3)
-    kept = np.isfinite(rollout.truncate(jnp.asarray(logits), Sampling(top_p=top_p)))
+    kept = np.isfinite(truncate(jnp.asarray(logits), Sampling(top_p=top_p)))
     shares = np.exp(logits.astype(np.float64))
     shares /= shares.sum(axis=-1, keepdims=True)
     for row, mask in zip(shares, kept, strict=True):
@@ -191,18 +282,18 @@ def test_top_p_agrees_with_a_search_in_float64(top_p):
 
 def test_top_p_of_one_cuts_nothing_however_unlikely():
     logits = jnp.asarray([[0.0, -30.0, -60.0, -80.0]])
-    assert np.isfinite(rollout.truncate(logits, Sampling(top_p=1.0, top_k=4))).all()
+    assert np.isfinite(truncate(logits, Sampling(top_p=1.0, top_k=4))).all()
 
 
 def test_top_p_looks_at_what_top_k_leaves():
     # Of 0.4 and 0.3 alone, 0.4 is 57 %.
     logits = logits_of([0.1, 0.4, 0.2, 0.3])
-    both = np.isfinite(rollout.truncate(logits, Sampling(top_p=0.55, top_k=2)))
+    both = np.isfinite(truncate(logits, Sampling(top_p=0.55, top_k=2)))
     assert set(np.flatnonzero(both[0])) == {1}
 
 
 def test_ties_with_the_last_token_kept_are_kept():
-    kept = np.isfinite(rollout.truncate(jnp.zeros((1, 5)).at[0, 0].set(1.0), Sampling(top_k=2)))
+    kept = np.isfinite(truncate(jnp.zeros((1, 5)).at[0, 0].set(1.0), Sampling(top_k=2)))
     assert kept.all()
 
 
@@ -220,7 +311,7 @@ def test_ties_with_the_last_token_kept_are_kept():
 def test_tokens_are_drawn_from_the_distribution_that_is_left(sampling, expected):
     num = 20_000
     logits = jnp.tile(logits_of([0.1, 0.4, 0.2, 0.3]), (num, 1))
-    tokens = rollout.choose_tokens(logits, jax.random.split(jax.random.key(0), num), sampling)
+    tokens = choose_tokens(logits, jax.random.split(jax.random.key(0), num), sampling)
     shares = np.bincount(tokens, minlength=4) / num
     np.testing.assert_allclose(shares, expected, atol=0.016)
     assert all(shares[token] == 0 for token in range(4) if expected[token] == 0)
@@ -247,9 +338,9 @@ def test_the_kv_cache_is_sharded_over_rows_and_heads_and_stays_so_while_it_is_wr
 
     empty = jax.jit(lambda: model.init_cache(8, 16))()
     for cache in (empty, jax.jit(read_prompt)(params, empty)):
-        for part in cache.values():
-            layers, batch, slots, heads, width = part.shape
-            assert part.sharding.shard_shape(part.shape) == (layers, batch // 4, slots, heads // 2, width)
+        for part in jax.tree.leaves(cache):
+            batch, heads, length, width = part.shape
+            assert part.sharding.shard_shape(part.shape) == (batch // 4, heads // 2, length, width)
 
 
 def test_nothing_is_moved_to_the_device_unasked():
@@ -280,7 +371,7 @@ def test_what_cannot_be_sampled_is_refused(changes, message):
         complete(changes.pop("prompts", [[1]]), **changes)
 
 
-def test_each_batch_is_reported():
+def test_completions_are_reported_as_they_end():
     seen = []
     complete(PROMPTS, on_batch=seen.append)
     assert seen == [4, 2]

@@ -1,0 +1,45 @@
+"""Our sampling, over all prompts at once or over one static batch after the other: `kto_jax` and `static`."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.peers.turn import read_job, report
+from kto_jax.models.model import Model
+from kto_jax.models.weights.load import load_params, read_config
+from kto_jax.sampling.sample import Sampling, sample
+
+NEVER = -1
+
+
+def main() -> None:
+    """Runs the job."""
+    job = read_job()
+    model = Model.create(read_config(job["model"]), dtype=job["dtype"], remat="none")
+    params = load_params(model, job["model"], param_dtype=job["dtype"])
+    prompts = job["prompts"][: job["num_prompts"]]
+    size = job["slots"] if job["contender"] == "static" else len(prompts)
+    eos_ids = job["eos_ids"] if job["stops"] else NEVER
+
+    def complete(seed: int, max_new_tokens: int) -> int:
+        drawn = [
+            sample(
+                model, params, prompts[start : start + size], Sampling(max_new_tokens=max_new_tokens), eos_id=eos_ids,
+                key=jax.random.key(seed), batch_size=min(job["slots"], len(prompts)),
+            )
+            for start in range(0, len(prompts), size)
+        ]  # fmt: skip
+        return sum(len(ids) for batch in drawn for ids in batch)
+
+    jax.block_until_ready(jnp.zeros(()))
+    complete(0, job["max_new_tokens"])
+    start = time.perf_counter()
+    tokens = complete(1, job["max_new_tokens"])
+    report(job, tokens=tokens, seconds=time.perf_counter() - start, versions={"jax": jax.__version__})
+
+
+if __name__ == "__main__":
+    main()
