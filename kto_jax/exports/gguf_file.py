@@ -19,7 +19,6 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.rope import Llama3Scaling
 from kto_jax.models.weights.gguf import LAYER_NAMES, OTHER_NAMES, ROPE_FACTORS, row_order
 from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
@@ -78,8 +77,8 @@ def _check_architecture(config: TransformerConfig, directory: Path) -> None:
         "query_pre_attn_scalar", "attention_softcap", "final_softcap",
     )  # fmt: skip
     other = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    if other or is_reward_model(directory) or not isinstance(config.rope_scaling, Llama3Scaling | None):
-        what = ", ".join(other) or "a reward head or its rope scaling"
+    if other or is_reward_model(directory):
+        what = ", ".join(other) or "a reward head"
         raise ConfigError(
             f"{directory} is a model of family {config.family!r} ({what}), which is not written as GGUF. Models of the "
             f"Llama type are. {_OTHERWISE}"

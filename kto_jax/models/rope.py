@@ -65,6 +65,64 @@ class LinearScaling:
 
 
 Scaling = Llama3Scaling | LinearScaling
+_ROUNDING = 1e-6
+"""Relative error of a factor that is computed and stored in float32."""
+
+
+def recover_scaling(frequencies: np.ndarray, factors: np.ndarray) -> Scaling | None:
+    """The scaling that divides frequencies by these factors, as GGUF files keep it.
+
+    Several settings of llama3 give the same factors: those of published models, `low_freq_factor` 1 and
+    `high_freq_factor` 4, are preferred.
+
+    Args:
+      frequencies: unscaled, in radians per position, falling, [H/2].
+      factors: of each, at least 1, [H/2].
+
+    Returns:
+      The scaling, or None if no llama3 or linear scaling has these factors.
+    """
+    factor = float(np.max(factors))
+    factor = round(factor, 3) if np.isclose(factor, round(factor, 3), rtol=_ROUNDING) else factor
+    if factor <= 1 or np.min(factors) < 1 - _ROUNDING:
+        return None
+    if np.allclose(factors, factor, rtol=_ROUNDING):
+        return LinearScaling(factor)
+    kept = np.clip((1 / factors - 1 / factor) / (1 - 1 / factor), 0, 1)
+    kept = np.where(kept < 10 * _ROUNDING, 0.0, np.where(kept > 1 - 10 * _ROUNDING, 1.0, kept))
+    for scaling in (*_usual_llama3(frequencies, kept, factor), *_any_llama3(frequencies, kept, factor)):
+        if np.allclose(frequencies / scaling.stretch(frequencies), factors, rtol=2 * _ROUNDING):
+            return scaling
+    return None
+
+
+def _usual_llama3(frequencies: np.ndarray, kept: np.ndarray, factor: float) -> list[Llama3Scaling]:
+    """Scalings with the frequency factors 1 and 4 that keep about these shares of the frequencies."""
+    lengths = 2 * np.pi * (1 + 3 * kept) / frequencies
+    between = lengths[(kept > 0) & (kept < 1)]
+    if len(between):
+        return [Llama3Scaling(factor, 1.0, 4.0, round(float(between[-1])))]
+    # The length is open; it is likely to be a power of two.
+    middle = 0.5 * np.log2(lengths[kept == 1][-1:]) + 0.5 * np.log2(lengths[kept == 0][:1])
+    return [Llama3Scaling(factor, 1.0, 4.0, round(2.0 ** float(power))) for power in (*np.round(middle), *middle)]
+
+
+def _any_llama3(frequencies: np.ndarray, kept: np.ndarray, factor: float) -> list[Llama3Scaling]:
+    """The scaling whose share kept is the line through the frequencies that are kept in part."""
+    between = np.flatnonzero((kept > 0) & (kept < 1))
+    before, behind = np.flatnonzero(kept == 1)[-1:], np.flatnonzero(kept == 0)[:1]
+    anchor = between[-1] if len(between) else behind[0]
+    others = between[:1] if len(between) > 1 else np.concatenate([before, behind])
+    others = others[others != anchor]
+    if not len(others):
+        return []
+    slope = np.max((kept[others] - kept[anchor]) / (frequencies[others] - frequencies[anchor]))
+    start = kept[anchor] - slope * frequencies[anchor]
+    if not start < 0 < slope:
+        return []
+    length = max(round(-2 * np.pi * slope / start), 1)
+    width = length / (2 * np.pi * slope)
+    return [Llama3Scaling(factor, float(-start * width), float((1 - start) * width), length)]
 
 
 def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float, Scaling | None]:

@@ -19,7 +19,7 @@ from kto_jax.config import ConfigError
 from kto_jax.config.packages import require
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.rope import Llama3Scaling
+from kto_jax.models.rope import recover_scaling
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -37,9 +37,8 @@ OTHER_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# llama3 scaling is stored as one factor per frequency; these are the settings of published models.
-_PUBLISHED_SCALINGS = tuple(Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 ROPE_FACTORS = "rope_freqs.weight"
+"""llama3 scaling is stored as one factor per frequency."""
 
 
 def open_gguf(path: Path) -> GgufWeights:
@@ -156,15 +155,16 @@ class GgufWeights:
         if ROPE_FACTORS not in self._tensors:
             return config
         factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float64)
-        for scaling in _PUBLISHED_SCALINGS:
-            scaled = dataclasses.replace(config, rope_scaling=scaling)
-            expected = rotary_frequencies(config) / rotary_frequencies(scaled)
-            if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-4):
-                return scaled
-        raise ConfigError(
-            f"{self.path}: the rotary factors in {ROPE_FACTORS} match no published llama3 scaling. Choose the model's "
-            "Hugging Face directory instead, whose config.json states its scaling."
-        )
+        frequencies = rotary_frequencies(config)
+        if factors.shape == frequencies.shape and np.all(factors == 1):
+            return config
+        scaling = recover_scaling(frequencies, factors) if factors.shape == frequencies.shape else None
+        if scaling is None:
+            raise ConfigError(
+                f"{self.path}: the rotary factors in {ROPE_FACTORS} are those of no llama3 or linear scaling. Choose "
+                "the model's Hugging Face directory instead, whose config.json states its scaling."
+            )
+        return dataclasses.replace(config, rope_scaling=scaling)
 
 
 class _Metadata:

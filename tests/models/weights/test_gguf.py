@@ -8,7 +8,7 @@ from gguf import quants
 from kto_jax.config import ConfigError
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.model import Model
-from kto_jax.models.rope import Llama3Scaling
+from kto_jax.models.rope import LinearScaling, Llama3Scaling, recover_scaling
 from kto_jax.models.weights.gguf import GgufWeights
 from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.models.weights.tensors import expected_shapes
@@ -94,17 +94,37 @@ def test_parameters_are_loaded_from_a_gguf_file(config, tmp_path):
     np.testing.assert_array_equal(params["head"]["weight"], weights["lm_head.weight"].T)
 
 
-def test_llama3_scaling_is_recognised_by_its_factors(config, tmp_path):
-    scaled = dataclasses.replace(config, rope_scaling=SCALING, initializer_range=0.02)
-    factors = (rotary_frequencies(config) / rotary_frequencies(scaled)).astype(np.float32)
+@pytest.mark.parametrize("head_dim", [8, 16, 128])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        *(Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192), Llama3Scaling(8.0, 1.0, 4.0, 128)),
+        *(Llama3Scaling(4.5, 2.0, 16.0, 300), Llama3Scaling(8.0, 1.0, 3.0, 128), Llama3Scaling(8.0, 1.0, 16.0, 32768)),
+        LinearScaling(4.0),
+    ],
+    ids=str,
+)
+def test_a_scaling_is_recovered_from_its_factors(head_dim, theta, scaling):
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    scaled = scaling.stretch(frequencies)
+    found = recover_scaling(frequencies, (frequencies / scaled).astype(np.float32).astype(float))
+    np.testing.assert_allclose(found.stretch(frequencies), scaled, rtol=3e-6)
+    if head_dim == 128 and scaling in (Llama3Scaling(8.0, 1.0, 4.0, 8192), LinearScaling(4.0)):
+        assert found == scaling
+
+
+def test_factors_of_no_scaling_are_refused(config, tmp_path):
+    factors = rotary_frequencies(config) / SCALING.stretch(rotary_frequencies(config))
     write = lambda values: write_gguf(  # noqa: E731
         tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, extra=[("rope_freqs.weight", values)]
     )
-    write(factors)
-    assert GgufWeights(tmp_path / "m.gguf").config == scaled
-    write(factors * 2)
-    with pytest.raises(ConfigError, match="match no published llama3 scaling"):
-        GgufWeights(tmp_path / "m.gguf")
+    write(np.ones_like(factors, np.float32))
+    assert GgufWeights(tmp_path / "m.gguf").config.rope_scaling is None
+    for values in (factors * 2, factors[::-1], factors[1:], factors / 2):
+        write(values.astype(np.float32))
+        with pytest.raises(ConfigError, match="are those of no llama3 or linear scaling"):
+            GgufWeights(tmp_path / "m.gguf")
 
 
 def test_files_of_other_models_and_broken_files_are_refused(config, tmp_path):
