@@ -10,7 +10,7 @@ from kto_jax.config.ranges import Auto, Count, Fraction, Labels, Number, Probabi
 
 Layout = (
     Literal["auto", "fields", "messages", "sharegpt", "alpaca", "openai", "trl"]
-    | Literal["halos", "hh", "shp", "oasst", "oasst_trees", "ultrafeedback", "kto_mix"]
+    | Literal["halos", "hh", "shp", "oasst", "oasst_trees", "ultrafeedback", "kto_mix", "compared", "ranked"]
     | Literal["open_webui", "librechat", "anythingllm", "langfuse", "langsmith", "argilla"]
 )
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -23,7 +23,7 @@ class DataConfig:
 
     train: Sources = ""
     """Files (.jsonl, .json, .csv, .tsv, each also with .gz, .bz2 or .zst; .xlsx, .parquet, .arrow, .feather),
-    directories of them, globs, `hub:org/name/split`, `hub:org/name/split@REVISION`, `tfds:name/split`,
+    directories of them, globs, `hub:org/name/split`, `hub:org/name:config/split@REVISION`, `tfds:name/split`,
     `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its
     own: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight": 0.5}`. The weight is how often an epoch
     visits each record of that source. Required."""

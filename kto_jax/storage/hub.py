@@ -6,6 +6,7 @@ hosts and after every resume.
     org/name                     a model, at the newest commit of `main`
     org/name@v1.0                at a branch, tag or commit
     hub:org/name/split@v1.0      a split of a data set
+    hub:org/name:config/split    of a data set with several configurations
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HUB_TIMEOUT = 5.0
 """Seconds without an answer after which the Hub counts as unreachable."""
 
 _MODEL = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-_DATA = re.compile(r"hub:(?P<repository>[^@]+)/(?P<split>[^@/]+)(?:@(?P<revision>[\w./-]+))?")
+_DATA = re.compile(r"hub:(?P<repository>[^@:]+)(?::(?P<config>[^@:/]+))?/(?P<split>[^@/]+)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BUSY = (408, 429, 500, 502, 503, 504)
 """HTTP statuses that may be gone when the same is asked again."""
@@ -46,12 +47,14 @@ class HubSource:
       repository: org/name.
       split: of a data set; "" for a model.
       revision: branch, tag or commit; "" for the newest commit.
+      config: configuration of a data set; "" if it has one, and for a model.
     """
 
     kind: str
     repository: str
     split: str
     revision: str
+    config: str = ""
 
     @property
     def is_pinned(self) -> bool:
@@ -60,7 +63,8 @@ class HubSource:
 
     def at(self, revision: str) -> str:
         """The source at another revision, as it is written in a configuration."""
-        name = f"hub:{self.repository}/{self.split}" if self.kind == "dataset" else self.repository
+        config = f":{self.config}" if self.config else ""
+        name = f"hub:{self.repository}{config}/{self.split}" if self.kind == "dataset" else self.repository
         return f"{name}@{revision}"
 
 
@@ -77,10 +81,10 @@ def parse(source: str) -> HubSource | None:
         match = _DATA.fullmatch(source)
         if match is None:
             raise ConfigError(
-                f"data source {source!r} is not a Hub set. It is written hub:org/name/split, or "
-                "hub:org/name/split@REVISION. Name the split."
+                f"data source {source!r} is not a Hub set. It is written hub:org/name/split, "
+                "hub:org/name:config/split or hub:org/name/split@REVISION. Name the split."
             )
-        return HubSource("dataset", match["repository"], match["split"], match["revision"] or "")
+        return HubSource("dataset", match["repository"], match["split"], match["revision"] or "", match["config"] or "")
     match = _MODEL.fullmatch(source)
     if match is None or Path(source).expanduser().exists():
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kto_jax.devices import processes
 from kto_jax.models.weights.adapter_folder import is_adapter_folder, named_base
 from kto_jax.models.weights.model_files import CONFIG_FILES
 from kto_jax.storage.fetch import local_path
-from kto_jax.storage.hub import pinned
+from kto_jax.storage.hub import parse, pinned
 
 
 def pin_sources(config: Config, workdir: Path | None = None) -> Config:
@@ -30,14 +31,15 @@ def pin_sources(config: Config, workdir: Path | None = None) -> Config:
       ConfigError: the Hub has no such repository or revision.
       TransientError: the Hub cannot be reached.
     """
-    commits = _broadcast(lambda: _commits(config, workdir))
+    recorded = _read_recorded(workdir)
+    commits = _broadcast(lambda: _commits(config, recorded))
     data = dataclasses.replace(
         config.data, train=_replace(config.data.train, commits), eval=_replace(config.data.eval, commits)
     )
     model = dataclasses.replace(config.model, path=_replace(config.model.path, commits))
     reference = dataclasses.replace(config.reference, path=_replace(config.reference.path, commits))
-    bases = _broadcast(lambda: {"model": _base(model, workdir), "reference": _base(reference, workdir)})
-    commits = _broadcast(lambda: _pinned(bases.values(), workdir))
+    bases = _broadcast(lambda: {"model": _base(model, recorded), "reference": _base(reference, recorded)})
+    commits = _broadcast(lambda: _pinned(bases.values(), recorded.bases))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, base=_replace(bases["model"], commits)),
@@ -52,13 +54,41 @@ def _broadcast(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
     return dict(json.loads(processes.exchange_text(json.dumps(found))[0]))
 
 
-def _base(source: ModelConfig | ReferenceConfig, workdir: Path | None) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """What the config.json of a run says of its sources; nothing if there is no run.
+
+    Attributes:
+      sources: of the policy, the reference and the feedback, in the order of `_commits`.
+      bases: of the policy's and the reference's adapters.
+      models: the sections of the policy and the reference.
+    """
+
+    sources: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    models: tuple[Mapping[str, Any], ...] = ()
+
+
+def _read_recorded(workdir: Path | None) -> _Recorded:
+    if workdir is None:
+        return _Recorded()
+    try:
+        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        models = (values["model"], values["reference"])
+        data = (*_paths(values["data"]["train"]), *_paths(values["data"]["eval"]))
+        sources = (*(model["path"] for model in models), *(name for name in data if name.startswith("hub:")))
+        return _Recorded(sources, tuple(model.get("base", "") for model in models), models)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # check_folder reports a broken config.json
+        return _Recorded()
+
+
+def _base(source: ModelConfig | ReferenceConfig, recorded: _Recorded) -> str:
     """The base of the adapters that a source holds: as it is set, recorded or named by them; "" of another model."""
     if source.base or not source.path:
         return source.base
-    for recorded in _recorded_models(workdir) if workdir else ():
-        if recorded["path"] == source.path:
-            return str(recorded.get("base", ""))
+    for model in recorded.models:
+        if model["path"] == source.path:
+            return str(model.get("base", ""))
     try:
         folder = local_path(source.path, hub_files=CONFIG_FILES)
     except ConfigError:  # read_inputs reports it, with all else that it reads.
@@ -66,39 +96,36 @@ def _base(source: ModelConfig | ReferenceConfig, workdir: Path | None) -> str:
     return named_base(folder) if is_adapter_folder(folder) else ""
 
 
-def _commits(config: Config, workdir: Path | None) -> dict[str, str]:
+def _commits(config: Config, recorded: _Recorded) -> dict[str, str]:
     """Each source as written in the config -> the source at its commit."""
     data = [name for name in (*_paths(config.data.train), *_paths(config.data.eval)) if name.startswith("hub:")]
-    return _pinned((config.model.path, config.reference.path, *data), workdir)
+    return _pinned((config.model.path, config.reference.path, *data), recorded.sources)
 
 
-def _pinned(sources: Iterable[str], workdir: Path | None) -> dict[str, str]:
-    recorded = tuple(_recorded_sources(workdir)) if workdir else ()
-    found = {}
+def _pinned(sources: Iterable[str], recorded: Sequence[str]) -> dict[str, str]:
+    """Each source -> the source at its commit: the recorded one if there is one, whatever its branch is at now.
+
+    One repository may be there at several revisions, so the second mention of it is the second that was recorded.
+    """
+    left: dict[str, list[str]] = {}
+    for name in recorded:
+        left.setdefault(_without_revision(name), []).append(name)
+    found: dict[str, str] = {}
     for source in sources:
-        before = [name for name in recorded if source in (name, name.rpartition("@")[0] or name)]
-        found[source] = before[0] if before else pinned(source)
+        before = left.get(_without_revision(source), [])
+        kept = before.pop(0) if before else None
+        parsed = parse(source)
+        if kept is None or (parsed is not None and parsed.is_pinned):
+            kept = pinned(source)
+        elif parsed is not None and parsed.revision:
+            print(f"{source}: the run keeps the commit with which it began, {kept}", file=sys.stderr)
+        found.setdefault(source, kept)
     return found
 
 
-def _recorded_models(workdir: Path) -> list[dict[str, Any]]:
-    """The sections of policy and reference in the config.json of a run; none if there is no run."""
-    try:
-        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        return [values["model"], values["reference"]]
-    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a config.json that is broken
-        return []
-
-
-def _recorded_sources(workdir: Path) -> Iterator[str]:
-    """The sources in the config.json of a run; none if there is no run."""
-    try:
-        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        yield from (values["model"]["path"], values["reference"]["path"])
-        yield from (values[name].get("base", "") for name in ("model", "reference"))
-        yield from (*_paths(values["data"]["train"]), *_paths(values["data"]["eval"]))
-    except (OSError, ValueError, KeyError, TypeError):  # check_folder reports a broken config.json
-        return
+def _without_revision(source: str) -> str:
+    parsed = parse(source)
+    return source if parsed is None else parsed.at("")
 
 
 def _paths(entries: Any) -> Iterator[str]:

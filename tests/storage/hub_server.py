@@ -87,10 +87,14 @@ def answer(hub: Hub, path: str) -> tuple[int, bytes, dict[str, str]]:
             return 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}
         info = {"id": match[2], "sha": commit, "siblings": [{"rfilename": name} for name in files]}
         return 200, json.dumps(info).encode(), {"Content-Type": "application/json"}
-    if (match := _FILE.fullmatch(path)) and match[3] in hub.commits.get(match[2], {}):
-        text = hub.commits[match[2]][match[3]]
-        return 200, text.encode(), {"ETag": f'"{_etag(text)}"', "X-Repo-Commit": match[2]}
-    return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+    match = _FILE.fullmatch(path)
+    commit = hub.refs.get(match[2], match[2]) if match else ""
+    if commit not in hub.commits:
+        return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+    if match[3] not in hub.commits[commit]:
+        return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
+    text = hub.commits[commit][match[3]]
+    return 200, text.encode(), {"ETag": f'"{_etag(text)}"', "X-Repo-Commit": commit}
 
 
 def _etag(text: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from kto_jax.config import ConfigError, TransientError
+from kto_jax.data.rows.files import fetch_hub
 from kto_jax.storage import hub as hub_module
 from kto_jax.storage.fetch import local_path
 from kto_jax.storage.hub import HubSource, parse, pinned
@@ -43,6 +44,8 @@ def files_in(folder):
         ("hub:org/name/train", HubSource("dataset", "org/name", "train", "")),
         ("hub:org/name/train[:10%]@main", HubSource("dataset", "org/name", "train[:10%]", "main")),
         ("hub:name/train", HubSource("dataset", "name", "train", "")),
+        ("hub:org/name:plain/train", HubSource("dataset", "org/name", "train", "", "plain")),
+        ("hub:org/name:plain/train@v1", HubSource("dataset", "org/name", "train", "v1", "plain")),
         ("./org/name", None),
         ("name", None),
         ("wheel:some-data==1.0/rows.csv", None),
@@ -182,3 +185,25 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_fetch(hub, tmp_path, mon
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "a file"))
     commit = hub.commit({"config.json": "1", "model.safetensors": "w"})
     assert local_path("org/name").name == commit
+
+
+CARD = """---
+configs:
+- {config_name: plain, data_files: [{split: train, path: plain.jsonl}]}
+- {config_name: rated, data_files: [{split: train, path: rated.jsonl}]}
+---
+"""
+
+
+def test_one_configuration_of_a_data_set_is_fetched_at_its_commit(hub, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    hub.commit({"README.md": CARD, "plain.jsonl": '{"row": "plain"}\n', "rated.jsonl": '{"row": "first"}\n'}, "v1")
+    source = pinned("hub:org/name:rated/train@v1")
+    hub.commit({"README.md": CARD, "plain.jsonl": '{"row": "plain"}\n', "rated.jsonl": '{"row": "second"}\n'}, "v1")
+    fetch_hub(source, tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == '{"row": "first"}\n'
+    with pytest.raises(ConfigError, match=r"(?s)'plain', 'rated'.*hub:org/name:config/split"):
+        fetch_hub(source.replace(":rated", ""), tmp_path / "none.jsonl")

@@ -67,6 +67,22 @@ def test_a_resumed_run_keeps_its_commits_and_does_not_ask_the_hub(hub, tmp_path)
     assert pin_sources(run_of(), tmp_path / "other") != first
 
 
+def test_a_branch_is_not_asked_again_when_a_run_is_resumed(hub, tmp_path, capsys):
+    """One repository at two revisions: each keeps its own commit."""
+    hub.commit({"config.json": "1"}, "v1")
+    hub.commit({"config.json": "2"})
+    config = run_of("org/name@v1", "org/name@main", ("hub:org/name:plain/train@v1", "hub:org/name/train"))
+    first = pin_sources(config, tmp_path / "run")
+    assert first.model.path != first.reference.path
+    record(first, tmp_path / "run")
+    hub.commit({"config.json": "3"}, "main", "v1")
+    hub.requests.clear()
+    assert pin_sources(config, tmp_path / "run") == first and not hub.requests
+    assert f"org/name@v1: the run keeps the commit with which it began, {first.model.path}" in capsys.readouterr().err
+    other = dataclasses.replace(config, model=ModelConfig(path=f"org/name@{'0' * 40}"))
+    assert pin_sources(other, tmp_path / "run").model.path == other.model.path
+
+
 def test_a_run_that_predates_recorded_commits_is_resumed_with_its_recorded_sources(hub, tmp_path):
     hub.commit({"config.json": "1"})
     record(run_of(), tmp_path)

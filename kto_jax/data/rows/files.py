@@ -128,7 +128,8 @@ def fetch_hub(source: str, path: Path) -> None:
     """Streams a Hub set into a JSONL file. Imports `datasets`, hence `torch` where it is installed: run in a worker.
 
     Args:
-      source: `hub:org/name/split`, also with `@REVISION`; in place of `org/name` also a directory of data files.
+      source: `hub:org/name/split`, also with `:config` and `@REVISION`; in place of `org/name` also a directory of data
+        files.
       path: the file to write, atomically.
 
     Raises:
@@ -137,7 +138,7 @@ def fetch_hub(source: str, path: Path) -> None:
     """
     found = hub.parse(source)
     name, _, split = source.removeprefix("hub:").rpartition("/")  # of a directory
-    options = {"revision": found.revision or None} if found else {}
+    options = {"name": found.config or None, "revision": found.revision or None} if found else {}
     name, split = (found.repository, found.split) if found else (name, split)
     require("datasets", f"data source {source!r}", "name a local file")
     import datasets
@@ -149,7 +150,8 @@ def fetch_hub(source: str, path: Path) -> None:
     except Exception as error:
         raise (TransientError if found and hub.may_pass(error) else ConfigError)(
             f"data source {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}. "
-            "A Hub set is written hub:org/name/split. Check its name and the network, or name a local file."
+            "A Hub set is written hub:org/name/split, or hub:org/name:config/split if it has several configurations. "
+            "Check its name and the network, or name a local file."
         ) from error
 
 
