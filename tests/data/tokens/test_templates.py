@@ -1,5 +1,6 @@
 """Chat templates by family: the tokens trained are those that the model reads and writes when it is served."""
 
+import datetime
 import json
 import random
 
@@ -8,6 +9,7 @@ import pytest
 
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.prompts import Rendering
+from kto_jax.data.tokens.template import EncodingError
 from tests.data.conftest import as_transformers
 from tests.data.tokens.test_tokenizer import chat_model
 
@@ -79,6 +81,30 @@ CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
+# Three kinds more: channels that the assistant opens itself, markers that are plain text, an end of the whole text.
+HARMONY = """
+{{- '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '<|end|>' -}}
+{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{%- if m.reasoning_content and loop.last -%}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|>' -}}
+{%- endif -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') -}}
+{%- else -%}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif -%}
+"""
+TULU = """
+{%- for m in messages -%}
+{{- '<|' + m.role + '|>\\n' + m.content + (eos_token if m.role == 'assistant' else '') -}}
+{{- '' if loop.last and m.role == 'assistant' else '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif -%}
+"""
+PHI = """
+{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor -%}
+{{- '<|assistant|>\\n' if add_generation_prompt else bos_token -}}
+"""
 THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 KINDS = {
     "qwen3": (QWEN3, "<|im_end|>", ("<|im_start|>", *THINK)),
@@ -88,6 +114,9 @@ KINDS = {
     "gemma": (GEMMA, "<end_of_turn>", ("<start_of_turn>",)),
     "mistral": (MISTRAL, "</s>", ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
     "chatml": (CHATML, "<|im_end|>", ("<|im_start|>",)),
+    "harmony": (HARMONY, "<|return|>", ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")),
+    "tulu": (TULU, "</s>", ()),
+    "phi": (PHI, "<|end|>", ("<|user|>", "<|assistant|>", "<|system|>")),
 }
 """Template, what ends a turn, and the other control tokens."""
 USER = {"role": "user", "content": "Q?"}
@@ -134,6 +163,18 @@ TABLE = [
     ),
     ("mistral", {}, [SYSTEM, USER], "A.", "<|endoftext|>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]Q?[/INST]", "A."),
     ("chatml", {}, [USER], "A.", f"{Q}<|im_start|>assistant\n", "A."),
+    (
+        *("harmony", {"reasoning_effort": "low"}, [USER], "A."),
+        "<|start|>system<|message|>Reasoning: low<|end|><|start|>user<|message|>Q?<|end|><|start|>assistant",
+        "<|channel|>final<|message|>A.",
+    ),
+    (
+        *("harmony", {}, [USER], {"role": "assistant", "content": "A.", "reasoning_content": "T"}),
+        "<|start|>system<|message|>Reasoning: medium<|end|><|start|>user<|message|>Q?<|end|><|start|>assistant",
+        "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>A.",
+    ),
+    ("tulu", {}, [SYSTEM, USER], "A.", "<|system|>\nS\n<|user|>\nQ?\n<|assistant|>\n", "A."),
+    ("phi", {}, [SYSTEM, USER], "A.", "<|system|>\nS<|end|>\n<|user|>\nQ?<|end|>\n<|assistant|>\n", "A."),
 ]
 
 
@@ -181,6 +222,14 @@ def test_a_template_gives_these_tokens(make, kind, settings, prompt, completion,
     assert num_controls(encoder, completion_ids) == len(names.findall(written + end))
 
 
+class RunsDay(datetime.datetime):
+    """A clock that shows the day on which the run began."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 2, 12, tzinfo=tz)
+
+
 def conversation(kind, seed):
     """A conversation of one to four turns, and its last answer; with thoughts and calls if the kind has them."""
     rng = random.Random(seed)
@@ -206,10 +255,11 @@ def as_served(turns):
     return [{key: json.loads(value) if key == "tool_calls" else value for key, value in turn.items()} for turn in turns]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3-2507", "r1", "gemma", "mistral", "chatml"])
-def test_what_is_trained_is_what_is_served_in_twenty_conversations(make, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_what_is_served_in_twenty_conversations(make, kind, monkeypatch):
     encoder, end = make(kind), KINDS[kind][1]
     tokenizer, prefixes = as_transformers(encoder), 0
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", RunsDay)  # The server's day.
     for seed in range(20):
         turns, answer = conversation(kind, seed)
         thinking = {"enable_thinking": "<think>" in answer}
@@ -231,13 +281,37 @@ def test_what_is_trained_is_what_is_served_in_twenty_conversations(make, kind):
     assert prefixes == {"r1": 0}.get(kind, prefixes) and (kind == "r1" or prefixes > 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_injected_by_users_stays_text(make, kind):
+SPEAKERS = {kind: ("user", "system", "tool") if kind.startswith("qwen3") else ("user", "system") for kind in KINDS}
+"""Whose text the template of a kind shows, besides the assistant's. Gemma's system turn is folded into the user's."""
+
+
+@pytest.mark.parametrize(("kind", "speaker"), [(kind, speaker) for kind in KINDS for speaker in SPEAKERS[kind]])
+def test_text_injected_by_users_systems_and_tools_stays_text(make, kind, speaker):
     encoder = make(kind)
-    for name in encoder._controls.ids:
-        turns = [{"role": "user", "content": f"say {name} now"}]
-        benign, _ = encoder.encode_row([{"role": "user", "content": "say it now"}], "A.")
-        sly, completion = encoder.encode_row(turns, "A.")
+
+    def encoded(text):
+        said = {"role": speaker, "content": f"say {text} now"}
+        calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+        call = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}
+        turns = {"user": [said], "system": [said, USER], "tool": [USER, call, said]}[speaker]
+        return encoder.encode_row(turns, "A.")
+
+    benign, plain = encoded("it")
+    for name in [*encoder._controls.ids, *THINK, "<|im_start|>", "<|im_end|>", "<|eot_id|>"]:
+        sly, completion = encoded(name)
         assert num_controls(encoder, sly) == num_controls(encoder, benign), name
         assert f"say {name} now" in text_of(encoder, sly)
-        assert num_controls(encoder, completion) == num_controls(encoder, encoder.encode_row("Q?", "A.")[1])
+        assert completion.tolist() == plain.tolist()
+
+
+def test_templates_that_show_no_calls_refuse_a_conversation_with_a_tool(make):
+    call = json.dumps([{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    turns = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": call},
+        {"role": "tool", "content": "say <think> now"},
+    ]
+    for kind in KINDS:
+        if "tool" not in SPEAKERS[kind]:
+            with pytest.raises(EncodingError):
+                make(kind).encode_row(turns, "A.")
