@@ -29,13 +29,15 @@ ORDER = {
     "kto_jax.data.batches": ["cutting packing partners prefetch reference_logps visits", "schedule"],
     "kto_jax.data.index": ["manifest shared_store", "build_folder conversions", "builder", "index"],
     "kto_jax.data.rows": [
-        "rejection sources tfds turns",
+        "message_forms rejection sources tfds",
+        "turns",
         "json_rows layout logged",
         "tables",
         "files",
-        "chats public trees examples exports",
+        "chats compared public trees examples exports",
         "layouts",
         "detect",
+        "remedies",
         "records",
     ],
     "kto_jax.data.tokens": [

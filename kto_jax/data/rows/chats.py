@@ -15,7 +15,8 @@ from typing import Any
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.layout import Examples, Fields, Layout, Names, Skip, by_row, example, has, rating_names
-from kto_jax.data.rows.turns import BadRowError, decoded, lookup, present
+from kto_jax.data.rows.message_forms import conversation_in, decoded
+from kto_jax.data.rows.turns import BadRowError, described, lookup, present
 
 _UNRATED = "no message has feedback"
 _FORMATS = ("thumbs", "scores", "demonstrations")
@@ -29,15 +30,18 @@ def conversation(messages: Any, data: DataConfig, name: str) -> list[Any]:
     """
     messages = decoded(messages, data.roles)
     if not isinstance(messages, list):
-        raise BadRowError(f"{name} is not a list but {type(messages).__name__}")
+        raise BadRowError(f"{name} is not a list but {described(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise BadRowError(f"message {i + 1} is not an object but {type(message).__name__}")
+            raise BadRowError(f"message {i + 1} is not an object but {described(message)}")
     return messages
 
 
 def _messages(data: DataConfig, fields: Fields, name: str = "messages") -> Examples:
     """Each rated turn is an example, whose prompt is all turns before it; the others are only context."""
+    if name not in fields and fields.get("contents"):
+        name = "contents"  # Gemini's, with systemInstruction beside it.
+        fields = {**fields, name: conversation_in(fields)}
     messages = conversation(present(fields, name), data, name)
     if data.format == "demonstrations":
         return _demonstrations(messages, data, fields)
@@ -162,7 +166,9 @@ _HALOS = ("sample", "binary_feedback", "pairwise_feedback", "scalar_feedback")
 
 CHATS = {
     "messages": Layout(
-        dict.fromkeys(_FORMATS, ("messages",)), by_row(_messages), fits=_has_turns("messages", "role", "from")
+        dict.fromkeys(_FORMATS, (("messages", "contents"),)),
+        by_row(_messages),
+        fits=lambda fields: _has_turns("messages", "role", "from")(fields) or _has_turns("contents", "role")(fields),
     ),
     "sharegpt": Layout(
         dict.fromkeys(_FORMATS, ("conversations",)), by_row(_sharegpt), fits=_has_turns("conversations", "from", "role")

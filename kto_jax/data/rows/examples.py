@@ -14,6 +14,7 @@ from typing import Any
 
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.layout import NEEDED, Fields, Names, Skip
+from kto_jax.data.rows.message_forms import decoded, text_of
 from kto_jax.data.rows.rejection import Rejection, Skipped
 from kto_jax.data.rows.turns import (
     SAME_COMPLETIONS,
@@ -22,18 +23,21 @@ from kto_jax.data.rows.turns import (
     Completion,
     Message,
     check_text,
-    decoded,
+    described,
     lookup,
     message_of,
     part,
     present,
+    turns_of_transcript,
     with_tools,
 )
 
 _REPLIES = {name: tuple(key for key in keys if key not in ("label", "score")) for name, keys in NEEDED.items()}
 _USUAL_LABELS = (
     *(("1", "0"), ("1", "-1"), ("1.0", "0.0"), ("1.0", "-1.0")),
-    *(("True", "False"), ("true", "false"), ("TRUE", "FALSE"), ("yes", "no"), ("up", "down")),
+    *(("True", "False"), ("true", "false"), ("TRUE", "FALSE"), ("yes", "no"), ("up", "down"), ("good", "bad")),
+    *(("thumbs_up", "thumbs_down"), ("thumbsUp", "thumbsDown"), ("+1", "-1"), ("👍", "👎"), ("like", "dislike")),
+    *(("accept", "reject"), ("positive", "negative"), ("Good", "Bad"), ("Yes", "No")),
 )
 """Texts of labels that spreadsheets and programs write, desirable and undesirable. None is mapped without being set."""
 _LARGEST = 3.4e38
@@ -79,6 +83,18 @@ class Preference:
     def place(self) -> str:
         """`file:line` of the row."""
         return self.chosen.place
+
+
+class UnmappedLabelError(BadRowError):
+    """A label that no setting gives a meaning.
+
+    Attributes:
+      label: its text.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(f"label is not mapped: {label[:40]!r}{_label_setting(label)}")
+        self.label = label
 
 
 Record = Feedback | Preference | Rejection | Skipped
@@ -166,6 +182,7 @@ def record_of(fields: Fields, names: Names, data: DataConfig, place: str) -> Rec
         if rating is None:
             return Skipped("its label is mapped to None", place)
     prompt = _prompt(fields, names, data)
+    prompt = prompt if data.chat_template == "none" else turns_of_transcript(prompt)
     weight = _weight(lookup(fields, names.get("weight", data.weight_field)))
     replies = {key: decoded(present(fields, names[key]), data.roles) for key in _REPLIES[data.format]}
     prompt, completions = part(prompt, replies, may_lack=data.format == "pairs")
@@ -200,13 +217,13 @@ def _with_system(prompt: str | list[Message], fields: Fields, data: DataConfig) 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if turns[0]["role"] in ("system", "developer"):
         raise BadRowError(f"the prompt has a system message beside the field {data.system_field!r}")
-    return [{"role": "system", "content": check_text(system, data.system_field)}, *turns]
+    return [{"role": "system", "content": check_text(text_of(system), data.system_field)}, *turns]
 
 
 def _rating(fields: Fields, names: str | tuple[str, ...], data: DataConfig) -> bool | float | Skip | None:
     """The label or score of an example: None if its label is mapped to None, and why if there is none."""
     names = (names,) if isinstance(names, str) else names
-    given = [value for name in names if not _is_blank(value := lookup(fields, name), data)]
+    given = [value for name in names if not _is_blank(value := _single(lookup(fields, name)), data)]
     if not given:
         missing = all(lookup(fields, name, _ABSENT) is _ABSENT for name in names)
         field = " or ".join(map(repr, names))
@@ -217,6 +234,13 @@ def _rating(fields: Fields, names: str | tuple[str, ...], data: DataConfig) -> b
     if len(labels) > 1:
         return Skip(f"the labels in {' and '.join(map(repr, names))} disagree")
     return next(iter(labels), None)
+
+
+def _single(value: Any) -> Any:
+    """The one element of a list, as programs for annotation write a label; None of an empty one."""
+    if isinstance(value, list) and len(value) < 2:
+        return value[0] if value else None
+    return value
 
 
 def _is_blank(value: Any, data: DataConfig) -> bool:
@@ -232,8 +256,8 @@ def _label(value: Any, data: DataConfig) -> bool | None:
     if isinstance(value, bool):
         return value
     if isinstance(value, str | int | float):
-        raise BadRowError(f"label is not mapped: {str(value)[:40]!r}{_label_setting(str(value))}")
-    raise BadRowError(f"label is not a boolean, text or number but {type(value).__name__}")
+        raise UnmappedLabelError(str(value))
+    raise BadRowError(f"label is not a boolean, text or number but {described(value)}")
 
 
 def _label_setting(label: str) -> str:
@@ -242,7 +266,9 @@ def _label_setting(label: str) -> str:
         if label in (desirable, undesirable):
             label_map = {desirable: True, undesirable: False}
             return f'; set --config.data.label_map="{label_map}"'
-    return ""
+    if _number(label) is not None:
+        return "; config.data.format='scores' reads numbers"
+    return f'; --config.data.label_map="{{{label[:40]!r}: True}}" would make it desirable'
 
 
 def _weight(value: Any) -> float:

@@ -12,11 +12,12 @@ Where an export has several ratings of one answer, `data.label_field` (or `data.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from kto_jax.config import DataConfig
-from kto_jax.data.rows.layout import Examples, Fields, Layout, Skip, by_row, example, has, rating_names
+from kto_jax.data.rows.layout import Examples, Fields, Layout, Rows, Skip, by_row, example, has, rating_names
 from kto_jax.data.rows.logged import from_json, messages_of, with_thoughts
 from kto_jax.data.rows.turns import BadRowError, lookup, present
 
@@ -78,12 +79,29 @@ def _librechat(data: DataConfig, fields: Fields) -> Examples:
     system = _system(lookup(fields, "options.promptPrefix"))
     examples: Examples = []
     for key, message in found.items():
-        if message.get("isCreatedByUser") is not False:
+        if message.get("isCreatedByUser") is not False or fields.get("messageId", key) != key:
             continue
         turns = [_librechat_turn(each) for each in _path_to(key, found, "parentMessageId")]
         rating = lookup(message, "feedback.rating")
         examples += _rated(data, fields, [*system, *turns[:-1]], turns[-1], rating)
     return examples or [Skip("a conversation without an answer")]
+
+
+def _librechat_rows(rows: Rows) -> Rows:
+    """Conversations; of a dump of one message a row, each answer with the messages of its conversation."""
+    messages: dict[Any, list[Any]] = defaultdict(list)
+    answers: list[tuple[str, Any]] = []
+    for place, fields in rows:
+        if not isinstance(fields, Mapping) or "messageId" not in fields or "messages" in fields:
+            yield place, fields
+            continue
+        key = str(fields.get("conversationId"))
+        messages[key].append(fields)
+        if fields.get("isCreatedByUser") is False:
+            answers.append((place, fields))
+    for place, fields in answers:
+        inside = messages[str(fields.get("conversationId"))]
+        yield place, {"messageId": fields["messageId"], "messages": inside}
 
 
 def _librechat_turn(message: Fields) -> dict[str, Any]:
@@ -133,6 +151,8 @@ def _logged(ratings: Callable[[Fields], Any], asked: str, answered: str) -> Call
             raise BadRowError(
                 f"{name} holds neither text nor messages; data.layout='fields' reads a dotted path into it"
             )
+        tools = lookup(fields.get(asked), "tools")
+        fields = {data.tools_field: tools, **fields} if tools else fields
         completion = [completion] if isinstance(completion, str) else completion
         last = (
             completion[-1] if isinstance(completion[-1], Mapping) else {"role": "assistant", "content": completion[-1]}
@@ -268,9 +288,12 @@ EXPORTS = {
         labels=_THUMBS,
     ),
     "librechat": Layout(
-        {"thumbs": ("messages",)},
+        {"thumbs": (("messages", "messageId"),)},
         by_row(_librechat),
-        fits=has("messages.0.messageId"),
+        _librechat_rows,
+        fits=lambda fields: (
+            has("messages.0.messageId")(fields) or ("messageId" in fields and "isCreatedByUser" in fields)
+        ),
         labels={"thumbsUp": True, "thumbsDown": False},
     ),
     "anythingllm": Layout(

@@ -48,7 +48,8 @@ class Layout:
     """How the rows of a file are read.
 
     Attributes:
-      columns: for each `data.format` that the layout can hold, the columns that its rows must have.
+      columns: for each `data.format` that the layout can hold, the columns that its rows must have; of a tuple, one
+        is enough.
       reader: makes, once for a file, the function that gives the examples of a row. That raises `BadRowError`.
       gather: makes rows of examples from all rows of a file, where one row alone is no example.
       fits: whether a row looks like this layout and no other. By default never: `data.layout="auto"` does not choose
@@ -56,7 +57,7 @@ class Layout:
       labels: what the labels of this layout mean, beside `data.label_map`.
     """
 
-    columns: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, tuple[str | tuple[str, ...], ...]]
     reader: Callable[[DataConfig], Reader]
     gather: Callable[[Rows], Rows] | None = None
     fits: Callable[[Fields], bool] = _never

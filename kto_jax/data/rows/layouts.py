@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.chats import CHATS
+from kto_jax.data.rows.compared import COMPARED
 from kto_jax.data.rows.exports import EXPORTS
 from kto_jax.data.rows.layout import NEEDED, Layout, Reader
 from kto_jax.data.rows.public import PUBLIC
@@ -22,6 +23,7 @@ LAYOUTS: dict[str, Layout] = {
     "fields": Layout(dict.fromkeys(NEEDED, ()), _fields),
     **CHATS,
     **PUBLIC,
+    **COMPARED,
     **TREES,
     **EXPORTS,
 }

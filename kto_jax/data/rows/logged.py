@@ -16,7 +16,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kto_jax.data.rows.turns import BadRowError, decoded, lookup
+from kto_jax.data.rows.message_forms import decoded
+from kto_jax.data.rows.turns import BadRowError, lookup
 
 _INSIDE = (
     *("messages", "message", "choices.0.message", "generations.0.0.message", "generations.0.0.text", "generations.0.0"),

@@ -34,7 +34,8 @@ from kto_jax.data.rows.examples import (
 from kto_jax.data.rows.layout import NEEDED, Fields, Rows, Skip
 from kto_jax.data.rows.layouts import LAYOUTS
 from kto_jax.data.rows.rejection import Rejection, Skipped
-from kto_jax.data.rows.turns import BadRowError
+from kto_jax.data.rows.remedies import Remedies, remedy
+from kto_jax.data.rows.turns import BadRowError, described
 
 __all__ = [
     "Feedback", "Preference", "Reading", "Record", "Rejection", "Skipped", "completions_of", "read_as", "read_records",
@@ -100,7 +101,7 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
     fits = detect.alternatives(fitting, data)
     required = _required(data)
     _check_columns(required, seen, fits, data)
-    if data.layout == "fields" and seen.rows:
+    if data.layout in _PLAIN and seen.rows:
         _warn_of_unread(seen, data, required)
     return Reading(data.layout, fits, _records(rows, data))
 
@@ -108,18 +109,18 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
 def _records(rows: Rows, data: DataConfig) -> Iterator[Record]:
     layout = LAYOUTS[data.layout]
     data = dataclasses.replace(data, label_map={**layout.labels, **data.label_map})
-    read = layout.reader(data)
+    read, remedies = layout.reader(data), Remedies(data)
     for place, fields in rows if layout.gather is None else layout.gather(rows):
         if isinstance(fields, Rejection | Skipped):
             yield fields
             continue
         try:
             if not isinstance(fields, Mapping):
-                raise BadRowError(f"row is not an object but {type(fields).__name__}")
+                raise BadRowError(f"row is not an object but {described(fields)}")
             _refuse_images(fields)
             examples = read(fields)
         except BadRowError as error:
-            yield Rejection(str(error), place)
+            yield Rejection(f"{error}{remedies.of(fields, error)}", place)
             continue
         for example in examples:
             if isinstance(example, Skip):
@@ -128,7 +129,7 @@ def _records(rows: Rows, data: DataConfig) -> Iterator[Record]:
             try:
                 yield record_of(*example, data, place)
             except BadRowError as error:
-                yield Rejection(str(error), place)
+                yield Rejection(f"{error}{remedies.of(fields, error)}", place)
 
 
 def _required(data: DataConfig) -> list[str | tuple[str, ...]]:
@@ -155,6 +156,8 @@ def _required(data: DataConfig) -> list[str | tuple[str, ...]]:
     return [*template_fields(data.prompt_template), *needed] if data.prompt_template else needed
 
 
+_PLAIN = ("fields", "messages", "sharegpt", "trl", "kto_mix", "ultrafeedback")
+"""Layouts that read the columns they name and no others."""
 _CONTENT = ("system", "system_prompt", "input", "context", "history")
 """Columns that are likely to hold a part of the conversation."""
 _IMAGES = ("image", "images", "video", "videos", "audio", "audios")
@@ -202,12 +205,28 @@ def _check_columns(
         name = names if isinstance(names, str) else names[0]
         nearest = difflib.get_close_matches(name, seen.columns, n=1, cutoff=0.5)
         *others, last = "prompt_field (or prompt_template)", *(f"{key}_field" for key in NEEDED[data.format])
-        remedy = f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {data.format!r}."
+        ending = f"Set config.data.{', '.join(others)} and {last}; or config.data.format, which is {data.format!r}."
         if data.layout != "fields":
-            remedy = f"Set config.data.layout, which is {data.layout!r}."
+            ending = f"Set config.data.layout, which is {data.layout!r}."
         raise ConfigError(
             f"{seen.place}: no column {name!r}. The columns are {', '.join(map(repr, seen.columns)) or 'none'}. "
             + (f"Did you mean {nearest[0]!r}? " if nearest else "")
-            + (f"These rows fit {detect.suggestion(fits)}. " if fits else "")
-            + remedy
+            + (f"These rows fit {detect.suggestion(fits)}. " if fits else _hint(seen, data))
+            + f"{ending} docs/data.md shows a row of every layout."
         )
+
+
+def _hint(seen: detect.Seen, data: DataConfig) -> str:
+    """The settings that read the first of the rows, or why none can."""
+    found = remedy(seen.rows[0], data).removeprefix("; ")
+    if found:
+        return f"For these rows: {found}. "
+    if {"text"} == {name for name in seen.columns if seen.holds(name)} - {"id", "meta"}:
+        return (
+            "A text alone does not say where its completion begins. Split it into columns prompt and completion, or "
+            "into messages. "
+        )
+    ids = [name for name in ("run_id", "trace_id", "traceId", "call_id", "message_id") if seen.holds(name)]
+    if ids and (seen.holds(("score", "value", "rating", "key"))):
+        return f"The rows hold ratings without text: join them by {ids[0]!r} to the prompts and completions. "
+    return ""

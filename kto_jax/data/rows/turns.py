@@ -12,12 +12,19 @@ call tools, with or without content.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from kto_jax.data.rows.message_forms import REASONING, TOOL_CALLS
+
+__all__ = [
+    "REASONING", "ROLES", "SAME_COMPLETIONS", "TOOLS", "TOOL_CALLS", "TOOL_FIELDS", "BadRowError", "Completion",
+    "Message", "Prompt", "check_prompt", "check_text", "described", "lookup", "message_of", "part", "present",
+    "turns_of_transcript", "with_tools",
+]  # fmt: skip
 
 Message = dict[str, str]
 """Role and content; of an assistant's message its calls of tools as JSON and its thought; of a tool's its name."""
@@ -27,10 +34,6 @@ Completion = str | Message
 
 TOOLS = "tools"
 """Role of a first message that holds, as JSON, the tools that the chat template lists. No row can have it."""
-TOOL_CALLS = "tool_calls"
-"""Key of the calls of a message."""
-REASONING = "reasoning_content"
-"""Key of the thought that an assistant's message has in a field of its own."""
 _REASONING_FIELDS = (REASONING, "reasoning")
 """What the field is called by those who write files; the first that is there counts."""
 TOOL_FIELDS = ("name", "tool_call_id")
@@ -39,16 +42,8 @@ SAME_COMPLETIONS = "chosen and rejected are the same"
 """Why a pair is rejected that teaches nothing."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may speak."""
-_NO_ROLES: Mapping[str, str] = {}
-_SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
-_LONGEST_TEXT = 1 << 20
-"""Characters of a text that is tried as messages."""
+_OPEN_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -97,6 +92,16 @@ def present(fields: Mapping[str, Any], name: str) -> Any:
     return value
 
 
+def described(value: Any) -> str:
+    """What a value is, in JSON's words, for reasons."""
+    if isinstance(value, Mapping):
+        names = ", ".join(repr(str(name)[:20]) for name in list(value)[:4])
+        return f"an object with {names}{', ...' if len(value) > 4 else ''}" if value else "an empty object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return {str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+
+
 def check_text(value: Any, name: str) -> str:
     """Text that is not blank and can be written as UTF-8.
 
@@ -104,7 +109,7 @@ def check_text(value: Any, name: str) -> str:
       BadRowError: it is not.
     """
     if not isinstance(value, str):
-        raise BadRowError(f"{name} is not text but {type(value).__name__}")
+        raise BadRowError(f"{name} is not text but {described(value)}")
     if not value.strip():
         raise BadRowError(f"empty {name}")
     if "\0" in value:
@@ -113,43 +118,6 @@ def check_text(value: Any, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError(f"lone surrogate in {name}") from None
-    return value
-
-
-def decoded(value: Any, roles: Mapping[str, str] = _NO_ROLES) -> Any:
-    """Messages in one form; any other value as it is.
-
-        '[{"role": "user", "content": "Q"}]'        [{"role": "user", "content": "Q"}]      text, JSON or Python's
-        [{"from": "human", "value": "Q"}]           [{"role": "user", "content": "Q"}]      ShareGPT's names
-        [{"role": "customer", "content": "Q"}]      [{"role": "user", "content": "Q"}]      roles={"customer": "user"}
-
-    Args:
-      value: of a row.
-      roles: what other words for roles mean (`data.roles`).
-    """
-    value = _parsed(value)
-    if not isinstance(value, list):
-        return value
-    return [_in_one_form(message, roles) if isinstance(message, Mapping) else message for message in value]
-
-
-def _in_one_form(message: Mapping[str, Any], roles: Mapping[str, str]) -> Mapping[str, Any]:
-    speaker = message.get("role", message.get("from"))
-    if "role" not in message and "from" in message:
-        message = {**message, "role": speaker, "content": message.get("value", message.get("content"))}
-        roles = {**_SHAREGPT_ROLES, **roles}
-    return {**message, "role": roles[speaker]} if isinstance(speaker, str) and speaker in roles else message
-
-
-def _parsed(value: Any) -> Any:
-    """A list of messages that is kept as text; any other value as it is."""
-    if not isinstance(value, str) or not _MESSAGES_AS_TEXT.match(value) or len(value) > _LONGEST_TEXT:
-        return value
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = read(value)
-            if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
-                return found
     return value
 
 
@@ -264,6 +232,16 @@ def _repeats(head: list[Message], prompt: Prompt) -> bool:
     return head == prompt[-len(head) :] or head[-len(prompt) :] == prompt
 
 
+def turns_of_transcript(prompt: Any) -> Any:
+    """The turns of a prompt that is a transcript up to the assistant's next turn; any other prompt as it is.
+
+    "\\n\\nHuman: Q\\n\\nAssistant:"        [user Q]
+    """
+    if not isinstance(prompt, str) or not _OPEN_TRANSCRIPT.fullmatch(prompt):
+        return prompt
+    return _transcript(prompt, "prompt")[:-1]
+
+
 def _transcript(value: str, name: str) -> list[Message]:
     pieces = _TURN.split(check_text(value, name))
     if pieces[0].strip() or len(pieces) == 1:
@@ -279,7 +257,7 @@ def _transcript(value: str, name: str) -> list[Message]:
 
 def _message(message: Any, name: str) -> Message:
     if not isinstance(message, Mapping):
-        raise BadRowError(f"message of the {name} is not an object but {type(message).__name__}")
+        raise BadRowError(f"message of the {name} is not an object but {described(message)}")
     role = message.get("role")
     if role not in ROLES:
         setting = f"; data.roles={{{role[:40]!r}: 'user'}} maps it" if isinstance(role, str) else ""
@@ -310,12 +288,12 @@ def _joined(content: Any, name: str) -> Any:
         return content
     for piece in content:
         if not isinstance(piece, Mapping):
-            raise BadRowError(f"part of the {name} is not an object but {type(piece).__name__}")
+            raise BadRowError(f"part of the {name} is not an object but {described(piece)}")
         if piece.get("type") != "text":
             kind = piece.get("type")
             raise BadRowError(f"part of the {name} has type {kind if kind is None else str(kind)[:40]!r}, not 'text'")
         if not isinstance(piece.get("text"), str):
-            raise BadRowError(f"text of a part of the {name} is {type(piece.get('text')).__name__}")
+            raise BadRowError(f"text of a part of the {name} is {described(piece.get('text'))}")
     return "".join(piece["text"] for piece in content)
 
 
@@ -326,7 +304,7 @@ def _tool_calls(calls: Any, role: str, name: str) -> dict[str, str]:
     if role != "assistant":
         raise BadRowError(f"{TOOL_CALLS} of the {name} on a message that is not the assistant's")
     if not isinstance(calls, list):
-        raise BadRowError(f"{TOOL_CALLS} of the {name} is not a list but {type(calls).__name__}")
+        raise BadRowError(f"{TOOL_CALLS} of the {name} is not a list but {described(calls)}")
     return {TOOL_CALLS: check_text(_json([_tool_call(call, name) for call in calls], TOOL_CALLS), TOOL_CALLS)}
 
 

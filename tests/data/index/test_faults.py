@@ -27,16 +27,17 @@ FAULTS = {
     "empty prompt": line(prompt=" \n"),
     "null field 'completion'": line(completion=None),
     "missing field 'label'": line(label=...),
-    "prompt is not text but int": line(prompt=7),
-    "completion is not text but dict": line(completion={}),
-    "row is not an object but list": b"[1]",
+    "prompt is not text but a number": line(prompt=7),
+    "completion is not text but an empty object": line(completion={}),
+    "row is not an object but a list of 1": b"[1]",
     "invalid UTF-8 at byte 12": b'{"prompt": "\xff"}',
     "NUL character in prompt": line(prompt="a\0"),
     "lone surrogate in completion": line(completion="\ud800"),
     "line is longer than 4096 bytes": line(prompt="x" * 5000),
     "invalid JSON: Expecting ',' delimiter": b'{"prompt": "a" "b"}',
     "no value in the field 'label'": line(label=None),
-    **{f"label is not mapped: {str(label)!r}": line(label=label) for label in ("good", 2.0)},
+    "label is not mapped: '2.0'; config.data.format='scores' reads numbers": line(label=2.0),
+    "label is not mapped: 'odd'; --config.data.label_map=\"{'odd': True}\" would make it desirable": line(label="odd"),
     **{
         f'label is not mapped: {str(label)!r}; set --config.data.label_map="{label_map}"': line(label=label)
         for label, label_map in (
@@ -47,7 +48,7 @@ FAULTS = {
             (-1, {"1": True, "-1": False}),
         )
     },
-    "label is not a boolean, text or number but list": line(label=[True]),
+    "label is not a boolean, text or number but a list of 2": line(label=[True, True]),
     "weight is not a finite number of at least 0: 'nan'": line(weight=float("nan")),
     "prompt ends with an assistant message": line(prompt=[{"role": "assistant", "content": "a"}]),
     "role of the prompt is not known: 'boss'; data.roles={'boss': 'user'} maps it": line(

@@ -58,7 +58,7 @@ def test_a_demonstration_is_desirable_and_needs_no_label(tmp_path):
         ("pairs", {"chosen": [{"role": "assistant", "content": "Go."}]}, "chosen and rejected are the same"),
         ("pairs", {"chosen": None}, "null field 'chosen'"),
         ("pairs", {"rejected": " "}, "empty rejected"),
-        ("pairs", {"rejected": 3}, "rejected is not text but int"),
+        ("pairs", {"rejected": 3}, "rejected is not text but a number"),
         ("pairs", {"chosen": []}, "empty chosen"),
         ("pairs", {"chosen": [{"role": "user", "content": "x"}]}, "chosen has role 'user', not 'assistant'"),
         ("pairs", {"rejected": [{"role": "assistant", "content": "x"}] * 2}, "rejected is not one message"),
@@ -70,7 +70,7 @@ def test_a_demonstration_is_desirable_and_needs_no_label(tmp_path):
         ("scores", {"score": 10**400}, "score is not a finite number: '" + "1" + "0" * 39 + "'"),
         ("scores", {"score": True}, "score is not a finite number: 'True'"),
         ("scores", {"score": "high"}, "score is not a finite number: 'high'"),
-        ("scores", {"score": [1]}, "score is not a finite number: '[1]'"),
+        ("scores", {"score": [1, 2]}, "score is not a finite number: '[1, 2]'"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_reason_and_costs_only_itself(tmp_path, kind, change, reason):

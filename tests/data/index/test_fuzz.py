@@ -1,5 +1,6 @@
 """Rows mutated at random, in values and in bytes: each becomes a record or a rejection with its place."""
 
+import collections
 import json
 import math
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.files import SourceFile, read_rows
+from kto_jax.data.rows.layouts import LAYOUTS
 from kto_jax.data.rows.records import Feedback, Preference, Rejection, Skipped, completions_of, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from tests.data.conftest import InProcessWorkers
@@ -117,11 +119,17 @@ def mutated_line(draw, rows):
     return line
 
 
-@st.composite
-def mutated_file(draw, count):
-    kind = draw(st.sampled_from(list(GOOD)))
-    lines = [draw(mutated_line(GOOD[kind])) for _ in range(count)]
-    return kind, draw(st.sampled_from([".jsonl", ".json"])), lines
+def mutated_files(layout, count):
+    """Files of one layout, in any of its formats."""
+    kinds = [kind for kind in GOOD if kind[0] == layout]
+
+    @st.composite
+    def drawn(draw):
+        kind = draw(st.sampled_from(kinds))
+        lines = [draw(mutated_line(GOOD[kind])) for _ in range(count)]
+        return kind, draw(st.sampled_from([".jsonl", ".json"])), lines
+
+    return drawn()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def check(tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
     limits = tokenize.Limits(max_length=64, max_prompt_length=32, long_completion="cut", vocab_size=512)
 
-    def run(case):
+    def run(case, counts=None):
         (layout, format), suffix, lines = case
         first = json.dumps(GOOD[layout, format][0]).encode()
         path = directory / f"rows{suffix}"
@@ -142,7 +150,7 @@ def check(tokenizer, tmp_path_factory):
             assert isinstance(record, Feedback | Preference | Rejection | Skipped)
             assert record.place.startswith(f"{path}:") and int(record.place.removeprefix(f"{path}:")) >= 1
             if isinstance(record, Rejection):
-                assert record.reason and len(record.reason) < 200
+                assert record.reason and len(record.reason) < 500
             elif not isinstance(record, Skipped):
                 accepted.append(record)
                 for row in completions_of(record):
@@ -157,6 +165,8 @@ def check(tokenizer, tmp_path_factory):
         encoded = tokenize.encode_feedback(accepted, limits)
         assert len(encoded.reasons) == len(accepted)
         assert (encoded.prompt_lengths < 64).all() and (encoded.completion_lengths < 64).all()
+        if counts is not None:
+            counts["accepted"] += len(accepted)
         return len(lines)
 
     with InProcessWorkers(1, None, tokenizer):
@@ -166,14 +176,28 @@ def check(tokenizer, tmp_path_factory):
 SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=60, **SETTINGS)
-@given(case=mutated_file(5))
-def test_mutated_rows_are_read_or_rejected(check, case):
-    check(case)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mutated_rows_are_read_or_rejected(check, layout):
+    """Three hundred of every layout."""
+
+    @settings(max_examples=15, **SETTINGS)
+    @given(case=mutated_files(layout, 20))
+    def run(case):
+        assert check(case) == 20
+
+    run()
 
 
-@pytest.mark.slow
-@settings(max_examples=1000, **SETTINGS)
-@given(case=mutated_file(10))
-def test_ten_thousand_mutated_rows_are_read_or_rejected(check, case):
-    assert check(case) == 10
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_thousand_mutated_rows_of_every_layout_are_read_or_rejected(check, layout):
+    counts = collections.Counter()
+
+    @settings(max_examples=250, **SETTINGS)
+    @given(case=mutated_files(layout, 40))
+    def run(case):
+        counts["rows"] += check(case, counts)
+
+    run()
+    print(f"{layout}: {dict(counts)}")
+    assert counts["rows"] >= 10_000 and counts["accepted"] > 500

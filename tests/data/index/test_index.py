@@ -11,6 +11,8 @@ from kto_jax.data.index.index import build_index, open_index
 from kto_jax.data.tokens.tokenizer import decode
 from tests.data.conftest import TINY_MODEL
 
+UNMAPPED = "label is not mapped: 'unknown'; --config.data.label_map=\"{'unknown': True}\" would make it desirable"
+
 
 def toy_rows(num_prompts=40, completions=3):
     return [
@@ -69,13 +71,13 @@ def test_the_manifest_counts_everything(make_index):
     assert {name: manifest["sources"][0][name] for name in counts} == counts
     assert manifest["rejections"]["histogram"] == {
         "empty completion": 1,
-        "label is not mapped: 'unknown'": 1,
+        UNMAPPED: 1,
         "completion longer than max_length": 1,
     }
     places = {entry["place"].rpartition(":")[2]: entry["reason"] for entry in manifest["rejections"]["first"]}
     assert places == {
         "6": "empty completion",
-        "7": "label is not mapped: 'unknown'",
+        "7": UNMAPPED,
         "8": "completion longer than max_length",
     }
     assert manifest["splits"]["train"] == {"desirable": 2, "undesirable": 2, "prompts": 1}

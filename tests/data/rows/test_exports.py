@@ -159,7 +159,7 @@ def test_anythingllm_is_read_from_json_and_csv_with_its_words_for_thumbs(tmp_pat
         ([{"name": "a", "value": 1}], {"label_field": "b"}, "an answer without a rating"),
         ([], {}, "an answer without a rating"),
         (None, {}, "an answer without a rating"),
-        ([{"name": "a", "value": 0.7}], {}, "label is not mapped: '0.7'"),
+        ([{"name": "a", "value": 0.7}], {}, "label is not mapped: '0.7'; config.data.format='scores' reads numbers"),
     ],
 )
 def test_langfuse_gives_the_named_or_only_score(scores, settings, expected):

@@ -124,8 +124,8 @@ def test_a_prompt_that_is_repeated_in_its_completions_is_read_once(tmp_path, pro
         ({"chosen": CHAT}, "chosen has role 'user', not 'assistant'"),
         ({"chosen": [*CHAT[:3], assistant("A")], "rejected": [*CHAT[:3], assistant("B")]}, "prompt ends with an ass"),
         ({"chosen": [*CHAT[:1], assistant("A")], "rejected": [*CHAT[:1], assistant("B")]}, "prompt has no message a"),
-        ({"prompt": 3}, "prompt is not text but int"),
-        ({"prompt": {}}, "prompt is not text but dict"),
+        ({"prompt": 3}, "prompt is not text but a number"),
+        ({"prompt": {}}, "prompt is not text but an empty object"),
         ({"chosen": []}, "empty chosen"),
         ({"chosen": [*CHAT, {"role": ["x"], "content": "A"}]}, "role of the chosen is not known: \"['x']\""),
     ],
@@ -188,8 +188,8 @@ def test_ratings_of_a_chat_log_are_mapped_and_a_bad_one_costs_only_its_turn(tmp_
         tmp_path / "a.jsonl", *rows, both, named, layout="messages", label_map=label_map, label_field="thumb"
     )
     found = [r.desirable if isinstance(r, Feedback) else r.reason for r in records]
-    unmapped = "label is not mapped: 'else'"
-    wrong = "label is not a boolean, text or number but dict"
+    unmapped = "label is not mapped: 'else'; --config.data.label_map=\"{'else': True}\" would make it desirable"
+    wrong = "label is not a boolean, text or number but an object with 'x'"
     assert found == [True, False, unmapped, "its label is mapped to None", wrong, unmapped, True, False]
     assert [int(r.place.rpartition(":")[2]) for r in records] == [1, 2, 3, 4, 5, 6, 6, 7]
 
@@ -204,12 +204,12 @@ def test_scores_of_a_chat_log_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ("text", "messages is not a list but str"),
-        (["text"], "message 1 is not an object but str"),
+        ("text", "messages is not a list but text"),
+        (["text"], "message 1 is not an object but text"),
         ([{"role": "user", "content": "Q", "feedback": True}], "feedback on message 1, which is not the assistant's"),
         ([assistant("A", feedback=True)], "empty prompt"),
         ([assistant("A"), assistant("B", feedback=True)], "prompt ends with an assistant message"),
-        ([user("Q"), assistant(None, feedback=True)], "completion is not text but NoneType"),
+        ([user("Q"), assistant(None, feedback=True)], "completion is not text but null"),
         ([user("Q"), assistant(" ", feedback=True)], "empty completion"),
         ([user(""), assistant("A", feedback=True)], "empty prompt"),
         ([user("Q"), assistant([assistant("A")], feedback=True)], "part of the completion has type None, not 'text'"),
@@ -385,7 +385,7 @@ def test_ranked_replies_of_open_assistant_are_pairs_of_neighbours_with_their_thr
         ),
         ([oasst("x", "q", "assistant", None, 7)], "null field 'rejected'"),
         ([oasst("x", "q", "assistant", "Of no rank.", math.nan)], None),
-        (["text"], "row is not an object but str"),
+        (["text"], "row is not an object but text"),
     ],
 )
 def test_messages_of_open_assistant_that_cannot_be_used_are_rejected(tmp_path, rows, reason):
