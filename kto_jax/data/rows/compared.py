@@ -99,14 +99,14 @@ def _winner(data: DataConfig, fields: Fields, sides: tuple[str, str]) -> int | N
     if None not in one_hot:
         won = [str(value) in ("1", "1.0", "True", "true") for value in one_hot]
         return None if won[0] == won[1] else won.index(True)
-    own = () if data.label_field == "label" else (data.label_field,)
-    names = own if own and isinstance(own[0], str) else own[0] if own else _WINNERS
+    own = data.label_field
+    names = _WINNERS if own == "label" else (own,) if isinstance(own, str) else own
     named = [name for name in names if lookup(fields, name) not in (None, "") and name not in sides]
     if len(named) == 1:
         return _side(lookup(fields, named[0]), named[0], sides, endings, data)
     scores = [fields.get(f"score{ending}") for ending in endings]
     if not named and all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
-        return None if scores[0] == scores[1] else int(scores[1] > scores[0])  # type: ignore[operator]
+        return None if scores[0] == scores[1] else int(scores[1] > scores[0])
     which = ", ".join(map(repr, named)) or "no column"
     raise BadRowError(
         f"{which} says which of {sides[0]!r} and {sides[1]!r} is better; data.label_field names one column"

@@ -108,9 +108,10 @@ def text_of(value: Any) -> Any:
 
 def _plain_text(part: Any) -> str | None:
     """The text of a part that is text and nothing else."""
-    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or part.get("thought"):
+    if not isinstance(part, Mapping) or part.get("thought") or part.get("type", "text") not in _TEXT_TYPES:
         return None
-    return part["text"] if part.get("type", "text") in _TEXT_TYPES else None
+    text = part.get("text")
+    return text if isinstance(text, str) else None
 
 
 def _in_one_form(message: Any, roles: Mapping[str, str]) -> list[Any]:

@@ -107,7 +107,7 @@ def _other_columns(fields: Fields, data: DataConfig) -> Iterator[DataConfig]:
         options.append([*([own] if own_is_there else []), *dict.fromkeys(usual)][: _NUM_NAMES + 1])
     for chosen in itertools.product(*options):
         if not any(f"{one}.".startswith(f"{other}.") for one, other in itertools.permutations(chosen, 2)):
-            names = {f"{key}_field": path for key, path in zip(keys, chosen, strict=True)}
+            names: dict[str, Any] = {f"{key}_field": path for key, path in zip(keys, chosen, strict=True)}
             beside = chosen[0].rpartition(".")[0]
             names |= {f"{name}_field": f"{beside}.{name}" for name in _BESIDE if lookup(fields, f"{beside}.{name}")}
             yield dataclasses.replace(data, layout="fields", **names)
