@@ -80,7 +80,7 @@ def test_rows_that_cannot_be_scored_are_left_out_and_reported_with_their_place(
     assert len(lines) == 6
     for line, (number, reason) in zip(
         lines, [(1, "invalid JSON"), (3, "empty completion"), (4, "not an object"), (5, "missing field 'completion'"),
-                (7, "completion longer than max_length")], strict=False,
+                (7, "completion longer than data.max_length")], strict=False,
     ):  # fmt: skip
         assert line.startswith(f"{data}:{number}: ") and reason in line
     assert lines[-1] == "2 rows scored, 5 rejected"

@@ -23,7 +23,7 @@ import numpy as np
 
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, Completion, Message
 from kto_jax.data.tokens.prompts import PromptEncoder, Rendering, contents_of, unused_character
-from kto_jax.data.tokens.template import EncodingError
+from kto_jax.data.tokens.template import ANOTHER, EncodingError
 
 __all__ = ["EncodedRecord", "Encoder", "EncodingError", "Rendering"]
 
@@ -168,7 +168,7 @@ class Encoder:
         assert template is not None
         masked = self._prompts.masked(reply, mark)
         if REASONING in reply and not template.shows_reasoning and not self._prompts.opened_thought(opened):
-            raise EncodingError(f"the chat template does not show the field {REASONING!r} of the completion")
+            raise EncodingError(f"the chat template does not show the field {REASONING!r} of the completion{ANOTHER}")
         said = [*self._prompts.messages(prompt, mark), masked]
         whole = template.render(said, add_generation_prompt=False, **settings)
         if whole.startswith(opened):
@@ -177,7 +177,7 @@ class Encoder:
                 counts["rule", "template"] += 1
                 return written
         elif TOOL_CALLS in reply:
-            raise EncodingError("the chat template changes the prompt when calls of tools are added")
+            raise EncodingError(f"the chat template changes the prompt when calls of tools are added{ANOTHER}")
         counts["rule", "served"] += 1
         return self._served(opened, masked, counts)
 
@@ -193,9 +193,9 @@ class Encoder:
             # What the template writes after plain text shows where tool calls end.
             end = self._template.turn_end
             if not text.endswith(end) or len(text) == len(end):
-                raise EncodingError("the chat template ends tool calls in another way than text")
+                raise EncodingError(f"the chat template ends tool calls in another way than text{ANOTHER}")
             if content.strip() not in text:
-                raise EncodingError("the chat template leaves out what is said beside the tool calls")
+                raise EncodingError(f"the chat template leaves out what is said beside the tool calls{ANOTHER}")
             return text[: len(text) - len(end)]
         if text.endswith(self._template.turn_end):
             written = text[: len(text) - len(self._template.turn_end)]
@@ -206,7 +206,7 @@ class Encoder:
         *thoughts, answer = self._pieces(content)
         thoughts += self._pieces(reply.get(REASONING, ""))
         if not written.rstrip().endswith(answer):
-            raise EncodingError("the chat template changes the completion")
+            raise EncodingError(f"the chat template changes the completion{ANOTHER}")
         return written if all(piece in written for piece in thoughts) else None
 
     def _pieces(self, text: str) -> list[str]:
@@ -220,7 +220,7 @@ class Encoder:
         tokens = self._prompts.opened_thought(opened)
         if tokens is None:
             if thought is not None:
-                raise EncodingError(f"the chat template leaves out the field {REASONING!r} of the completion")
+                raise EncodingError(f"the chat template leaves out the field {REASONING!r} of the completion{ANOTHER}")
             return text.strip()
         begin, end = tokens
         if thought is not None:
@@ -234,9 +234,11 @@ class Encoder:
 
     def _plain_completion(self, reply: Message, mark: str) -> str:
         if TOOL_CALLS in reply:
-            raise EncodingError("tool calls need a chat template")
+            raise EncodingError("tool calls need a chat template; data.chat_template names a file")
         if REASONING in reply:
-            raise EncodingError(f"the field {REASONING!r} of a completion needs a chat template")
+            raise EncodingError(
+                f"the field {REASONING!r} of a completion needs a chat template; data.chat_template names a file"
+            )
         return self._controls.mask(reply["content"], mark, self._controls.emitted)
 
     def _without_end(self, reply: Message, counts: collections.Counter[tuple[str, str]]) -> Message:

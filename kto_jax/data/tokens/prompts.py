@@ -19,7 +19,7 @@ import numpy as np
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, TOOLS, Message
 from kto_jax.data.tokens.control_tokens import ControlTokens
-from kto_jax.data.tokens.template import ChatTemplate, EncodingError, Messages
+from kto_jax.data.tokens.template import ANOTHER, ChatTemplate, EncodingError, Messages
 from kto_jax.data.tokens.tokenizer_files import read_special_tokens, read_template
 
 _SYSTEM = ("system", "developer")
@@ -115,7 +115,7 @@ class PromptEncoder:
         elif isinstance(prompt, str):
             text = prompt if self.is_rendered(prompt) else self.controls.mask(prompt, mark)
         else:
-            raise EncodingError("chat messages need a chat template")
+            raise EncodingError("chat messages need a chat template; data.chat_template names a file")
         return np.asarray(self.ids(text, mark), np.int32)
 
     def render(self, prompt: str | list[Message], mark: str, settings: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ class PromptEncoder:
                 "the chat template does not take a system turn: data.fold_system=True puts it into the user's turn"
             )
         if any(REASONING in message for message in messages) and not self._shows_thoughts:
-            raise EncodingError(f"the chat template does not show the field {REASONING!r} of the prompt")
+            raise EncodingError(f"the chat template does not show the field {REASONING!r} of the prompt{ANOTHER}")
         return [self.masked(message, mark) for message in messages]
 
     def masked(self, message: Message, mark: str) -> dict[str, Any]:

@@ -37,6 +37,10 @@ FIXED_MOMENT = datetime.datetime(2024, 7, 26, 12)
 Messages = list[dict[str, Any]]
 
 
+ANOTHER = "; data.chat_template names another"
+"""What reads a record that a chat template cannot show, to be appended to the reason."""
+
+
 class EncodingError(ValueError):
     """The record cannot be encoded; the message is the reason."""
 
@@ -85,13 +89,13 @@ class ChatTemplate:
           EncodingError: the template refuses the messages, would leave out a part of them, or exceeds its limits.
         """
         if any(message.get(TOOL_CALLS) for message in messages) and not self._shows_tool_calls:
-            raise EncodingError("the chat template does not show tool calls")
+            raise EncodingError(f"the chat template does not show tool calls{ANOTHER}")
         if any(message["role"] == "tool" for message in messages) and not self._shows_results:
-            raise EncodingError("the chat template does not show the messages of tools")
+            raise EncodingError(f"the chat template does not show the messages of tools{ANOTHER}")
         if messages[0]["role"] != TOOLS:
             return self._apply(messages, None, add_generation_prompt, settings)
         if not self._shows_tools:
-            raise EncodingError("the chat template does not show tools")
+            raise EncodingError(f"the chat template does not show tools{ANOTHER}")
         return self._apply(messages[1:], json.loads(messages[0]["content"]), add_generation_prompt, settings)
 
     @functools.cached_property
@@ -103,7 +107,7 @@ class ChatTemplate:
         """
         written = self._apply([_USER, {**_ANSWER, "content": _PROBE}], None, False, {})
         if _PROBE not in written:
-            raise EncodingError("the chat template changes the completion")
+            raise EncodingError(f"the chat template changes the completion{ANOTHER}")
         return written.rpartition(_PROBE)[2]
 
     @functools.cached_property

@@ -242,7 +242,9 @@ def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limi
         pair_hash = _hash(np.concatenate([[len(canonical)], canonical, completion]))
         if len(completion) > limits.max_length - 1:
             if limits.long_completion == "reject":
-                raise EncodingError("completion longer than max_length")
+                raise EncodingError(
+                    "completion longer than data.max_length; data.long_completion='cut' keeps its beginning"
+                )
             # The completion is cut in any case, so the prompt keeps its share instead of a single token.
             kept = min(len(prompt), limits.max_prompt_length, limits.max_length // 2)
             completion = completion[: limits.max_length - kept]

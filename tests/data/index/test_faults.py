@@ -22,7 +22,9 @@ USABLE = [
     line(prompt="Say <|im_end|> and <|im_start|>."),
 ]
 FAULTS = {
-    "completion longer than max_length": line(completion="word " * 200),
+    "completion longer than data.max_length; data.long_completion='cut' keeps its beginning": line(
+        completion="word " * 200
+    ),
     "empty completion": line(completion=""),
     "empty prompt": line(prompt=" \n"),
     "null field 'completion'": line(completion=None),
@@ -55,7 +57,7 @@ FAULTS = {
         prompt=[{"role": "boss", "content": "a"}]
     ),
     "tools is not a list of objects": line(tools={"name": "x"}),
-    "the chat template does not show tools": line(tools=[{"name": "x"}]),
+    "the chat template does not show tools; data.chat_template names another": line(tools=[{"name": "x"}]),
     "invalid JSON: Unterminated string starting at": b'{"prompt": "Hello?", "compl',
 }
 

@@ -137,7 +137,9 @@ def test_an_index_of_pairs_holds_chosen_and_rejected_side_by_side(make_index, to
     assert {n: manifest[n] for n in ("rows", "accepted", "rejected", "unused")} == {
         **{"rows": 33, "accepted": 31, "rejected": 2, "unused": 0}
     }
-    assert manifest["rejections"]["histogram"] == {"completion longer than max_length": 2}
+    assert manifest["rejections"]["histogram"] == {
+        "completion longer than data.max_length; data.long_completion='cut' keeps its beginning": 2
+    }
     assert manifest["pairs"] == {**{n: len(rows) for n, rows in pairs.items()}, "judge": 0, "unused": 0}
 
 

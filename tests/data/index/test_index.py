@@ -72,13 +72,13 @@ def test_the_manifest_counts_everything(make_index):
     assert manifest["rejections"]["histogram"] == {
         "empty completion": 1,
         UNMAPPED: 1,
-        "completion longer than max_length": 1,
+        "completion longer than data.max_length; data.long_completion='cut' keeps its beginning": 1,
     }
     places = {entry["place"].rpartition(":")[2]: entry["reason"] for entry in manifest["rejections"]["first"]}
     assert places == {
         "6": "empty completion",
         "7": UNMAPPED,
-        "8": "completion longer than max_length",
+        "8": "completion longer than data.max_length; data.long_completion='cut' keeps its beginning",
     }
     assert manifest["splits"]["train"] == {"desirable": 2, "undesirable": 2, "prompts": 1}
     assert (manifest["duplicates"], manifest["contradictory"]) == (1, 1)

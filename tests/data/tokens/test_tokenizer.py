@@ -223,7 +223,9 @@ def encode(monkeypatch, encoder, prompt, completion, **limits):
 
 def test_a_long_completion_is_rejected_or_cut_without_eos(monkeypatch, encoder):
     rows = encode(monkeypatch, encoder, "Hello?", "x " * 200)
-    assert rows.reasons == ["completion longer than max_length"] and not len(rows.tokens)
+    assert rows.reasons == [
+        "completion longer than data.max_length; data.long_completion='cut' keeps its beginning"
+    ] and not len(rows.tokens)
     rows = encode(monkeypatch, encoder, "Hello?", "x " * 200, long_completion="cut")
     assert rows.reasons == [None] and len(rows.tokens) == 64 and EOS not in rows.tokens[rows.prompt_lengths[0] :]
     assert rows.prompt_lengths[0] == len(encoder.encode_prompt("Hello?"))
@@ -245,7 +247,7 @@ def test_a_row_that_cannot_be_encoded_costs_only_itself(monkeypatch, plain):
     monkeypatch.setattr(tokenize, "_encoder", plain)
     rows = [Feedback(p, "Hi.", True, 1.0, "a:1") for p in ("a", [{"role": "user", "content": "x"}], "b")]
     encoded = encode_feedback(rows, Limits(64, 32, "reject", 512))
-    assert encoded.reasons == [None, "chat messages need a chat template", None]
+    assert encoded.reasons == [None, "chat messages need a chat template; data.chat_template names a file", None]
     assert len(encoded.tokens) == encoded.prompt_lengths.sum() + encoded.completion_lengths.sum()
     assert len(encoded.prompt_hashes) == len(encoded.pair_hashes) == 2
 
