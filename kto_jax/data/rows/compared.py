@@ -105,8 +105,9 @@ def _winner(data: DataConfig, fields: Fields, sides: tuple[str, str]) -> int | N
     if len(named) == 1:
         return _side(lookup(fields, named[0]), named[0], sides, endings, data)
     scores = [fields.get(f"score{ending}") for ending in endings]
-    if not named and all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
-        return None if scores[0] == scores[1] else int(scores[1] > scores[0])
+    if not named and all(map(_is_number, scores)):
+        first, second = map(float, scores)
+        return None if first == second else int(second > first)
     which = ", ".join(map(repr, named)) or "no column"
     raise BadRowError(
         f"{which} says which of {sides[0]!r} and {sides[1]!r} is better; data.label_field names one column"

@@ -8,6 +8,7 @@ Replies without a rank, with equal rank, deleted, or without siblings make no pa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -57,8 +58,11 @@ class _Tree:
 
     def _rank(self, key: str) -> float | None:
         rank = self.found[key].get("rank")
-        is_ranked = isinstance(rank, int | float) and math.isfinite(rank) and not self.found[key].get("deleted")
-        return float(rank) if is_ranked else None  # type: ignore[arg-type]
+        if not isinstance(rank, int | float) or self.found[key].get("deleted"):
+            return None
+        with contextlib.suppress(OverflowError):  # An integer of hundreds of digits.
+            return float(rank) if math.isfinite(rank) else None
+        return None
 
     def _pair(self, parent: str, better: str, worse: str) -> Fields:
         chosen, rejected = self.found[better].get("text"), self.found[worse].get("text")

@@ -385,6 +385,7 @@ def test_ranked_replies_of_open_assistant_are_pairs_of_neighbours_with_their_thr
         ),
         ([oasst("x", "q", "assistant", None, 7)], "null field 'rejected'"),
         ([oasst("x", "q", "assistant", "Of no rank.", math.nan)], None),
+        ([oasst("x", "q", "assistant", "Of no rank.", 10**400)], None),
         (["text"], "row is not an object but text"),
     ],
 )

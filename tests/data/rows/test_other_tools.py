@@ -306,6 +306,11 @@ def test_messages_of_librechat_one_a_row_are_put_together():
             ("Q?", "B.", "A."),
         ),
         (
+            {"question": "Q?", "answer_0": "A.", "answer_1": "B.", "score_0": 10**400, "score_1": float("nan")},
+            {"layout": "compared"},
+            "no column says which of 'answer_0' and 'answer_1' is better; data.label_field names one column",
+        ),
+        (
             {"instruction": "Q?", "output_1": "A.", "output_2": "B.", "preference": "right"},
             {"label_map": {"left": True, "right": False}, "layout": "compared"},
             ("Q?", "B.", "A."),
