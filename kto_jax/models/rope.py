@@ -91,7 +91,7 @@ def recover_scaling(frequencies: np.ndarray, factors: np.ndarray) -> Scaling | N
     kept = np.clip((1 / factors - 1 / factor) / (1 - 1 / factor), 0, 1)
     kept = np.where(kept < 10 * _ROUNDING, 0.0, np.where(kept > 1 - 10 * _ROUNDING, 1.0, kept))
     for scaling in (*_usual_llama3(frequencies, kept, factor), *_any_llama3(frequencies, kept, factor)):
-        if np.allclose(frequencies / scaling.stretch(frequencies), factors, rtol=2 * _ROUNDING):
+        if np.allclose(frequencies / scaling.scale_frequencies(frequencies), factors, rtol=2 * _ROUNDING):
             return scaling
     return None
 

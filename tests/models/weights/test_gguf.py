@@ -107,15 +107,15 @@ def test_parameters_are_loaded_from_a_gguf_file(config, tmp_path):
 )
 def test_a_scaling_is_recovered_from_its_factors(head_dim, theta, scaling):
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    scaled = scaling.stretch(frequencies)
+    scaled = scaling.scale_frequencies(frequencies)
     found = recover_scaling(frequencies, (frequencies / scaled).astype(np.float32).astype(float))
-    np.testing.assert_allclose(found.stretch(frequencies), scaled, rtol=3e-6)
+    np.testing.assert_allclose(found.scale_frequencies(frequencies), scaled, rtol=3e-6)
     if head_dim == 128 and scaling in (Llama3Scaling(8.0, 1.0, 4.0, 8192), LinearScaling(4.0)):
         assert found == scaling
 
 
 def test_factors_of_no_scaling_are_refused(config, tmp_path):
-    factors = rotary_frequencies(config) / SCALING.stretch(rotary_frequencies(config))
+    factors = rotary_frequencies(config) / SCALING.scale_frequencies(rotary_frequencies(config))
     write = lambda values: write_gguf(  # noqa: E731
         tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, extra=[("rope_freqs.weight", values)]
     )
