@@ -200,4 +200,5 @@ def test_ten_thousand_mutated_rows_of_every_layout_are_read_or_rejected(check, l
 
     run()
     print(f"{layout}: {dict(counts)}")
-    assert counts["rows"] >= 10_000 and counts["accepted"] > 500
+    # Messages of one tree that are mutated by themselves often lose their parent or their sibling.
+    assert counts["rows"] >= 10_000 and counts["accepted"] > (100 if layout == "oasst" else 2000)
