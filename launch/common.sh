@@ -1,9 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the scripts in this folder: arguments, errors in three parts, dry runs, signals, restarts.
 
-# Exit codes of kto_jax.train: 0 finished, 75 preempted (run the same command again). Any other code (1 failed, 2
-# unusable, 130 interrupted) ends the launch with that code.
-readonly PREEMPTED=75 UNUSABLE=2
+# Exit codes of kto_jax.train: 0 finished, 75 preempted and 134 aborted by JAX because another process was lost (run the
+# same command again). Any other code (1 failed, 2 unusable, 130 interrupted) ends the launch with that code.
+readonly PREEMPTED=75 LOST_ANOTHER=134 UNUSABLE=2
+
+# may_restart CODE: whether the same command should be run again.
+may_restart() { (($1 == PREEMPTED || $1 == LOST_ANOTHER)); }
 
 say() { printf 'kto_jax: %s\n' "$*" >&2; }
 
@@ -131,14 +134,14 @@ read_restart_settings() {
   need_number KTO_RESET_SECONDS 1
 }
 
-# restart_while_preempted ARGS...: reruns a command while it exits with 75, after KTO_PAUSE_SECONDS, at most
+# restart_while_preempted ARGS...: reruns a command while it exits with 75 or 134, after KTO_PAUSE_SECONDS, at most
 # KTO_MAX_RESTARTS times in a row. A run of KTO_RESET_SECONDS resets the count. Returns the last exit code.
 restart_while_preempted() {
   local code started row=0
   while true; do
     started=$SECONDS code=0
     "$@" || code=$?
-    if ((code != PREEMPTED || STOPPED || DRY_RUN)); then return "$code"; fi
+    if ! may_restart "$code" || ((STOPPED || DRY_RUN)); then return "$code"; fi
     if ((SECONDS - started >= KTO_RESET_SECONDS)); then row=0; fi
     if ((row >= KTO_MAX_RESTARTS)); then
       say "preempted again after $row restarts in a row; KTO_MAX_RESTARTS allows no more"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a training command on this GPU node and restarts it after a preemption (exit code 75), and after nothing else:
+# Runs a training command on this GPU node and restarts it after the exit codes 75 (preempted) and 134, and after no other:
 #
 #   launch/gpu.sh [--dry-run] -- COMMAND ARGUMENTS...
 #   launch/gpu.sh -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=runs/mine

@@ -6,7 +6,8 @@
 #     python -m kto_jax.train --config=configs/kto_llama.py --workdir=/shared/runs/mine
 #
 # Ask for as many tasks as GPUs per node: under Slurm, jax.distributed gives each process one. 300 s before the time limit
-# every task gets SIGTERM, saves and exits with 75. The job is then requeued, and after no other code.
+# every task gets SIGTERM, saves and exits with 75. The job is requeued after the codes 75 and 134 (JAX lost another
+# process), and after no other.
 #
 # KTO_MAX_RESTARTS    requeues over the job's life (20)             KTO_PAUSE_SECONDS  pause before each (10)
 
@@ -49,7 +50,7 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS
 code=0
 # After a task exits with 75, the others must not be killed while they save. After a task dies, they get 10 minutes.
 run_and_forward srun --kill-on-bad-exit=0 --wait=600 "${COMMAND[@]}" || code=$?
-((code == PREEMPTED)) || exit "$code"
+may_restart "$code" || exit "$code"
 # After scancel the tasks exit with 75 as well, but the job is no longer running and must not be requeued.
 [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit "$code"
 requeues=${SLURM_RESTART_COUNT:-0}

@@ -8,7 +8,7 @@
 #   launch/tpu.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/mnt/runs/mine
 #
 # run requests the TPU if there is none, waits until it is ACTIVE, copies the project at KTO_REVISION to all workers,
-# installs it, starts the command on all of them and follows worker 0. If the run is preempted (exit code 75, or the TPU
+# installs it, starts the command on all of them and follows worker 0. If the run is preempted (exit code 75 or 134, or the TPU
 # is gone), it is restarted, on a new TPU if necessary; no other exit code restarts it. The command does not depend on
 # this connection: after a Ctrl-C here it continues, and the same run command follows it again.
 #
@@ -151,7 +151,7 @@ exit_code() {
   local what code worst=0
   while read -r _ what code; do
     if [[ $what == lost ]]; then code=$PREEMPTED; elif [[ $what == new ]]; then code=1; fi
-    if ((code != 0 && (code != PREEMPTED || worst == 0))); then worst=$code; fi
+    if ((code != 0 && worst == 0)) || { ((code != 0)) && ! may_restart "$code"; }; then worst=$code; fi
   done
   printf '%s\n' "$worst"
 }
@@ -168,7 +168,7 @@ watch() {
     if taken_away; then return "$PREEMPTED"; fi
     if states=$(on_workers state | grep '^kto_jax-state: ') && ! grep -q running <<<"$states"; then
       code=$(exit_code <<<"$states")
-      ((code != 0 && code != PREEMPTED)) || return "$code"
+      if ((code == 0)) || may_restart "$code"; then return "$code"; fi
       # A worker may have failed because another was taken away, which becomes visible a little later.
       sleep "$KTO_POLL_SECONDS"
       if taken_away; then return "$PREEMPTED"; fi

@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import itertools
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ def join(config: ProcessesConfig) -> None:
 
 
 def _initialize(address: str | None, count: int | None, number: int | None, *, timeout: int) -> None:
+    if address is not None and number != 0:
+        _wait_for_first_process(address, timeout)
     try:
         jax.distributed.initialize(
             address,
@@ -71,6 +74,32 @@ def _initialize(address: str | None, count: int | None, number: int | None, *, t
             "if they are set correctly, raise config.processes.timeout_seconds; for one process, set "
             "config.processes.count=1."
         ) from None
+
+
+def _wait_for_first_process(address: str, timeout: float) -> None:
+    """Waits until the first process accepts connections; without it, JAX would abort this process.
+
+    Args:
+      address: host:port of the first process.
+      timeout: of the wait, in seconds.
+
+    Raises:
+      TransientError: it does not accept any.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except (OSError, ValueError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise TransientError(
+                    f"the first process does not answer at JAX_COORDINATOR_ADDRESS={address} ({error}). All processes "
+                    f"are needed; this one waited {timeout:g} s. Start all again; if the first one needs longer to "
+                    "start, raise config.processes.timeout_seconds."
+                ) from None
+            time.sleep(0.2)
 
 
 def _arguments(given: dict[str, str]) -> tuple[str, int, int]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from kto_jax.config import Config, ConfigError, to_dict
+from kto_jax.config import Config, ConfigError, TransientError, to_dict
 from kto_jax.data.index.index import Index
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.devices import processes
@@ -102,8 +102,9 @@ def open_run(
     """Creates the folder of a run, or opens it to resume; the first process does so, the others wait for it.
 
     Raises:
-      ConfigError: the folder cannot be written to, another process uses it, or it holds something else: a run with
-        another configuration or other data, or no run. Nothing in it is changed then.
+      ConfigError: the folder cannot be written to, or it holds something else: a run with another configuration or
+        other data, or no run. Nothing in it is changed then.
+      TransientError: another process uses it, or this process does not see what the first one made.
     """
     own = processes.call_on_all(
         lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
@@ -124,7 +125,7 @@ def _open(
         ) from None
     try:
         return _lock_and_write(path, lock, config, index, tokenizer, architecture)
-    except ConfigError:
+    except (ConfigError, TransientError):
         lock.close()
         raise
 
@@ -135,14 +136,15 @@ def _wait_for_folder(path: Path, tokenizer: TokenizerInfo, timeout: float) -> Ru
     A shared file system may show a new file late, so this waits for it until the timeout, in seconds.
 
     Raises:
-      ConfigError: the folder is not visible to this process.
+      TransientError: the folder is not visible to this process.
     """
     deadline = time.monotonic() + timeout
     while not (path / "config.json").exists():
         if time.monotonic() > deadline:
-            raise ConfigError(
+            raise TransientError(
                 f"--workdir={path} was made by the first process, and this process has not seen it for {timeout:g} s. "
-                "A run of several processes needs a folder that all of them share. Choose another --workdir."
+                "A run of several processes needs a folder that all of them share. If they share this one, start "
+                "again; otherwise choose another --workdir."
             )
         time.sleep(0.2)
     return RunFolder(path, dataclasses.replace(tokenizer, directory=path / "tokenizer"), open(os.devnull))
@@ -161,7 +163,7 @@ def _lock_and_write(
         lock_file(lock, wait=False, without=f"Make sure that no other run writes to --workdir={path}.")
     except BlockingIOError:
         lock.seek(0)
-        raise ConfigError(
+        raise TransientError(
             f"--workdir={path} is in use by process {lock.read().strip() or 'unknown'}. One run may write to a folder. "
             "Wait for it to end, or choose another --workdir."
         ) from None

@@ -84,12 +84,12 @@ def test_jobset_logs_and_delete_are_one_call_each(machine):
     assert delete == ["delete", "jobset", "mine"]
 
 
-def test_sky_recovers_only_after_75_and_its_scripts_are_valid_bash():
+def test_sky_recovers_only_after_75_or_an_abort_and_its_scripts_are_valid_bash():
     document = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     resources = document["resources"]
     assert resources["use_spot"] and resources["job_recovery"] == {
         "max_restarts_on_errors": 0,
-        "recover_on_exit_codes": [75],
+        "recover_on_exit_codes": [75, 134],
     }
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=document[part], text=True, check=True)

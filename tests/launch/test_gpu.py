@@ -8,7 +8,7 @@ from tests.launch.machine import ends_with, python
 
 
 def test_gpu_restarts_a_preempted_command_until_it_finishes(machine):
-    code, _, err = machine.run("gpu.sh", "--", *ends_with(75, 75, 0))
+    code, _, err = machine.run("gpu.sh", "--", *ends_with(75, 134, 0))
     assert code == 0 and len(machine.lines("ran")) == 3
     assert "restart 1 of at most 20" in err and "restart 2 of at most 20" in err
 

@@ -32,6 +32,7 @@ SRUN = "srun --kill-on-bad-exit=0 --wait=600 python train"
 
 def test_slurm_requeues_a_preempted_job(machine):
     assert slurm_job(machine, 75, SLURM_RESTART_COUNT="19") == (0, [SRUN, "scontrol requeue 17"])
+    assert slurm_job(machine, 134) == (0, [SRUN, "scontrol requeue 17", SRUN, "scontrol requeue 17"])
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 143])

@@ -263,7 +263,7 @@ def test_a_folder_that_the_others_do_not_see_ends_all(cache, tmp_path):
             )
         )
     codes, messages = finish(processes)
-    assert codes == [2, 2], "\n".join(messages)
+    assert codes == [75, 75], "\n".join(messages)
     assert "this process has not seen it for 10 s" in " ".join(messages[1].split())
     assert "process 1 of 2 has failed" in " ".join(messages[0].split())
 
@@ -280,6 +280,16 @@ def test_processes_that_cannot_connect_are_refused(tmp_path, monkeypatch, capsys
     assert main([*SHORT, f"--workdir={tmp_path / 'run'}", *arguments]) == 2
     assert why in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_whose_first_process_is_missing_is_told_so_and_may_start_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = f"127.0.0.1:{server.getsockname()[1]}"
+    for name, value in zip(NAMES, (free, "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert main([*SHORT, f"--workdir={tmp_path / 'run'}", "--config.processes.timeout_seconds=1"]) == 75
+    assert f"does not answer at JAX_COORDINATOR_ADDRESS={free}" in " ".join(capsys.readouterr().err.split())
 
 
 def wait_for_step(workdir, step, processes):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import Config, TransientError
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.training import run_folder
 from kto_jax.training.run_folder import record_part
@@ -65,5 +65,5 @@ def test_processes_wait_for_a_folder_that_a_shared_file_system_shows_late(tmp_pa
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"has not seen it for 0\.1 s"):
+    with pytest.raises(TransientError, match=r"has not seen it for 0\.1 s"):
         run_folder._wait_for_folder(tmp_path, INFO, 0.1)
