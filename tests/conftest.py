@@ -39,6 +39,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.fsync = lambda descriptor: None
 
 
+_WHOLE_RUNS = ("commands", "exports", "packaging", "sampling", "training")
+"""Folders whose files take long."""
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Runs all tests in a process for each core, but at most 4, of up to 6 GB each; named files in one process."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(os.cpu_count() or 1, 4)
@@ -57,4 +61,4 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts whole runs first: each worker takes one file after the other, and the longest must not be the last."""
-    items.sort(key=lambda item: item.path.parent.name not in ("commands", "training"))
+    items.sort(key=lambda item: item.path.parent.name not in _WHOLE_RUNS)
