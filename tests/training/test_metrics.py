@@ -1,7 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from kto_jax.training import metrics as metrics
 
@@ -14,6 +13,8 @@ def rewards_with_ties(seed=0):
 
 
 def test_auc_equals_scikit_learn_with_ties():
+    from sklearn.metrics import roc_auc_score  # takes seconds, of every worker that collects this file
+
     rewards, desirable = rewards_with_ties()
     expected = roc_auc_score(np.asarray(desirable), np.asarray(rewards))
     assert metrics.auc(rewards, desirable, everything) == pytest.approx(expected, abs=1e-6)
