@@ -135,7 +135,9 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(numbe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [
-    (signal.SIGTERM, 75), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
+    # Of SIGKILL: a run without loaders above, loaders without a run in tests/data/batches/test_prefetch.py.
+    (signal.SIGTERM, 75), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.exhaustive),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
 def test_a_run_with_loader_processes_ends_and_resumes_like_any_other(number, code, unbroken, cache, tmp_path):
     workdir = tmp_path / "run"
