@@ -7,6 +7,7 @@ configuration do. A field `config: Config` takes `--config=RECIPE` and `--config
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if asks_for_help(arguments):
-        print(help_text(kind, about))
+        _print_help(kind, about)
         return FINISHED
     try:
         return command(read_options(kind, arguments))
@@ -87,8 +88,15 @@ def answer_help(kind: type, about: str) -> None:
       about: what is printed above them.
     """
     if asks_for_help(sys.argv[1:]):
-        print(help_text(kind, about))
+        _print_help(kind, about)
         sys.exit(FINISHED)
+
+
+def _print_help(kind: type, about: str) -> None:
+    try:
+        print(help_text(kind, about), flush=True)
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

@@ -282,7 +282,10 @@ def _weights(desirable: int, undesirable: int, config: Config) -> Text:
     """The λ that the counts of an epoch suggest."""
     text = Text(f"{desirable:,} desirable and {undesirable:,} undesirable rows to train on ", "bold")
     if not desirable or not undesirable:
-        return text.append("are of one label: thumbs need both, and λ cannot make up for it.")
+        text.append("are of one label: thumbs need both, and λ cannot make up for it.")
+        if config.data.format == "scores":
+            text.append(" Set config.data.score_threshold between the lowest and the highest score.")
+        return text
     auto = dataclasses.replace(config.objective, desirable_weight="auto", undesirable_weight="auto")
     weights = auto_weights(auto, desirable, undesirable)
     text.append(

@@ -265,7 +265,9 @@ def _label_setting(label: str) -> str:
     for desirable, undesirable in _USUAL_LABELS:
         if label in (desirable, undesirable):
             label_map = {desirable: True, undesirable: False}
-            return f'; set --config.data.label_map="{label_map}"'
+            setting = f'; set --config.data.label_map="{label_map}"'
+            ratings = " if there are no other labels; config.data.format='scores' reads ratings"
+            return setting + (ratings if _number(label) is not None else "")
     if _number(label) is not None:
         return "; config.data.format='scores' reads numbers"
     return f'; --config.data.label_map="{{{label[:40]!r}: True}}" would make it desirable'

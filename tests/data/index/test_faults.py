@@ -6,6 +6,7 @@ import pytest
 
 from kto_jax.config import ConfigError
 from kto_jax.data.rows import json_rows
+from tests.data.rows.test_records import OR_RATINGS
 
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
 
@@ -41,13 +42,13 @@ FAULTS = {
     "label is not mapped: '2.0'; config.data.format='scores' reads numbers": line(label=2.0),
     "label is not mapped: 'odd'; --config.data.label_map=\"{'odd': True}\" would make it desirable": line(label="odd"),
     **{
-        f'label is not mapped: {str(label)!r}; set --config.data.label_map="{label_map}"': line(label=label)
-        for label, label_map in (
-            ("true", {"true": True, "false": False}),
-            ("True", {"True": True, "False": False}),
-            (1, {"1": True, "0": False}),
-            ("yes", {"yes": True, "no": False}),
-            (-1, {"1": True, "-1": False}),
+        f'label is not mapped: {str(label)!r}; set --config.data.label_map="{label_map}"{others}': line(label=label)
+        for label, label_map, others in (
+            ("true", {"true": True, "false": False}, ""),
+            ("True", {"True": True, "False": False}, ""),
+            (1, {"1": True, "0": False}, OR_RATINGS),
+            ("yes", {"yes": True, "no": False}, ""),
+            (-1, {"1": True, "-1": False}, OR_RATINGS),
         )
     },
     "label is not a boolean, text or number but a list of 2": line(label=[True, True]),

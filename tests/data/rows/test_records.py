@@ -10,6 +10,7 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows import files, json_rows
 from kto_jax.data.rows.records import Feedback, Rejection, Skipped, read_records, template_fields
 
+OR_RATINGS = " if there are no other labels; config.data.format='scores' reads ratings"
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
 
 
@@ -48,10 +49,13 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
             {**GOOD, "label": "False"},
             """label is not mapped: 'False'; set --config.data.label_map="{'True': True, 'False': False}\"""",
         ),
-        ({**GOOD, "label": 1}, """label is not mapped: '1'; set --config.data.label_map="{'1': True, '0': False}\""""),
+        (
+            {**GOOD, "label": 1},
+            "label is not mapped: '1'; set --config.data.label_map=\"{'1': True, '0': False}\"" + OR_RATINGS,
+        ),
         (
             {**GOOD, "label": -1.0},
-            """label is not mapped: '-1.0'; set --config.data.label_map="{'1.0': True, '-1.0': False}\"""",
+            "label is not mapped: '-1.0'; set --config.data.label_map=\"{'1.0': True, '-1.0': False}\"" + OR_RATINGS,
         ),
         ({**GOOD, "label": [True, True]}, "label is not a boolean, text or number but a list of 2"),
         ({**GOOD, "weight": -1}, "weight is not a finite number of at least 0: '-1'"),
