@@ -1,6 +1,6 @@
 """A model directory as one GGUF file with its tokenizer, in the layout that llama.cpp reads.
 
-Models of the Llama type are written, with byte-level BPE tokenizers; others are refused by name. Matrices get the
+Llama-type models with byte-level BPE tokenizers are supported; others are refused by name. Matrices get the
 chosen kind, norms stay float32. What is read of such files is in models/weights/gguf.py.
 """
 
@@ -35,11 +35,11 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
     """Writes a model directory as a GGUF file.
 
     Args:
-      file: where to; an existing file is replaced.
+      file: the path; an existing file is replaced.
       directory: a Hugging Face directory with weights and tokenizer.
       kind: "q8_0", "f16", "bf16" or "f32": what matrices are kept in. Rows whose length is not a multiple of 32 are
-        kept in f16 where q8_0 is asked for.
-      name: what the file says the model is called.
+        kept in f16 if q8_0 is chosen.
+      name: the model's name in the file.
 
     Raises:
       ConfigError: the architecture or the tokenizer is of another kind.

@@ -74,7 +74,7 @@ def rating_field(data: DataConfig) -> Any:
 
 
 def _demonstrations(messages: list[Any], data: DataConfig, fields: Fields) -> Examples:
-    """The assistant's turns, each behind all turns before it. A turn of weight 0 is only context, as OpenAI has it."""
+    """The assistant's turns, each after all turns before it. A turn of weight 0 is only context, as at OpenAI."""
     spoken = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not spoken:
         raise BadRowError("no message is the assistant's")
@@ -140,7 +140,7 @@ def _trl(data: DataConfig, fields: Fields) -> Examples:
 
 
 def _with_implicit_prompt(fields: Fields) -> Fields:
-    """Two texts that begin alike, cut before the first word in which they differ: what they share is the prompt."""
+    """Splits two texts before the first word that differs: what they share is the prompt."""
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     if not isinstance(chosen, str) or not isinstance(rejected, str) or chosen.lstrip().startswith("Human:"):
         return fields
@@ -152,7 +152,7 @@ def _with_implicit_prompt(fields: Fields) -> Fields:
 
 
 def _has_turns(name: str, *speakers: str) -> Any:
-    """Whether a column holds turns, told by the name of their speaker."""
+    """Whether a column holds turns, recognised by the key of their speaker."""
 
     def fits(fields: Fields) -> bool:
         turns = decoded(fields.get(name))

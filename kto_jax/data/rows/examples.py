@@ -1,6 +1,6 @@
 """From an example, the fields of a row and which of them hold what, to a record: a `Feedback` or a `Preference`.
 
-Nothing is guessed: a label is a boolean or is mapped by `data.label_map`.
+No label is guessed: it is a boolean or mapped by `data.label_map`.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _ABSENT = object()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Feedback:
-    """One completion, and what is said of it.
+    """One completion with its feedback.
 
     Attributes:
       prompt: text, or chat messages `{"role", "content"}` of which the last is not the assistant's, and the first may
         hold tools (`kto_jax.data.rows.turns.TOOLS`).
       completion: what the model is rewarded or punished for; a message where it calls tools.
-      desirable: thumbs-up; means nothing yet where rows hold scores.
-      weight: how much the row counts, at least 0.
+      desirable: thumbs-up; not decided yet if rows hold scores.
+      weight: of the row in the loss, at least 0.
       place: `file:line`, from 1; of a Parquet or JSON file the row's number.
-      score: rating, finite; 0 where rows hold none.
+      score: rating, finite; 0 if rows have none.
     """
 
     prompt: str | list[Message]
@@ -158,7 +158,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def unlabelled(reason: str, data: DataConfig, place: str) -> Rejection | Skipped:
-    """What becomes of a row that has no label or score, by `data.unlabelled`."""
+    """What happens to a row without a label or score, by `data.unlabelled`."""
     return Skipped(reason, place) if data.unlabelled == "skip" else Rejection(reason, place)
 
 
@@ -210,7 +210,7 @@ def _prompt(fields: Fields, names: Names, data: DataConfig) -> Any:
 
 
 def _with_system(prompt: str | list[Message], fields: Fields, data: DataConfig) -> str | list[Message]:
-    """The prompt behind the system message of `data.system_field`, if the row has one."""
+    """The prompt after the system message of `data.system_field`, if the row has one."""
     system = lookup(fields, data.system_field) if data.system_field else None
     if system is None or system == "":
         return prompt
@@ -244,7 +244,7 @@ def _single(value: Any) -> Any:
 
 
 def _is_blank(value: Any, data: DataConfig) -> bool:
-    """Whether a label or score is not there: null, the NaN of pandas, or an empty cell that has no meaning."""
+    """Whether a label or score is absent: null, pandas' NaN, or an empty cell without a mapping."""
     if isinstance(value, float) and math.isnan(value):
         return "nan" not in data.label_map
     return value is None or (value == "" and "" not in data.label_map)

@@ -1,4 +1,4 @@
-"""Layouts of the feedback that chat programs and observers of models export.
+"""Layouts of feedback exported by chat programs and observability tools.
 
     open_webui      feedbacks: data.rating, and the chat in snapshot, a tree that leads to meta.message_id
     librechat       conversations: messages with isCreatedByUser, parentMessageId and feedback.rating
@@ -7,7 +7,7 @@
     langsmith       runs: inputs, outputs and feedback_stats, or feedback
     argilla         records: fields and the annotators' responses, nested or as columns "question.responses"
 
-Where an export has several ratings of one answer, `data.label_field` (or `data.score_field`) names one.
+If an export has several ratings of one answer, `data.label_field` (or `data.score_field`) names one.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _librechat_turn(message: Fields) -> dict[str, Any]:
 
 
 def _rated(data: DataConfig, fields: Fields, prompt: Any, completion: Any, rating: Any) -> Examples:
-    """One answer with its rating, or nothing but the count of an answer without one."""
+    """One answer with its rating, or a skip if it has none."""
     if rating is None or rating == "":
         return [Skip(_UNRATED)]
     return [example(fields, prompt, [completion], **{_KINDS[data.format]: rating})]
@@ -139,7 +139,7 @@ def _anythingllm(data: DataConfig, fields: Fields) -> Examples:
 
 
 def _logged(ratings: Callable[[Fields], Any], asked: str, answered: str) -> Callable[[DataConfig, Fields], Examples]:
-    """A reader of logged calls: what was asked, what was answered, and the ratings by their names."""
+    """A reader of logged calls: input, output, and ratings by name."""
 
     def read(data: DataConfig, fields: Fields) -> Examples:
         rating = None if data.format == "demonstrations" else _chosen_rating(ratings(fields), data, fields)
@@ -163,7 +163,7 @@ def _logged(ratings: Callable[[Fields], Any], asked: str, answered: str) -> Call
 
 
 def _chosen_rating(ratings: Mapping[str, Any], data: DataConfig, fields: Fields) -> Any:
-    """The rating that the settings name, or the only one there is."""
+    """The rating that the settings name, or the only one."""
     ratings = {name: value for name, value in ratings.items() if value is not None and value != []}
     for name in rating_names(data):
         value = ratings.get(name, lookup(fields, name) if name not in _USUAL else None)
@@ -178,7 +178,7 @@ def _chosen_rating(ratings: Mapping[str, Any], data: DataConfig, fields: Fields)
 
 
 def _only(value: Any) -> Any:
-    """What all of several ratings say; a skip if they differ."""
+    """The value of several ratings that agree; a skip if they differ."""
     values = value if isinstance(value, list) else [value]
     return values[0] if all(each == values[0] for each in values) else Skip("ratings that disagree")
 

@@ -30,20 +30,20 @@ _COMPRESSED_BY_THEMSELVES = (".xlsx", *_COLUMNAR)
 """Formats that their libraries read from the file itself."""
 _CHUNK_BYTES = 1 << 20
 _HUB_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""What a directory written by `datasets` holds beside its rows."""
+"""Files of a directory written by `datasets` that hold no rows."""
 
 Wrap = Callable[[IO[bytes]], IO[bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file to read, and what to call it in places and messages."""
+    """A file to read, and its name in places and messages."""
 
     path: Path
     name: str
 
     def sha256(self) -> str:
-        """Digest of the file as it lies on the disk, in hexadecimal."""
+        """Digest of the file's bytes on disk, in hexadecimal."""
         return file_digest(self.path)
 
 
@@ -58,7 +58,7 @@ def expand(source: str) -> list[SourceFile]:
       The files, those of a glob or a directory sorted by name.
 
     Raises:
-      ConfigError: nothing is there, or a file's ending is not known.
+      ConfigError: there is no such file, or its ending is not known.
     """
     if source.startswith(("tfds:", "tfds-dir:")):
         from kto_jax.data.rows.tfds import tfds_file
@@ -94,7 +94,7 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
 
     Args:
       file: what to read.
-      wrap: called with the opened file, for instance to watch how far reading is.
+      wrap: called with the opened file, for example to show progress.
 
     Yields:
       `(place, fields)`; the fields are a `Rejection` where the row could not be read.

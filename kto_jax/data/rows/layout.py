@@ -21,7 +21,7 @@ the prompt of a pair."""
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """An answer that is left out, and why."""
+    """An answer that is skipped, with the reason."""
 
     reason: str
 
@@ -36,7 +36,7 @@ NEEDED = {
     "scores": ("completion", "score"),
     "demonstrations": ("completion",),
 }
-"""What an example of each `data.format` holds beside its prompt."""
+"""What an example of each `data.format` holds besides its prompt."""
 
 
 def _never(fields: Fields) -> bool:
@@ -65,12 +65,12 @@ class Layout:
 
 
 def by_row(read: Callable[[DataConfig, Fields], Examples]) -> Callable[[DataConfig], Reader]:
-    """A reader for rows of which each says for itself which of its columns hold what."""
+    """A reader for rows each of which determines what its columns hold."""
     return lambda data: functools.partial(read, data)
 
 
 def named(*keys: str) -> Callable[[DataConfig], Reader]:
-    """A reader for columns that have the names of what they hold."""
+    """A reader for columns that are named by what they hold."""
     names = {key: key for key in keys}
     return lambda data: lambda fields: [(fields, names)]
 

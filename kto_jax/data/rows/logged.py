@@ -39,7 +39,7 @@ def messages_of(value: Any) -> str | list[Any] | None:
       Text, or messages with role and content; None if neither is there.
     """
     value = decoded(from_json(value))
-    for _ in range(8):  # Nobody nests deeper.
+    for _ in range(8):  # Deeper nesting does not occur in practice.
         if isinstance(value, str):
             return value if value.strip() else None
         if isinstance(value, list):
@@ -58,7 +58,7 @@ def messages_of(value: Any) -> str | list[Any] | None:
 
 
 def from_json(value: Any) -> Any:
-    """A value that is kept as JSON text; any other value as it is."""
+    """A value that is stored as JSON text, parsed; any other value unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "[") or len(value) > _LONGEST_JSON:
         return value
     try:

@@ -1,6 +1,6 @@
 """Rows of feedback from files: each becomes a `Feedback` or a `Preference`, or a `Rejection` with its reason and place.
 
-`data.format` says what a row holds beside its prompt:
+`data.format` says what a row holds besides its prompt:
 
     thumbs            completion, label                a Feedback
     pairs             chosen, rejected                 a Preference
@@ -9,7 +9,7 @@
 
 and `data.layout` where it holds them: `kto_jax.data.rows.layouts`. A row of a chat log may hold several.
 
-A broken row costs only itself.
+A broken row affects no other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Reading:
     """How the rows of a file are read.
 
     Attributes:
-      layout: the one that is set, or that the rows look like.
+      layout: the configured or detected one.
       fits: the layouts and formats that the first rows fit, if they do not fit those that they are read by.
       records: every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`; as several of a chat log with several
         ratings.
@@ -161,7 +161,7 @@ _PLAIN = ("fields", "messages", "sharegpt", "trl", "kto_mix", "ultrafeedback")
 _CONTENT = ("system", "system_prompt", "input", "context", "history")
 """Columns that are likely to hold a part of the conversation."""
 _IMAGES = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns that hold what no text model reads."""
+"""Columns that hold images, videos or sounds."""
 
 
 def _refuse_images(fields: Fields) -> None:

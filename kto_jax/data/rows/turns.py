@@ -1,4 +1,4 @@
-"""Texts and chat messages of a row: checked, and parted into a prompt and what is said in reply to it.
+"""Texts and chat messages of a row: checked, and split into a prompt and its completions.
 
 A value may hold a whole conversation, which begins with the prompt: as messages, or as a transcript,
 
@@ -33,13 +33,13 @@ Completion = str | Message
 """Text, or the message of an assistant that calls tools."""
 
 TOOLS = "tools"
-"""Role of a first message that holds, as JSON, the tools that the chat template lists. No row can have it."""
+"""Role of a first message that holds, as JSON, the tools that the chat template lists. No row may use it."""
 _REASONING_FIELDS = (REASONING, "reasoning")
 """What the field is called by those who write files; the first that is there counts."""
 TOOL_FIELDS = ("name", "tool_call_id")
-"""What a message of a tool may say of itself."""
+"""Optional fields of a tool's message."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
-"""Why a pair is rejected that teaches nothing."""
+"""Reason for rejecting a pair of equal completions."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may speak."""
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -140,7 +140,7 @@ def check_prompt(value: Any) -> Prompt:
 
 
 def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> tuple[Prompt, list[Completion]]:
-    """Parts what a row holds into its prompt and its completions.
+    """Splits the content of a row into its prompt and its completions.
 
         prompt      chosen              rejected            gives
         "Q"         "A"                 "B"                 Q → A, B
@@ -151,7 +151,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
 
     Args:
       prompt: text or messages; None, empty text or no messages where the replies hold it.
-      replies: what is said in reply, by the name that reasons use; of one row, hence of one prompt.
+      replies: the replies by their names in error messages; of one row, hence of one prompt.
       may_lack: whether the replies may hold the prompt.
 
     Returns:
@@ -186,7 +186,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
         raise BadRowError(f"{' and '.join(replies)} part before their last message")
     if own is None:
         return check_prompt(heads[0]), completions
-    # The head tells the whole of a prompt that is only one turn of it; one that says no more changes nothing.
+    # If the replies repeat a longer conversation, that is the prompt; an equally long one changes nothing.
     longer = len(heads[0]) > (1 if isinstance(own, str) else len(own))
     return (heads[0] if longer else own), completions
 
@@ -283,7 +283,7 @@ def _reasoning(message: Mapping[str, Any], role: str, name: str) -> dict[str, st
 
 
 def _joined(content: Any, name: str) -> Any:
-    """The text of a content that is a list of parts; any other content as it is."""
+    """The text of a content that is a list of parts; any other content unchanged."""
     if not isinstance(content, list):
         return content
     for piece in content:
