@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kto_jax.config import Config, ConfigError, TransientError, resolve
+from kto_jax.config import Config, ConfigError, OutOfMemory, TransientError, resolve
 from kto_jax.config.convert import convert, hints, parse
 from kto_jax.config.documentation import config_table, documentation, table
 from kto_jax.config.errors import FAILED, FINISHED, INTERRUPTED, PREEMPTED, UNUSABLE
@@ -50,7 +50,8 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
       arguments: the command line without the program; that of this process by default.
 
     Returns:
-      The exit code: 2 for a ConfigError, 75 for a TransientError, 130 for Ctrl-C, else the command's own.
+      The exit code: 2 for a ConfigError, 75 for a TransientError, 1 for OutOfMemory, 130 for Ctrl-C, else the
+        command's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if asks_for_help(arguments):
@@ -64,6 +65,9 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
     except TransientError as error:
         print_error(error)
         return PREEMPTED
+    except OutOfMemory as error:
+        print_error(error)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -38,6 +38,7 @@ from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
 from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.objectives import defaults
+from kto_jax.planning.out_of_memory import explained_out_of_memory
 from kto_jax.planning.rows_that_fit import resolve_rows
 from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.folders import scratch_folder
@@ -112,6 +113,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     moves = config.reference.sync_every > 0
     with (
         run.lock,
+        explained_out_of_memory(config, inputs),
         contextlib.closing(
             Checkpoints(run.path, config.checkpoint, metric=config.evaluation.metric, reference_is_synced=moves)
         ) as checkpoints,

@@ -71,7 +71,7 @@ ORDER = {
         "peft",
     ],
     "kto_jax.objectives": ["record", "algorithms"],
-    "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "report"],
+    "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "out_of_memory report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.rewards": ["reward_model"],
     "kto_jax.sampling": ["choose", "slots", "sample", "complete"],

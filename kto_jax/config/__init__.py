@@ -5,7 +5,7 @@ command line: `--config.objective.beta=0.2`. `resolve` turns the result into a `
 """
 
 from kto_jax.config.data_fields import SOURCE_FIELDS, DataConfig
-from kto_jax.config.errors import ConfigError, TransientError
+from kto_jax.config.errors import ConfigError, OutOfMemory, TransientError
 from kto_jax.config.fields import (
     LORA_MATRICES,
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OutOfMemory",
     "ProcessesConfig",
     "ProfileConfig",
     "ReferenceConfig",

@@ -20,3 +20,10 @@ class TransientError(RuntimeError):
 
     The command is right, so the same command may succeed later. The message says what failed and what was tried.
     """
+
+
+class OutOfMemory(RuntimeError):
+    """The devices have too little memory for the run: exit code 1 (`FAILED`).
+
+    The message names settings that need less.
+    """
