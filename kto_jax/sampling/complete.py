@@ -20,6 +20,7 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.workers import Workers
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import ModelFiles, find_model
@@ -40,11 +41,13 @@ class LanguageModel:
       model: the model.
       tokenizer: its tokenizer, while the scratch folder of `open_language_model` exists.
       load: reads the parameters.
+      workers: the process that encodes prompts; None starts one for every call of `complete`.
     """
 
     model: Model
     tokenizer: tokenize.TokenizerInfo
     load: Callable[[], Params]
+    workers: Workers | None = None
 
     @functools.cached_property
     def params(self) -> Params:
@@ -90,7 +93,7 @@ def complete(
       seed: of the sampling.
       completion_prefix: text between each prompt, closed by the generation prompt, and its completion.
       batch_size: completions sampled at once.
-      on_batch: called after each batch with the number of its completions.
+      on_batch: called when completions have ended, with their number.
 
     Returns:
       The completions, those of one prompt side by side.
@@ -109,7 +112,8 @@ def complete(
                 batch_size=batch_size, on_batch=on_batch,
             )  # fmt: skip
     prefix = tokenize.encode_text(model.tokenizer, completion_prefix)
-    encoded = [np.concatenate([ids, prefix]) for ids in tokenize.encode_prompts(model.tokenizer, list(prompts))]
+    encoded = tokenize.encode_prompts(model.tokenizer, list(prompts), model.workers)
+    encoded = [np.concatenate([ids, prefix]) for ids in encoded]
     check_prompts(model.model.config, encoded, sampling.max_new_tokens)
     repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
     eos_ids = {*model.tokenizer.stop_ids, *model.model.config.eos_ids}
@@ -147,14 +151,15 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
       TransientError: the Hub cannot be reached.
     """
     model, load, tokenizer_path = _find_model(path, dtype)
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
         tokenizer = tokenize.prepare_tokenizer(
             tokenizer_path,
             scratch / "tokenizer",
             chat_template=chat_template,
             rendering=rendering_of_run(Path(path)),
+            workers=workers,
         )
-        yield LanguageModel(model, tokenizer, load)
+        yield LanguageModel(model, tokenizer, load, workers)
 
 
 def _find_model(path: str, dtype: str) -> tuple[Model, Callable[[], Params], Path]:

@@ -90,7 +90,7 @@ class Slots:
 
     Args:
       model: the model.
-      params: its parameters, on one device or replicated by `mesh_wide`.
+      params: its parameters, on one device or over a mesh.
       num_slots: completions decoded at once.
       parts: number of parts into which the mesh splits rows; must divide `num_slots`.
       max_length: cache positions that the longest completion needs.
@@ -161,7 +161,8 @@ class Slots:
                 self._prefill(list(distinct.values())[: self._num_prefixes])
             ready = [each for each in left[: self._num_prefixes] if each[1].prompt.tobytes() in self._prefilled]
             self._insert(ready)
-            left = [each for each in left if each not in ready]
+            started = {slot for slot, _ in ready}
+            left = [each for each in left if each[0] not in started]
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> None:
         longest = max(len(prompt) for prompt in prompts) - 1

@@ -114,6 +114,15 @@ def test_a_path_is_opened_and_completes_as_its_model_does(exported):
     assert found == complete(opened(model, params, tokenizer), ["Say it."], sampling)
 
 
+def test_a_model_that_is_opened_once_starts_one_tokenizing_process_for_all_its_calls(exported, monkeypatch):
+    started, workers = [], tokenize.Workers
+    monkeypatch.setattr(tokenize, "Workers", lambda *arguments: started.append(1) or workers(*arguments))
+    with open_language_model(str(exported[0])) as found:
+        for _ in range(2):
+            complete(found, ["Say it."], Sampling(max_new_tokens=2))
+    assert started == [1]
+
+
 def test_a_policy_with_a_value_scorer_writes_as_it_would_without(exported, tmp_path):
     _, model, params, tokenizer = exported
     scored = Model.create(model.config, scalar_head="value").init_params(jax.random.key(0), "float32")["scorer"]

@@ -165,6 +165,13 @@ def test_a_prompt_is_prefilled_once_for_several_completions_however_many_slots_t
     assert len({tuple(completion) for completion in drawn}) == 7
 
 
+def test_several_prompts_prefilled_together_as_on_an_accelerator_give_the_same_completions(monkeypatch):
+    prompts = [*PROMPTS, PROMPTS[1], PROMPTS[4]]
+    expected = complete(prompts)
+    monkeypatch.setattr(slots, "_PREFILL_ON_CPU", (3, 16))
+    assert complete(prompts) == expected
+
+
 def test_prompts_of_any_length_are_prefilled_in_chunks_by_one_program():
     complete([list(range(1, 11))], temperature=0, max_new_tokens=240)
     compiled = slots.prefill._cache_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -95,6 +96,7 @@ def prepare_tokenizer(
     chat_template: str,
     eos_token: str = "auto",
     rendering: Rendering | None = None,
+    workers: Workers | None = None,
 ) -> TokenizerInfo:
     """Copies the tokenizer of a model into a folder, in a worker process; the files are copied byte for byte.
 
@@ -105,6 +107,7 @@ def prepare_tokenizer(
       eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
         assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
       rendering: how the template is used.
+      workers: from `tokenizing_worker`, to be used again; None starts a process for this call.
 
     Returns:
       What was written, and what of it differs from the model's own files.
@@ -114,16 +117,24 @@ def prepare_tokenizer(
         used.
     """
     arguments = (Path(model_path), Path(directory), chat_template, eos_token, rendering or Rendering())
-    with Workers(1, _quieten_transformers) as workers:
-        return workers.submit(_prepare, *arguments).result()
+    with contextlib.nullcontext(workers) if workers else tokenizing_worker() as ready:
+        return ready.submit(_prepare, *arguments).result()
 
 
-def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Message]]) -> list[np.ndarray]:
+def tokenizing_worker() -> Workers:
+    """A worker for `prepare_tokenizer` and `encode_prompts`; its start takes longer than encoding many prompts."""
+    return Workers(1, _quieten_transformers)
+
+
+def encode_prompts(
+    tokenizer: TokenizerInfo, prompts: Sequence[str | list[Message]], workers: Workers | None = None
+) -> list[np.ndarray]:
     """Encodes prompts for sampling, in a worker process, exactly as those of the index are.
 
     Args:
       tokenizer: the tokenizer.
       prompts: texts (one user turn each if there is a chat template) or chat messages.
+      workers: from `tokenizing_worker`, to be used again; None starts a process for this call.
 
     Returns:
       Ids of each prompt, closed by the generation prompt, int32.
@@ -131,8 +142,8 @@ def encode_prompts(tokenizer: TokenizerInfo, prompts: Sequence[str | list[Messag
     Raises:
       ConfigError: a prompt cannot be encoded.
     """
-    with Workers(1, start_encoder, tokenizer) as workers:
-        return workers.submit(_encode_prompts, list(prompts)).result()
+    with contextlib.nullcontext(workers) if workers else tokenizing_worker() as ready:
+        return ready.submit(_encode_prompts, tokenizer, list(prompts)).result()
 
 
 def decode(tokenizer: TokenizerInfo, ids: Sequence[int] | np.ndarray) -> str:
@@ -167,7 +178,7 @@ _encoder: Any = None
 
 
 def start_encoder(tokenizer: TokenizerInfo) -> None:
-    """Prepares a worker for `encode_feedback` and `_encode_prompts`."""
+    """Prepares a worker for `encode_feedback`."""
     global _encoder
     _quieten_transformers()
     _encoder = make_encoder(tokenizer)
@@ -259,11 +270,17 @@ def _hash(ids: np.ndarray) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _encode_prompts(prompts: list[str | list[Message]]) -> list[np.ndarray]:
+_prompt_encoder: tuple[TokenizerInfo, Encoder] | None = None
+
+
+def _encode_prompts(tokenizer: TokenizerInfo, prompts: list[str | list[Message]]) -> list[np.ndarray]:
+    global _prompt_encoder
+    if _prompt_encoder is None or _prompt_encoder[0] != tokenizer:
+        _prompt_encoder = tokenizer, make_encoder(tokenizer)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            encoded.append(_encoder.encode_prompt(prompt))
+            encoded.append(_prompt_encoder[1].encode_prompt(prompt))
         except EncodingError as error:
             raise ConfigError(
                 f"prompt {number} cannot be encoded: {error}. Prompts are text, or messages where the tokenizer has a "
