@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ def main() -> None:
     """Runs all contenders, prints a table, and writes benchmarks/results/generation.json."""
     options = read_options()
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as scratch:
-        results = {"machine": describe_machine(options), **measure(options, Path(scratch))}
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        for measured in measure(options, Path(scratch)):
+            results = {"machine": describe_machine(options), **measured}
+            out.write_text(json.dumps(results, indent=2) + "\n")
     console.print(make_table(results))
 
 
@@ -78,14 +80,16 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
     """All rounds.
 
-    Returns:
-      For each contender and workload, each turn's tokens, seconds and the load of the machine at its start; and of each
-      workload the median over rounds of kto_jax's tokens per second by each contender's.
+    Yields:
+      After each round: of each workload and contender, each turn's tokens, seconds, CPU seconds and the load of the
+      machine at its start; and the medians over rounds of kto_jax's tokens per second, and per CPU second, by each
+      contender's. CPU seconds depend less on what else runs, with one thread hardly at all.
     """
     job = make_job(options, scratch)
+    settings = {"model": Path(options.model).name, "dtype": options.dtype, "slots": SLOTS, "workloads": WORKLOADS}
     turns: dict[str, dict[str, list[dict[str, Any]]]] = {
         name: {contender: [] for contender in options.contenders} for name in options.workloads
     }
@@ -94,20 +98,24 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             for contender in options.contenders:
                 console.print(f"{name}, round {number + 1} of {options.rounds}: {contender}")
                 turns[name][contender].append(take_turn(contender, job | WORKLOADS[name], scratch, options))
-    ratios = {
+        ratios = {unit: ratios_by(unit, turns) for unit in ("seconds", "cpu_seconds")}
+        yield {"settings": settings, "turns": turns, "ratios": ratios}
+
+
+def ratios_by(unit: str, turns: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, dict[str, float]]:
+    """The median ratio of kto_jax's tokens per unit to each contender's, by workload."""
+    return {
         name: {
-            contender: statistics.median(_rate(a) / _rate(b) for a, b in zip(taken["kto_jax"], others, strict=True))
+            contender: statistics.median(_rate(a, unit) / _rate(b, unit) for a, b in zip(ours, others, strict=True))
             for contender, others in taken.items()
         }
         for name, taken in turns.items()
-        if "kto_jax" in taken
+        if (ours := taken.get("kto_jax"))
     }
-    settings = {"model": Path(options.model).name, "dtype": options.dtype, "slots": SLOTS, "workloads": WORKLOADS}
-    return {"settings": settings, "turns": turns, "ratios": ratios}
 
 
-def _rate(turn: dict[str, Any]) -> float:
-    return turn["tokens"] / turn["seconds"]
+def _rate(turn: dict[str, Any], unit: str = "seconds") -> float:
+    return turn["tokens"] / turn[unit]
 
 
 def make_job(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -146,16 +154,16 @@ def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.N
 
 def make_table(results: dict[str, Any]) -> Table:
     """Medians as text."""
-    table = Table("workload", "contender", "tokens", "tokens/s", "kto_jax by it", "load", title="Decoding")
+    table = Table("workload", "contender", "tokens", "tokens/s", "kto_jax by it", "by CPU seconds", "load")
     for name, taken in results["turns"].items():
         for contender, turns in taken.items():
-            ratio = results["ratios"].get(name, {}).get(contender)
+            ratios = (by.get(name, {}).get(contender) for by in results["ratios"].values())
             tokens, rate, load = (
                 statistics.median(values)
                 for values in zip(*((turn["tokens"], _rate(turn), turn["load"]) for turn in turns), strict=True)
             )
-            shown = "" if ratio is None else f"{ratio:.2f}×"
-            table.add_row(name, contender, f"{tokens:,.0f}", f"{rate:.1f}", shown, f"{load:.1f}")
+            shown = ("" if ratio is None else f"{ratio:.2f}×" for ratio in ratios)
+            table.add_row(name, contender, f"{tokens:,.0f}", f"{rate:.1f}", *shown, f"{load:.1f}")
     return table
 
 
