@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
@@ -155,7 +154,7 @@ class Model:
         if isinstance(head, Int8Matrix) or (self.layout.num_devices > 1 and self.layout.reduce_dtype == "bfloat16"):
             head = head.astype(self.dtype)  # and so is its gradient, before the sum over devices
         # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
-        constrain = functools.partial(self.layout.constrain, axes=("vocab", "embed") if tied else ("embed", "vocab"))
+        axes = ("vocab", "embed") if tied else ("embed", "vocab")
         shape = targets.shape
         if self.layout.row_parts > 1:
             # Parts of rows become rows, so that all devices that hold them work on every chunk.
@@ -163,7 +162,7 @@ class Model:
         logps = token_logps(
             hidden, head, targets,
             head_axes="vd" if tied else "dv", softcap=self.config.final_softcap, num_devices=self.layout.num_devices,
-            kept_logits=self.layout.kept_logits, constrain_head=constrain,
+            kept_logits=self.layout.kept_logits, constrain_head=lambda head: self.layout.constrain(head, axes),
         )  # fmt: skip
         return logps if self.layout.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
 
