@@ -23,13 +23,15 @@ def open_pool(num_workers, context, *, initializer, initargs):
 class _KeptPool:
     """Hands work to the kept process, which it first makes start as a new one would, in this folder and environment."""
 
+    begun = None
+    """The pool whose start the process ran last: others that are open meanwhile must start it again."""
+
     def __init__(self, start, arguments):
         self._begin = functools.partial(_begin, os.getcwd(), dict(os.environ), start, *arguments)
-        self._begun = False
 
     def submit(self, function, *args):
-        if not self._begun:
-            self._begun = True
+        if _KeptPool.begun is not self:
+            _KeptPool.begun = self
             try:
                 _process().submit(self._begin)
             except BrokenProcessPool:
