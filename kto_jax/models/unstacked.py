@@ -21,7 +21,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     )
     if not on_one_cpu:
         return params
-    # Not np.asarray, whose result the array would cache, so that it could never be donated.
+    # Not np.asarray, whose result the array would keep for as long as it lives.
     stacked = jax.tree.map(np.from_dlpack, params["layers"])
     num_layers = len(jax.tree.leaves(stacked)[0])
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
