@@ -114,7 +114,7 @@ def complete(
     prefix = tokenize.encode_text(model.tokenizer, completion_prefix)
     encoded = tokenize.encode_prompts(model.tokenizer, list(prompts), model.workers)
     encoded = [np.concatenate([ids, prefix]) for ids in encoded]
-    check_prompts(model.model.config, encoded, sampling.max_new_tokens)
+    check_prompts(model.model.config, encoded, int(sampling.max_new_tokens))
     repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
     eos_ids = {*model.tokenizer.stop_ids, *model.model.config.eos_ids}
     completions = sample(

@@ -87,7 +87,8 @@ def sample_with_logps(
     """
     ids = [np.asarray(prompt, np.int32) for prompt in prompts]
     check_sampling(sampling, batch_size)
-    check_prompts(model.config, ids, sampling.max_new_tokens)
+    max_new_tokens = int(sampling.max_new_tokens)
+    check_prompts(model.config, ids, max_new_tokens)
     if not ids:
         return []
     mesh_wide = _replicated(params)
@@ -98,10 +99,10 @@ def sample_with_logps(
         num_slots=-(-batch_size // parts) * parts,
         parts=parts,
         # The last token of a completion is never fed back.
-        max_length=max(map(len, ids)) + sampling.max_new_tokens - 1,
+        max_length=max(map(len, ids)) + max_new_tokens - 1,
         sampling=Sampling(
             np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.top_k),
-            np.int32(sampling.max_new_tokens),
+            np.int32(max_new_tokens),
         ),
         eos_ids=np.atleast_1d(np.asarray(eos_id, np.int32)),
         key=key,

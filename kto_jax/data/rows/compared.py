@@ -106,7 +106,7 @@ def _winner(data: DataConfig, fields: Fields, sides: tuple[str, str]) -> int | N
         return _side(lookup(fields, named[0]), named[0], sides, endings, data)
     scores = [fields.get(f"score{ending}") for ending in endings]
     if not named and all(map(_is_number, scores)):
-        first, second = map(float, scores)
+        first, second = (float(score) for score in scores if score is not None)
         return None if first == second else int(second > first)
     which = ", ".join(map(repr, named)) or "no column"
     raise BadRowError(

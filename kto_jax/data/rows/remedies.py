@@ -70,7 +70,7 @@ def remedy(fields: Any, data: DataConfig) -> str:
       fields: of the row.
       data: by which it was rejected.
     """
-    fits = fitting(Seen([fields], ""), data) if isinstance(fields, Mapping) else [(data.layout, data.format)]
+    fits: list[Fit] = fitting(Seen([fields], ""), data) if isinstance(fields, Mapping) else [(data.layout, data.format)]
     if data.layout != "fields" and (data.layout, data.format) in fits:
         return ""  # The row is of this layout, and what is wrong with it is a value.
     for tried in (*_other_layouts(fits, data), *_other_columns(fields, data)):
