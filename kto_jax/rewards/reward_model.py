@@ -174,8 +174,9 @@ def reward(
     found = []
     for row in score_rows(model, rows, data, batch_size=batch_size):
         if isinstance(row, Rejection):
+            reason = row.reason.partition(";")[0]  # what follows are settings of feedback, which this call has none of
             raise ConfigError(
-                f"{row.place} cannot be scored: {row.reason}. A completion needs text that fits max_length="
+                f"{row.place} cannot be scored: {reason}. A completion needs text that fits max_length="
                 f"{model.max_length}, and a finite reward. Leave it out or change it."
             )
         found.append(row["score"])

@@ -28,6 +28,7 @@ def join(monkeypatch):
         for name, value in (NONE | variables).items():
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
         monkeypatch.setattr("kto_jax.devices.processes.jax.distributed.initialize", initialize)
+        monkeypatch.setattr("kto_jax.devices.processes._wait_for_first_process", lambda address, timeout: None)
         monkeypatch.setattr("kto_jax.devices.processes.glob.glob", lambda pattern: ["/dev/accel0"] * has_tpu)
         monkeypatch.setattr(
             "kto_jax.devices.processes.importlib.util.find_spec", lambda name: "libtpu" if has_tpu else None

@@ -121,7 +121,9 @@ def test_the_reward_of_a_completion_is_that_of_its_sequence(exported):
     np.testing.assert_allclose(found, [naive(model, params, np.concatenate(pair)) for pair in pairs], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("completion", "reason"), [("", "empty completion"), ("long " * 2000, "longer than max_len")])
+@pytest.mark.parametrize(
+    ("completion", "reason"), [("", "empty completion"), ("long " * 2000, r"longer than data\.max_length\. A")]
+)
 def test_a_completion_without_a_reward_is_refused(exported, completion, reason):
     with pytest.raises(ConfigError, match=f"completion 2 cannot be scored: .*{reason}"):
         reward(RewardModel(*exported[1:]), ["x", "x"], ["fine", completion])
