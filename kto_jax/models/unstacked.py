@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
@@ -25,4 +26,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     stacked = jax.tree.map(np.from_dlpack, params["layers"])
     num_layers = len(jax.tree.leaves(stacked)[0])
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
-    return params | {"layers": tuple(jax.device_put(layer, leaves[0].sharding) for layer in layers)}
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())  # a layer has an axis less than its stack
+    return params | {"layers": tuple(jax.device_put(layer, sharding) for layer in layers)}

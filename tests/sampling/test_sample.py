@@ -326,8 +326,10 @@ def test_tokens_are_drawn_from_the_distribution_that_is_left(sampling, expected)
     assert all(shares[token] == 0 for token in range(4) if expected[token] == 0)
 
 
-def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("num_devices", [8, 1])
+def test_over_a_mesh_the_completions_are_the_same_and_the_batch_is_made_to_fit(num_devices):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2} if num_devices == 8 else {"data": 1}
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:num_devices])
     params = tiny()[1]
     model = Model.create(CONFIG, layout=Layout(constrain=constrainer(mesh)))
     # The vocabulary of 61 does not divide: the head's axis is kept whole here.
