@@ -92,6 +92,8 @@ def set_portable_class(directory: Path) -> None:
     values = _read_json(directory / CONFIG)
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Version 4 adds token_type_ids otherwise, which no decoder here takes.
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     (directory / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

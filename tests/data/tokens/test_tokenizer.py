@@ -406,11 +406,10 @@ def test_a_gguf_file_gives_the_same_ids_as_the_tokenizer_it_was_made_from(tmp_pa
     assert found.backend.encode(text).ids == [END, *original.encode(text).ids]
     assert found.special_tokens == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     info = tokenize._prepare(tmp_path / "tiny.gguf", tmp_path / "out", "auto")
-    # The class that transformers 4 and 5 both know.
-    assert (
-        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
+    # The class that transformers 4 and 5 both know, and what its output holds for `generate`.
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert (info.bos_id, info.eos_id, info.vocab_size, info.has_chat_template) == (END, EOS, 512, True)
 
 
