@@ -5,7 +5,7 @@
 Hardware: two CPU cores and 6 GB. The base model praises every film. The feedback is 12,808 sentences about 508 films,
 labelled fresh or rotten; rotten is desirable here, so that there is room to move. A tenth of the films is held out for
 evaluation and samples, and two fifths for the judge; neither is trained on. Expect, after 16 steps and about six
-minutes at 175 GFLOP/s: judged rotten 15 % -> 75 %, positive by VADER 52 % -> 25 %, perplexity 5.0 -> 5.5.
+minutes at 175 GFLOP/s: judged rotten 12 % -> 79 %, positive by VADER 58 % -> 25 %, perplexity 4.6 -> 6.8.
 
 For the opposite: --config.data.label_map="{'rotten': False, 'fresh': True, 'plot': None}"
 """
