@@ -124,13 +124,21 @@ def map_completions(
 
 def reference_point(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
-) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Metrics]:
-    """The reference point of the global batch, and its metrics.
+) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Metrics, FeedbackBatch]:
+    """The reference point of the global batch, its metrics, and the batch for the second pass.
 
     Returns:
       The objective's reference point: for KTO z0 in nats. Metrics: z0 (its mean over the examples) if there is a first
-      pass; for unmatched rows also kl (the unclamped mean log-ratio), kl_standard_error and num_unmatched.
+      pass; for unmatched rows also kl (the unclamped mean log-ratio), kl_standard_error and num_unmatched. The batch,
+      unchanged; whatever reads it runs after the metrics (see `_run_after`).
     """
+    point, figures = _first_pass(model, objective, state, batch)
+    return point, figures, _run_after([point, *figures.values()], batch)
+
+
+def _first_pass(
+    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
+) -> tuple[Float[Array, ""] | Float[Array, "M R S"], Metrics]:
     if objective.first_pass == "none":
         return jnp.zeros((), jnp.promote_types(model.dtype, jnp.float32)), {}
     if objective.first_pass == "unmatched":
@@ -227,8 +235,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
     """
     model, objective = recipe.model, recipe.objective
     state = dataclasses.replace(state, reference=sync_reference(state.reference, state.policy, state.step, recipe.sync))
-    point, figures = reference_point(model, objective, state, batch)
-    batch = _run_after([point, *figures.values()], batch)
+    point, figures, batch = reference_point(model, objective, state, batch)
     loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
     batch = _run_after([loss], batch)
     grad_norm = optax.tree.norm(gradient)
@@ -252,8 +259,7 @@ def evaluation_step(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
 ) -> tuple[Metrics, Float[Array, "M R S"]]:
     """Loss and z0 of one held-out batch, and the rewards of its slots, for metrics over all batches."""
-    point, figures = reference_point(model, objective, state, batch)
-    batch = _run_after([point, *figures.values()], batch)
+    point, figures, batch = reference_point(model, objective, state, batch)
     loss_sum = _loss_of(model, objective, state, point)
 
     def measure(one: tuple[LabelledRows, Array, Array]) -> tuple[Array, Array]:

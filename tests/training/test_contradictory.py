@@ -66,8 +66,8 @@ def problem(name):
     @jax.jit
     def measure(policy):
         state = TrainState(0, policy, reference, (), {}, 0)
-        point, _ = reference_point(MODEL, objective, state, batch)
-        loss, gradient, completions = loss_and_gradient(MODEL, objective, state, batch, point)
+        point, _, tied = reference_point(MODEL, objective, state, batch)
+        loss, gradient, completions = loss_and_gradient(MODEL, objective, state, tied, point)
         return loss, point, gradient, jnp.where(completions.filled, objective.rewards(completions), 0)
 
     return measure, policy, reference

@@ -114,7 +114,7 @@ def packed_result(dtype, mesh_config, row_length, microbatch_rows, num_devices=8
     @jax.jit
     def run(policy, reference, batch):
         state = TrainState(0, policy, reference, (), {}, 0)
-        z0, figures = reference_point(model, OBJECTIVE, state, batch)
+        z0, figures, batch = reference_point(model, OBJECTIVE, state, batch)
         return z0, figures, *loss_and_gradient(model, OBJECTIVE, state, batch, z0)
 
     return num_microbatches, *jax.device_get(run(policy, reference, place_batch(mesh, batch)))
