@@ -42,6 +42,8 @@ class DataConfig:
     """Where a record holds it. "auto": looks at the first rows, reports what it chose, and refuses if two layouts fit.
     "fields": in the fields named below. "messages": in the messages of a chat log that have `feedback`, or beside them
     for the last one. Others: as that format, dataset or export has it (docs/data.md has a table)."""
+    rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Columns that get another name before the rows are read: {"dialog": "messages"}."""
     prompt_field: str = "prompt"
     """Field with the prompt: text or chat messages. Pairs may lack it: chosen and rejected are then whole
     conversations, as messages or as "Human: ... Assistant: ..." text, whose last turn is the completion. Any field may
@@ -118,7 +120,7 @@ class DataConfig:
 
 
 SOURCE_FIELDS = (
-    *("format", "layout", "prompt_field", "prompt_template", "completion_field", "label_field", "label_map"),
+    *("format", "layout", "rename", "prompt_field", "prompt_template", "completion_field", "label_field", "label_map"),
     *("unlabelled", "roles", "system_field", "assistant_turns"),
     *("chosen_field", "rejected_field", "score_field", "score_rule", "score_threshold", "tools_field", "weight_field"),
 )

@@ -20,7 +20,7 @@ FREE = {
     "data.index_store": "a place",
     "data.train": "sources, checked entry by entry", "data.eval": "sources, checked entry by entry",
     "data.prompt_template": "a text with fields of the record", "data.label_map": "labels are the data's",
-    "data.roles": "words for roles are the data's",
+    "data.roles": "words for roles are the data's", "data.rename": "columns of the data",
     "data.chat_template": "a file, or a word", "data.chat_template_kwargs": "names are the template's",
     "data.template_date": "a date, checked in rules.py", "data.assistant_tokens": "tokens of the tokenizer",
     "data.eos_token": "a token of the tokenizer",

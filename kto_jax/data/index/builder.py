@@ -60,8 +60,10 @@ _MAX_PLACES = 50
 def settings(data: DataConfig) -> dict[str, Any]:
     """The configuration as the manifest stores it."""
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    for name in ("label_map", "roles"):
+    for name in ("label_map", "roles", "rename"):
         fields[name] = dict(fields[name])
+    if not data.rename:
+        del fields["rename"]  # Indices of runs that are older than this field have the same key.
     return json.loads(json.dumps(fields))
 
 

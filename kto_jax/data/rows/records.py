@@ -95,7 +95,8 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
       ConfigError: the first rows lack a field or fit several layouts, or `data.layout` or `data.prompt_template` is not
         usable.
     """
-    seen, rows = detect.look(rows, data)
+    seen, rows = detect.look(_renamed(rows, data.rename), data)
+    _check_renamed(seen, data.rename)
     fitting = detect.fitting(seen, data)
     data = dataclasses.replace(data, layout=detect.choose_layout(seen, data))  # type: ignore[arg-type]
     fits = detect.alternatives(fitting, data)
@@ -104,6 +105,34 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
     if data.layout in _PLAIN and seen.rows:
         _warn_of_unread(seen, data, required)
     return Reading(data.layout, fits, _records(rows, data))
+
+
+def _renamed(rows: Rows, rename: Mapping[str, str]) -> Rows:
+    """The rows with some columns under other names; a row that would have two columns of one name is rejected."""
+    for place, fields in rows:
+        if not isinstance(fields, Mapping) or not rename:
+            yield place, fields
+            continue
+        names = [rename.get(name, name) for name in fields]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is None:
+            yield place, dict(zip(names, fields.values(), strict=True))
+        else:
+            yield place, Rejection(f"data.rename gives several columns the name {twice!r}", place)
+
+
+def _check_renamed(seen: detect.Seen, rename: Mapping[str, str]) -> None:
+    """Refuses to rename a column that none of the first rows has.
+
+    Raises:
+      ConfigError: naming it and the columns that there are.
+    """
+    missing = [old for old, new in rename.items() if seen.rows and not seen.has(new)]
+    if missing:
+        raise ConfigError(
+            f"{seen.place}: no column {missing[0]!r}, which data.rename renames. "
+            f"The columns are {', '.join(map(repr, seen.columns))}. Set config.data.rename."
+        )
 
 
 def _records(rows: Rows, data: DataConfig) -> Iterator[Record]:

@@ -73,9 +73,9 @@ def remedy(fields: Any, data: DataConfig) -> str:
     fits: list[Fit] = fitting(Seen([fields], ""), data) if isinstance(fields, Mapping) else [(data.layout, data.format)]
     if data.layout != "fields" and (data.layout, data.format) in fits:
         return ""  # The row is of this layout, and what is wrong with it is a value.
-    for tried in (*_other_layouts(fits, data), *_other_columns(fields, data)):
+    for tried in (*_other_layouts(fits, data), *_other_columns(fields, data), *_other_names(fields, data)):
         reads, unmapped = _reads(fields, tried)
-        names = ("layout", "format", *(f"{key}_field" for key in (*_USUAL, "tools", "system")))
+        names = ("layout", "format", "rename", *(f"{key}_field" for key in (*_USUAL, "tools", "system")))
         own = [name for name in names if getattr(tried, name) != getattr(data, name)]
         # "fields" is read without being set if a column is named.
         own = [name for name in own if name != "layout" or tried.layout != "fields" or len(own) == 1]
@@ -113,6 +113,14 @@ def _other_columns(fields: Fields, data: DataConfig) -> Iterator[DataConfig]:
             yield dataclasses.replace(data, layout="fields", **names)
 
 
+def _other_names(fields: Fields, data: DataConfig) -> Iterator[DataConfig]:
+    """The layouts of conversations, with each column that holds turns renamed to the column that they read."""
+    for name in fields if isinstance(fields, Mapping) and not data.rename else ():
+        for layout, column in (("messages", "messages"), ("sharegpt", "conversations")):
+            if name != column and LAYOUTS[layout].fits({column: fields[name]}):
+                yield dataclasses.replace(data, layout=layout, rename={name: column})  # type: ignore[arg-type]
+
+
 def _paths(value: Any, path: str, depth: int) -> Iterator[str]:
     """Dotted paths to what an object holds, those that are near first."""
     if not isinstance(value, Mapping | list) or depth == 0:
@@ -134,6 +142,7 @@ def _reads(fields: Fields, data: DataConfig) -> tuple[bool, str]:
     if layout.gather is not None or data.format not in layout.columns:
         return False, ""
     data = dataclasses.replace(data, label_map={**layout.labels, **data.label_map})
+    fields = {data.rename.get(name, name): value for name, value in fields.items()}
     try:
         for one in layout.reader(data)(fields):
             if not isinstance(one, Skip) and isinstance(record_of(*one, data, ""), Feedback | Preference):

@@ -55,6 +55,18 @@ def test_a_column_that_is_named_by_a_setting_is_read_by_fields():
     assert read(rows, prompt_field="instruction", completion_field="output").layout == "fields"
 
 
+def test_a_column_may_be_read_by_another_name():
+    dialog = {"dialog": CHAT["messages"], "label": False}
+    with pytest.raises(ConfigError, match=r"with config.data.rename=\{'dialog': 'messages'\} reads it"):
+        read([dialog])
+    found = read([dialog, dialog | CHAT], rename={"dialog": "messages"})
+    read_one, twice = found.records
+    assert found.layout == "messages" and read_one == next(iter(read([CHAT]).records))
+    assert twice.reason == "data.rename gives several columns the name 'messages'"
+    with pytest.raises(ConfigError, match=r"no column 'dialogue', which data.rename renames. The columns are 'dialog'"):
+        read([dialog], rename={"dialogue": "messages"})
+
+
 def test_a_few_odd_rows_do_not_hide_the_layout_and_are_rejected_by_it():
     found = read([{"else": 1}, CHAT, "text", CHAT])
     assert found.layout == "messages"
