@@ -29,10 +29,10 @@ from kto_jax.shapes import power_of_two
 
 _MAX_STEPS = 32
 """Decoding steps of a call."""
-_SHORTEST_CACHE = 256
-# Rows and tokens of a prefill. A CPU is busy with few tokens; an accelerator needs more to be so.
-_PREFILL_ON_CPU = (1, 32)
-_PREFILL = (8, 128)
+# Rows and tokens of a prefill, and positions of the shortest cache. A CPU is busy with few tokens, and reads the whole
+# cache at a cost; an accelerator needs more tokens to be busy, and compiles longer.
+_ON_CPU = (1, 32, 128)
+_ON_ACCELERATOR = (8, 128, 256)
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +116,8 @@ class Slots:
         self._model, self._params, self._mesh_wide = model, params, mesh_wide
         self._max_length = -(-max_length // 64) * 64
         leaf = jax.tree.leaves(params)[0]
-        rows, self._chunk = _PREFILL_ON_CPU if next(iter(leaf.devices())).platform == "cpu" else _PREFILL
+        on_cpu = next(iter(leaf.devices())).platform == "cpu"
+        rows, self._chunk, self._shortest = _ON_CPU if on_cpu else _ON_ACCELERATOR
         self._sharding = leaf.sharding if mesh_wide is None else mesh_wide
         self._num_prefixes = min(-(-rows // parts) * parts, num_slots)
         self._key, self._eos_ids, self._sampling = place((key, eos_ids, sampling), self._sharding)
@@ -204,7 +205,7 @@ class Slots:
         return steps
 
     def _cache_length(self, needed: int) -> int:
-        return min(max(power_of_two(needed), _SHORTEST_CACHE), self._max_length)
+        return min(max(power_of_two(needed), self._shortest), self._max_length)
 
     def _grow(self, needed: int) -> None:
         if needed > self._length:

@@ -170,12 +170,12 @@ def test_a_prompt_is_prefilled_once_for_several_completions_however_many_slots_t
 def test_several_prompts_prefilled_together_as_on_an_accelerator_give_the_same_completions(monkeypatch):
     prompts = [*PROMPTS, PROMPTS[1], PROMPTS[4]]
     expected = complete(prompts)
-    monkeypatch.setattr(slots, "_PREFILL_ON_CPU", (3, 16))
+    monkeypatch.setattr(slots, "_ON_CPU", (3, 16, 128))
     assert complete(prompts) == expected
 
 
 def test_prompts_of_any_length_are_prefilled_in_chunks_by_one_program():
-    complete([list(range(1, 11))], temperature=0, max_new_tokens=240)
+    complete([list(range(1, 61)) * 3], temperature=0, max_new_tokens=70)
     compiled = slots.prefill._cache_size()
     long = [1 + i % 60 for i in range(200)]
     drawn = complete([long], temperature=0, max_new_tokens=8)
@@ -187,7 +187,7 @@ def test_the_cache_grows_only_when_a_completion_needs_it_and_nothing_else_change
     expected = complete(PROMPTS, max_new_tokens=100)
     lengths, grow = [], slots.grow
     monkeypatch.setattr(slots, "grow", lambda *args, length: lengths.append(length) or grow(*args, length=length))
-    monkeypatch.setattr(slots, "_SHORTEST_CACHE", 32)
+    monkeypatch.setattr(slots, "_ON_CPU", (1, 32, 32))
     assert complete(PROMPTS, max_new_tokens=100) == expected
     assert sorted(set(lengths)) == [64, 128, 192]
     lengths.clear()
