@@ -123,7 +123,8 @@ class TrainOptions:
     config: Config
     """Recipe of configs/ by its name, or the path of a config file."""
     workdir: str = ""
-    """Folder of the run; the same command resumes a run found there. Empty is runs/NAME for the recipe NAME."""
+    """Folder of the run, also in a bucket (gs://BUCKET/RUN); the same command resumes a run found there. Empty is
+    runs/NAME for the recipe NAME."""
 
 
 def read_command(arguments: Sequence[str]) -> tuple[Config, Path]:

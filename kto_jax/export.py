@@ -22,7 +22,9 @@ from kto_jax.devices.compilation import keep_compiled
 from kto_jax.exports.checkpoint import Exported, export_checkpoint
 from kto_jax.exports.gguf_file import write_gguf
 from kto_jax.exports.push import push_folder
+from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.storage.run_place import fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,12 @@ class Options:
     """Flags of the command."""
 
     run: str = ""
-    """The folder of a run. Required."""
+    """The folder of a run, also in a bucket (gs://, s3://). Required."""
     step: str = "last"
     """Checkpoint: "last", "best" (of the held-out figure config.evaluation.metric) or a number."""
     to: str = ""
-    """Folder to write; an earlier export there is replaced. Default: RUN/exports/STEP."""
+    """Folder to write; an earlier export there is replaced. Default: RUN/exports/STEP; a run in a bucket
+    has none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights. "auto": that of the run's policy/."""
     merge: bool = False
@@ -55,9 +58,14 @@ def export(options: Options) -> int:
 
     Raises:
       ConfigError: a flag or the run cannot be used.
-      TransientError: the Hub cannot be reached.
+      TransientError: the Hub or the bucket cannot be reached.
     """
-    run, to = Path(options.run), Path(options.to) if options.to else None
+    if (is_bucket(options.run) and not options.to) or is_bucket(options.to):
+        raise ConfigError(
+            f"--run={options.run} and --to={options.to} do not say which folder of this host to write. It must be a "
+            "local one; only the run may be in a bucket. Set --to."
+        )
+    run, to = Path(fetched(options.run)), Path(options.to) if options.to else None
     if not options.run or not run.is_dir():
         raise ConfigError(f"--run={options.run} is no folder. It must be the folder of a run. Set --run.")
     if options.gguf and options.dtype != "auto":

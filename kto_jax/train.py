@@ -29,7 +29,7 @@ if __name__ == "__main__":  # The imports below take seconds.
 import jax
 from jax.sharding import Mesh
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import Config
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
@@ -42,6 +42,7 @@ from kto_jax.planning.out_of_memory import explained_out_of_memory
 from kto_jax.planning.rows_that_fit import resolve_rows
 from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.evaluation import make_evaluation, measure_reference
@@ -67,20 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "kto_jax.train", *arguments])
 
     def run_once(given: TrainOptions) -> int:
-        if "://" in given.workdir:
-            raise ConfigError(f"--workdir={given.workdir} is no local folder. Allowed: local folders. Set --workdir.")
         with Preemption() as preemption:
-            return train(given.config, Path(given.workdir), command, preemption)
+            return train(given.config, given.workdir, command, preemption)
 
     return run_command(run_once, TrainOptions, str(__doc__), arguments)
 
 
-def train(config: Config, workdir: Path, command: str, preemption: Preemption) -> int:
+def train(config: Config, workdir: str | Path, command: str, preemption: Preemption) -> int:
     """Trains a policy, from reading the feedback to the report.
 
     Args:
       config: the run.
-      workdir: its folder; a run found there is resumed.
+      workdir: its folder, on a disk or in a bucket; a run found there is resumed.
       command: the command line, for the report.
       preemption: handles the signals of this process.
 
@@ -97,6 +96,19 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
     processes.join(config.processes)
     console.quiet = not processes.is_first()
     compare_config(config)
+    with contextlib.ExitStack() as stack:
+        opened = open_place(str(workdir), writes=processes.is_first())
+        place = processes.call_on_all(lambda: stack.enter_context(opened))
+        exit_code = train_in(place, config, command, preemption)
+        if exit_code == 0:
+            place.push()
+            _print_next_steps(place, config, time.monotonic() - started)
+    return exit_code
+
+
+def train_in(place: RunPlace, config: Config, command: str, preemption: Preemption) -> int:
+    """Trains a policy in an open folder; see `train`."""
+    workdir = place.path
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
         console.print("reading the configuration of the model and the feedback …")
@@ -108,7 +120,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             config, inputs = resolve_rows(config, inputs, workdir)
 
         # ------------------------------------------------- the run's folder
-        run = open_run(workdir, config, inputs.index, inputs.tokenizer, inputs.architecture)
+        run = open_run(place, config, inputs.index, inputs.tokenizer, inputs.architecture)
 
     moves = config.reference.sync_every > 0
     with (
@@ -151,7 +163,7 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             if first_step < inputs.num_steps and not patience.is_exhausted:
                 (run.path / "samples_after.json").unlink(missing_ok=True)  # of a run that is made longer
         job = _make_job(config, inputs, mesh, model, take_step, patience)
-        state, exit_code = take_steps(job, run.path, checkpoints, preemption, state)
+        state, exit_code = take_steps(job, place, checkpoints, preemption, state)
 
         # ------------------------------------------------- the result
         if exit_code == 0:
@@ -159,7 +171,6 @@ def train(config: Config, workdir: Path, command: str, preemption: Preemption) -
             for note in notes:
                 console.print(note)
             write_results(model, state, inputs, run, config, command, notes)
-            _print_next_steps(workdir, inputs, time.monotonic() - started)
     return exit_code
 
 
@@ -234,13 +245,13 @@ def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _print_next_steps(workdir: Path, inputs: Inputs, seconds: float) -> None:
+def _print_next_steps(place: RunPlace, config: Config, seconds: float) -> None:
     minutes, seconds = divmod(round(seconds), 60)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")
-    use = "score --data=FILE" if inputs.objective.scalar_head == "reward" else "generate"
-    report = f"{workdir}/report.html and " if (workdir / "report.html").exists() else ""
-    console.print(f"see {report}{workdir}/policy; next: python -m kto_jax.{use} --model={workdir}/policy")
+    use = "score --data=FILE" if config.objective.name == "reward" else "generate"
+    report = f"{place.name}/report.html and " if (place.path / "report.html").exists() else ""
+    console.print(f"see {report}{place.name}/policy; next: python -m kto_jax.{use} --model={place.name}/policy")
 
 
 if __name__ == "__main__":

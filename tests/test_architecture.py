@@ -75,7 +75,7 @@ ORDER = {
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.rewards": ["reward_model"],
     "kto_jax.sampling": ["choose", "slots", "sample", "complete"],
-    "kto_jax.storage": ["atomic folders locks", "digests hub", "fetch"],
+    "kto_jax.storage": ["atomic bucket folders locks", "digests hub lease", "run_place", "fetch"],
     "kto_jax.training": [
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",

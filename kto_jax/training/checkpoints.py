@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -30,6 +31,7 @@ from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
+from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.state import TrainState
 
 # Fields of TrainState that a checkpoint holds, unless they are empty.
@@ -52,7 +54,7 @@ class Checkpoints:
         self, workdir: Path, config: CheckpointConfig, *, metric: str = "eval_loss", reference_is_synced: bool = False
     ) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
-        self._directory = workdir.absolute() / "checkpoints"
+        self._directory = checkpoints_folder(workdir)
         self._metric = metric
         self._fields = (*_STATE_FIELDS, "reference") if reference_is_synced else _STATE_FIELDS
         policies = ocp.training.preservation_policies
@@ -193,7 +195,7 @@ def _shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _check_arrays(found: Any, wanted: Any, place: Path) -> None:
+def _check_arrays(found: Any, wanted: Any, place: epath.Path) -> None:
     """Refuses a checkpoint whose arrays do not match the model's.
 
     Raises:
@@ -256,7 +258,7 @@ def find_step(workdir: Path, step: str = "last") -> int:
       ConfigError: the run has no whole checkpoint, or not this one; lists those that there are.
     """
     read_model(workdir)
-    with ocp.training.Checkpointer(workdir.absolute() / "checkpoints") as checkpointer:
+    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
         found = list(checkpointer.checkpoints)
     if not found:
         raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
@@ -297,7 +299,7 @@ def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stor
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpointer:
+    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
         metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
         kept = metadata["policy"]
         wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
@@ -314,7 +316,7 @@ def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> Stor
         model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
     if not has_adapters:
         return StoredPolicy(model, trained, trained)
-    scale, reference = lora.alpha / lora.rank, workdir / "checkpoints" / "reference"
+    scale, reference = lora.alpha / lora.rank, checkpoints_folder(workdir) / "reference"
     kept = ocp.metadata(reference).metadata
     table = kept["embed"]["table"]
     whole = read_model(workdir).abstract_params(INT8 if isinstance(table, dict) else table.dtype)

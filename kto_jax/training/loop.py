@@ -26,6 +26,7 @@ from kto_jax.devices import processes
 from kto_jax.devices.compilation import Program
 from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.shapes import FeedbackBatch
+from kto_jax.storage.run_place import RunPlace
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.in_flight import StepsInFlight
 from kto_jax.training.inputs import Inputs
@@ -63,13 +64,17 @@ class Job:
 
 
 def take_steps(
-    job: Job, folder: Path, checkpoints: Checkpoints, preemption: Preemption, state: TrainState
+    job: Job,
+    place: RunPlace,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
+    state: TrainState,
 ) -> tuple[TrainState, int]:
     """Takes the remaining steps.
 
     Args:
       job: what to run.
-      folder: the run's folder.
+      place: the run's folder; what is in it is pushed before a checkpoint is written.
       checkpoints: the run's checkpoints.
       preemption: checked after every step for a request to stop.
       state: the state to start from; its buffers are donated.
@@ -78,7 +83,7 @@ def take_steps(
       The last state and an exit code, which is 0 if all steps were taken, or the run ended early.
     """
     config, num_steps, first = job.config, job.inputs.num_steps, int(state.step)
-    writes = processes.is_first()
+    folder, writes = place.path, processes.is_first()
     if job.patience.is_exhausted:
         return state, 0
     with contextlib.ExitStack() as stack:
@@ -90,7 +95,7 @@ def take_steps(
         stack.callback(batches.close)
         stack.enter_context(preemption.deferred())
         numbered = enumerate(in_flight.timed_batches(batches), start=first + 1)
-        state, exit_code = _run(job, numbered, state, in_flight, log, profile, checkpoints, preemption)
+        state, exit_code = _run(job, numbered, state, in_flight, log, profile, place, checkpoints, preemption)
         checkpoints.wait()
     return state, exit_code
 
@@ -102,6 +107,7 @@ def _run(
     in_flight: StepsInFlight,
     log: MetricsLog,
     profile: Profile,
+    place: RunPlace,
     checkpoints: Checkpoints,
     preemption: Preemption,
 ) -> tuple[TrainState, int]:
@@ -129,6 +135,7 @@ def _run(
         if saving:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
+            place.push()  # A checkpoint without the metrics before it could not be resumed.
             checkpoints.save(step, state, figures if comparable and evaluating else None)
             save_timer.restart(step)
         if job.patience.is_exhausted:

@@ -31,6 +31,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json, write_config_json
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.storage.locks import lock_file
+from kto_jax.storage.run_place import ORIGIN, RunPlace
 from kto_jax.training.resume import LEGACY_DEFAULTS
 
 # Fields that may differ when a run is resumed: they change when results are shown, stored or computed, but not the
@@ -78,6 +79,7 @@ _FIRST_FILES = {
     "model.json",
     ".model.json.partial",
     ".config.json.partial",
+    ORIGIN,
 }
 
 
@@ -89,6 +91,7 @@ class RunFolder:
       path: the folder.
       tokenizer: the run's own copy of the tokenizer.
       lock: held by the first process as long as it runs; the operating system releases it when the process is killed.
+        A run in a bucket has a lease as well.
     """
 
     path: Path
@@ -97,7 +100,7 @@ class RunFolder:
 
 
 def open_run(
-    path: Path, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
+    place: RunPlace, config: Config, index: Index, tokenizer: TokenizerInfo, architecture: TransformerConfig
 ) -> RunFolder:
     """Creates the folder of a run, or opens it to resume; the first process does so, the others wait for it.
 
@@ -106,10 +109,16 @@ def open_run(
         other data, or no run. Nothing in it is changed then.
       TransientError: another process uses it, or this process does not see what the first one made.
     """
-    own = processes.call_on_all(
-        lambda: _open(path, config, index, tokenizer, architecture) if processes.is_first() else None
-    )
-    return processes.call_on_all(lambda: own or _wait_for_folder(path, tokenizer, config.processes.timeout_seconds))
+
+    def open_as_first() -> RunFolder | None:
+        if not processes.is_first():
+            return None
+        run = _open(place.path, config, index, tokenizer, architecture)
+        place.push()
+        return run
+
+    own = processes.call_on_all(open_as_first)
+    return processes.call_on_all(lambda: own or _wait_for_folder(place, tokenizer, config.processes.timeout_seconds))
 
 
 def _open(
@@ -130,7 +139,7 @@ def _open(
         raise
 
 
-def _wait_for_folder(path: Path, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
+def _wait_for_folder(place: RunPlace, tokenizer: TokenizerInfo, timeout: float) -> RunFolder:
     """The folder that the first process opened, on the other processes.
 
     A shared file system may show a new file late, so this waits for it until the timeout, in seconds.
@@ -138,7 +147,8 @@ def _wait_for_folder(path: Path, tokenizer: TokenizerInfo, timeout: float) -> Ru
     Raises:
       TransientError: the folder is not visible to this process.
     """
-    deadline = time.monotonic() + timeout
+    place.pull()
+    path, deadline = place.path, time.monotonic() + timeout
     while not (path / "config.json").exists():
         if time.monotonic() > deadline:
             raise TransientError(

@@ -264,9 +264,9 @@ def test_a_config_file_that_raises_is_refused(text, message, capsys, tmp_path):
     assert message in refused(capsys, f"--config={tmp_path / 'broken.py'}")
 
 
-def test_a_directory_is_no_config_and_a_bucket_no_workdir(capsys):
+def test_a_directory_is_no_config_and_s3_no_workdir(capsys):
     assert "--config=configs is a folder" in refused(capsys, "--config=configs")
-    assert "is no local folder" in refused(capsys, *TINY, "--workdir=gs://bucket/run")
+    assert "s3://bucket/run cannot hold checkpoints" in refused(capsys, *TINY, "--workdir=s3://bucket/run")
 
 
 def test_help_lists_the_fields(capsys):

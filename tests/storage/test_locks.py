@@ -9,6 +9,7 @@ import pytest
 from kto_jax.config import Config
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.storage.locks import lock_file
+from kto_jax.storage.run_place import RunPlace
 from kto_jax.training.run_folder import open_run
 from tests.synthetic import make_index
 from tests.training.test_inputs import ARCHITECTURE
@@ -44,6 +45,6 @@ def test_a_run_on_a_file_system_without_locks_begins_with_a_warning(tmp_path, mo
     (tmp_path / "tokenizer").mkdir()
     tokenizer = TokenizerInfo(tmp_path / "tokenizer", 98, None, 2, (2,), "none", False)
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
-    open_run(tmp_path / "run", Config(), index, tokenizer, ARCHITECTURE).lock.close()
+    open_run(RunPlace(tmp_path / "run"), Config(), index, tokenizer, ARCHITECTURE).lock.close()
     assert (tmp_path / "run" / "config.json").is_file()
     assert f"no other run writes to --workdir={tmp_path / 'run'}" in capsys.readouterr().err

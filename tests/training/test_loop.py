@@ -10,6 +10,7 @@ import pytest
 
 import kto_jax.training.loop
 from kto_jax.config import CheckpointConfig, Config, EvaluationConfig, ProfileConfig
+from kto_jax.storage.run_place import RunPlace
 from kto_jax.train import main
 from kto_jax.training.loop import Job, Profile, take_steps
 from kto_jax.training.patience import Patience
@@ -89,7 +90,7 @@ class World:
             self.config, types.SimpleNamespace(num_steps=NUM_STEPS), None, self, self.evaluate if evaluate else None,
             Patience(self.config.evaluation, self.before), 1.0, False,
         )  # fmt: skip
-        return take_steps(job, self.folder, self, self, types.SimpleNamespace(step=first))[1]
+        return take_steps(job, RunPlace(self.folder), self, self, types.SimpleNamespace(step=first))[1]
 
     def rows(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]

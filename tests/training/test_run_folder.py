@@ -9,6 +9,7 @@ import pytest
 
 from kto_jax.config import Config, TransientError
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
+from kto_jax.storage.run_place import RunPlace
 from kto_jax.training import run_folder
 from kto_jax.training.run_folder import record_part
 
@@ -60,10 +61,10 @@ def test_processes_wait_for_a_folder_that_a_shared_file_system_shows_late(tmp_pa
 
     thread = threading.Thread(target=appear)
     thread.start()
-    run_folder._wait_for_folder(Late(tmp_path), INFO, 60).lock.close()
+    run_folder._wait_for_folder(RunPlace(Late(tmp_path)), INFO, 60).lock.close()
     thread.join()
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     with pytest.raises(TransientError, match=r"has not seen it for 0\.1 s"):
-        run_folder._wait_for_folder(tmp_path, INFO, 0.1)
+        run_folder._wait_for_folder(RunPlace(tmp_path), INFO, 0.1)

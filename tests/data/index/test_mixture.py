@@ -17,6 +17,7 @@ from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.models.config import TransformerConfig
+from kto_jax.storage.run_place import RunPlace
 from kto_jax.training.run_folder import open_run
 from tests import synthetic
 from tests.data.batches.test_schedule import fake_index, make_schedule, paired_index, random_index
@@ -305,7 +306,7 @@ def test_a_run_is_resumed_with_the_weights_that_it_started_with(make_index, mixe
     def open_with(**weights):
         config = resolve({"model": {"path": "m"}, "data": {"train": mixture(mixed, **weights)}})
         index = make_index([], train=config.data.train, directory=tmp_path)
-        open_run(tmp_path / "run", config, index, tokenizer, ARCHITECTURE).lock.close()
+        open_run(RunPlace(tmp_path / "run"), config, index, tokenizer, ARCHITECTURE).lock.close()
         return json.loads((tmp_path / "run" / "manifest.json").read_text())
 
     assert [source["weight"] for source in open_with(pairs=0.5)["sources"]] == [1, 0.5, 1, 1, 1]

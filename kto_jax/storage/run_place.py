@@ -1,0 +1,277 @@
+"""Where the folder of a run is: on a disk, or in a bucket with a working copy on this host.
+
+A run in a bucket (`--workdir=gs://BUCKET/RUN`) reads and writes a working copy in scratch space, so all other code sees
+a local folder. Every process pulls the copy at the start. The first process pushes what has changed before every
+checkpoint, every `PUSH_SECONDS` and at the end. Checkpoints are not copied: Orbax reads and writes them in the bucket
+(`checkpoints_folder`). `fetch_folder` makes a copy to read, of a run or a model, in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from etils import epath
+
+from kto_jax.config import ConfigError, TransientError
+from kto_jax.storage.atomic import write_json
+from kto_jax.storage.bucket import Bucket, comes_from_a_bucket, describe, is_bucket
+from kto_jax.storage.folders import cache_folder, scratch_folder
+from kto_jax.storage.lease import LEASES, RENEW_SECONDS, Lease, acquire
+from kto_jax.storage.locks import lock_file
+
+PUSH_SECONDS = 30.0
+"""Between pushes of what has changed, while a run trains."""
+ORIGIN = ".bucket.json"
+"""The file of a copy that says what it is a copy of: `{"url": ..., "files": {name: [version, bytes, time]}}`."""
+_CHECKPOINTS = "checkpoints/"
+_RESULTS = ("policy/", "adapter/", "exports/", "profile/")
+"""What a run writes and never reads."""
+_PRIVATE = (ORIGIN, ".lock")
+
+
+class RunPlace:
+    """The folder of a run on a disk that all its processes share.
+
+    Attributes:
+      path: the local folder to read and write.
+      name: of the folder, for people: its path or URL.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.name = path, name or str(path)
+
+    def pull(self) -> None:
+        """Makes what the first process has written visible here."""
+
+    def push(self) -> None:
+        """Makes what this process has written visible to all, and lasting."""
+
+
+@contextlib.contextmanager
+def open_place(workdir: str, *, writes: bool) -> Iterator[RunPlace]:
+    """Opens the folder of a run; in a bucket, with the lease on it and a working copy.
+
+    Args:
+      workdir: a local path, or the URL of a folder in a bucket, gs:// alone.
+      writes: whether this process writes to it, as the first of a run does.
+
+    Raises:
+      ConfigError: the bucket cannot be used.
+      TransientError: another process uses the folder, or the bucket does not answer. An error of the body that the
+        bucket has caused becomes one.
+    """
+    if not is_bucket(workdir):
+        yield RunPlace(Path(workdir))
+        return
+    if workdir.startswith("s3://"):
+        raise ConfigError(
+            f"--workdir={workdir} cannot hold checkpoints: Orbax writes them to disks and to Google Cloud Storage "
+            "alone. Allowed: a local folder and gs://BUCKET/FOLDER. Choose another --workdir, such as a mounted share."
+        )
+    bucket = Bucket(workdir)
+    with scratch_folder() as scratch:
+        path = scratch / bucket.url.rpartition("/")[2]
+        with _reported_with_url(path, bucket.url):
+            lease = acquire(bucket) if writes else None
+            with WorkingCopy(path, bucket, lease) as copy:
+                yield copy
+
+
+class WorkingCopy(RunPlace):
+    """The folder of a run in a bucket.
+
+    Args:
+      path: of the copy, which must not exist.
+      bucket: the run's folder.
+      lease: on the folder; None on the processes that only read.
+    """
+
+    def __init__(self, path: Path, bucket: Bucket, lease: Lease | None) -> None:
+        super().__init__(path, bucket.url)
+        self._bucket, self._lease = bucket, lease
+        self._written: dict[str, tuple[int, int]] = {}
+        self._pushing = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew_and_push, name="working copy", daemon=True)
+
+    def __enter__(self) -> WorkingCopy:
+        self.pull()
+        if self._lease:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lease is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        try:
+            self.push()
+            self._lease.release()
+        except (ConfigError, TransientError) as failure:
+            if error is None:
+                raise
+            print(f"warning: what was written last is not in the bucket: {failure}", file=sys.stderr)
+
+    def pull(self) -> None:
+        """See `RunPlace`. Results and checkpoints are not copied; their folders are there, empty."""
+        versions = self._bucket.versions()
+        left_out = {name.split("/")[0] for name in versions if name.startswith((_CHECKPOINTS, *_RESULTS))}
+        not_copied = (LEASES, *(f"{folder}/" for folder in left_out))
+        wanted = {name: version for name, version in versions.items() if not name.startswith(not_copied)}
+        self.path.mkdir(parents=True, exist_ok=True)
+        _download(self._bucket, wanted, self.path)
+        for folder in left_out:
+            (self.path / folder).mkdir(exist_ok=True)
+        self._written = {name: found for name, found in _local_files(self.path).items() if name in wanted}
+
+    def push(self) -> None:
+        """See `RunPlace`. A config.json is written after all else, so that what it describes is there.
+
+        Raises:
+          TransientError: another process has taken the folder over, or the bucket does not answer.
+        """
+        if self._lease is None:
+            return
+        self._lease.check()
+        self._push(self._bucket)
+
+    def _push(self, bucket: Bucket) -> None:
+        with self._pushing:
+            found = _local_files(self.path)
+            changed = [name for name in found if self._written.get(name) != found[name]]
+            for name in sorted(changed, key=_turn):
+                with contextlib.suppress(FileNotFoundError):  # removed or replaced meanwhile
+                    bucket.upload(self.path / name, name)
+                    self._written[name] = found[name]
+            for name in self._written.keys() - found.keys():
+                bucket.remove(name)
+                del self._written[name]
+
+    def _renew_and_push(self) -> None:
+        assert self._lease is not None
+        impatient = Bucket(self.name, patience=0)
+        last_push = time.monotonic()
+        while not self._ended.wait(RENEW_SECONDS):
+            try:
+                self._lease.renew()
+                if time.monotonic() - last_push > PUSH_SECONDS:
+                    self._lease.check()
+                    self._push(impatient)
+                    last_push = time.monotonic()
+            except (ConfigError, TransientError) as error:
+                print(f"warning: {error} Training goes on meanwhile.", file=sys.stderr, flush=True)
+
+
+def fetch_folder(url: str) -> Path:
+    """A copy of a folder in a bucket, in the cache: of a run without its checkpoints, or of a model.
+
+    Files that have not changed since an earlier copy are not read again.
+
+    Raises:
+      ConfigError: there is no such folder.
+      TransientError: the bucket does not answer.
+    """
+    bucket = Bucket(url)
+    above, _, last = bucket.url.rpartition("/")
+    if last in ("policy", "adapter") and above.count("/") > 2 and Bucket(above).read("manifest.json"):
+        return fetch_folder(above) / last  # The run says how the model was trained.
+    found = bucket.versions()
+    versions = {
+        name: version
+        for name, version in found.items()
+        if not name.startswith((_CHECKPOINTS, LEASES, "exports/", "profile/"))
+    }
+    if not versions:
+        raise ConfigError(f"{url} holds no files. It must be the folder of a run or of a model. Correct the URL.")
+    digest = hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
+    folder = cache_folder("buckets", digest, last)
+    with (folder.parent / ".lock").open("a") as lock:
+        lock_file(lock, wait=True, without="Copy one folder at a time.")
+        known = _read_known(folder)
+        new = sum(int(version.split()[0]) for name, version in versions.items() if known.get(name, [""])[0] != version)
+        if new:
+            print(f"copying {url} to {folder} ({new / 1e6:.1f} MB are new)", file=sys.stderr)
+        _download(bucket, versions, folder)
+        if any(name.startswith(_CHECKPOINTS) for name in found):
+            (folder / _CHECKPOINTS).mkdir(exist_ok=True)
+    return folder
+
+
+def fetched(path: str) -> str:
+    """The path itself, or that of the copy of a folder in a bucket."""
+    return str(fetch_folder(path)) if is_bucket(path) else path
+
+
+def checkpoints_folder(run: Path) -> epath.Path:
+    """The folder of a run's checkpoints: inside the run's, or in the bucket that `run` is a copy of."""
+    origin = run / ORIGIN
+    if origin.exists():
+        return epath.Path(json.loads(origin.read_text(encoding="utf-8"))["url"]) / "checkpoints"
+    return epath.Path(run.absolute()) / "checkpoints"
+
+
+def _download(bucket: Bucket, versions: dict[str, str], folder: Path) -> None:
+    """Makes a copy hold these files of a bucket, and records what it holds for the next call."""
+    known, local = _read_known(folder), _local_files(folder)
+    files = {}
+    for name, version in versions.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ConfigError(f"{bucket.url} holds a file named {name!r}, which leaves the folder. Remove it.")
+        if known.get(name) != [version, *local.get(name, ())]:
+            bucket.download(name, folder / name)
+        found = (folder / name).stat()
+        files[name] = [version, found.st_mtime_ns, found.st_size]
+    for name in known.keys() - versions.keys():
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / ORIGIN, {"url": bucket.url, "files": files})
+
+
+def _read_known(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return dict(json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["files"])
+    return {}
+
+
+def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (time, size) of all files but the private and the half-written."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_partial = any(part.startswith(".") and part.endswith((".partial", ".old")) for part in name.split("/"))
+        if name not in _PRIVATE and not is_partial:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.is_file():
+                    found[name] = status.st_mtime_ns, status.st_size
+    return found
+
+
+def _turn(name: str) -> tuple[bool, bool, str]:
+    return name == "config.json", name.endswith("/config.json"), name
+
+
+@contextlib.contextmanager
+def _reported_with_url(path: Path, url: str) -> Iterator[None]:
+    """Puts the URL in place of the copy's path in errors, and turns failures of the bucket into TransientErrors."""
+    try:
+        yield
+    except (ConfigError, TransientError) as error:
+        if str(path) in str(error):
+            raise type(error)(str(error).replace(str(path), url)) from error
+        raise
+    except Exception as error:
+        if not comes_from_a_bucket(error):
+            raise
+        raise TransientError(
+            f"{url} failed: {describe(error)}. The bucket must answer. Run the same command again when it does."
+        ) from error

