@@ -31,7 +31,7 @@ _MAX_STEPS = 32
 """Decoding steps of a call."""
 # Rows and tokens of a prefill, and positions of the shortest cache. A CPU is busy with few tokens, and reads the whole
 # cache at a cost; an accelerator needs more tokens to be busy, and compiles longer.
-_ON_CPU = (1, 32, 128)
+_ON_CPU = (4, 32, 128)
 _ON_ACCELERATOR = (8, 128, 256)
 
 
@@ -168,7 +168,7 @@ class Slots:
     def _prefill(self, prompts: Sequence[np.ndarray]) -> None:
         longest = max(len(prompt) for prompt in prompts) - 1
         self._grow(longest)
-        shape = (self._num_prefixes, -(-longest // self._chunk) * self._chunk)
+        shape = (self._rows_for(len(prompts)), -(-longest // self._chunk) * self._chunk)
         tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt) - 1] = prompt[:-1]
@@ -180,7 +180,7 @@ class Slots:
 
     def _insert(self, requests: Sequence[tuple[int, Request]]) -> None:
         # Padding's slot is past the end, where the scatter drops it.
-        inserted = np.zeros((5, self._num_prefixes), np.int32)
+        inserted = np.zeros((5, self._rows_for(len(requests))), np.int32)
         inserted[1] = len(self._requests)
         for number, (slot, request) in enumerate(requests):
             prompt = request.prompt
@@ -189,6 +189,10 @@ class Slots:
             self._requests[slot], self._positions[slot] = request, len(prompt) - 1
         inserted = place(inserted, self._sharding)
         self._state = insert(self._model, self._state, self._prefixes, inserted, mesh_wide=self._mesh_wide)
+
+    def _rows_for(self, count: int) -> int:
+        # Slots often end one at a time, and padding costs as much as prompts.
+        return 1 if count == 1 and self._mesh_wide is None else self._num_prefixes
 
     def decode(self, min_active: int) -> Steps:
         """Takes up to 32 decoding steps, until fewer than `min_active` slots are active."""
@@ -240,8 +244,10 @@ def grow(model: Model, cache: Cache, *, length: int) -> Cache:
 def prefill(
     model: Model, params: Params, cache: Cache, tokens_RC: Int[Array, "R C"], positions_RC: Int[Array, "R C"]
 ) -> Cache:
-    """Writes a chunk of prompts to the prefix cache; position -1 is padding."""
-    return model.decode(params, cache, tokens_RC, positions_RC)[1]
+    """Writes a chunk of prompts to the first R rows of the prefix cache; position -1 is padding."""
+    num_rows = len(tokens_RC)
+    written = model.decode(params, jax.tree.map(lambda x: x[:num_rows], cache), tokens_RC, positions_RC)[1]
+    return jax.tree.map(lambda old, new: old.at[:num_rows].set(new), cache, written)
 
 
 @partial(jax.jit, static_argnames=("model", "mesh_wide"), donate_argnames="state")
