@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from kto_jax.models.int8 import INT8, Int8Matrix, cast_params, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
+from kto_jax.models.unstacked import product_with_transposed
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
@@ -29,12 +29,6 @@ def _parts(x: Array, parts: int) -> Array:
     """[R, C, ...] -> [R · parts, C / parts, ...], padded if `parts` does not divide C."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
-
-
-def _table_first(product: Callable[[Array, Array], Array], hidden_BD: Array, table_VD: Array) -> Array:
-    """hidden · tableᵀ as the transpose of table · hiddenᵀ, which on CPU takes two thirds of the time for a few rows."""
-    # Without the barrier XLA would swap the operands back.
-    return jax.lax.optimization_barrier(product(table_VD, hidden_BD.T)).T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +145,8 @@ class Model:
         wide, precision = jnp.promote_types(self.dtype, jnp.float32), matmul_precision(self.dtype)
         product = partial(jnp.dot, precision=precision, preferred_element_type=wide)
         if self.config.tied_head and hidden.ndim == 2 and len(hidden) > 1:
-            logits = jax.lax.platform_dependent(
-                hidden, self.head(params).T, cpu=partial(_table_first, product), default=lambda x, y: product(x, y.T)
-            )
+            swapped, plain = partial(product_with_transposed, product), lambda x, table: product(x, table.T)
+            logits = jax.lax.platform_dependent(hidden, self.head(params).T, cpu=swapped, default=plain)
         else:
             logits = product(hidden, self.head(params))
         softcap = self.config.final_softcap
@@ -209,7 +202,7 @@ class Model:
         is prefilled in chunks, because every chunk holds scores of all its tokens by all slots.
 
         Args:
-          params: parameters of this model, stacked over layers or from `unstack_layers`.
+          params: parameters of this model, stacked over layers, or from `unstack_layers` or `transpose_layers`.
           cache: from `init_cache` or the last call; donate it.
           tokens_BL: token ids.
           positions_BL: position of every token; -1 is padding, which is neither written nor attended to.

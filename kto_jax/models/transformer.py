@@ -28,6 +28,7 @@ from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_prod
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
+from kto_jax.models.unstacked import TransposedMatrix, product_with_transposed
 
 Cache = dict[str, tuple[Array, ...]]  # keys and values of each layer
 CACHE_AXES = ("rows", "kv_heads", "slots", "head_dim")
@@ -89,7 +90,10 @@ class Linear(nnx.Module):
             x_TO = self._product(x_TI, weight)
         return x_TO if self.bias is None else x_TO + repeat_rows(self.bias[...], len(x_TO), self.dtype)
 
-    def _product(self, x_TI: Array, weight: Array | Int8Matrix) -> Array:
+    def _product(self, x_TI: Array, weight: Array | Int8Matrix | TransposedMatrix) -> Array:
+        if isinstance(weight, TransposedMatrix):
+            product = partial(jnp.dot, precision=matmul_precision(self.dtype))
+            return product_with_transposed(product, x_TI, weight.values.astype(self.dtype))
         if self.has_wide_gradient and not isinstance(weight, Int8Matrix):
             return wide_gradient_product(x_TI, weight)
         return jnp.dot(x_TI, weight.astype(self.dtype), precision=matmul_precision(self.dtype))

@@ -22,6 +22,7 @@ from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.workers import Workers
 from kto_jax.models.model import Model, Params
+from kto_jax.models.unstacked import transpose_layers
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
@@ -54,6 +55,11 @@ class LanguageModel:
     def params(self) -> Params:
         """The parameters, read when they are first needed: a prompt that does not fit is refused before."""
         return self.load()
+
+    @functools.cached_property
+    def decoding_params(self) -> Params:
+        """The parameters arranged for decoding, read when they are first needed."""
+        return transpose_layers(dict(self.load()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +126,7 @@ def complete(
     eos_ids = {*model.tokenizer.stop_ids, *model.model.config.eos_ids}
     completions = sample(
         model.model,
-        model.params,
+        model.decoding_params,
         [ids for _, ids in repeated],
         sampling,
         eos_id=sorted(eos_ids),

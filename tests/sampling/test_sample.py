@@ -13,7 +13,7 @@ from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.layout import Layout
 from kto_jax.models.model import Model
-from kto_jax.models.unstacked import unstack_layers
+from kto_jax.models.unstacked import transpose_layers, unstack_layers
 from kto_jax.sampling import slots
 from kto_jax.sampling.choose import choose_tokens, truncate
 from kto_jax.sampling.sample import Sampling, sample, sample_with_logps
@@ -174,6 +174,14 @@ def test_several_prompts_prefilled_together_as_on_an_accelerator_give_the_same_c
     assert complete(prompts) == expected
 
 
+def test_prompts_are_prefilled_four_at_a_time_and_a_single_one_alone():
+    calls, five = [], [[1, 5], [1, 6], [1, 7], [1, 8], [1, 9]]
+    arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 4}
+    sample(counted_decoding(calls), tiny()[1], five, Sampling(max_new_tokens=1), **arguments)
+    jax.effects_barrier()
+    assert [shape for shape in calls if shape[1] > 1] == [(4, 32), (1, 32)]
+
+
 def test_prompts_of_any_length_are_prefilled_in_chunks_by_one_program():
     complete([list(range(1, 61)) * 3], temperature=0, max_new_tokens=70)
     compiled = slots.prefill._cache_size()
@@ -230,6 +238,24 @@ def test_parameters_can_be_donated_after_sampling_and_their_layers_were_not_copi
     address = weight.unsafe_buffer_pointer()
     updated = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(params)
     assert updated["layers"]["mlp"]["up"]["weight"].unsafe_buffer_pointer() == address
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_transposed_layers_give_the_same_completions_and_logps(batch_size):
+    model, params = tiny()
+    given = dict(params)
+    transposed = transpose_layers(given)
+    weight = params["layers"]["mlp"]["up"]["weight"][1]
+    np.testing.assert_array_equal(transposed["layers"][1]["mlp"]["up"]["weight"].values, weight.T)
+    assert "layers" not in given and transpose_layers(transposed) is transposed
+    sampling, arguments = Sampling(max_new_tokens=12), {"eos_id": NEVER, "key": jax.random.key(1)}
+    expected, found = (
+        sample_with_logps(model, each, PROMPTS, sampling, batch_size=batch_size, **arguments)
+        for each in (params, transposed)
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert a.ids.tolist() == b.ids.tolist()
+        np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
 
 
 def test_other_temperatures_and_cuts_do_not_compile_again():
