@@ -7,6 +7,7 @@ configuration do. A field `config: Config` takes `--config=RECIPE` and `--config
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+"""Errors that a disk causes and no change of the program cures."""
 
 
 def run_command(command: Callable[[T], int], kind: type[T], about: str, arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +53,8 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
       arguments: the command line without the program; that of this process by default.
 
     Returns:
-      The exit code: 2 for a ConfigError, 75 for a TransientError, 1 for OutOfMemory, 130 for Ctrl-C, else the
-        command's own.
+      The exit code: 2 for a ConfigError, 75 for a TransientError, 1 for OutOfMemory and for a disk that cannot be
+        written, 130 for Ctrl-C, else the command's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if asks_for_help(arguments):
@@ -67,6 +70,14 @@ def run_command(command: Callable[[T], int], kind: type[T], about: str, argument
         return PREEMPTED
     except OutOfMemory as error:
         print_error(error)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
+        print_error(
+            f"{error}. The command writes to its folder, to the cache and to the folder for temporary files; each must "
+            "be writable and have space left. Free some space or correct the permissions, and run it again."
+        )
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

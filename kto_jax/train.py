@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kto_jax.command import PREEMPTED, TrainOptions, answer_help, run_command
+from kto_jax.command import FAILED, PREEMPTED, TrainOptions, answer_help, run_command
 
 if __name__ == "__main__":  # The imports below take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -255,9 +255,13 @@ def _print_next_steps(place: RunPlace, config: Config, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    exit_code = FAILED
     try:
         exit_code = main()
+    except SystemExit as ending:  # by a signal outside the steps
+        exit_code = int(ending.code or 0)
+        raise
     finally:
-        # The exit code is decided; Python takes seconds to end.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # The exit code is decided, but Python takes seconds to end, or longer if a library's thread hangs.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
     sys.exit(exit_code)

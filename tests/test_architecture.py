@@ -80,7 +80,7 @@ ORDER = {
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
         "accumulate agreement checkpoints initial_state logs optimizer run_folder sync",
-        "in_flight patience precompute step",
+        "in_flight patience precompute step unusual watchdog",
         "evaluation loop result",
     ],
 }

@@ -21,6 +21,7 @@ from kto_jax.config.fields import (
     ProfileConfig,
     ReferenceConfig,
     SamplesConfig,
+    WatchConfig,
 )
 from kto_jax.config.names import nearest
 from kto_jax.config.resolve import check_overrides, default_config, one_host_config, resolve, to_dict
@@ -45,6 +46,7 @@ __all__ = [
     "ReferenceConfig",
     "SamplesConfig",
     "TransientError",
+    "WatchConfig",
     "check_overrides",
     "default_config",
     "nearest",

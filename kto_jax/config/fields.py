@@ -295,6 +295,24 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """What is reported while steps are taken."""
+
+    stall_factor: Annotated[float, Range(at_least=0, zero="never")] = 50.0
+    """A step is late if it takes longer than this many times the median step. Each host then prints the stacks of its
+    threads. Evaluations, saves and compilation do not count."""
+    stall_seconds: Positive = 600.0
+    """A step is not late before this many seconds."""
+    stall_exit: bool = False
+    """Exit with 75 after a late step was reported, so that a launcher restarts the run."""
+    spike_deviations: Annotated[float, Range(at_least=0, zero="never")] = 10.0
+    """A loss that exceeds the median of the last 50 by more than this many standard deviations is reported with the
+    rows of its batch."""
+    heartbeat_seconds: Annotated[float, Range(at_least=0, zero="none")] = 30.0
+    """Seconds between two writings of heartbeat.json in the run's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplesConfig:
     """Completions that are sampled before and after training, for the report."""
 
@@ -347,6 +365,7 @@ class Config:
     samples: SamplesConfig = SamplesConfig()
     export: ExportConfig = ExportConfig()
     profile: ProfileConfig = ProfileConfig()
+    watch: WatchConfig = WatchConfig()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Experiment trackers that receive the metrics. "wandb" and "mlflow" need the package of that
     name: pip install wandb."""

@@ -172,12 +172,25 @@ def _listed(figures: Mapping[str, float], formats: Mapping[str, str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a half-written last line, left by a killed run, is dropped."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+    """The rows of a metrics.jsonl; a half-written last line, left by a killed run, is dropped.
+
+    Raises:
+      ConfigError: another line is not a row.
+    """
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows = [_parse_row(line) for line in lines]
+    if None in rows:
+        raise ConfigError(
+            f"{path}:{rows.index(None) + 1} is damaged. Each line must be a JSON object with a step. Restore the file, "
+            "or remove this line, and run the same command again."
+        )
+    return [row for row in (*rows, _parse_row(last)) if row is not None]
+
+
+def _parse_row(line: bytes) -> dict | None:
+    """A row of metrics; None if the line is not one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

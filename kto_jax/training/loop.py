@@ -36,6 +36,8 @@ from kto_jax.training.preemption import Preemption
 from kto_jax.training.save_timer import SaveTimer
 from kto_jax.training.state import TrainState
 from kto_jax.training.trackers import open_trackers
+from kto_jax.training.unusual import UnusualSteps
+from kto_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +93,14 @@ def take_steps(
         log = stack.enter_context(MetricsLog(folder, first, num_steps, trackers=trackers, enabled=writes))
         in_flight = stack.enter_context(StepsInFlight(job.peak, peak_is_measured=job.peak_is_measured))
         profile = stack.enter_context(Profile(folder / "profile", config.profile))
+        watchdog = stack.enter_context(Watchdog(config.watch, folder, first))
         batches: Any = _batches(job, range(first, num_steps))
         stack.callback(batches.close)
         stack.enter_context(preemption.deferred())
         numbered = enumerate(in_flight.timed_batches(batches), start=first + 1)
-        state, exit_code = _run(job, numbered, state, in_flight, log, profile, place, checkpoints, preemption)
-        checkpoints.wait()
+        state, exit_code = _run(job, numbered, state, in_flight, log, profile, place, checkpoints, preemption, watchdog)
+        with watchdog.paused("saving"):
+            checkpoints.wait()
     return state, exit_code
 
 
@@ -110,12 +114,14 @@ def _run(
     place: RunPlace,
     checkpoints: Checkpoints,
     preemption: Preemption,
+    watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
-    config = job.config
+    config, unusual = job.config, UnusualSteps(job.config, job.inputs)
     save_timer = SaveTimer(config.checkpoint.every_minutes)
     for step, batch in batches:
         profile.before(step)
-        state = in_flight.dispatch(step, job.take_step, state, batch)
+        with contextlib.nullcontext() if job.take_step.is_ready(batch) else watchdog.paused("compiling"):
+            state = in_flight.dispatch(step, job.take_step, state, batch)
         stopping, last = preemption.requested(), step == job.inputs.num_steps
         evaluating = job.evaluate is not None and (last or _is_due(step, config.evaluation.every))
         timed = save_timer.due(step)
@@ -123,20 +129,23 @@ def _run(
         figures: dict[str, float] = {}
         while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
             number, figures = in_flight.read()
+            watchdog.completed(number)
             failed = figures["num_bad_steps"] >= config.max_bad_steps
             if number == step and job.evaluate and evaluating and not failed:
-                figures |= job.evaluate(state)
+                with watchdog.paused("evaluating"):
+                    figures |= job.evaluate(state)
                 job.patience.add(step, figures)
             log.write(number, figures)
+            unusual.report(number, figures)
             if failed:
-                _report_bad_steps(config, job.inputs, number)
                 return state, FAILED
         profile.after(step)
         if saving:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
-            place.push()  # A checkpoint without the metrics before it could not be resumed.
-            checkpoints.save(step, state, figures if comparable and evaluating else None)
+            with watchdog.paused("saving"):
+                place.push()  # A checkpoint without the metrics before it could not be resumed.
+                checkpoints.save(step, state, figures if comparable and evaluating else None)
             save_timer.restart(step)
         if job.patience.is_exhausted:
             return state, 0
@@ -203,13 +212,3 @@ class Profile:
             self._tracing = False
             jax.profiler.stop_trace()
             console.print(f"traced steps {self._steps[0]} to {self._steps[-1]}: see {self._folder}")
-
-
-def _report_bad_steps(config: Config, inputs: Inputs, step: int) -> None:
-    rows = ", ".join(inputs.index.place(sequence) for sequence in inputs.schedule.step(step - 1).ids)
-    console.print(
-        f"error: {config.max_bad_steps} steps in a row had a non-finite loss or gradient, the last on {rows}. Such "
-        "steps change nothing, and the newest checkpoint is finite. Look at these rows, or lower "
-        "config.optimizer.learning_rate.",
-        style="red",
-    )

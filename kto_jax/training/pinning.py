@@ -78,7 +78,7 @@ def _read_recorded(workdir: Path | None) -> _Recorded:
         data = (*_paths(values["data"]["train"]), *_paths(values["data"]["eval"]))
         sources = (*(model["path"] for model in models), *(name for name in data if name.startswith("hub:")))
         return _Recorded(sources, tuple(model.get("base", "") for model in models), models)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # check_folder reports a broken config.json
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # reported by check_folder
         return _Recorded()
 
 

@@ -37,7 +37,7 @@ def with_recorded_settings(config: Config, workdir: Path) -> Config:
         sections = {section: dict(recorded[section]) for section in ("model", "reference", "optimizer", "data")}
         # Runs that predate this field exported the policy in its training dtype.
         sections["export"] = dict(recorded.get("export", {"dtype": sections["model"].get("param_dtype", "float32")}))
-    except (OSError, ValueError, LookupError, TypeError):  # check_folder reports a broken config.json
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # check_folder reports a broken config.json
         return config
     for section, field in _RECORDED_IF_AUTO:
         if getattr(getattr(config, section), field) == "auto":

@@ -7,6 +7,7 @@ tokenizer/       the tokenizer                  report.html     curves, samples,
 config_history.jsonl   the configuration of each part of a resumed run, and the step after which it started
 adapter/         low-rank adapters in peft's format, if they were trained
 tensorboard/, wandb/, wandb.json, mlflow.json   files of experiment trackers
+heartbeat.json   time of the last sign of life, the last step, and what the run does
 profile/         traces of JAX's profiler, if config.profile enables them
 reference_error.json   the error of log-probabilities and rewards, if the reference is rounded
 reference.json   digest of the reference's weights, if its log-probabilities are precomputed
@@ -62,6 +63,7 @@ _MAY_DIFFER = (
     "checkpoint",
     "export",
     "profile",
+    "watch",
     "trackers",
     "samples.judges",
 )
@@ -205,9 +207,20 @@ def record_part(folder: Path, first_step: int, config: Config) -> None:
     Entries of a killed part for these rows are dropped, as the rows are.
     """
     history = folder / _HISTORY
-    lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
-    kept = [line + "\n" for line in lines if json.loads(line)["first_step"] < first_step]
+    kept = [line + "\n" for line, first in _read_history(history) if first < first_step]
     write_text(history, "".join(kept) + _history_line(first_step, to_dict(config)))
+
+
+def _read_history(history: Path) -> list[tuple[str, int]]:
+    """Each line of the history, and the step that its part started after."""
+    try:
+        lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+        return [(line, int(json.loads(line)["first_step"])) for line in lines]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{history} is damaged: {error}. Each line must be a JSON object with first_step and config. Restore the "
+            "file, or remove it: it is a record that no step depends on."
+        ) from None
 
 
 def _history_line(first_step: int, config: Mapping[str, Any]) -> str:
@@ -229,10 +242,10 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         return
     try:
         config_before, model_before, manifest_before = (
-            json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "model", "manifest")
+            _read_object(path / f"{name}.json") for name in ("config", "model", "manifest")
         )
         model_before = write_config_json(read_config_json(model_before)) | model_before
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--workdir={path} has a config.json, but is not a run that can be resumed: {error}. Choose another one."
         ) from None
@@ -258,6 +271,13 @@ def check_folder(path: Path, config: Config, index: Index, architecture: Transfo
         )
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} must hold an object, not a {type(values).__name__}")
+    return values
+
+
 def _only_extends(path: Path, config: Config, before: Mapping[str, Any], changes: Mapping[str, str]) -> bool:
     """Whether a run differs in its length alone, and is longer.
 
@@ -265,6 +285,8 @@ def _only_extends(path: Path, config: Config, before: Mapping[str, Any], changes
       ConfigError: it does, but its learning rate depends on its length.
     """
     epochs, most = before.get("epochs", 1), before.get("max_steps", 0)
+    if not (isinstance(epochs, int) and isinstance(most, int)):  # damaged
+        return False
     is_longer = config.epochs >= epochs and (config.max_steps == 0 or 0 < most <= config.max_steps)
     if not is_longer or not changes.keys() <= {"config.epochs", "config.max_steps"}:
         return False

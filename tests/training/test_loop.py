@@ -6,6 +6,7 @@ import gzip
 import json
 import types
 
+import numpy as np
 import pytest
 
 import kto_jax.training.loop
@@ -31,7 +32,6 @@ class World:
             Config(), trackers=(), max_bad_steps=2, **{"checkpoint": CheckpointConfig(every=100)} | config
         )
         monkeypatch.setattr(kto_jax.training.loop, "_batches", lambda job, steps: self.hold(self.batches(steps)))
-        monkeypatch.setattr(kto_jax.training.loop, "_report_bad_steps", lambda *_: self.events.append("bad"))
         write = kto_jax.training.loop.MetricsLog.write
         monkeypatch.setattr(
             kto_jax.training.loop.MetricsLog, "write",
@@ -85,9 +85,15 @@ class World:
         self.events.append(f"evaluate {state.step}")
         return {"eval_loss": self.losses.get(state.step, 0.5)}
 
+    def inputs(self):
+        """Two rows a step."""
+        rows = types.SimpleNamespace(step=lambda step: types.SimpleNamespace(ids=np.array([2 * step, 2 * step + 1])))
+        index = types.SimpleNamespace(place=lambda row: f"rows.jsonl:{row + 1}")
+        return types.SimpleNamespace(num_steps=NUM_STEPS, schedule=rows, index=index)
+
     def run(self, *, evaluate=False, first=0):
         job = Job(
-            self.config, types.SimpleNamespace(num_steps=NUM_STEPS), None, self, self.evaluate if evaluate else None,
+            self.config, self.inputs(), None, self, self.evaluate if evaluate else None,
             Patience(self.config.evaluation, self.before), 1.0, False,
         )  # fmt: skip
         return take_steps(job, RunPlace(self.folder), self, self, types.SimpleNamespace(step=first))[1]
@@ -138,11 +144,17 @@ def test_all_rows_are_written_before_a_save_and_those_of_earlier_steps_before_an
     assert [row["step"] for row in run.rows() if "eval_loss" in row] == [3, 6]
 
 
-def test_too_many_bad_steps_end_a_run_with_their_rows_and_without_a_save(world):
+def test_too_many_bad_steps_end_a_run_with_their_rows_and_without_a_save(world, capsys):
     run = world(bad_from=3)
     assert run.run() == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "step 3 had a non-finite loss or gradient and changed nothing (1 in a row; config.max_bad_steps=2" in message
+    assert "Its rows: 4 (rows.jsonl:5), 5 (rows.jsonl:6)" in message
+    assert (
+        "2 steps in a row had a non-finite loss or gradient, the last on 6 (rows.jsonl:7), 7 (rows.jsonl:8)" in message
+    )
     assert [row["num_bad_steps"] for row in run.rows()] == [0, 0, 1, 2]
-    assert run.events[-4:] == ["log 4", "bad", "saved", "batches closed"]
+    assert run.events[-3:] == ["log 4", "saved", "batches closed"]
     assert "dispatch 6" not in run.events  # one step late at most
     assert not [event for event in run.events if event.startswith("save ")]
 
