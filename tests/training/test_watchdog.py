@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+import types
 
 import pytest
 
@@ -112,6 +113,18 @@ def test_a_pause_is_no_part_of_a_step_and_shown_in_the_heartbeat(hang):
     found = json.loads(hang.heartbeat.read_text())
     assert (found["step"], found["doing"]) == (3, "ending")
     assert found.keys() == {"time", "step", "seconds_since_step", "doing", "host", "pid"}
+
+
+def test_pauses_are_no_part_of_the_median(hang, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kto_jax.training.watchdog.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    watchdog = hang(stall_factor=10.0).watchdog
+    for _ in range(3):
+        with watchdog.paused("saving"):
+            now[0] += 100
+        now[0] += 2
+        watchdog.completed(1)
+    assert watchdog._late_at() == now[0] + 10 * 2
 
 
 def test_a_heartbeat_that_cannot_be_written_is_reported_and_stops(hang, tmp_path):
