@@ -5,7 +5,7 @@
 #   launch/tpu.sh logs | delete [--dry-run]
 #
 #   export KTO_TPU_NAME=mine KTO_TPU_ZONE=us-west4-a KTO_TPU_TYPE=v5litepod-16 KTO_TPU_RUNTIME=v2-alpha-tpuv5-lite
-#   launch/tpu.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/mnt/runs/mine
+#   launch/tpu.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=gs://my-bucket/mine
 #
 # run requests the TPU if there is none, waits until it is ACTIVE, copies the project at KTO_REVISION to all workers,
 # installs it, starts the command on all of them and follows worker 0. If the run is preempted (exit code 75 or 134, or the TPU
@@ -16,7 +16,7 @@
 # KTO_TPU_TYPE        such as v5litepod-16            KTO_TPU_RUNTIME    such as v2-alpha-tpuv5-lite
 # KTO_TPU_SLICES      slices of that type (1)         KTO_TPU_SPOT       1: spot (default), 0: on demand
 # KTO_TPU_PROJECT     instead of gcloud's default     KTO_TPU_WAIT       give up the request after this long, such as 6h
-# KTO_TPU_SETUP       a shell command that each worker runs before the first start, to mount the folder of the runs
+# KTO_TPU_SETUP       a shell command that each worker runs before the first start, such as one that mounts a share
 # KTO_TPU_DELETE      1: delete the TPU when the run has ended (0)
 # KTO_REVISION        the git revision to train with (HEAD)
 # KTO_SECRETS         names of variables to pass on (HF_TOKEN WANDB_API_KEY), in a file that only you can read
@@ -204,8 +204,9 @@ run_command() {
   git -C "$LAUNCH/.." rev-parse --quiet --verify "$KTO_REVISION^{commit}" >/dev/null ||
     fail "KTO_REVISION is '$KTO_REVISION'." "Allowed: a commit, branch or tag of this repository." \
       "Fetch it, or correct it."
-  if ((KTO_TPU_SPOT)) && [[ -z ${KTO_TPU_SETUP:-} ]]; then
-    say "warning: a spot TPU loses its disks when preempted. Set KTO_TPU_SETUP to mount a shared folder for --workdir."
+  if [[ -z ${KTO_TPU_SETUP:-} && "${COMMAND[*]}" != *"--workdir=gs://"* ]]; then
+    say "warning: the workers share no disk, and a spot TPU loses its disks when preempted. Keep the run in a bucket" \
+      "(--workdir=gs://BUCKET/RUN), or set KTO_TPU_SETUP to mount a shared folder for --workdir."
   fi
   if ! ((DRY_RUN)); then write_bundle; fi
   restart_while_preempted attempt || code=$?

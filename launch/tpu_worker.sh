@@ -15,9 +15,10 @@ install() {
   rm -rf source && mkdir source && tar -xzf source.tar.gz -C source
   python3 -m pip install --user --quiet uv==0.13.8
   [[ -x venv/bin/python ]] || python3 -m uv venv --quiet --python=3.11 venv
-  local jax
+  local jax gcsfs
   jax=$(sed -n 's/^jax==//p' source/requirements.txt)
-  python3 -m uv pip install --quiet --python=venv/bin/python -r source/requirements.txt "jax[tpu]==$jax"
+  gcsfs=$(grep -o 'gcsfs==[0-9.]*[0-9]' source/requirements.txt)
+  python3 -m uv pip install --quiet --python=venv/bin/python -r source/requirements.txt "jax[tpu]==$jax" "$gcsfs"
   bash setup.sh
 }
 

@@ -5,8 +5,8 @@
 #   launch/gke/jobset.sh logs | delete [--dry-run]
 #
 #   export KTO_GKE_NAME=mine KTO_GKE_IMAGE=REGISTRY/kto_jax:tpu KTO_GKE_ACCELERATOR=tpu-v5-lite-podslice \
-#     KTO_GKE_TOPOLOGY=4x4 KTO_GKE_HOSTS=4 KTO_GKE_CHIPS=4 KTO_GKE_CLAIM=runs
-#   launch/gke/jobset.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=/runs/mine
+#     KTO_GKE_TOPOLOGY=4x4 KTO_GKE_HOSTS=4 KTO_GKE_CHIPS=4
+#   launch/gke/jobset.sh run -- python -m kto_jax.train --config=configs/kto_llama.py --workdir=gs://my-bucket/mine
 #
 # The cluster restarts the run after exit code 75, after 134 (JAX lost another process) or after the loss of a node, and
 # after nothing else. --dry-run prints the YAML.
@@ -14,7 +14,7 @@
 # KTO_GKE_NAME        name of the JobSet              KTO_GKE_IMAGE      built from launch/Dockerfile.tpu
 # KTO_GKE_ACCELERATOR the node label                  KTO_GKE_TOPOLOGY   topology of one slice, such as 4x4
 # KTO_GKE_HOSTS       nodes of one slice              KTO_GKE_CHIPS      chips of one node
-# KTO_GKE_CLAIM       a volume claim that all pods can write to, mounted at /runs
+# KTO_GKE_CLAIM       a volume claim that all pods can write to, mounted at /runs; not needed for a run in a bucket
 # KTO_GKE_SLICES      slices (1)                      KTO_GKE_SPOT       1: spot nodes (default), 0: any
 # KTO_GKE_SECRET      a Kubernetes secret whose entries become environment variables, if it exists (kto-jax-secrets)
 # KTO_MAX_RESTARTS    restarts over the JobSet's life (20)
@@ -35,13 +35,14 @@ render() {
   local line name word command=
   declare -A values=(
     [NAME]=$(quoted "$KTO_GKE_NAME") [IMAGE]=$(quoted "$KTO_GKE_IMAGE") [ACCELERATOR]=$(quoted "$KTO_GKE_ACCELERATOR")
-    [TOPOLOGY]=$(quoted "$KTO_GKE_TOPOLOGY") [CLAIM]=$(quoted "$KTO_GKE_CLAIM") [SECRET]=$(quoted "$KTO_GKE_SECRET")
+    [TOPOLOGY]=$(quoted "$KTO_GKE_TOPOLOGY") [CLAIM]=$(quoted "${KTO_GKE_CLAIM:-}") [SECRET]=$(quoted "$KTO_GKE_SECRET")
     [HOSTS]=$KTO_GKE_HOSTS [CHIPS]=$KTO_GKE_CHIPS [SLICES]=$KTO_GKE_SLICES [MAX_RESTARTS]=$KTO_MAX_RESTARTS
   )
   for word in "${COMMAND[@]}"; do command+=${command:+, }$(quoted "$word"); done
   values[COMMAND]="[$command]"
   while IFS= read -r line; do
     if ((KTO_GKE_SPOT == 0)) && [[ $line == *"# spot only" ]]; then continue; fi
+    if [[ -z ${KTO_GKE_CLAIM:-} && $line == *@("# claim only"|"\${CLAIM}") ]]; then continue; fi
     if [[ $line =~ ^([^#]*)\$\{([A-Z_]+)\}$ ]]; then
       name=${BASH_REMATCH[2]}
       line=${BASH_REMATCH[1]}${values[$name]}
@@ -57,14 +58,17 @@ run_command() {
   need KTO_GKE_TOPOLOGY 4x4
   need KTO_GKE_HOSTS 4
   need KTO_GKE_CHIPS 4
-  need KTO_GKE_CLAIM runs
+  if [[ -z ${KTO_GKE_CLAIM:-} && "${COMMAND[*]}" != *"--workdir=gs://"* ]]; then
+    fail "Neither KTO_GKE_CLAIM nor a --workdir in a bucket is set." "Allowed: either; the pods share no disk." \
+      "Add --workdir=gs://BUCKET/RUN to the command, or set it: export KTO_GKE_CLAIM=runs"
+  fi
   KTO_GKE_SLICES=${KTO_GKE_SLICES:-1} KTO_GKE_SPOT=${KTO_GKE_SPOT:-1} KTO_MAX_RESTARTS=${KTO_MAX_RESTARTS:-20}
   KTO_GKE_SECRET=${KTO_GKE_SECRET:-kto-jax-secrets}
   for name in KTO_GKE_HOSTS KTO_GKE_CHIPS KTO_GKE_SLICES; do need_number "$name" 1; done
   need_number KTO_MAX_RESTARTS 0
   need_switch KTO_GKE_SPOT
   need_command "$0 run"
-  for word in "$KTO_GKE_NAME" "$KTO_GKE_IMAGE" "$KTO_GKE_ACCELERATOR" "$KTO_GKE_TOPOLOGY" "$KTO_GKE_CLAIM" \
+  for word in "$KTO_GKE_NAME" "$KTO_GKE_IMAGE" "$KTO_GKE_ACCELERATOR" "$KTO_GKE_TOPOLOGY" "${KTO_GKE_CLAIM:-}" \
     "$KTO_GKE_SECRET" "${COMMAND[@]}"; do
     [[ $word != *[[:cntrl:]]* ]] || fail "A setting or argument holds a control character." "Allowed: printable text." \
       "Remove line breaks and tabs."

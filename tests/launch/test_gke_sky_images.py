@@ -39,6 +39,17 @@ def test_a_submitted_jobset_has_every_value_filled_in(machine):
     assert call["argv"] == ["create", "--filename=-"]
 
 
+def test_jobset_of_a_run_in_a_bucket_needs_no_volume(machine):
+    settings = {name: value for name, value in GKE.items() if name != "KTO_GKE_CLAIM"}
+    code, _, err = machine.run("gke/jobset.sh", "run", "--", "train", "--workdir=/runs/mine", **settings)
+    assert code == 2 and "Neither KTO_GKE_CLAIM nor a --workdir in a bucket is set." in err
+    code, _, err = machine.run("gke/jobset.sh", "run", "--", "train", "--workdir=gs://bucket/mine", **settings)
+    assert code == 0, err
+    document = yaml.safe_load((machine.folder / "created.yaml").read_text())
+    pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert "volumes" not in pod and "volumeMounts" not in pod["containers"][0]
+
+
 def test_jobset_contains_a_valid_kubernetes_job(machine):
     job = jobset(machine)["spec"]["replicatedJobs"][0]["template"]["spec"]
     document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": job}
@@ -101,6 +112,7 @@ def test_an_image_is_pinned_does_not_run_as_root_and_takes_no_secret(name, extra
     text = (LAUNCH / name).read_text()
     assert "\nFROM python:3.11-slim\n" in text and re.search(r"^USER 1000$", text, re.MULTILINE)
     assert f'"jax[{extra}]==$(sed -n' in text and "-r requirements.txt" in text
+    assert "grep -o 'gcsfs==" in text
     assert not re.search(r"^ARG|TOKEN|KEY|PASSWORD", text, re.MULTILINE)
     copied = {words.split()[0] for words in re.findall(r"^COPY (.+)$", text, re.MULTILINE)}
     assert copied == {"requirements.txt", "kto_jax", "configs"}

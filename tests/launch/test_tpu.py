@@ -49,7 +49,15 @@ def test_tpu_creates_waits_installs_runs_and_ends_with_the_code(cloud):
             assert {word.split("=")[1] for word in call["argv"] if word.startswith(("--node=", "--worker="))} == place
     home = cloud.folder / "worker" / ".kto_jax"
     assert (home / "source" / "kto_jax" / "train.py").exists() and (home / "mounted").exists()
-    assert f"jax[tpu]=={jax_version()}" in (cloud.folder / "installed").read_text()
+    installed = (cloud.folder / "installed").read_text()
+    assert f"jax[tpu]=={jax_version()}" in installed and re.search(r"gcsfs==\d+\.\d+\.\d+\b", installed)
+
+
+def test_a_run_without_a_bucket_or_a_share_is_warned_of_lost_disks(machine):
+    settings = {name: value for name, value in TPU.items() if name != "KTO_TPU_SETUP"}
+    for workdir, expected in (("runs/mine", True), ("gs://bucket/mine", False)):
+        code, _, err = machine.run("tpu.sh", "run", "--dry-run", "--", "train", f"--workdir={workdir}", **settings)
+        assert code == 0 and ("the workers share no disk" in err) == expected
 
 
 def jax_version() -> str:
