@@ -203,28 +203,36 @@ def test_the_cache_grows_only_when_a_completion_needs_it_and_nothing_else_change
     assert lengths == []
 
 
+def trained_logps(model, params, prompt, ids):
+    """Log-probabilities of a completion by the training forward pass."""
+    tokens = jnp.concatenate([jnp.asarray(prompt, jnp.int32), jnp.asarray(ids)])[None]
+    places = jnp.arange(tokens.shape[1])[None]
+    hidden = model.hidden_states(params, tokens, jnp.ones_like(tokens), places)[:, len(prompt) - 1 : -1]
+    return model.token_logps(params, hidden, jnp.asarray(ids)[None])[0]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logps_are_those_of_the_training_forward_pass(temperature):
-    model, params = tiny()
     sampling = Sampling(temperature, top_p=0.9, max_new_tokens=12)
     arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 2}
-    for prompt, found in zip(PROMPTS, sample_with_logps(model, params, PROMPTS, sampling, **arguments), strict=True):
-        tokens = jnp.concatenate([jnp.asarray(prompt, jnp.int32), jnp.asarray(found.ids)])[None]
-        places = jnp.arange(tokens.shape[1])[None]
-        hidden = model.hidden_states(params, tokens, jnp.ones_like(tokens), places)[:, len(prompt) - 1 : -1]
-        expected = model.token_logps(params, hidden, jnp.asarray(found.ids)[None])[0]
+    for prompt, found in zip(PROMPTS, sample_with_logps(*tiny(), PROMPTS, sampling, **arguments), strict=True):
         assert found.logps.dtype == np.float32
-        np.testing.assert_allclose(found.logps, expected, atol=1e-4)
+        np.testing.assert_allclose(found.logps, trained_logps(*tiny(), prompt, found.ids), atol=1e-4)
 
 
-def test_bfloat16_draws_valid_completions_with_a_bfloat16_cache():
-    model, params = Model.create(CONFIG, dtype="bfloat16"), jax.tree.map(lambda x: x.astype("bfloat16"), tiny()[1])
+def test_bfloat16_logps_differ_from_the_training_forward_pass_by_less_than_it_does_from_float32():
+    half, rounded = Model.create(CONFIG, dtype="bfloat16"), jax.tree.map(lambda x: x.astype("bfloat16"), tiny()[1])
+    wide = jax.tree.map(lambda x: x.astype("float32"), rounded)
     arguments = {"eos_id": NEVER, "key": jax.random.key(1), "batch_size": 4}
-    half = sample_with_logps(model, params, PROMPTS, Sampling(0, max_new_tokens=4), **arguments)
-    exact = sample_with_logps(*tiny(), PROMPTS, Sampling(0, max_new_tokens=4), **arguments)
-    for rounded, other in zip(half, exact, strict=True):
-        assert abs(rounded.logps[0] - other.logps[0]) < 0.2
-    assert sum(a.ids[0] == b.ids[0] for a, b in zip(half, exact, strict=True)) >= 5
+    sampled = sample_with_logps(half, rounded, PROMPTS, Sampling(max_new_tokens=32), **arguments)
+    differences, roundings = [], []
+    for prompt, found in zip(PROMPTS, sampled, strict=True):
+        expected = trained_logps(half, rounded, prompt, found.ids)
+        differences.append(np.abs(found.logps - expected))
+        roundings.append(np.abs(expected - trained_logps(tiny()[0], wide, prompt, found.ids)))
+    # Measured: 0.008 on average and 0.045 at most, where rounding costs 0.015 to 0.018 on average and 0.11 at most.
+    assert np.mean(differences) < 0.012 < np.mean(roundings)
+    assert np.max(differences) < 0.08
 
 
 def test_parameters_can_be_donated_after_sampling_and_their_layers_were_not_copied():
