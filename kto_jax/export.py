@@ -65,7 +65,7 @@ def export(options: Options) -> int:
             f"--run={options.run} and --to={options.to} do not say which folder of this host to write. It must be a "
             "local one; only the run may be in a bucket. Set --to."
         )
-    run, to = Path(fetched(options.run)), Path(options.to) if options.to else None
+    run, to = Path(fetched(options.run, checkpoints=True)), Path(options.to) if options.to else None
     if not options.run or not run.is_dir():
         raise ConfigError(f"--run={options.run} is no folder. It must be the folder of a run. Set --run.")
     if options.gguf and options.dtype != "auto":

@@ -1,7 +1,8 @@
-"""A server on this machine that answers as Google Cloud Storage does."""
+"""Servers on this machine that answer as Google Cloud Storage and S3 do."""
 
 import atexit
 import functools
+import logging
 import os
 import socket
 import subprocess
@@ -10,12 +11,16 @@ import time
 import urllib.request
 from importlib import resources
 
+import s3fs
+from moto.server import ThreadedMotoServer
+
 
 @functools.cache
 def start_gcs():
     """Starts the server of this test process, which ends with it; sets what its clients read; returns its address."""
-    folder = tempfile.mkdtemp(prefix="kto_jax_bucket_")
-    return serve_gcs(folder)[1]
+    url = serve_gcs(tempfile.mkdtemp(prefix="kto_jax_bucket_"))[1]
+    os.environ |= environment(url)
+    return url
 
 
 def serve_gcs(folder, port=None):
@@ -31,7 +36,6 @@ def serve_gcs(folder, port=None):
     # The wrapper's own start gives the server a pipe that nobody reads; the server stops when it is full.
     server = subprocess.Popen([str(program), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)
-    os.environ |= environment(url)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -52,8 +56,28 @@ def environment(url):
     }
 
 
-def make_bucket(name):
+@functools.cache
+def start_s3():
+    """Starts a server in a thread of this process; sets what its clients read."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # It logs every request.
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    atexit.register(server.stop)
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def make_bucket(name, kind="gs"):
     """Makes a bucket on the server of this test process; returns its URL."""
+    if kind == "s3":
+        start_s3()
+        s3fs.S3FileSystem().mkdir(name)
+        return f"s3://{name}"
     request = urllib.request.Request(
         f"{start_gcs()}/storage/v1/b?project=x",
         data=f'{{"name": "{name}"}}'.encode(),

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kto_jax.config import TransientError
+from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage.bucket import Bucket
 
 LEASES = ".lease/"
@@ -60,8 +60,12 @@ class Lease:
 
     def release(self) -> None:
         """Gives the folder back, unless it was lost."""
-        if not self._is_lost:
+        if self._is_lost:
+            return
+        try:
             self._write(is_released=True)
+        except (ConfigError, TransientError) as error:
+            print(f"warning: the lease is not released and lasts {EXPIRY_SECONDS:g} s more: {error}", file=sys.stderr)
 
     def _write(self, **changes: Any) -> None:
         self._terms |= changes

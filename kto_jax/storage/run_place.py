@@ -2,8 +2,10 @@
 
 A run in a bucket (`--workdir=gs://BUCKET/RUN`) reads and writes a working copy in scratch space, so all other code sees
 a local folder. Every process pulls the copy at the start. The first process pushes what has changed before every
-checkpoint, every `PUSH_SECONDS` and at the end. Checkpoints are not copied: Orbax reads and writes them in the bucket
-(`checkpoints_folder`). `fetch_folder` makes a copy to read, of a run or a model, in the cache.
+checkpoint, every `PUSH_SECONDS` and at the end. `fetch_folder` makes a copy to read, of a run or a model, in the cache.
+
+Orbax reads and writes checkpoints in a bucket of Google Cloud Storage itself (`checkpoints_folder`). It has no driver
+for S3, where checkpoints are part of the working copy, and only one process can train.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ import hashlib
 import json
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,10 @@ _CHECKPOINTS = "checkpoints/"
 _RESULTS = ("policy/", "adapter/", "exports/", "profile/")
 """What a run writes and never reads."""
 _PRIVATE = (ORIGIN, ".lock")
+_LAST_OF_CHECKPOINT = "_CHECKPOINT_METADATA"
+"""The file of a checkpoint that is written last and removed first; a checkpoint without it is incomplete."""
+_UNFINISHED = ".orbax-checkpoint-tmp"
+"""Marks folders that Orbax is still writing."""
 
 
 class RunPlace:
@@ -57,12 +62,13 @@ class RunPlace:
 
 
 @contextlib.contextmanager
-def open_place(workdir: str, *, writes: bool) -> Iterator[RunPlace]:
+def open_place(workdir: str, *, writes: bool, shared: bool = False) -> Iterator[RunPlace]:
     """Opens the folder of a run; in a bucket, with the lease on it and a working copy.
 
     Args:
-      workdir: a local path, or the URL of a folder in a bucket, gs:// alone.
+      workdir: a local path, or the URL of a folder in a bucket.
       writes: whether this process writes to it, as the first of a run does.
+      shared: whether the run has other processes.
 
     Raises:
       ConfigError: the bucket cannot be used.
@@ -72,18 +78,25 @@ def open_place(workdir: str, *, writes: bool) -> Iterator[RunPlace]:
     if not is_bucket(workdir):
         yield RunPlace(Path(workdir))
         return
-    if workdir.startswith("s3://"):
+    if shared and not _orbax_reaches(workdir):
         raise ConfigError(
-            f"--workdir={workdir} cannot hold checkpoints: Orbax writes them to disks and to Google Cloud Storage "
-            "alone. Allowed: a local folder and gs://BUCKET/FOLDER. Choose another --workdir, such as a mounted share."
+            f"--workdir={workdir} cannot hold the checkpoints of several processes: Orbax writes their parts to shared "
+            "disks and to gs:// alone. Choose such a --workdir, or train with one process."
         )
     bucket = Bucket(workdir)
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, contextlib.ExitStack() as stack:
         path = scratch / bucket.url.rpartition("/")[2]
-        with _reported_with_url(path, bucket.url):
-            lease = acquire(bucket) if writes else None
-            with WorkingCopy(path, bucket, lease) as copy:
-                yield copy
+        stack.enter_context(_reported_with_url(path, bucket.url))
+        lease = acquire(bucket) if writes else None
+        copy = WorkingCopy(path, bucket, lease)
+        if lease:
+            stack.callback(lease.release)
+            stack.enter_context(_repeated(RENEW_SECONDS, lease.renew))
+        copy.pull()
+        if lease:
+            stack.push(copy.push_last)
+            stack.enter_context(_repeated(PUSH_SECONDS, copy.push_meanwhile))
+        yield copy
 
 
 class WorkingCopy(RunPlace):
@@ -100,32 +113,16 @@ class WorkingCopy(RunPlace):
         self._bucket, self._lease = bucket, lease
         self._written: dict[str, tuple[int, int]] = {}
         self._pushing = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew_and_push, name="working copy", daemon=True)
-
-    def __enter__(self) -> WorkingCopy:
-        self.pull()
-        if self._lease:
-            self._thread.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lease is None:
-            return
-        self._ended.set()
-        self._thread.join()
-        try:
-            self.push()
-            self._lease.release()
-        except (ConfigError, TransientError) as failure:
-            if error is None:
-                raise
-            print(f"warning: what was written last is not in the bucket: {failure}", file=sys.stderr)
 
     def pull(self) -> None:
-        """See `RunPlace`. Results and checkpoints are not copied; their folders are there, empty."""
-        versions = self._bucket.versions()
-        left_out = {name.split("/")[0] for name in versions if name.startswith((_CHECKPOINTS, *_RESULTS))}
+        """See `RunPlace`. Results are not copied, nor checkpoints that Orbax reaches; their folders are made."""
+        found = self._bucket.versions()
+        versions = _without_parts(self.name, found)
+        if self._lease:
+            for name in found.keys() - versions.keys():
+                self._bucket.remove(name)
+        never_read = (_CHECKPOINTS, *_RESULTS) if _orbax_reaches(self.name) else _RESULTS
+        left_out = {name.split("/")[0] for name in versions if name.startswith(never_read)}
         not_copied = (LEASES, *(f"{folder}/" for folder in left_out))
         wanted = {name: version for name, version in versions.items() if not name.startswith(not_copied)}
         self.path.mkdir(parents=True, exist_ok=True)
@@ -135,17 +132,30 @@ class WorkingCopy(RunPlace):
         self._written = {name: found for name, found in _local_files(self.path).items() if name in wanted}
 
     def push(self) -> None:
-        """See `RunPlace`. A config.json is written after all else, so that what it describes is there.
+        """See `RunPlace`. A config.json is written after all that it describes, and checkpoints after all else.
 
         Raises:
           TransientError: another process has taken the folder over, or the bucket does not answer.
         """
+        self._push(self._bucket)
+
+    def push_meanwhile(self) -> None:
+        """Pushes while the run trains; what fails is tried again with the next push."""
+        self._push(Bucket(self.name, patience=0))
+
+    def push_last(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Pushes what an ended run has left; reports a failure without hiding the error that ended the run."""
+        try:
+            self.push()
+        except (ConfigError, TransientError) as failure:
+            if error is None:
+                raise
+            print(f"warning: what was written last is not in the bucket: {failure}", file=sys.stderr)
+
+    def _push(self, bucket: Bucket) -> None:
         if self._lease is None:
             return
         self._lease.check()
-        self._push(self._bucket)
-
-    def _push(self, bucket: Bucket) -> None:
         with self._pushing:
             found = _local_files(self.path)
             changed = [name for name in found if self._written.get(name) != found[name]]
@@ -153,29 +163,40 @@ class WorkingCopy(RunPlace):
                 with contextlib.suppress(FileNotFoundError):  # removed or replaced meanwhile
                     bucket.upload(self.path / name, name)
                     self._written[name] = found[name]
-            for name in self._written.keys() - found.keys():
+            for name in sorted(self._written.keys() - found.keys(), key=_turn, reverse=True):
                 bucket.remove(name)
                 del self._written[name]
 
-    def _renew_and_push(self) -> None:
-        assert self._lease is not None
-        impatient = Bucket(self.name, patience=0)
-        last_push = time.monotonic()
-        while not self._ended.wait(RENEW_SECONDS):
+
+@contextlib.contextmanager
+def _repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Repeats an action in a thread while the body runs; a failure is reported, and ends nothing."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
             try:
-                self._lease.renew()
-                if time.monotonic() - last_push > PUSH_SECONDS:
-                    self._lease.check()
-                    self._push(impatient)
-                    last_push = time.monotonic()
+                action()
             except (ConfigError, TransientError) as error:
                 print(f"warning: {error} Training goes on meanwhile.", file=sys.stderr, flush=True)
 
+    thread = threading.Thread(target=repeat, name="working copy", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
-def fetch_folder(url: str) -> Path:
-    """A copy of a folder in a bucket, in the cache: of a run without its checkpoints, or of a model.
+
+def fetch_folder(url: str, *, checkpoints: bool = False) -> Path:
+    """A copy of a folder in a bucket, in the cache: of a run, or of a model.
 
     Files that have not changed since an earlier copy are not read again.
+
+    Args:
+      url: of the folder.
+      checkpoints: whether the run's checkpoints will be read; they are copied if Orbax cannot read them in the bucket.
 
     Raises:
       ConfigError: there is no such folder.
@@ -185,12 +206,10 @@ def fetch_folder(url: str) -> Path:
     above, _, last = bucket.url.rpartition("/")
     if last in ("policy", "adapter") and above.count("/") > 2 and Bucket(above).read("manifest.json"):
         return fetch_folder(above) / last  # The run says how the model was trained.
-    found = bucket.versions()
-    versions = {
-        name: version
-        for name, version in found.items()
-        if not name.startswith((_CHECKPOINTS, LEASES, "exports/", "profile/"))
-    }
+    found = _without_parts(url, bucket.versions())
+    copies_checkpoints = (checkpoints or "policy/config.json" not in found) and not _orbax_reaches(url)
+    left_out = (LEASES, "exports/", "profile/", *(() if copies_checkpoints else (_CHECKPOINTS,)))
+    versions = {name: version for name, version in found.items() if not name.startswith(left_out)}
     if not versions:
         raise ConfigError(f"{url} holds no files. It must be the folder of a run or of a model. Correct the URL.")
     digest = hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
@@ -207,17 +226,36 @@ def fetch_folder(url: str) -> Path:
     return folder
 
 
-def fetched(path: str) -> str:
-    """The path itself, or that of the copy of a folder in a bucket."""
-    return str(fetch_folder(path)) if is_bucket(path) else path
+def fetched(path: str, *, checkpoints: bool = False) -> str:
+    """The path itself, or that of the copy of a folder in a bucket; see `fetch_folder`."""
+    return str(fetch_folder(path, checkpoints=checkpoints)) if is_bucket(path) else path
 
 
 def checkpoints_folder(run: Path) -> epath.Path:
     """The folder of a run's checkpoints: inside the run's, or in the bucket that `run` is a copy of."""
     origin = run / ORIGIN
     if origin.exists():
-        return epath.Path(json.loads(origin.read_text(encoding="utf-8"))["url"]) / "checkpoints"
+        url = json.loads(origin.read_text(encoding="utf-8"))["url"]
+        if _orbax_reaches(url):
+            return epath.Path(url) / "checkpoints"
     return epath.Path(run.absolute()) / "checkpoints"
+
+
+def _orbax_reaches(url: str) -> bool:
+    return url.startswith("gs://")
+
+
+def _without_parts(url: str, versions: dict[str, str]) -> dict[str, str]:
+    """The files of a run without those of checkpoints that a killed process has copied in part; Orbax copies none."""
+    if _orbax_reaches(url):
+        return versions
+
+    def is_whole(name: str) -> bool:
+        folders = name.split("/")[:-1]
+        is_part = name.startswith(_CHECKPOINTS) and len(folders) > 1
+        return not is_part or f"{_CHECKPOINTS}{folders[1]}/{_LAST_OF_CHECKPOINT}" in versions
+
+    return {name: version for name, version in versions.items() if is_whole(name)}
 
 
 def _download(bucket: Bucket, versions: dict[str, str], folder: Path) -> None:
@@ -248,7 +286,7 @@ def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         is_partial = any(part.startswith(".") and part.endswith((".partial", ".old")) for part in name.split("/"))
-        if name not in _PRIVATE and not is_partial:
+        if name not in _PRIVATE and not is_partial and _UNFINISHED not in name:
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 if path.is_file():
@@ -256,8 +294,15 @@ def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _turn(name: str) -> tuple[bool, bool, str]:
-    return name == "config.json", name.endswith("/config.json"), name
+def _turn(name: str) -> tuple[bool | str, ...]:
+    """Sorts files in the order in which they are written; they are removed in the opposite one."""
+    return (
+        name.startswith(_CHECKPOINTS),
+        name.endswith(_LAST_OF_CHECKPOINT),
+        name == "config.json",
+        name.endswith("/config.json"),
+        name,
+    )
 
 
 @contextlib.contextmanager

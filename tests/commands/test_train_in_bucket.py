@@ -19,7 +19,7 @@ from kto_jax.storage.bucket import Bucket
 from kto_jax.train import main
 from tests import COMPILER_FLAGS, ROOT
 from tests.commands.test_train import TINY
-from tests.fake_buckets import make_bucket
+from tests.fake_buckets import environment, make_bucket, serve_gcs
 
 TIMED = ("seconds", "wait_seconds", "compile_seconds", "tokens_per_second", "mfu")
 
@@ -34,9 +34,19 @@ def gcs():
     return make_bucket("runs")
 
 
+@pytest.fixture(scope="module")
+def s3():
+    return make_bucket("runs", "s3")
+
+
 @pytest.fixture
 def run(gcs, request):
     return Bucket(f"{gcs}/{request.node.name.replace('[', '-').strip(']')}")
+
+
+@pytest.fixture
+def run_in(gcs, s3):
+    return lambda kind: Bucket(f"{kind}://runs/killed")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +106,11 @@ def assert_equal_to_the_run_on_disk(run, on_disk):
     assert steps == {path.name for path in (on_disk / "checkpoints").iterdir()}
 
 
-def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_disk(run, on_disk, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_disk(
+    kind, run_in, on_disk, tmp_path, capsys
+):
+    run = run_in(kind)
     process = start(run, tmp_path)
     wait_for_checkpoint(run, process)
     process.kill()
@@ -134,6 +148,32 @@ def test_no_kill_at_any_moment_loses_a_run_in_a_bucket(kills, run, on_disk, tmp_
     assert process.returncode == 0, message
     assert figures(run.read("metrics.jsonl").decode()) == figures((on_disk / "metrics.jsonl").read_text())
     assert run.read("policy/model.safetensors") == (on_disk / "policy/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_away_is_reported_and_waited_for(on_disk, tmp_path):
+    server, url = serve_gcs(tmp_path / "server")
+    (tmp_path / "server/runs").mkdir()
+    arguments = ["--config.checkpoint.every=1"]
+    process = start(Bucket("gs://runs/mine"), tmp_path, *arguments, **environment(url))
+    checkpoints = tmp_path / "server/runs/mine/checkpoints"
+    while process.poll() is None and not (checkpoints / "2").exists():
+        time.sleep(0.01)
+    server.kill()
+    server.wait()
+    reported = next(line for line in process.stderr if "warning: gs://runs/mine" in line or "error: " in line)
+    serve_gcs(tmp_path / "server", port=int(url.rpartition(":")[2]))
+    code, message = process.wait(), process.stderr.read()
+    process.stderr.close()
+    assert code in (0, 75), reported + message  # 75 if Orbax gave up first
+    if code == 75:
+        process = start(Bucket("gs://runs/mine"), tmp_path, *arguments, **environment(url))
+        message = process.communicate()[1]
+        assert process.returncode == 0, message
+    run = tmp_path / "server/runs/mine"
+    assert figures((run / "metrics.jsonl").read_text()) == figures((on_disk / "metrics.jsonl").read_text())
+    policy = "policy/model.safetensors"
+    assert (run / policy).read_bytes() == (on_disk / policy).read_bytes()
 
 
 def start_processes(run, tmp_path, count, *arguments):

@@ -16,9 +16,14 @@ def gcs():
     return make_bucket("files")
 
 
-@pytest.fixture
-def bucket(gcs, request):
-    return Bucket(f"{gcs}/{request.node.name}")
+@pytest.fixture(scope="module")
+def s3():
+    return make_bucket("files", "s3")
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def bucket(request):
+    return Bucket(f"{request.getfixturevalue(request.param)}/{request.node.originalname}")
 
 
 class Failing:
@@ -78,9 +83,10 @@ def test_a_folder_that_does_not_exist_holds_no_files(bucket):
     assert bucket.versions() == {}
 
 
-def test_a_bucket_that_does_not_exist_is_refused_when_it_is_written_to(gcs):
-    with pytest.raises(ConfigError, match=r"gs://none/run cannot be written to \(a\): FileNotFoundError.*exists"):
-        Bucket("gs://none/run").write("a", b"")
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_bucket_that_does_not_exist_is_refused_when_it_is_written_to(kind, gcs, s3):
+    with pytest.raises(ConfigError, match=rf"{kind}://none/run cannot be written to \(a\): FileNotFoundError.*exists"):
+        Bucket(f"{kind}://none/run").write("a", b"")
 
 
 def test_a_url_without_a_folder_is_refused():

@@ -1,6 +1,7 @@
 """Working copies of folders in buckets, against a server on this machine."""
 
 import json
+import shutil
 
 import pytest
 
@@ -19,6 +20,22 @@ def gcs():
 @pytest.fixture
 def bucket(gcs, request):
     return Bucket(f"{gcs}/{request.node.name}/run")
+
+
+@pytest.fixture(scope="module")
+def s3():
+    return make_bucket("places", "s3")
+
+
+@pytest.fixture
+def in_s3(s3, request):
+    return Bucket(f"{s3}/{request.node.name}/run")
+
+
+def write_checkpoint(folder):
+    folder.mkdir(parents=True)
+    for name in ("_CHECKPOINT_METADATA", "data"):
+        (folder / name).write_text("1")
 
 
 def names(folder):
@@ -169,3 +186,46 @@ def test_a_folder_without_files_and_a_name_that_leaves_it_are_refused(bucket, tm
     monkeypatch.setattr(Bucket, "versions", lambda self, below="": {"../evil": "1 x"})
     with pytest.raises(ConfigError, match=r"'../evil', which leaves the folder"):
         fetch_folder(bucket.url)
+
+
+def test_checkpoints_in_s3_are_part_of_the_copy_and_pushed_after_all_else(in_s3, monkeypatch):
+    uploaded, removed = [], []
+    monkeypatch.setattr(Bucket, "upload", lambda self, path, name: uploaded.append(name))
+    monkeypatch.setattr(Bucket, "remove", lambda self, name: removed.append(name))
+    with open_place(in_s3.url, writes=True) as place:
+        assert checkpoints_folder(place.path) == place.path / "checkpoints"
+        write_checkpoint(place.path / "checkpoints/3")
+        write_checkpoint(place.path / "checkpoints/6.orbax-checkpoint-tmp")
+        (place.path / "metrics.jsonl").write_text("1")
+        place.push()
+        shutil.rmtree(place.path / "checkpoints/3")
+    assert uploaded == ["metrics.jsonl", "checkpoints/3/data", "checkpoints/3/_CHECKPOINT_METADATA"]
+    assert removed == ["checkpoints/3/_CHECKPOINT_METADATA", "checkpoints/3/data"]
+
+
+def test_a_checkpoint_in_s3_that_a_killed_process_copied_in_part_is_removed(in_s3):
+    for name in ("config.json", "checkpoints/3/data", "checkpoints/3/_CHECKPOINT_METADATA", "checkpoints/6/data"):
+        in_s3.write(name, b"{}")
+    whole = {"config.json", "checkpoints/3/data", "checkpoints/3/_CHECKPOINT_METADATA"}
+    with open_place(in_s3.url, writes=True) as place:
+        assert names(place.path) == whole
+    assert visible(in_s3) == whole
+
+
+def test_checkpoints_in_s3_are_copied_to_the_cache_when_they_are_read(in_s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path))
+    checkpoint = {"checkpoints/3/data", "checkpoints/3/_CHECKPOINT_METADATA"}
+    for name in ("config.json", *checkpoint):
+        in_s3.write(name, b"{}")
+    assert names(fetch_folder(in_s3.url)) == {"config.json", *checkpoint}  # There is no policy/ to read.
+    in_s3.write("policy/config.json", b"{}")
+    assert names(fetch_folder(in_s3.url)) == {"config.json", "policy/config.json"}
+    assert names(fetch_folder(in_s3.url, checkpoints=True)) == {"config.json", "policy/config.json", *checkpoint}
+
+
+def test_several_processes_cannot_train_in_s3(in_s3):
+    with (
+        pytest.raises(ConfigError, match="cannot hold the checkpoints of several processes"),
+        open_place(in_s3.url, writes=True, shared=True),
+    ):
+        pass
