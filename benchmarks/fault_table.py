@@ -313,7 +313,10 @@ FAULTS = {
     "F28": Fault(
         "hostile chat templates: attribute walks, huge strings, endless loops, recursion",
         "refused with one line, within limits of time and memory",
-        _tests(data__tokens__test_tokenizer="a_template_that_breaks_the_row_or_misbehaves_is_refused_in_time"),
+        _tests(
+            data__tokens__test_tokenizer="a_template_that_breaks_the_row_or_misbehaves_is_refused_in_time",
+            faults__test_fuzz="readers_read_or_refuse_mutated_inputs",
+        ),
     ),
     "F29": Fault(
         "pickled weights; lying headers; cut files; overlapping tensors; paths out of the folder",
@@ -327,6 +330,7 @@ FAULTS = {
                 a_broken_config_json_is_refused""",
             models__weights__test_gguf="files_of_other_models_and_broken_files_are_refused",
             models__weights__test_adapter_folder="pickled_adapters_are_refused",
+            faults__test_fuzz="readers_read_or_refuse_mutated_inputs",
         ),
     ),
     "F30": Fault(

@@ -22,6 +22,7 @@ from kto_jax.config.names import closest
 from kto_jax.config.ranges import base
 from kto_jax.config.recipes import load
 from kto_jax.config.resolve import suggest_elsewhere, type_of
+from kto_jax.config.secrets import check_no_secrets
 
 __all__ = [
     "FAILED",
@@ -160,6 +161,8 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
     Raises:
       ConfigError: a flag is unknown, lacks its value, cannot be used or is missing.
     """
+    for number, argument in enumerate(arguments, start=1):  # before an error shows a value
+        check_no_secrets({"": argument}, f"argument {number} of the command line")
     values: dict[str, Any] = {}
     recipe, overrides = "", dict[str, Any]()
     for name, text, hint in _flags(kind, arguments):

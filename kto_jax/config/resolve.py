@@ -13,6 +13,7 @@ from kto_jax.config.names import closest, nearest, similarity
 from kto_jax.config.packages import require
 from kto_jax.config.ranges import choices
 from kto_jax.config.rules import check
+from kto_jax.config.secrets import check_no_secrets
 
 if TYPE_CHECKING:
     import ml_collections
@@ -61,9 +62,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Turns a `ConfigDict` (or nested mapping) into a checked, frozen `Config`; touches no device and no file.
 
     Raises:
-      ConfigError: a field is unknown, has the wrong type or a value that is not allowed.
+      ConfigError: a field is unknown, has the wrong type or a value that is not allowed, or holds a secret.
     """
-    resolved = _build(Config, config if isinstance(config, Mapping) else config.to_dict(), "config")
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    check_no_secrets(values, "config")  # before an error shows a value
+    resolved = _build(Config, values, "config")
     check(resolved)
     return resolved
 

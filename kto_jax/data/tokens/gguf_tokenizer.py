@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_jax.config import ConfigError
-from kto_jax.config.packages import require
+from kto_jax.storage.gguf_files import open_gguf_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -61,15 +61,19 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
     Raises:
       ConfigError: the file is not GGUF, or its kind of tokenizer is not supported.
     """
-    require("gguf", str(path), "set a Hugging Face directory of the same model")
-    import gguf
-
+    reader = open_gguf_file(path)
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+        return _read_tokenizer(path, reader)
+    except ConfigError:
+        raise
+    except Exception as error:  # Values of any type may be in any field, and tokenizers raises Exception itself.
         raise ConfigError(
-            f"{path} cannot be read as GGUF: {error}. model.path takes a whole .gguf file. Fetch it again."
+            f"{path} has no usable tokenizer ({type(error).__name__}: {error}). Byte-level BPE is needed. Download the "
+            "file again, or use the Hugging Face directory of the same model."
         ) from error
+
+
+def _read_tokenizer(path: Path, reader: Any) -> GGUFTokenizer:
     fields = {
         name.removeprefix("tokenizer."): field.contents()
         for name, field in reader.fields.items()

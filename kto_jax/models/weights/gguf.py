@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError
-from kto_jax.config.packages import require
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import recover_scaling
+from kto_jax.storage.gguf_files import open_gguf_file
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -71,19 +71,18 @@ class GgufWeights:
         Raises:
           ConfigError: it is not a GGUF file, or its architecture is not supported.
         """
-        require("gguf", str(path), "set a Hugging Face directory of the same model")
-        import gguf
-
         self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:  # The reader may raise anything on a broken file.
-            raise ConfigError(
-                f"{path} cannot be read as GGUF ({type(error).__name__}: {error}). A .gguf file of a Llama-type model "
-                "is needed. Download the file again."
-            ) from error
+        reader = open_gguf_file(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.config = self._read_config(_Metadata(reader.fields, path))
+        try:
+            self.config = self._read_config(_Metadata(reader.fields, path))
+        except ConfigError:
+            raise
+        except Exception as error:  # Values of any type and size may be in any field.
+            raise ConfigError(
+                f"{path} has metadata that describe no model ({type(error).__name__}: {error}). A .gguf file of a "
+                "Llama-type model is needed. Download the file again."
+            ) from error
         self._names = {_hugging_face_name(name): name for name in self._tensors if name != ROPE_FACTORS}
         self.shapes = {
             name: tuple(int(size) for size in reversed(self._tensors[own].shape)) for name, own in self._names.items()

@@ -96,7 +96,7 @@ def load_params(
     weights = open_weights(files.weights)
     if files.adapter is not None:
         weights = AdaptedWeights(weights, files.weights, read_adapter_folder(files.adapter))
-    _check_names(weights, model, str(files))
+    check_names(weights, model, str(files))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
@@ -167,7 +167,7 @@ def open_weights(path: Path) -> Weights:
     return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else SafetensorsWeights(path)
 
 
-def _check_names(weights: Weights, model: Model, path: str | Path) -> None:
+def check_names(weights: Weights, model: Model, path: str | Path) -> None:
     """Refuses weights that do not match the model exactly; a reward model may be loaded from a language model."""
     config, is_reward = model.config, model.scalar_head == "reward"
     expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)

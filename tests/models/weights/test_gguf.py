@@ -29,7 +29,7 @@ def permute(weights, heads):
     return weights.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=()):
+def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=(), vocabulary=()):
     """Writes a random model as llama.cpp's converter would, and returns its weights under Hugging Face's names."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -43,6 +43,12 @@ def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if vocabulary:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(vocabulary)
+        writer.add_token_types([1] * len(vocabulary))
+        writer.add_token_merges([])
     weights = {}
     for name, shape in expected_shapes(config).items():
         values = random.standard_normal(shape, np.float32)
