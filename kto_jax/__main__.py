@@ -14,6 +14,7 @@ from kto_jax.config.names import nearest
 
 COMMANDS = {
     "train": "trains a policy from feedback; the same command resumes a run",
+    "online": "trains a policy on its own completions, scored by rewards, round by round",
     "inspect": "explains feedback without training: what is read, rejected and trained on",
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
     "generate": "samples completions from a run or a model",

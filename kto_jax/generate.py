@@ -27,7 +27,7 @@ from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.progress import report_unused_devices, show_progress
-from kto_jax.sampling.complete import Completion, Prompt, complete, open_language_model
+from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model
 from kto_jax.sampling.sample import Sampling
 
 
@@ -52,28 +52,13 @@ def read_prompts(path: str) -> list[Prompt]:
         except ValueError:
             row = None
         prompt: Any = row.get("prompt") if isinstance(row, dict) else None
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise ConfigError(
                 f'{path}:{number} is not {{"prompt": ...}} with some text, or with messages of a role and a content. '
                 "Correct or remove the line."
             )
         prompts.append(prompt)
     return prompts
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
 
 
 def _print_json(completions: Sequence[Completion]) -> None:
@@ -158,7 +143,7 @@ def generate(options: Options) -> int:
       ConfigError: a flag, the prompts or the model cannot be used.
     """
     prompts: list[Prompt] = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
-    if not options.model or not prompts or not all(map(_is_prompt, prompts)):
+    if not options.model or not prompts or not all(map(is_prompt, prompts)):
         raise ConfigError(
             f"--model={options.model!r} and {len(prompts)} prompts were given. Allowed: a model and at least one "
             "prompt, all with some text. Set --model, and --prompt or --prompts."

@@ -125,7 +125,7 @@ class TokenScores:
     Attributes:
       policy: log-probability under the policy, in nats.
       reference: likewise, under the reference.
-      values: the value head's estimate before each token.
+      values: the value head's estimate before each token; 0 without one.
       segments: 1-based slot of every token; 0 is padding.
     """
 
@@ -149,7 +149,7 @@ class Completions:
       desirable: thumbs-up or thumbs-down.
       scores: rating of the example; 0 if the data has none.
       filled: slots that hold an example.
-      tokens: per-token quantities, for models with a value head; else None.
+      tokens: per-token quantities, for models with a value head and objectives that read them; else None.
     """
 
     policy: Float[Array, "*M R S"]

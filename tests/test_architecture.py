@@ -15,8 +15,9 @@ ORDER = {
         "devices",
         "training",
         "sampling rewards exports",
-        "planning reports",
+        "planning reports rollouts",
         "train generate export score curves inspect plan __main__",
+        "online",
     ],
     "kto_jax.config": [
         "errors names ranges",
@@ -51,7 +52,7 @@ ORDER = {
     "kto_jax.devices": ["chips compilation processes sharding", "attention_on_mesh"],
     "kto_jax.exports": ["checkpoint gguf_file push"],
     "kto_jax.judges": ["judges"],
-    "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo ppo reward sft simpo slic", "grpo"],
+    "kto_jax.losses": ["halo logprobs", "bco cpo dpo kto orpo policy_gradient ppo reward sft simpo slic", "grpo"],
     "kto_jax.models": [
         "finite gather gradients int8 rope unstacked",
         "config lora",
@@ -74,7 +75,8 @@ ORDER = {
     "kto_jax.objectives": ["record", "algorithms"],
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "out_of_memory report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
-    "kto_jax.rewards": ["reward_model"],
+    "kto_jax.rewards": ["messages reward_model", "checkers", "functions"],
+    "kto_jax.rollouts": ["labels prompts", "rounds"],
     "kto_jax.sampling": ["choose", "slots", "sample", "complete"],
     "kto_jax.storage": ["gguf_files atomic bucket folders locks", "digests hub lease", "run_place", "fetch"],
     "kto_jax.training": [

@@ -28,7 +28,7 @@ LORA_MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "output", "gate", 
 """Matrices of a layer that can have a low-rank adapter."""
 OBJECTIVE_NAMES = (
     *("kto", "kto_log_utility", "apo_zero_unpaired", "bco", "dpo", "orpo", "simpo", "cpo", "slic", "sft", "csft"),
-    *("reward", "ppo_offline"),
+    *("reward", "ppo_offline", "grpo"),
 )
 """The objectives that come with the package; `kto_jax.objectives.OBJECTIVES` holds them."""
 
@@ -126,7 +126,7 @@ class ObjectiveConfig:
     name: str = "kto"
     """The objective: kto, dpo, sft, ... (docs/objectives.md)."""
     variant: str = "auto"
-    """Variant of kto or dpo."""
+    """Variant of kto, dpo or grpo."""
     beta: Positive | Auto = "auto"
     """β: how strongly the policy is kept near the reference, usually 0.01 to 0.5. In simpo, the scale of the rewards: 2
     to 10."""
@@ -164,9 +164,13 @@ class ObjectiveConfig:
     kl_weight: NotNegative | Auto = "auto"
     """ppo_offline: weight of each token's log-ratio."""
     clip_low: Annotated[float, Range(above=0, below=1)] | Auto = "auto"
-    """ppo_offline: the probability ratio is clipped to at least 1 − clip_low; "auto" is 0.75."""
+    """ppo_offline and grpo: the probability ratio is clipped to at least 1 − clip_low; "auto" is 0.75 for ppo_offline,
+    and the variant's for grpo."""
     clip_high: Positive | Auto = "auto"
-    """ppo_offline: the probability ratio is clipped to at most 1 + clip_high; "auto" is 3."""
+    """ppo_offline and grpo: the probability ratio is clipped to at most 1 + clip_high; "auto" is 3 for ppo_offline, and
+    the variant's for grpo."""
+    length_scale: Positive = 64.0
+    """grpo, variants dr_grpo and rloo: number of tokens that the sum of a completion's losses is divided by."""
     value_weight: NotNegative | Auto = "auto"
     """ppo_offline: weight of the value head's loss."""
     discount: Probability | Auto = "auto"

@@ -15,6 +15,7 @@ from kto_jax.losses.kto import (
 )
 from kto_jax.losses.logprobs import segment_sums, token_logps
 from kto_jax.losses.orpo import orpo_loss
+from kto_jax.losses.policy_gradient import policy_gradient_loss
 from kto_jax.losses.ppo import generalized_advantages, ppo_clip_loss, ppo_value_loss
 from kto_jax.losses.reward import bradley_terry_loss
 from kto_jax.losses.sft import mean_logps, sft_loss
@@ -43,6 +44,7 @@ __all__ = [
     "mean_logps",
     "opposite_class_reference_point",
     "orpo_loss",
+    "policy_gradient_loss",
     "ppo_clip_loss",
     "ppo_value_loss",
     "segment_sums",

@@ -70,7 +70,9 @@ def k3_kl(
     return jnp.expm1(bounded_exponent(difference)) - jnp.minimum(difference, 20)
 
 
-def group_relative_advantages(rewards: Float[Array, "*B G"], *, epsilon: float = 1e-4) -> Float[Array, "*B G"]:
+def group_relative_advantages(
+    rewards: Float[Array, "*B G"], *, scale: bool = True, epsilon: float = 1e-4
+) -> Float[Array, "*B G"]:
     """GRPO's advantages, `(r − mean) / (std + epsilon)` over the G completions of each prompt.
 
     >>> [round(float(a), 3) for a in group_relative_advantages(jnp.array([0.0, 1.0, 2.0, 1.0]))]
@@ -78,6 +80,7 @@ def group_relative_advantages(rewards: Float[Array, "*B G"], *, epsilon: float =
 
     Args:
       rewards: one per completion; the last axis holds a prompt's completions.
+      scale: whether to divide by the standard deviation, as GRPO does and Dr. GRPO (arXiv 2503.20783) does not.
       epsilon: keeps a group of equal rewards at 0.
 
     Returns:
@@ -87,6 +90,8 @@ def group_relative_advantages(rewards: Float[Array, "*B G"], *, epsilon: float =
     """
     rewards = at_least_float32(rewards)
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+    if not scale:
+        return jax.lax.stop_gradient(centred)
     deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True))
     return jax.lax.stop_gradient(centred / (deviation + epsilon))
 

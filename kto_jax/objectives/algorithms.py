@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,13 +167,9 @@ def ppo_offline(
     """
 
     def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
-        tokens = c.tokens
-        assert tokens is not None, "the step reads tokens for a model with a value head"
-        slots = jnp.arange(1, c.filled.shape[-1] + 1)
-        where_RSC = tokens.segments[:, None, :] == slots[None, :, None]
-        policy, reference, value = (
-            jnp.broadcast_to(x[:, None, :], where_RSC.shape) for x in (tokens.policy, tokens.reference, tokens.values)
-        )
+        policy, reference, where_RSC = _token_logps_by_slot(c)
+        assert c.tokens is not None
+        value = jnp.broadcast_to(c.tokens.values[:, None, :], where_RSC.shape)
         by_label = jnp.where(c.desirable, 1.0, -1.0).astype(c.policy.dtype)
         reward_RS = c.scores if rewards == "scores" else by_label
         reward_RSC = jnp.where(_is_last(where_RSC), reward_RS[..., None], 0)
@@ -190,6 +186,85 @@ def ppo_offline(
         return jnp.sum(per_token, axis=-1) / jnp.maximum(c.lengths, 1)
 
     return Objective("thumbs", loss, scalar_head="value", needs_both_labels=rewards == "labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class _GrpoVariant:
+    """Settings of the token-level policy gradient; see `grpo`."""
+
+    advantages: Literal["group", "scaled_group", "leave_one_out"]
+    mean: Literal["sequences", "tokens", "constant"]
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+
+
+GRPO_VARIANTS = {
+    "grpo": _GrpoVariant("scaled_group", "sequences"),
+    "dr_grpo": _GrpoVariant("group", "constant"),
+    "rloo": _GrpoVariant("leave_one_out", "constant"),
+    "dapo": _GrpoVariant("scaled_group", "tokens", clip_high=0.28),
+    "gspo": _GrpoVariant("scaled_group", "sequences", 3e-4, 4e-4, ratio="sequence"),
+    "cispo": _GrpoVariant("scaled_group", "tokens", clip_high=4.0, surrogate="cispo"),
+}
+"""What the variants of grpo set."""
+
+
+def grpo(
+    *,
+    variant: str = "dr_grpo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    length_scale: float = 64.0,
+) -> Objective:
+    """The GRPO family on completions with advantages as scores; the reference stands for the policy that wrote them.
+
+    `losses.policy_gradient_loss` has the loss of a token. "grpo" and "gspo" average over the tokens of a completion;
+    "dapo" and "cispo" over all tokens of the batch; "dr_grpo" and "rloo" divide each completion's sum by
+    `length_scale`. There is no KL term. Online training makes the scores from rewards, as the variant says.
+    """
+    _check_variant("grpo", variant, tuple(GRPO_VARIANTS))
+    setting = GRPO_VARIANTS[variant]
+    if length_scale != 64.0 and setting.mean != "constant":
+        raise ValueError(
+            f"length_scale={length_scale} with variant={variant!r}; only the variants dr_grpo and rloo use it. Remove "
+            "it, or set variant."
+        )
+    token_loss = functools.partial(
+        losses.policy_gradient_loss,
+        ratio=setting.ratio,
+        surrogate=setting.surrogate,
+        clip_low=setting.clip_low if clip_low is None else clip_low,
+        clip_high=setting.clip_high if clip_high is None else clip_high,
+    )
+
+    def loss(c: Completions, point: Point, state: State) -> Float[Array, "R S"]:
+        policy, old, where_RSC = _token_logps_by_slot(c)
+        total_RS = jnp.sum(token_loss(policy, old, c.scores, where=where_RSC), axis=-1)
+        if setting.mean == "sequences":
+            return total_RS / jnp.maximum(c.lengths, 1)
+        return total_RS / length_scale if setting.mean == "constant" else total_RS
+
+    return Objective(
+        "thumbs",
+        loss,
+        needs_both_labels=False,
+        reads_tokens=True,
+        mean_over="tokens" if setting.mean == "tokens" else "examples",
+        advantages=setting.advantages,
+    )
+
+
+def _token_logps_by_slot(c: Completions) -> tuple[Float[Array, "R S C"], Float[Array, "R S C"], Bool[Array, "R S C"]]:
+    """Log-probabilities of policy and reference of each token, and which of them belong to each slot."""
+    assert c.tokens is not None, "the step reads tokens for an objective that needs them"
+    slots = jnp.arange(1, c.filled.shape[-1] + 1)
+    where_RSC = c.tokens.segments[:, None, :] == slots[None, :, None]
+    policy, reference = (
+        jnp.broadcast_to(x[:, None, :], where_RSC.shape) for x in (c.tokens.policy, c.tokens.reference)
+    )
+    return policy, reference, where_RSC
 
 
 def _is_last(where_RSC: Bool[Array, "R S C"]) -> Bool[Array, "R S C"]:
@@ -371,4 +446,5 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "csft": csft,
     "reward": reward,
     "ppo_offline": ppo_offline,
+    "grpo": grpo,
 }

@@ -47,6 +47,10 @@ class Objective:
       saturates: whether the value function is a sigmoid.
       initial_state: initial values of the objective's state, by name.
       next_state: (state, rewards of the batch [M, R, S], mask) -> the state of the next step.
+      reads_tokens: whether the loss reads per-token log-probabilities (`Completions.tokens`) without a value head.
+      mean_over: what the step divides the sum of the losses by: the "examples" or the "tokens" of the global batch.
+      advantages: how online training turns the rewards of a prompt's completions into scores: "" not at all; "group"
+        and "scaled_group" by `losses.group_relative_advantages`, "leave_one_out" by that function.
       scalar_head: "none", a "reward" head in place of the output head, or a "value" head besides it.
       needs_both_labels: whether thumbs of only one label are refused.
       controls: texts before undesirable and before desirable completions.
@@ -65,6 +69,9 @@ class Objective:
     saturates: bool = False
     initial_state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     next_state: Callable[[State, Array, Array], State] = _keep_state
+    reads_tokens: bool = False
+    mean_over: Literal["examples", "tokens"] = "examples"
+    advantages: Literal["", "group", "scaled_group", "leave_one_out"] = ""
     scalar_head: Literal["none", "reward", "value"] = "none"
     needs_both_labels: bool = True
     controls: tuple[str, str] | None = None

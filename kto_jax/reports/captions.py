@@ -58,6 +58,7 @@ _LOSS = {
     "cpo": "CPO's loss: −log σ of the margin, plus the weighted mean negative log-probability of chosen completions.",
     "csft": "Mean negative log-probability of a completion token, in nats, after the control text of its label. "
     "Held-out: desirable completions after the good control text.",
+    "grpo": "The surrogate of the policy gradient. Its level means little: look at the rewards of the rounds.",
     "orpo": "Mean negative log-probability of a token of the chosen completions, in nats, plus the weighted "
     "odds-ratio term.",
     "ppo_offline": "The clipped surrogate, the KL penalty and the weighted loss of the value head, averaged over "
@@ -85,6 +86,7 @@ _ACCURACY_OF_THUMBS = {
     "bco": "the running mean δ",
     "apo_zero_unpaired": "0",
     "ppo_offline": "0",
+    "grpo": "0",
 }
 """Thresholds: rewards of desirable completions should be above them, rewards of undesirable ones below."""
 

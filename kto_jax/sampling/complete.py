@@ -14,6 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,14 +70,19 @@ class Completion:
     Attributes:
       prompt: text or chat messages.
       text: the completion without special tokens.
-      num_tokens: its length, EOS included.
+      ids: its token ids, including the EOS if it ended in one.
       ended: whether it ended in an EOS; otherwise it was cut at `max_new_tokens`.
     """
 
     prompt: Prompt
     text: str
-    num_tokens: int
+    ids: tuple[int, ...]
     ended: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length, EOS included."""
+        return len(self.ids)
 
 
 def complete(
@@ -135,9 +141,25 @@ def complete(
         on_batch=on_batch,
     )
     return [
-        Completion(prompt, tokenize.decode(model.tokenizer, ids), len(ids), int(ids[-1]) in eos_ids)
+        Completion(prompt, tokenize.decode(model.tokenizer, ids), tuple(ids.tolist()), int(ids[-1]) in eos_ids)
         for (prompt, _), ids in zip(repeated, completions, strict=True)
     ]
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether a value is some text, or at least one message of a role and a content."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
 
 
 @contextlib.contextmanager

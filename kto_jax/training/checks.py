@@ -210,7 +210,10 @@ def _check_precompute(config: Config, objective: Objective) -> None:
             f"config.reference.sync_every={config.reference.sync_every} moves the reference",
         ),
         (objective.humanline is not None, by_token.format("config.objective.humanline=True")),
-        (objective.scalar_head == "value", by_token.format(f"the objective {config.objective.name!r}")),
+        (
+            objective.scalar_head == "value" or objective.reads_tokens,
+            by_token.format(f"the objective {config.objective.name!r}"),
+        ),
     ]
     for conflict, why in conflicts:
         if config.reference.precompute and conflict:

@@ -69,6 +69,8 @@ def read_completions(
         low, high = objective.humanline
         policy_RC = reference_RC + humanline_clamp(policy_RC - reference_RC, low=low, high=high)
     tokens = None
+    if objective.reads_tokens:
+        tokens = TokenScores(policy_RC, reference_RC, jnp.zeros_like(policy_RC), rows.target_segments)
     if objective.scalar_head == "value":
         values_RC = model.apply_scalar_head(policy, jax.lax.stop_gradient(hidden_RCD))
         tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments)

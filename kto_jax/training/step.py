@@ -185,14 +185,18 @@ def loss_and_gradient(
 ) -> tuple[Float[Array, ""], Params, Completions]:
     """Weighted mean loss over the examples of the global batch, its gradient, and the completions [M, R, S].
 
-    The loss is Σ weight · loss / number of examples: a weight of 2 counts an example twice.
+    The loss is Σ weight · loss / number of examples: a weight of 2 counts an example twice. For objectives whose mean
+    is over tokens, it is divided by the number of completion tokens instead.
     """
-    num_examples = jnp.maximum(jnp.sum(objective.counts(batch.matched.filled, batch.desirable)), 1)
+    counted = objective.counts(batch.matched.filled, batch.desirable)
+    if objective.mean_over == "tokens":
+        counted = batch.matched.target_segments > 0
+    divisor = jnp.maximum(jnp.sum(counted), 1)
     loss_sum = _loss_of(model, objective, state, point)
 
     def share_of_loss(policy: Params, one: tuple[LabelledRows, Array, Array]) -> tuple[jax.Array, Completions]:
         completions, loss = loss_sum(policy, one)
-        return loss / num_examples, _without_tokens(completions)
+        return loss / divisor, _without_tokens(completions)
 
     return accumulate_gradient(share_of_loss, state.policy, _matched_microbatches(batch), batch.num_matched)
 

@@ -50,9 +50,9 @@ def test_prompts_of_the_command_line_and_of_a_file_are_completed_as_json(exporte
 def test_completions_are_shown_to_people_and_markup_in_them_is_text(capsys):
     chat = [{"role": "system", "content": "Be [red]brief."}, {"role": "user", "content": "Go."}]
     shown = [
-        Completion("Say [bold]it[/bold].", "no [/nonsense] here", 5, True),
-        Completion("Say [bold]it[/bold].", "and so", 7, False),
-        Completion(chat, "gone", 2, True),
+        Completion("Say [bold]it[/bold].", "no [/nonsense] here", (3,) * 5, True),
+        Completion("Say [bold]it[/bold].", "and so", (3,) * 7, False),
+        Completion(chat, "gone", (3,) * 2, True),
     ]
     generate._print_pretty(shown, 1.25)
     printed = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_completions_are_shown_to_people_and_markup_in_them_is_text(capsys):
 
 
 def test_a_completion_cannot_steer_the_terminal(capsys):
-    generate._print_pretty([Completion("a\x1b[2J", "b\x9b31m\x07", 3, True)], 1.25)
+    generate._print_pretty([Completion("a\x1b[2J", "b\x9b31m\x07", (3,) * 3, True)], 1.25)
     printed = capsys.readouterr().out
     assert r"a\x1b[2J" in printed and r"b\x9b31m\x07" in printed
     assert not set("\x1b\x9b\x07") & set(printed)

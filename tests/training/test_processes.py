@@ -109,6 +109,7 @@ def alone(tmp_path_factory, cache):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(alone, cache, tmp_path):
     assert_same(train(cache, tmp_path / "run", 2), rows(alone))
     assert_same_policy(tmp_path / "run", alone)

@@ -130,6 +130,7 @@ def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_pr
     assert max(row["step"] for row in rows(run)) == last
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(whole, tmp_path):
     longer = trained(tmp_path / "longer", *CONSTANT, "--config.max_steps=2")
     trained(longer, *CONSTANT, "--config.max_steps=4")

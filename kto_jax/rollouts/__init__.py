@@ -1,0 +1,1 @@
+"""Online rounds: prompts, completions of the current policy, and the feedback made of them."""
