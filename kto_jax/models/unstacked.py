@@ -87,4 +87,4 @@ def _views(stack: Array) -> list[Array]:
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())  # a layer has an axis less than its stack
     # Not np.asarray, whose result the array would keep for as long as it lives.
-    return [jax.device_put(array, sharding) for array in np.from_dlpack(stack)]
+    return [jax.device_put(array, sharding) for array in np.from_dlpack(stack)]  # type: ignore[arg-type]

@@ -234,6 +234,6 @@ def _file_system(kind: str) -> Any:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
         fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", limits)
     else:
-        settings = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
-        fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", settings)
+        timeouts = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
+        fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", timeouts)
     return fsspec.filesystem(kind, use_listings_cache=False, skip_instance_cache=True)
