@@ -147,7 +147,8 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
             console.print(f"continuing after step {first_step}")
         with console.phase("reading weights"):
             if first_step:
-                state = checkpoints.restore(abstract, first_step)
+                state = checkpoints.restore_newest(abstract)
+                first_step = int(state.step)
             else:
                 state = make_state(config, inputs, model, recipe.optimizer, abstract)
                 checkpoints.save_reference(state.reference)

@@ -82,8 +82,9 @@ ORDER = {
     "kto_jax.training": [
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
-        "accumulate agreement checkpoints initial_state logs optimizer run_folder sync",
-        "in_flight patience precompute step unusual watchdog",
+        "accumulate agreement initial_state leaf_digests logs optimizer run_folder sync",
+        "checkpoint_reading",
+        "checkpoints in_flight patience precompute step stored_policy unusual watchdog",
         "evaluation loop result",
     ],
 }

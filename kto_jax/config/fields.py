@@ -275,6 +275,8 @@ class CheckpointConfig:
     """Minutes between checkpoints, in addition to `every`. 0 counts steps only."""
     keep: Count = 2
     """How many of the newest to keep. The one with the best `evaluation.metric` is kept as well."""
+    strict: bool = False
+    """End with an error if the newest checkpoint is damaged, instead of resuming from the one before it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.models.weights.export import Rounding, save_hugging_face
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.models.weights.peft import save_adapters
-from kto_jax.training.checkpoints import find_step, load_checkpoint
+from kto_jax.training.stored_policy import find_step, load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import fetched
-from kto_jax.training.checkpoints import load_policy, read_model
 from kto_jax.training.resume import rendering_of_run
+from kto_jax.training.stored_policy import load_policy, read_model
 
 Prompt = str | list[dict[str, str]]
 """Text, or chat messages of a role and a content."""

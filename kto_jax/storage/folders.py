@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,14 @@ def cache_folder(*names: str) -> Path:
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def free_bytes(folder: os.PathLike[str]) -> int | None:
+    """Bytes that can still be written in a folder; None if that is unknown, as in a bucket."""
+    try:
+        return None if "://" in str(folder) else shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

@@ -1,37 +1,45 @@
-"""Checkpoints: the only file that uses Orbax.
+"""Checkpoints of a run: written by Orbax in the background, read back, marked as verified, and restored.
 
-    checkpoints/<step>/state    step, policy, optimizer and objective state, bad-step count, and the reference if it is
-                                synced; written in the background
-    checkpoints/reference       the frozen reference, which is also the base of low-rank adapters; written once
+    checkpoints/<step>/state     step, policy, optimizer and objective state, bad-step count, and the reference if it is
+                                 synced
+    checkpoints/<step>/VERIFIED  the checkpoint was read back after it was written, and agreed with its digests
+    checkpoints/reference        the frozen reference, which is also the base of low-rank adapters; written once
+    checkpoints/<step>.damaged   a checkpoint that could not be restored; nothing reads it
 
-A checkpoint gets its final name only when it is complete. A killed run resumes from the newest complete one.
+    save -> write in the background -> read back, compare digests -> mark as verified -> remove older checkpoints
+
+A checkpoint gets its final name only when it is complete. A killed run resumes from the newest one whose arrays agree
+with their digests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import json
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, TransientError
+from kto_jax.config import CheckpointConfig, ConfigError, TransientError
 from kto_jax.devices import processes
-from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.finite import find_nonfinite
-from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.int8 import INT8
-from kto_jax.models.lora import init_adapters, merge_adapters
-from kto_jax.models.model import Model, Params
+from kto_jax.models.model import Params
+from kto_jax.storage.folders import free_bytes
 from kto_jax.storage.run_place import checkpoints_folder
+from kto_jax.training.checkpoint_reading import (
+    StoredTree,
+    best_step,
+    combined,
+    groups,
+    quiet_libraries,
+    reason_of,
+    shown,
+)
+from kto_jax.training.leaf_digests import differing, digest_leaves, named_leaves
+from kto_jax.training.logs import console
 from kto_jax.training.state import TrainState
 
 # Fields of TrainState that a checkpoint holds, unless they are empty.
@@ -40,42 +48,61 @@ _STATE_FIELDS = ("step", "policy", "opt_state", "objective_state", "num_bad_step
 _MIN_PART_BYTES = 2**20
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written: its step, the arrays' shapes and shardings, and its record."""
+
+    step: int
+    layout: Any
+    record: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
       workdir: the run's folder.
-      config: how many checkpoints to keep.
+      config: how many checkpoints to keep, and whether a damaged one ends the run.
       metric: the held-out figure that decides which checkpoint is best.
       reference_is_synced: whether the reference is synced, and therefore part of every checkpoint.
+
+    Attributes:
+      failure: why the last save failed; empty if it succeeded. The loop then saves again after the next step.
     """
 
     def __init__(
         self, workdir: Path, config: CheckpointConfig, *, metric: str = "eval_loss", reference_is_synced: bool = False
     ) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO.
+        quiet_libraries()
         self._directory = checkpoints_folder(workdir)
+        self._config = config
         self._metric = metric
         self._fields = (*_STATE_FIELDS, "reference") if reference_is_synced else _STATE_FIELDS
-        policies = ocp.training.preservation_policies
+        self._reference = ""
+        self._pending: _Pending | None = None
+        self.failure = ""
         self._context = ocp.Context()
         self._context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_PART_BYTES
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            context=self._context,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(config.keep),
-                    policies.BestN(
-                        get_metric_fn=self._sort_key,
-                        reverse=True,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-            cleanup_tmp_directories=True,
-        )
+        self._checkpointer = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """Orbax's view of the folder; removes what killed or failed saves left."""
+        try:
+            return ocp.training.Checkpointer(self._directory, context=self._context, cleanup_tmp_directories=True)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{self._directory} cannot be used: {reason_of(error)}. It must be a folder of checkpoints that this "
+                "process may write to. Repair it, or choose another --workdir."
+            ) from None
+
+    def _stored(self, step: int) -> StoredTree:
+        return StoredTree(self._directory / str(step))
+
+    @property
+    def _steps(self) -> list[int]:
+        return sorted(one.step for one in self._checkpointer.checkpoints)
 
     def agree_on_latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none; waits until every process has called this.
@@ -83,7 +110,7 @@ class Checkpoints:
         Raises:
           TransientError: the processes see different ones, as on a shared file system with delays.
         """
-        step = self._checkpointer.latest.step if self._checkpointer.latest else None
+        step = self._steps[-1] if self._steps else None
         seen = processes.exchange_text(str(step))
         if len(set(seen)) > 1:
             raise TransientError(
@@ -92,255 +119,283 @@ class Checkpoints:
             )
         return step
 
-    def _sort_key(self, metrics: Mapping[str, float]) -> Any:
-        """The sort key: lower is better, and of equal figures the first. Infinite if another metric was saved."""
-        found = metrics.get(self._metric, math.inf)
-        cost = found if self._metric == "eval_loss" or found == math.inf else -found
-        return cost, metrics.get("step", 0)
+    def _figures(self) -> dict[int, float]:
+        """The held-out figure of each checkpoint that has one."""
+        found = self._checkpointer.checkpoints
+        return {one.step: one.metrics[self._metric] for one in found if self._metric in (one.metrics or {})}
 
     def best_step(self) -> int | None:
         """The step of the checkpoint with the best figure, as the first process sees it; None if none has one."""
-        found = {
-            one.step: one.metrics[self._metric] for one in self._checkpointer.checkpoints if _has(one, self._metric)
-        }
+        found = self._figures()
         answer = processes.exchange_text(str(best_step(found, self._metric) if found else ""))[0]
         return int(answer) if answer else None
 
+    # ------------------------------------------------------------------------------------------------ saving
     def save(self, step: int, state: TrainState, figures: Mapping[str, float] | None) -> None:
         """Starts writing a checkpoint; returns when the state's buffers may be donated.
+
+        A save that cannot start, or whose predecessor failed, sets `failure`; it leaves older checkpoints as they are.
 
         Args:
           step: steps taken.
           state: what to save.
           figures: held-out figures at this step, if they were measured; the checkpoint with the best one is kept. A
             non-finite figure counts as not measured, because NaN is not ordered.
-
-        Raises:
-          Exception: the previous save failed.
         """
-        if any(found.step == step for found in self._checkpointer.checkpoints):
+        self._finish()
+        if step in self._steps:
             return
         held_out = {
             name: value for name, value in (figures or {}).items() if name.startswith("eval_") and math.isfinite(value)
         }
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {"state": self._saved_fields(state)},
-            metrics=held_out | {"step": step} if self._metric in held_out else None,
-            force=True,
+        saved = self._saved_fields(state)
+        if reason := self._lack_of_space(saved):
+            self._report_failure(step, reason)
+            return
+        record = {"step": step, "digests": digest_leaves(saved), "reference": self._reference}
+        layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+        reason = self._try_on_all(
+            lambda: self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": saved},
+                metrics=held_out | {"step": step} if self._metric in held_out else None,
+                custom_metadata=record,
+                force=True,
+            )
         )
+        if reason:
+            self._recover(step, reason)
+            return
+        self._pending = _Pending(step, layout, record)
         if jax.default_backend() == "cpu":
             # On CPU the writer reads the state's buffers: a concurrent step would need a second copy of them.
-            self.wait()
+            self._finish()
+
+    def poll(self) -> None:
+        """Verifies the last save if it has been written by now; every process must call this at the same steps."""
+        if self._pending and processes.broadcast_int(int(not self._checkpointer.is_saving_in_progress())):
+            self._finish()
 
     def wait(self) -> None:
-        """Waits until all started saves are on disk, and raises their errors."""
-        self._checkpointer.wait()
+        """Waits until the last save is on disk and verified; `failure` says if it is not."""
+        self._finish()
 
     def close(self) -> None:
         """Waits for saves and releases the background writer's resources."""
-        self._checkpointer.close()
+        try:
+            self._finish()
+        finally:
+            with contextlib.suppress(Exception):  # an error of the writer has been reported
+                self._checkpointer.close()
 
+    def _finish(self) -> None:
+        """Waits for the pending save, reads it back, marks it as verified and removes older checkpoints."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if reason := self._try_on_all(self._checkpointer.wait):
+            self._recover(pending.step, reason)
+            return
+        try:
+            self._read_back(pending)
+        except ConfigError as error:
+            self._set_aside(pending.step)
+            self._report_failure(pending.step, f"it was read back after writing: {error}")
+            return
+        if processes.is_first():
+            self._stored(pending.step).mark_verified(pending.record)
+        self._remove_old()
+        if self.failure:
+            console.print(f"the checkpoint of step {pending.step} is saved; the one before had failed")
+        self.failure = ""
+
+    def _read_back(self, pending: _Pending) -> None:
+        """Reads the written arrays group by group, and compares their digests with those of the saved state.
+
+        Raises:
+          ConfigError: naming the arrays that cannot be read or differ.
+        """
+        stored, digests = self._stored(pending.step), pending.record["digests"]
+        names, (leaves, structure) = list(named_leaves(pending.layout)), jax.tree.flatten(pending.layout)
+        for group in groups(leaves):
+            wanted = [leaf if number in group else ocp.PLACEHOLDER for number, leaf in enumerate(leaves)]
+            found = jax.tree.leaves(stored.load(jax.tree.unflatten(structure, wanted)))
+            if broken := differing(digests, digest_leaves({names[number]: found[number] for number in group})):
+                raise ConfigError(f"{shown(broken)} in {stored.place} differ from what was saved")
+
+    def _remove_old(self) -> None:
+        """Keeps the newest checkpoints and the best; the newest of all has just been verified."""
+        kept = set(self._steps[-self._config.keep :])
+        if figures := self._figures():
+            kept.add(best_step(figures, self._metric))
+        if old := [step for step in self._steps if step not in kept]:
+            if processes.is_first():
+                for step in old:
+                    with contextlib.suppress(OSError):  # the next save tries again
+                        (self._directory / str(step)).rmtree()
+            self._reload()
+
+    def _reload(self) -> None:
+        processes.exchange_text("changed")
+        self._checkpointer.reload()
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that it is neither restored nor in the way of a new one."""
+        if processes.is_first():
+            names = (f"{step}.damaged{'' if number == 1 else f'-{number}'}" for number in range(1, 1000))
+            place = next(self._directory / name for name in names if not (self._directory / name).exists())
+            (self._directory / str(step)).rename(place)
+        self._reload()
+
+    def _lack_of_space(self, saved: Any) -> str:
+        """Why the state does not fit on the disk, as the first process sees it; empty if it does."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+        free = free_bytes(self._directory) if processes.is_first() else None
+        lacks = free is not None and free < needed
+        return processes.exchange_text(
+            f"{self._directory} has {free:,} bytes free, and up to {needed:,} are needed" if lacks else ""
+        )[0]
+
+    def _try_on_all(self, write: Callable[[], object]) -> str:
+        """Calls a function that writes on every process; returns why it failed on one, or "" if it did not.
+
+        Raises:
+          Exception: an error of the devices or of the processes' connection, not of writing.
+        """
+        reason = ""
+        try:
+            write()
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            reason = reason_of(error)
+            if processes.num_processes() > 1 and "barrier" in reason.lower():
+                raise
+        return next((text for text in processes.exchange_text(reason) if text), "")
+
+    def _recover(self, step: int, reason: str) -> None:
+        """After a failed write: a new writer, because Orbax's raises the same error again; removes what was written."""
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._checkpointer = self._open()
+        free = free_bytes(self._directory)
+        room = "" if free is None else f"; {free:,} bytes are free in {self._directory}"
+        self._report_failure(step, reason + room)
+
+    def _report_failure(self, step: int, reason: str) -> None:
+        if not self.failure or reason.split()[0] != self.failure.split()[0]:
+            console.print(
+                f"error: the checkpoint of step {step} is not saved: {reason}. Older checkpoints are as they were. "
+                "Free some space or repair the folder; the run tries again after every step.",
+                style="red",
+            )
+        self.failure = reason
+
+    # ------------------------------------------------------------------------------------------------ the reference
     def save_reference(self, reference: Params) -> None:
         """Writes the frozen reference once per run; does nothing if there is none or if it is synced."""
         if reference and "reference" not in self._fields:
+            digests = digest_leaves(reference)
             with self._context:
-                ocp.save(self._directory / "reference", reference, overwrite=True)
+                ocp.save(self._directory / "reference", reference, overwrite=True, custom_metadata={"digests": digests})
+            self._reference = combined(digests)
 
     def _saved_fields(self, state: TrainState) -> dict[str, Any]:
         parts = {name: getattr(state, name) for name in self._fields}
         return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
+    # ------------------------------------------------------------------------------------------------ restoring
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Reads the checkpoint of a step, with the shardings of `abstract`.
+        """Reads and checks the checkpoint of a step, with the shardings of `abstract`.
 
         Raises:
           ConfigError: the checkpoint is of another model or optimizer; lists the differences. Or it is damaged.
         """
-        wanted = self._saved_fields(abstract)
-        found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-        _check_arrays(found, wanted, self._directory / str(step))
-        moving = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
-        if abstract.reference and "reference" not in wanted:
-            place = self._directory / "reference"
-            _check_arrays(ocp.metadata(place).metadata, abstract.reference, place)
-            moving["reference"] = ocp.load(place, abstract.reference)
-        processes.call_on_all(lambda: self._check_finite(step, moving))
-        return dataclasses.replace(abstract, **moving)
+        state = dataclasses.replace(abstract, **self._read_step(abstract, step), **self._read_reference(abstract))
+        self._check_link(step)
+        return state
 
-    def _check_finite(self, step: int, parts: Mapping[str, Any]) -> None:
-        # Steps with values that are not finite are not applied, so a run never saves any.
-        if broken := find_nonfinite(parts):
-            raise ConfigError(
-                f"the checkpoint of step {step} in {self._directory} is damaged: values are NaN or infinite in "
-                f"{', '.join(broken[:3])}{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}. All must be "
-                f"finite. Remove the folder {step} to resume from the checkpoint before it; if the reference is "
-                "damaged, start again in another --workdir."
-            )
+    def restore_newest(self, abstract: TrainState) -> TrainState:
+        """Reads the newest checkpoint that is whole; reports those that are not, and sets them aside.
 
+        Raises:
+          ConfigError: the reference is damaged, or no checkpoint is whole, or the newest is not and
+            `checkpoint.strict` is set.
+        """
+        findings: dict[int, str] = {}
+        for step in reversed(self._steps):
+            try:
+                self._check_link(step)
+                moving = self._read_step(abstract, step)
+            except ConfigError as error:
+                findings[step] = str(error)
+                if self._config.strict:
+                    break
+                continue
+            state = dataclasses.replace(abstract, **moving, **self._read_reference(abstract))
+            for number, finding in findings.items():
+                console.print(f"{finding}; moved to {number}.damaged", style="yellow")
+                self._set_aside(number)
+            if findings:
+                console.print(f"continuing from the checkpoint of step {step} instead", style="yellow")
+            return state
+        raise ConfigError(self._refusal(findings))
 
-def _has(checkpoint: Any, metric: str) -> bool:
-    return bool(checkpoint.metrics) and metric in checkpoint.metrics
-
-
-def _shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> (shape, dtype) of every array of a tree; elements of tuples and named tuples are named by position."""
-    plain = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): (
-            tuple(leaf.shape),
-            str(leaf.dtype),
+    def _refusal(self, findings: Mapping[int, str]) -> str:
+        first, *others = findings.values()
+        if " is a checkpoint of another model" in first:
+            return first
+        older = [step for step in self._steps if step not in findings]
+        what = (
+            f"config.checkpoint.strict refuses to resume from an older one ({', '.join(map(str, older))}). Set it to "
+            "False to do so"
+            if older
+            else f"{f'{len(others)} older ones are damaged too. ' if others else ''}The run needs a whole checkpoint. "
+            "Copy one back, or start again in another --workdir"
         )
-        for path, leaf in plain
-    }
+        return f"{first}. {what}."
 
+    @property
+    def _stored_reference(self) -> StoredTree:
+        return StoredTree(self._directory / "reference", is_step=False)
 
-def _check_arrays(found: Any, wanted: Any, place: epath.Path) -> None:
-    """Refuses a checkpoint whose arrays do not match the model's.
+    def _digest_of_reference(self) -> str:
+        """One digest of the frozen reference, as it was recorded; empty if there is none."""
+        with contextlib.suppress(ConfigError):  # reading the reference reports it
+            return combined(self._stored_reference.record().get("digests", {}))
+        return ""
 
-    Raises:
-      ConfigError: listing missing, unexpected and differing arrays.
-    """
-    has, wants = _shapes_and_dtypes(found), _shapes_and_dtypes(wanted)
-    problems = [f"{path}: missing" for path in sorted(wants.keys() - has.keys())]
-    problems += [f"{path}: unexpected" for path in sorted(has.keys() - wants.keys())]
-    problems += [
-        f"{path}: checkpoint has {has[path]}, model wants {wants[path]}"
-        for path in sorted(has.keys() & wants.keys())
-        if has[path] != wants[path]
-    ]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ConfigError(
-            f"{place} is a checkpoint of another model or optimizer: {shown}. Resuming needs the same arrays. "
-            "Restore the run's configuration, or choose another --workdir."
-        )
+    def _read_reference(self, abstract: TrainState) -> dict[str, Any]:
+        """The frozen reference by its field's name; {} if the run has none, or if it is part of every checkpoint."""
+        if not abstract.reference or "reference" in self._fields:
+            return {}
+        stored = self._stored_reference
+        try:
+            reference, record = stored.read(abstract.reference)
+        except ConfigError as error:
+            remedy = ". The reference must not change. Copy the folder back, or start again in another --workdir."
+            raise ConfigError(f"{error}{remedy if ' is damaged: ' in str(error) else ''}") from None
+        self._say_if_unchecked(record, stored)
+        self._reference = combined(record.get("digests", {}))
+        return {"reference": reference}
 
+    def _read_step(self, abstract: TrainState, step: int) -> dict[str, Any]:
+        stored = self._stored(step)
+        found, record = stored.read(self._saved_fields(abstract))
+        self._say_if_unchecked(record, stored)
+        return dict(found)
 
-def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
-    """The architecture of a run's policy; reads no weights.
+    def _check_link(self, step: int) -> None:
+        """Refuses the checkpoint of a run with another frozen reference.
 
-    Raises:
-      ConfigError: the folder holds no run.
-    """
-    try:
-        values = json.loads((workdir / "model.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
-        ) from None
-    return Model.create(read_config_json(values), dtype=dtype)
+        Raises:
+          ConfigError: with both digests.
+        """
+        stored = self._stored(step)
+        recorded, own = stored.record().get("reference"), self._digest_of_reference()
+        if recorded and own and recorded != own:
+            raise ConfigError(f"{stored.place} belongs to reference {recorded}, and checkpoints/reference is {own}")
 
-
-@dataclasses.dataclass(frozen=True)
-class StoredPolicy:
-    """The policy of a checkpoint, on one device.
-
-    Attributes:
-      model: the architecture, with the scalar head that is trained: none, "reward" or "value".
-      policy: the parameters; adapters are merged into those that are frozen.
-      trained: what the run trains: the parameters, or the adapters alone.
-    """
-
-    model: Model
-    policy: Params
-    trained: Params
-
-
-def find_step(workdir: Path, step: str = "last") -> int:
-    """The step of a checkpoint that a run has.
-
-    Args:
-      workdir: the run's folder.
-      step: "last", "best" (the best held-out figure, as config.evaluation.metric says) or a number.
-
-    Raises:
-      ConfigError: the run has no whole checkpoint, or not this one; lists those that there are.
-    """
-    read_model(workdir)
-    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
-        found = list(checkpointer.checkpoints)
-    if not found:
-        raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
-    steps = sorted(one.step for one in found)
-    if step == "last":
-        return steps[-1]
-    if step == "best":
-        settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        metric = settings["evaluation"].get("metric", "eval_loss")
-        if measured := {one.step: one.metrics[metric] for one in found if _has(one, metric)}:
-            return best_step(measured, metric)
-    elif step.isdecimal() and int(step) in steps:
-        return int(step)
-    raise ConfigError(
-        f"--step={step} is no checkpoint of {workdir}. Allowed: {', '.join(map(str, steps))}, last, and best if "
-        "held-out feedback was evaluated. Set --step."
-    )
-
-
-def best_step(figures: Mapping[int, float], metric: str) -> int:
-    """The step with the best figure, the first of equal ones: the lowest loss, or the highest of another metric."""
-    sign = 1 if metric == "eval_loss" else -1
-    return min(figures, key=lambda step: (sign * figures[step], step))
-
-
-def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> StoredPolicy:
-    """Reads the policy of a checkpoint.
-
-    Args:
-      workdir: the run's folder.
-      step: from `find_step`.
-      dtype: what the model computes in.
-    """
-    workdir = Path(workdir).absolute()
-    model = read_model(workdir, dtype=dtype)
-    place = SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
-        metadata = checkpointer.checkpointables_metadata(step).metadata["state"]
-        kept = metadata["policy"]
-        wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
-        has_adapters = "embed" not in kept
-        if has_adapters:
-            lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
-            draw = functools.partial(init_adapters, model.abstract_params("float32"), lora)
-            adapters = jax.eval_shape(draw, jax.random.key(0))
-            kept = kept | adapters
-        wanted["policy"] = jax.tree.map(abstract, kept)
-        trained = checkpointer.load_checkpointables(step, {"state": wanted})["state"]["policy"]
-    head = trained.get(SCALAR_HEAD)
-    if head is not None:
-        model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
-    if not has_adapters:
-        return StoredPolicy(model, trained, trained)
-    scale, reference = lora.alpha / lora.rank, checkpoints_folder(workdir) / "reference"
-    kept = ocp.metadata(reference).metadata
-    table = kept["embed"]["table"]
-    whole = read_model(workdir).abstract_params(INT8 if isinstance(table, dict) else table.dtype)
-    frozen = {name: whole[name] for name in kept}
-    if lora.start == "continue":
-        frozen = merge_adapters(frozen, adapters, scale)
-    frozen = ocp.load(reference, jax.tree.map(abstract, frozen))
-    return StoredPolicy(model, merge_adapters(frozen, trained, scale), trained)
-
-
-def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
-    """Loads the policy of a run's newest checkpoint on one device, for sampling.
-
-    Returns:
-      The model, its parameters (including a value head if it was trained with one) and its tokenizer's folder.
-
-    Raises:
-      ConfigError: the folder holds no run, no complete checkpoint, or a reward model, which has no output head.
-    """
-    workdir = Path(workdir).absolute()
-    stored = load_checkpoint(workdir, find_step(workdir), dtype=dtype)
-    if stored.model.scalar_head == "reward":
-        raise ConfigError(
-            f"{workdir} trains a reward model, which scores completions and generates none. A run of a language "
-            "model is needed here. Choose one, or score completions with python -m kto_jax.score."
-        )
-    return read_model(workdir, dtype=dtype), stored.policy, workdir / "tokenizer"
+    def _say_if_unchecked(self, record: Mapping[str, Any], stored: StoredTree) -> None:
+        if not record:
+            console.print(f"{stored.place} was written without digests, so its values are not checked for damage")

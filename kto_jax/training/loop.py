@@ -82,7 +82,7 @@ def take_steps(
       state: the state to start from; its buffers are donated.
 
     Returns:
-      The last state and an exit code, which is 0 if all steps were taken, or the run ended early.
+      The last state and an exit code: 0 if all steps were taken or the run ended early, 1 if the last save failed.
     """
     config, num_steps, first = job.config, job.inputs.num_steps, int(state.step)
     folder, writes = place.path, processes.is_first()
@@ -101,6 +101,9 @@ def take_steps(
         state, exit_code = _run(job, numbered, state, in_flight, log, profile, place, checkpoints, preemption, watchdog)
         with watchdog.paused("saving"):
             checkpoints.wait()
+        if checkpoints.failure:
+            console.print(f"error: the last checkpoint is not saved: {checkpoints.failure}", style="red")
+            exit_code = FAILED
     return state, exit_code
 
 
@@ -122,10 +125,13 @@ def _run(
         profile.before(step)
         with contextlib.nullcontext() if job.take_step.is_ready(batch) else watchdog.paused("compiling"):
             state = in_flight.dispatch(step, job.take_step, state, batch)
+        with watchdog.paused("saving"):
+            checkpoints.poll()  # reads the last save back while the devices compute
         stopping, last = preemption.requested(), step == job.inputs.num_steps
         evaluating = job.evaluate is not None and (last or _is_due(step, config.evaluation.every))
         timed = save_timer.due(step)
-        saving = last or stopping or evaluating or timed or _is_due(step, config.checkpoint.every)
+        due = timed or bool(checkpoints.failure) or _is_due(step, config.checkpoint.every)
+        saving = last or stopping or evaluating or due
         figures: dict[str, float] = {}
         while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
             number, figures = in_flight.read()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kto_jax.config import EvaluationConfig
 from kto_jax.devices import processes
-from kto_jax.training.checkpoints import best_step
+from kto_jax.training.checkpoint_reading import best_step
 from kto_jax.training.logs import read_metrics
 
 

@@ -18,7 +18,7 @@ from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.complete import open_language_model
 from kto_jax.sampling.sample import Sampling, sample
 from kto_jax.train import main as train
-from kto_jax.training.checkpoints import load_policy
+from kto_jax.training.stored_policy import load_policy
 from tests import ROOT, TINY_MODEL
 from tests.parity.test_families import close
 from tests.parity.test_transformers import our_logits, their_logits

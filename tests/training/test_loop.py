@@ -67,6 +67,11 @@ class World:
         assert state.step == step
         self.events.append(f"save {step} {figures['eval_loss']}" if figures is not None else f"save {step}")
 
+    failure = ""
+
+    def poll(self):
+        pass
+
     def wait(self):
         self.events.append("saved")
 

@@ -18,10 +18,10 @@ from kto_jax.models.weights.load import load_params
 from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.topology import open_topology
 from kto_jax.train import main
-from kto_jax.training.checkpoints import load_policy
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
 from kto_jax.training.step import Recipe, jit_train_step
+from kto_jax.training.stored_policy import load_policy
 from tests import ROOT
 from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_schedule, parameters
 

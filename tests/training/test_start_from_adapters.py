@@ -13,7 +13,7 @@ from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.complete import complete
 from kto_jax.sampling.sample import Sampling
 from kto_jax.train import main
-from kto_jax.training.checkpoints import load_policy
+from kto_jax.training.stored_policy import load_policy
 from tests import ROOT, TINY_MODEL
 from tests.base_model import write_base
 from tests.models.weights.test_adapter_folder import write_adapter
