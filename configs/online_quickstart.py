@@ -3,9 +3,9 @@
     python -m kto_jax.online --config=configs/online_quickstart.py --reward="max_words(15)" \\
         --prompts_per_round=32 --rounds=2
 
-Hardware: two CPU cores and 6 GB. Expect: 27 % of the answers have at most 15 words
-before the first round, and 70 % after it, in about four minutes a round. The reward counts words and nothing else: with
-more rounds, or a higher learning rate, answers stay short and lose their sense.
+Hardware: two CPU cores and 6 GB. Expect, after eleven minutes: on held-out topics the share of answers of at most 15
+words rises from 0.23 to 0.87 (± 0.10), and their mean length falls from 34 to 14 tokens. The reward counts words and
+nothing else: with more rounds, or a higher learning rate, answers stay short and lose their sense.
 """
 
 from pathlib import Path

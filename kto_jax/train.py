@@ -29,7 +29,7 @@ if __name__ == "__main__":  # The imports below take seconds.
 import jax
 from jax.sharding import Mesh
 
-from kto_jax.config import Config
+from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
@@ -41,6 +41,7 @@ from kto_jax.objectives import defaults
 from kto_jax.planning.out_of_memory import explained_out_of_memory
 from kto_jax.planning.rows_that_fit import resolve_rows
 from kto_jax.reports.results import write_results, write_samples
+from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "kto_jax.train", *arguments])
 
     def run_once(given: TrainOptions) -> int:
+        if "://" in given.workdir and not is_bucket(given.workdir):
+            raise ConfigError(
+                f"--workdir={given.workdir} cannot be used. Allowed: a local folder, gs://BUCKET/FOLDER or "
+                "s3://BUCKET/FOLDER. Set --workdir."
+            )
         with Preemption() as preemption:
             return train(given.config, given.workdir, command, preemption)
 

@@ -62,14 +62,15 @@ def _without_keys(leaf: Array) -> Array:
 
 
 def _mesh(leaf: Array) -> Mesh | None:
-    return leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+    return leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None  # type: ignore[return-value]
 
 
 def _sum_own_parts(mesh: Mesh | None, leaves: Sequence[Array]) -> list[int]:
     """The sum of each array over the parts that this process owns."""
     if mesh is None:
         return [int(total) for total in jax.device_get(_sum_whole(tuple(leaves)))]
-    sums = _summing(mesh, tuple(leaf.sharding.spec for leaf in leaves))(tuple(leaves))
+    specs = tuple(leaf.sharding.spec for leaf in leaves)  # type: ignore[attr-defined]
+    sums = _summing(mesh, specs)(tuple(leaves))
     by_device = {shard.device: np.asarray(shard.data)[0] for shard in sums.addressable_shards}
     return [
         sum(int(by_device[shard.device][number]) for shard in leaf.addressable_shards if shard.replica_id == 0)

@@ -264,9 +264,9 @@ def test_a_config_file_that_raises_is_refused(text, message, capsys, tmp_path):
     assert message in refused(capsys, f"--config={tmp_path / 'broken.py'}")
 
 
-def test_a_directory_is_no_config_and_s3_no_workdir(capsys):
+def test_a_directory_is_no_config_and_an_unknown_protocol_no_workdir(capsys):
     assert "--config=configs is a folder" in refused(capsys, "--config=configs")
-    assert "s3://bucket/run cannot hold checkpoints" in refused(capsys, *TINY, "--workdir=s3://bucket/run")
+    assert "--workdir=ftp://host/run cannot be used" in refused(capsys, *TINY, "--workdir=ftp://host/run")
 
 
 def test_help_lists_the_fields(capsys):
