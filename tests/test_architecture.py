@@ -72,7 +72,7 @@ ORDER = {
         "export",
         "peft",
     ],
-    "kto_jax.objectives": ["record", "algorithms"],
+    "kto_jax.objectives": ["record", "token_level", "algorithms"],
     "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "out_of_memory report"],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
     "kto_jax.rewards": ["messages reward_model", "checkers", "functions"],

@@ -92,3 +92,14 @@ class Objective:
           desirable: its label, likewise.
         """
         return filled if self.reads == "thumbs" else filled & desirable
+
+
+def check_variant(name: str, variant: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a variant that an objective does not have.
+
+    Raises:
+      ValueError: naming the allowed ones.
+    """
+    if variant not in allowed:
+        shown = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"variant={variant!r} is not a variant of {name}. Choose one of {shown}.")
