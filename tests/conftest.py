@@ -35,6 +35,8 @@ jaxtyping.install_import_hook(tests.typechecker.MODULES, "tests.typechecker.chec
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and with them every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# As does nohup of the end of a terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # No test outlives a power cut. The subprocesses of the tests do flush.
 os.fsync = lambda descriptor: None
 

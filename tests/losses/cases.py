@@ -176,6 +176,14 @@ CASES: dict[str, Case] = {
         of_tokens,
         3,
     ),
+    "policy_gradient": Case(
+        lambda logps, old, advantages, where: losses.policy_gradient_loss(logps, old, advantages[..., 0], where=where),
+        lambda logps, old, advantages, where: oracle.ppo_clip(
+            logps, old, np.broadcast_to(advantages[..., :1], advantages.shape), where
+        ),
+        of_tokens,
+        3,
+    ),
     "ppo_value": Case(with_where(losses.ppo_value_loss), oracle.ppo_value, of_values, 3),
     "k3_kl": Case(
         with_where(lambda p, r, _, where: losses.k3_kl(p, r, where=where)),

@@ -98,7 +98,7 @@ def test_no_usable_row_names_the_layout_that_would_fit(make_index):
         make_index(rows, layout="kto_mix", max_rejected=1.0)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*feedback.jsonl")), ids=lambda path: path.stem)
 def test_files_of_recipes_are_read_by_the_default(path):
     assert all(isinstance(record, Feedback) for record in read_records(str(path), DataConfig()))
 
