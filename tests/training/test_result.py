@@ -57,6 +57,7 @@ def test_a_run_that_predates_the_export_dtype_is_exported_in_its_training_dtype(
     assert with_recorded_settings(Config(), tmp_path).export.dtype == "float16"
 
 
+@pytest.mark.slow
 def test_policy_is_written_in_the_dtype_of_the_base_unless_another_is_set(in_the_project, tmp_path, capsys):
     base = write_base(tmp_path / "base", "bfloat16")
     tuned = ["--config=configs/tiny.py", f"--config.model.path={base}", "--config.model.init=pretrained"]
@@ -107,6 +108,7 @@ def whole(in_the_project, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("whole") / "run", *CONSTANT, "--config.max_steps=4")
 
 
+@pytest.mark.slow
 def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_project, tmp_path, capsys):
     # A learning rate that makes every step worse than the first one.
     worse = [*SAME_PROGRAMS, "--config.optimizer.learning_rate=1.0", "--config.optimizer.warmup_steps=0"]
