@@ -103,7 +103,12 @@ def train(config: Config, workdir: str | Path, command: str, preemption: Preempt
     console.quiet = not processes.is_first()
     compare_config(config)
     with contextlib.ExitStack() as stack:
-        opened = open_place(str(workdir), writes=processes.is_first(), shared=processes.num_processes() > 1)
+        opened = open_place(
+            str(workdir),
+            writes=processes.is_first(),
+            shared=processes.num_processes() > 1,
+            is_stopping=preemption.was_signalled,
+        )
         place = processes.call_on_all(lambda: stack.enter_context(opened))
         exit_code = train_in(place, config, command, preemption)
         if exit_code == 0:

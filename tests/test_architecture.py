@@ -78,7 +78,12 @@ ORDER = {
     "kto_jax.rewards": ["messages reward_model", "checkers", "functions"],
     "kto_jax.rollouts": ["labels prompts", "rounds"],
     "kto_jax.sampling": ["choose", "slots", "sample", "complete"],
-    "kto_jax.storage": ["gguf_files atomic bucket folders locks", "digests hub lease", "run_place", "fetch"],
+    "kto_jax.storage": [
+        "gguf_files atomic bucket bucket_watch folders locks repeated",
+        "digests hub lease",
+        "run_place",
+        "fetch",
+    ],
     "kto_jax.training": [
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",

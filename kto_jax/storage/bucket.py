@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -49,13 +50,17 @@ class Bucket:
     Args:
       url: `gs://BUCKET/FOLDER` or `s3://BUCKET/FOLDER`.
       patience: seconds of failures after which a method gives up.
+      hurry: whether this process was asked to stop; pauses then end early.
+
+    Attributes:
+      is_away: whether the last method that was called gave up.
 
     Raises:
       ConfigError: the URL is none, or its package is not installed. The methods raise it if the bucket does not exist
         or may not be used, and TransientError if it does not answer.
     """
 
-    def __init__(self, url: str, *, patience: float | None = None) -> None:
+    def __init__(self, url: str, *, patience: float | None = None, hurry: Callable[[], bool] | None = None) -> None:
         self.url = url.rstrip("/")
         kind, _, self._root = self.url.partition("://")
         if kind not in _PACKAGES or "/" not in self._root:
@@ -63,7 +68,8 @@ class Bucket:
                 f"{url} is no folder in a bucket. Allowed: gs://BUCKET/FOLDER and s3://BUCKET/FOLDER. Correct it, or "
                 "give a local folder."
             )
-        self._patience = patience
+        self._patience, self._hurry = patience, hurry
+        self.is_away = False
         self._files = _file_system(kind)
 
     def versions(self, below: str = "") -> dict[str, str]:
@@ -141,7 +147,9 @@ class Bucket:
         while True:
             try:
                 with self._reported_if_slow(purpose):
-                    return ask()
+                    answer = ask()
+                self.is_away = False
+                return answer
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:
@@ -149,13 +157,24 @@ class Bucket:
                     raise self._refusal(purpose, error) from error
                 failed = time.monotonic() - started
                 if failed + pause > patience:
+                    self.is_away = True
                     raise TransientError(
                         f"{self.url} could not be {purpose} for {failed:.0f} s: {describe(error)}. The bucket must "
                         "answer. Run the same command again when it does."
                     ) from error
                 _say(f"{self.url} cannot be {purpose}: {describe(error)}; trying again in {pause:.0f} s")
-            time.sleep(pause)
+            self._pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _pause(self, seconds: float) -> None:
+        if self._hurry is None:
+            time.sleep(seconds)
+            return
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            if self._hurry():
+                return
 
     @contextlib.contextmanager
     def _reported_if_slow(self, purpose: str) -> Iterator[None]:
@@ -230,6 +249,10 @@ def _file_system(kind: str) -> Any:
     logging.getLogger(package).setLevel(logging.CRITICAL)  # It logs tracebacks of errors that are reported here.
     if kind == "gs":
         import aiohttp
+
+        # TensorStore has no limit by default, and would wait for ever for a server that does not answer.
+        os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(_ANSWER_SECONDS))
+        os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
         fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", limits)

@@ -63,6 +63,8 @@ class Lease:
         if self._is_lost:
             return
         try:
+            if self._bucket.is_away:
+                raise TransientError(f"{self._bucket.url} does not answer")
             self._write(is_released=True)
         except (ConfigError, TransientError) as error:
             print(f"warning: the lease is not released and lasts {EXPIRY_SECONDS:g} s more: {error}", file=sys.stderr)

@@ -11,8 +11,11 @@ for S3, where checkpoints are part of the working copy, and only one process can
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,9 +28,11 @@ from etils import epath
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage.atomic import write_json
 from kto_jax.storage.bucket import Bucket, comes_from_a_bucket, describe, is_bucket
+from kto_jax.storage.bucket_watch import CHECK_SECONDS, BucketWatch
 from kto_jax.storage.folders import cache_folder, scratch_folder
 from kto_jax.storage.lease import LEASES, RENEW_SECONDS, Lease, acquire
 from kto_jax.storage.locks import lock_file
+from kto_jax.storage.repeated import repeated
 
 PUSH_SECONDS = 30.0
 """Between pushes of what has changed, while a run trains."""
@@ -62,13 +67,17 @@ class RunPlace:
 
 
 @contextlib.contextmanager
-def open_place(workdir: str, *, writes: bool, shared: bool = False) -> Iterator[RunPlace]:
+def open_place(
+    workdir: str, *, writes: bool, shared: bool = False, is_stopping: Callable[[], bool] = lambda: False
+) -> Iterator[RunPlace]:
     """Opens the folder of a run; in a bucket, with the lease on it and a working copy.
 
     Args:
       workdir: a local path, or the URL of a folder in a bucket.
       writes: whether this process writes to it, as the first of a run does.
       shared: whether the run has other processes.
+      is_stopping: whether a signal has asked this process to stop; it then waits no longer than 20 s for a bucket that
+        does not answer.
 
     Raises:
       ConfigError: the bucket cannot be used.
@@ -83,20 +92,35 @@ def open_place(workdir: str, *, writes: bool, shared: bool = False) -> Iterator[
             f"--workdir={workdir} cannot hold the checkpoints of several processes: Orbax writes their parts to shared "
             "disks and to gs:// alone. Choose such a --workdir, or train with one process."
         )
-    bucket = Bucket(workdir)
+    bucket = Bucket(workdir, hurry=is_stopping)
     with scratch_folder() as scratch, contextlib.ExitStack() as stack:
         path = scratch / bucket.url.rpartition("/")[2]
         stack.enter_context(_reported_with_url(path, bucket.url))
         lease = acquire(bucket) if writes else None
         copy = WorkingCopy(path, bucket, lease)
         if lease:
+            watch = BucketWatch(bucket.url, lease.renew, is_stopping, functools.partial(_end, scratch))
+            stack.enter_context(_repeated(CHECK_SECONDS, watch.check))
             stack.callback(lease.release)
-            stack.enter_context(_repeated(RENEW_SECONDS, lease.renew))
+            stack.enter_context(_repeated(RENEW_SECONDS, watch.ask))
         copy.pull()
         if lease:
             stack.push(copy.push_last)
             stack.enter_context(_repeated(PUSH_SECONDS, copy.push_meanwhile))
         yield copy
+
+
+def _repeated(seconds: float, action: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
+    def report(error: Exception) -> None:
+        print(f"warning: {error} Training goes on meanwhile.", file=sys.stderr, flush=True)
+
+    return repeated(seconds, action, name="working copy", failed=report)
+
+
+def _end(scratch: Path, exit_code: int) -> None:
+    """Ends the process whatever its threads do, and leaves no working copy behind."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(exit_code)
 
 
 class WorkingCopy(RunPlace):
@@ -144,9 +168,15 @@ class WorkingCopy(RunPlace):
         self._push(Bucket(self.name, patience=0))
 
     def push_last(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Pushes what an ended run has left; reports a failure without hiding the error that ended the run."""
+        """Pushes what an ended run has left; reports a failure without hiding the error that ended the run.
+
+        A bucket that has just been waited for in vain is not waited for again.
+        """
         try:
-            self.push()
+            if error is None or not self._bucket.is_away:
+                self.push()
+            else:
+                raise TransientError("it does not answer.")
         except (ConfigError, TransientError) as failure:
             if error is None:
                 raise
@@ -166,27 +196,6 @@ class WorkingCopy(RunPlace):
             for name in sorted(self._written.keys() - found.keys(), key=_turn, reverse=True):
                 bucket.remove(name)
                 del self._written[name]
-
-
-@contextlib.contextmanager
-def _repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Repeats an action in a thread while the body runs; a failure is reported, and ends nothing."""
-    ended = threading.Event()
-
-    def repeat() -> None:
-        while not ended.wait(seconds):
-            try:
-                action()
-            except (ConfigError, TransientError) as error:
-                print(f"warning: {error} Training goes on meanwhile.", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=repeat, name="working copy", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def fetch_folder(url: str, *, checkpoints: bool = False) -> Path:

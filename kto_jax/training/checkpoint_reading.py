@@ -28,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.devices import processes
 from kto_jax.models.finite import find_nonfinite
+from kto_jax.storage.bucket import comes_from_a_bucket, is_bucket
 from kto_jax.training.leaf_digests import differing, digest_leaves, named_leaves
 
 VERIFIED = "VERIFIED"
@@ -35,8 +36,6 @@ VERIFIED = "VERIFIED"
 GROUP_BYTES = 2**30
 """Arrays are read back in groups of this size, or one by one if they are larger: they lie beside the training state."""
 _MOST_CHARACTERS = 200
-_UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""What TensorStore says of a server that may answer later."""
 
 
 def quiet_libraries() -> None:
@@ -62,10 +61,22 @@ class _WithoutLateAnswers:
             self.others(unraisable)
 
 
+def is_unreachable(place: epath.Path, error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is that of a bucket that may answer later."""
+    return is_bucket(str(place)) and any(comes_from_a_bucket(one) for one in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, the one that caused it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of the error that caused this one, without TensorStore's description of the file's format."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
+    *_, error = _causes(error)
     text = (str(error).splitlines() or [""])[0].split(" [tensorstore_spec")[0].split(" [source locations")[0]
     return f"{type(error).__name__}: {text[:_MOST_CHARACTERS]}"
 
@@ -220,7 +231,7 @@ class StoredTree:
             raise
         except Exception as error:
             reason = reason_of(error)
-            if any(word in reason for word in _UNREACHABLE):
+            if is_unreachable(self.place, error):
                 raise TransientError(f"{self.place} cannot be reached ({reason}). Start again later.") from None
             raise self._damage(f"{name or 'it'} cannot be read ({reason})") from None
 

@@ -25,8 +25,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from kto_jax.config import CheckpointConfig, ConfigError, TransientError
+from kto_jax.config.errors import FAILED, PREEMPTED
 from kto_jax.devices import processes
 from kto_jax.models.model import Params
+from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import free_bytes
 from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.checkpoint_reading import (
@@ -34,6 +36,7 @@ from kto_jax.training.checkpoint_reading import (
     best_step,
     combined,
     groups,
+    is_unreachable,
     quiet_libraries,
     reason_of,
     shown,
@@ -92,6 +95,10 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
+            if is_unreachable(self._directory, error):
+                raise TransientError(
+                    f"{self._directory} cannot be reached ({reason_of(error)}). Start again later."
+                ) from None
             raise ConfigError(
                 f"{self._directory} cannot be used: {reason_of(error)}. It must be a folder of checkpoints that this "
                 "process may write to. Repair it, or choose another --workdir."
@@ -99,6 +106,11 @@ class Checkpoints:
 
     def _stored(self, step: int) -> StoredTree:
         return StoredTree(self._directory / str(step))
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run whose last save failed: a bucket may be back when the run is started again, a full disk is not."""
+        return PREEMPTED if is_bucket(str(self._directory)) else FAILED
 
     @property
     def _steps(self) -> list[int]:

@@ -82,7 +82,8 @@ def take_steps(
       state: the state to start from; its buffers are donated.
 
     Returns:
-      The last state and an exit code: 0 if all steps were taken or the run ended early, 1 if the last save failed.
+      The last state and an exit code: 0 if all steps were taken or the run ended early, 1 or 75 if the last save
+      failed.
     """
     config, num_steps, first = job.config, job.inputs.num_steps, int(state.step)
     folder, writes = place.path, processes.is_first()
@@ -103,7 +104,7 @@ def take_steps(
             checkpoints.wait()
         if checkpoints.failure:
             console.print(f"error: the last checkpoint is not saved: {checkpoints.failure}", style="red")
-            exit_code = FAILED
+            exit_code = checkpoints.exit_code
     return state, exit_code
 
 

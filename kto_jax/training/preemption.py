@@ -103,6 +103,10 @@ class Preemption:
         """Whether the run should save and stop; all processes must call this together and get the same answer."""
         return reached_sync_point() if _several_processes() else self._signal is not None
 
+    def was_signalled(self) -> bool:
+        """Whether this process has seen a signal. Not so with several processes: JAX's service receives theirs."""
+        return self._signal is not None
+
     @property
     def exit_code(self) -> int:
         """The exit code after a requested stop."""

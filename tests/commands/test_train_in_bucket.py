@@ -66,7 +66,7 @@ def here(monkeypatch, cache):
     monkeypatch.setenv("KTO_JAX_CACHE", str(cache))
 
 
-def start(run, tmp_path, *arguments, **settings):
+def start(run, tmp_path, *arguments, program=("-m", "kto_jax.train"), **settings):
     """Starts the run in a process that has nothing of its own but empty folders."""
     folders = {name: str(tmp_path / name) for name in ("HOME", "TMPDIR", "KTO_JAX_CACHE")}
     for folder in folders.values():
@@ -75,7 +75,7 @@ def start(run, tmp_path, *arguments, **settings):
         (tmp_path / "TMPDIR/configs").symlink_to(ROOT / "configs")
     environment = os.environ | folders | {"PYTHONPATH": str(ROOT)} | settings
     return subprocess.Popen(
-        [sys.executable, "-m", "kto_jax.train", *TINY, f"--workdir={run.url}", *arguments],
+        [sys.executable, *program, *TINY, f"--workdir={run.url}", *arguments],
         cwd=folders["TMPDIR"],
         env=environment,
         stderr=subprocess.PIPE,

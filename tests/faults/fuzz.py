@@ -4,10 +4,12 @@ A reader takes bytes or text and returns, or raises the error of its kind. Anyth
 `memory_limit`, is a crash.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
 import resource
+import shutil
 import struct
 import tempfile
 import warnings
@@ -37,6 +39,7 @@ LIMIT = 1 << 30
 """Bytes that a reader may take beyond what the process holds; its inputs have a few kilobytes."""
 NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 FOLDER = Path(tempfile.mkdtemp(prefix="kto_jax-fuzz-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,20 @@
 """Folders in buckets, against a server on this machine."""
 
+import asyncio
 import errno
+from types import SimpleNamespace
 
+import aiohttp
+import fsspec.config
+import gcsfs.retry
 import pytest
 import requests
 
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage import bucket as bucket_module
 from kto_jax.storage.bucket import Bucket, is_bucket, may_pass
-from tests.fake_buckets import make_bucket
+from tests.fake_buckets import make_bucket, start_gcs
+from tests.unsteady_proxy import UnsteadyProxy
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,66 @@ def test_a_bucket_that_stays_away_ends_the_wait_after_the_limit(failing, monkeyp
     with pytest.raises(TransientError, match=r"could not be read \(a\) for 550 s: TimeoutError"):
         bucket.read("a")
     assert len(pauses) == 10
+
+
+def test_a_process_that_was_asked_to_stop_cuts_its_pauses_short(failing):
+    bucket, pauses = failing(*[TimeoutError()] * 3)
+    bucket._hurry = lambda: True
+    assert bucket.read("a") == b"here"
+    assert pauses == [1, 1, 1]
+
+
+def test_a_bucket_counts_as_away_from_the_method_that_gives_up_to_the_next_answer(failing):
+    bucket, _ = failing(TimeoutError())
+    bucket._patience = 0
+    assert not bucket.is_away
+    with pytest.raises(TransientError):
+        bucket.read("a")
+    assert bucket.is_away
+    bucket.read("a")
+    assert not bucket.is_away
+
+
+@pytest.fixture
+def proxied(monkeypatch, gcs):
+    """A bucket behind a proxy, whose client does not pause between its own six tries."""
+    proxy = UnsteadyProxy(seconds=0.2)
+    proxy.upstream = start_gcs()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
+    monkeypatch.setattr(bucket_module, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(bucket_module, "_SLOW_SECONDS", 0.05)
+    conf = {"gcs": {}}
+    monkeypatch.setattr(fsspec.config, "conf", conf)
+    bucket = Bucket(f"{gcs}/proxied")
+    bucket._files = bucket_module._file_system.__wrapped__("gs")
+    yield bucket, proxy
+    proxy.close()
+
+
+@pytest.mark.parametrize("mode, why", [
+    (503, "HttpError: the proxy fails, 503"), (429, "HttpError: the proxy fails, 429"), (500, "HttpError"),
+    ("reset", "ServerDisconnectedError"), ("silent", "FSTimeoutError"),
+])  # fmt: skip
+def test_a_server_that_fails_is_asked_again_until_it_answers(mode, why, proxied, monkeypatch, capsys):
+    bucket, proxy = proxied
+    monkeypatch.setattr(bucket_module.time, "sleep", lambda seconds: proxy.set("pass"))
+    for act in (lambda: bucket.write("a", b"1"), lambda: bucket.read("a") == b"1", bucket.versions):
+        before, _ = proxy.failed, proxy.set(mode)
+        assert act() in (None, True, {"a": bucket.versions()["a"]})
+        # The client's own tries; below it aiohttp repeats what a closed connection has lost.
+        assert proxy.failed - before in ((6,) if mode != "reset" else range(6, 13))
+    assert capsys.readouterr().err.count(f": {why}") == 3
+
+
+def test_a_slow_server_is_waited_for_and_reported(proxied, monkeypatch, capsys):
+    bucket, proxy = proxied
+    monkeypatch.setattr(fsspec.config, "conf", {"gcs": {"requests_timeout": aiohttp.ClientTimeout(total=100)}})
+    bucket._files = bucket_module._file_system.__wrapped__("gs")
+    proxy.set("slow")
+    bucket.write("a", b"1")
+    assert proxy.failed == 1
+    assert "is slow: it has not been written to (a) for" in capsys.readouterr().err
 
 
 def test_a_failure_that_stays_is_refused_at_once(failing):

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage.atomic import new_file
 from kto_jax.storage.digests import file_digest
+from kto_jax.storage.repeated import repeated
 
 FORMAT = 1
 """Version of contents.json."""
@@ -147,25 +147,20 @@ class IndexStore:
     @contextlib.contextmanager
     def signs_of_building(self, key: str) -> Iterator[None]:
         """Writes heartbeats for the waiting processes as long as the body runs."""
-        token, started, ended = secrets.token_hex(4), time.monotonic(), threading.Event()
+        token, started = secrets.token_hex(4), time.monotonic()
 
         def sign() -> None:
             text = json.dumps({"process": token, "seconds": round(time.monotonic() - started, 1)}).encode()
             self._write(key, _SIGN, lambda target: self._files.pipe_file(target, text))
 
-        def sign_on() -> None:
-            while not ended.wait(_SIGN_SECONDS):
-                with contextlib.suppress(ConfigError):  # one heartbeat may fail; the body reports errors
-                    sign()
+        def ignore(error: Exception) -> None:
+            """One heartbeat may fail; the body reports errors."""
 
         sign()  # here, so that an unwritable store is reported before hours of building
-        thread = threading.Thread(target=sign_on, name="signs of building", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeated(_SIGN_SECONDS, sign, name="signs of building", failed=ignore):
+                yield
         finally:
-            ended.set()
-            thread.join()
             with contextlib.suppress(Exception):
                 self._files.rm_file(self._path(key, _SIGN))
 
