@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
     "generate": "samples completions from a run or a model",
     "export": "exports a checkpoint of a run: merged, as adapters, as GGUF, to the Hub",
+    "verify": "checks a run or an exported model for damaged files",
     "score": "scores completions with a reward model",
     "curves": "draws the value functions of the losses",
 }

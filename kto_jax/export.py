@@ -44,6 +44,8 @@ class Options:
     """Export a run of adapters as a whole model."""
     gguf: Literal["", "q8_0", "f16", "bf16", "f32"] = ""
     """Write one GGUF file with its tokenizer instead, with matrices of this kind."""
+    strict: bool = False
+    """Refuse a damaged last checkpoint, instead of exporting the one before it with a warning."""
     push: str = ""
     """Repository org/name of the Hub to upload the folder to; the token is read from HF_TOKEN."""
 
@@ -75,9 +77,11 @@ def export(options: Options) -> int:
         )
     keep_compiled()
     if options.gguf:
-        folder = _export_gguf(run, to, options.step, options.gguf)
+        folder = _export_gguf(run, to, options)
     else:
-        exported = export_checkpoint(run, to, step=options.step, dtype=options.dtype, merge=options.merge)
+        exported = export_checkpoint(
+            run, to, step=options.step, dtype=options.dtype, merge=options.merge, strict=options.strict
+        )
         print(describe(exported))
         folder = exported.folder
     if options.push:
@@ -85,9 +89,12 @@ def export(options: Options) -> int:
     return FINISHED
 
 
-def _export_gguf(run: Path, to: Path | None, step: str, kind: str) -> Path:
+def _export_gguf(run: Path, to: Path | None, options: Options) -> Path:
+    kind = options.gguf
     with scratch_folder() as scratch:
-        exported = export_checkpoint(run, Path(scratch) / "model", step=step, dtype="float32", merge=True)
+        exported = export_checkpoint(
+            run, Path(scratch) / "model", step=options.step, dtype="float32", merge=True, strict=options.strict
+        )
         folder = to or run / "exports" / f"{exported.step}-gguf"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{run.resolve().name}-{exported.step}-{kind}.gguf"

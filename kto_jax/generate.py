@@ -127,6 +127,8 @@ class Options:
     """Dtype of the computation."""
     chat_template: str = "auto"
     """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
+    strict: bool = False
+    """Refuse a damaged newest checkpoint of a run without policy/, instead of reading the one before it."""
     json: bool = False
     """Print JSONL instead of text for people."""
 
@@ -154,7 +156,9 @@ def generate(options: Options) -> int:
     with contextlib.redirect_stdout(sys.stderr), show_progress() as progress:
         report_unused_devices()
         progress.start("reading the model")
-        with open_language_model(options.model, dtype=options.dtype, chat_template=options.chat_template) as model:
+        with open_language_model(
+            options.model, dtype=options.dtype, chat_template=options.chat_template, strict=options.strict
+        ) as model:
             progress.start("completing prompts", total=len(prompts) * options.num_samples)
             start = time.perf_counter()
             completions = complete(

@@ -16,7 +16,7 @@ ORDER = {
         "training",
         "sampling rewards exports",
         "planning reports rollouts",
-        "train generate export score curves inspect plan __main__",
+        "train generate export score verify curves inspect plan __main__",
         "online",
     ],
     "kto_jax.config": [
@@ -81,7 +81,7 @@ ORDER = {
     "kto_jax.storage": [
         "gguf_files atomic bucket bucket_watch folders locks repeated",
         "digests hub lease",
-        "run_place",
+        "run_place sums",
         "fetch",
     ],
     "kto_jax.training": [
@@ -89,7 +89,7 @@ ORDER = {
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
         "accumulate agreement initial_state leaf_digests logs optimizer run_folder sync",
         "checkpoint_reading",
-        "checkpoints in_flight patience precompute step stored_policy unusual watchdog",
+        "checkpoints in_flight patience precompute step stored_policy unusual verification watchdog",
         "evaluation loop result",
     ],
 }

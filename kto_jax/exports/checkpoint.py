@@ -17,7 +17,7 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.models.weights.export import Rounding, save_hugging_face
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.models.weights.peft import save_adapters
-from kto_jax.training.stored_policy import find_step, load_checkpoint
+from kto_jax.training.stored_policy import load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,13 @@ class Exported:
 
 
 def export_checkpoint(
-    run: Path, folder: Path | None = None, *, step: str = "last", dtype: str = "auto", merge: bool = False
+    run: Path,
+    folder: Path | None = None,
+    *,
+    step: str = "last",
+    dtype: str = "auto",
+    merge: bool = False,
+    strict: bool = False,
 ) -> Exported:
     """Writes a checkpoint as a directory that transformers opens, or peft if it holds adapters.
 
@@ -50,15 +56,15 @@ def export_checkpoint(
       step: "last", "best" (by the run's evaluation.metric) or a number.
       dtype: of the weights; "auto" is that of the run's policy/.
       merge: write a run of adapters as a whole model.
+      strict: refuse a damaged last checkpoint. Otherwise the one before it is exported, with a warning.
 
     Raises:
       ConfigError: there is no such run or checkpoint, a weight is not finite, or `folder` holds something else.
     """
-    number = find_step(run, step)
+    number, stored = load_checkpoint(run, step, strict=strict)
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     is_adapter = settings.get("lora", {}).get("rank", 0) > 0 and not merge
     folder = folder or run / "exports" / f"{number}{'-adapter' if is_adapter else ''}"
-    stored = load_checkpoint(run, number)
     tokenizer = run / "tokenizer"
     card = _card(run, number, settings, is_adapter=is_adapter)
     if is_adapter:

@@ -123,7 +123,7 @@ def _find_reward_model(path: str) -> ModelFiles:
     files = find_model(path)
     source = files.weights
     if (source / "policy" / "config.json").is_file():
-        files = ModelFiles(source / "policy")
+        files = find_model(str(source / "policy"))
     elif (source / "checkpoints").is_dir():
         raise ConfigError(
             f"{source} is a run without a policy/ yet. Only a finished run can score. Wait for it to finish, or set a "

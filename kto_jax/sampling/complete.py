@@ -25,7 +25,7 @@ from kto_jax.data.workers import Workers
 from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import transpose_layers
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
-from kto_jax.models.weights.model_files import ModelFiles, find_model
+from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import fetched
@@ -163,7 +163,9 @@ def is_prompt(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def open_language_model(path: str, *, dtype: str = "float32", chat_template: str = "auto") -> Iterator[LanguageModel]:
+def open_language_model(
+    path: str, *, dtype: str = "float32", chat_template: str = "auto", strict: bool = False
+) -> Iterator[LanguageModel]:
     """Opens a model that completes prompts.
 
     Args:
@@ -172,6 +174,7 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
         directory may also be in a bucket (gs://, s3://).
       dtype: what to compute in.
       chat_template: "auto" for the tokenizer's own, "none" for plain text, or the path of a Jinja file.
+      strict: refuse a damaged newest checkpoint. Otherwise the one before it is read, with a warning.
 
     Yields:
       The model.
@@ -181,7 +184,7 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
       TransientError: the Hub cannot be reached.
     """
     path = fetched(path)
-    model, load, tokenizer_path = _find_model(path, dtype)
+    model, load, tokenizer_path = _find_model(path, dtype, strict)
     with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
         tokenizer = tokenize.prepare_tokenizer(
             tokenizer_path,
@@ -193,14 +196,18 @@ def open_language_model(path: str, *, dtype: str = "float32", chat_template: str
         yield LanguageModel(model, tokenizer, load, workers)
 
 
-def _find_model(path: str, dtype: str) -> tuple[Model, Callable[[], Params], Path]:
+def _find_model(path: str, dtype: str, strict: bool) -> tuple[Model, Callable[[], Params], Path]:
     """The model, what reads its parameters, and the path of its tokenizer."""
     files = find_model(path)
     source = files.weights
     if (source / "policy" / "config.json").is_file():
-        source, files = source / "policy", ModelFiles(source / "policy")
+        source, files = source / "policy", find_model(str(source / "policy"))
     elif (source / "checkpoints").is_dir():
-        return read_model(source, dtype=dtype), lambda: load_policy(source, dtype=dtype)[1], source / "tokenizer"
+        return (
+            read_model(source, dtype=dtype),
+            lambda: load_policy(source, dtype=dtype, strict=strict)[1],
+            source / "tokenizer",
+        )
     if is_reward_model(files):
         raise ConfigError(
             f"{files} is a reward model, which scores completions and writes none. A language model is needed here. "

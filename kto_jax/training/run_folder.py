@@ -4,6 +4,7 @@ config.json      the resolved configuration     metrics.jsonl   one row per step
 manifest.json    the data's manifest            checkpoints/    Orbax
 model.json       the architecture               policy/         the result, in Hugging Face format
 tokenizer/       the tokenizer                  report.html     curves, samples, verdicts
+SHA256SUMS       digests of config.json, manifest.json, model.json and the tokenizer's files
 config_history.jsonl   the configuration of each part of a resumed run, and the step after which it started
 adapter/         low-rank adapters in peft's format, if they were trained
 tensorboard/, wandb/, wandb.json, mlflow.json   files of experiment trackers
@@ -33,6 +34,7 @@ from kto_jax.models.families.config_json import read_config_json, write_config_j
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.storage.locks import lock_file
 from kto_jax.storage.run_place import ORIGIN, RunPlace
+from kto_jax.storage.sums import write_sums
 from kto_jax.training.resume import LEGACY_DEFAULTS
 
 # Fields that may differ when a run is resumed: they change when results are shown, stored or computed, but not the
@@ -191,6 +193,8 @@ def _lock_and_write(
     write_json(path / "manifest.json", index.manifest)
     write_json(path / "model.json", write_config_json(architecture))
     write_json(path / "config.json", to_dict(config))  # last: with it the folder is a run
+    tokenizer_files = (f"tokenizer/{file.name}" for file in copy.directory.iterdir())
+    write_sums(path, ("config.json", "manifest.json", "model.json", *tokenizer_files))
     return RunFolder(path, copy, lock)
 
 
@@ -209,6 +213,15 @@ def record_part(folder: Path, first_step: int, config: Config) -> None:
     history = folder / _HISTORY
     kept = [line + "\n" for line, first in _read_history(history) if first < first_step]
     write_text(history, "".join(kept) + _history_line(first_step, to_dict(config)))
+
+
+def check_history(folder: Path) -> str:
+    """Describes the history of a run.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    return f"{len(_read_history(folder / _HISTORY))} parts"
 
 
 def _read_history(history: Path) -> list[tuple[str, int]]:

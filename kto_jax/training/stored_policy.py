@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.checkpoint_reading import StoredTree, best_step, quiet_libraries
+from kto_jax.training.logs import console
 
 
 def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
@@ -64,17 +64,14 @@ def find_step(workdir: Path, step: str = "last") -> int:
       ConfigError: the run has no whole checkpoint, or not this one; lists those that there are.
     """
     read_model(workdir)
-    quiet_libraries()
-    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
-        found = list(checkpointer.checkpoints)
+    found = _find_checkpoints(workdir)
     if not found:
         raise ConfigError(f"{workdir} holds no complete checkpoint yet. Train until the first one is written.")
     steps = sorted(one.step for one in found)
     if step == "last":
         return steps[-1]
     if step == "best":
-        settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        metric = settings["evaluation"].get("metric", "eval_loss")
+        metric = _read_settings(workdir)["evaluation"].get("metric", "eval_loss")
         if measured := {one.step: one.metrics[metric] for one in found if metric in (one.metrics or {})}:
             return best_step(measured, metric)
     elif step.isdecimal() and int(step) in steps:
@@ -85,49 +82,104 @@ def find_step(workdir: Path, step: str = "last") -> int:
     )
 
 
-def load_checkpoint(workdir: Path, step: int, *, dtype: str = "float32") -> StoredPolicy:
-    """Reads the policy of a checkpoint.
+def _find_checkpoints(workdir: Path) -> list[Any]:
+    quiet_libraries()
+    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
+        return list(checkpointer.checkpoints)
+
+
+def _find_steps(workdir: Path) -> list[int]:
+    return sorted(one.step for one in _find_checkpoints(workdir))
+
+
+def load_checkpoint(
+    workdir: Path, step: str = "last", *, dtype: str = "float32", strict: bool = False
+) -> tuple[int, StoredPolicy]:
+    """Reads the policy of a checkpoint; if the last one is damaged, that of the one before, with a warning.
 
     Args:
       workdir: the run's folder.
-      step: from `find_step`.
+      step: as for `find_step`. Only "last" may be replaced by an earlier one.
       dtype: what the model computes in.
+      strict: whether a damaged one is refused, as it is if the run's `checkpoint.strict` is set.
+
+    Returns:
+      The step, and the policy.
 
     Raises:
-      ConfigError: the checkpoint is damaged; names the arrays.
+      ConfigError: there is no such checkpoint, or no whole one; or the frozen reference is damaged.
     """
     workdir = Path(workdir).absolute()
-    model = read_model(workdir, dtype=dtype)
-    place = SingleDeviceSharding(jax.devices()[0])
+    chosen = find_step(workdir, step)
+    falls_back = step == "last" and not strict and not _read_settings(workdir).get("checkpoint", {}).get("strict")
+    older = [number for number in _find_steps(workdir) if number < chosen] if falls_back else []
+    findings: list[str] = []
+    for number in (chosen, *reversed(older)):
+        try:
+            trained = _load_trained(workdir, number)
+        except ConfigError as error:
+            findings.append(str(error))
+            continue
+        for finding in findings:
+            console.print(f"warning: {finding}", style="yellow")
+        if findings:
+            console.print(f"taking the checkpoint of step {number} instead", style="yellow")
+        return number, _as_policy(workdir, *trained, dtype=dtype)
+    others = f" {len(findings) - 1} older ones are damaged too." if len(findings) > 1 else ""
+    raise ConfigError(
+        f"{findings[0]}.{others} A whole checkpoint is needed. Choose another with --step of kto_jax.export, or "
+        f"see which are whole: python -m kto_jax.verify --run={workdir}"
+    )
 
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
+def _load_trained(workdir: Path, step: int) -> tuple[Params, Params]:
+    """What a checkpoint's run trains, and the shapes of its adapters; {} if it trains whole weights.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
     quiet_libraries()
     stored = StoredTree(checkpoints_folder(workdir) / str(step))
     record, metadata = stored.record(), stored.describe()
     kept = metadata["policy"]
     wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
-    has_adapters = "embed" not in kept
-    if has_adapters:
-        lora = LoraConfig(**json.loads((workdir / "config.json").read_text())["lora"])
-        draw = functools.partial(init_adapters, model.abstract_params("float32"), lora)
+    adapters: Params = {}
+    if "embed" not in kept:
+        draw = functools.partial(init_adapters, read_model(workdir).abstract_params("float32"), _lora(workdir))
         adapters = jax.eval_shape(draw, jax.random.key(0))
         kept = kept | adapters
-    wanted["policy"] = jax.tree.map(abstract, kept)
+    wanted["policy"] = jax.tree.map(_on_one_device, kept)
     trained = stored.load(wanted)["policy"]
     stored.compare(record, {"policy": trained})
+    return trained, adapters
+
+
+def _as_policy(workdir: Path, trained: Params, adapters: Params, *, dtype: str) -> StoredPolicy:
+    model = read_model(workdir, dtype=dtype)
     head = trained.get(SCALAR_HEAD)
     if head is not None:
         model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
-    if not has_adapters:
+    if not adapters:
         return StoredPolicy(model, trained, trained)
-    frozen = _load_base(workdir, lora, adapters, abstract)
+    lora = _lora(workdir)
+    frozen = _load_base(workdir, lora, adapters)
     return StoredPolicy(model, merge_adapters(frozen, trained, lora.alpha / lora.rank), trained)
 
 
-def _load_base(workdir: Path, lora: LoraConfig, adapters: Params, abstract: Callable[[Any], Any]) -> Params:
-    """The frozen weights that a run's adapters belong to; `abstract` gives each array its place."""
+def _read_settings(workdir: Path) -> dict[str, Any]:
+    return dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+
+
+def _lora(workdir: Path) -> LoraConfig:
+    return LoraConfig(**_read_settings(workdir)["lora"])
+
+
+def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+
+
+def _load_base(workdir: Path, lora: LoraConfig, adapters: Params) -> Params:
+    """The frozen weights that a run's adapters belong to."""
     stored = StoredTree(checkpoints_folder(workdir) / "reference", is_step=False)
     kept = stored.describe()
     table = kept["embed"]["table"]
@@ -135,11 +187,11 @@ def _load_base(workdir: Path, lora: LoraConfig, adapters: Params, abstract: Call
     frozen = {name: whole[name] for name in kept}
     if lora.start == "continue":
         frozen = merge_adapters(frozen, adapters, lora.alpha / lora.rank)
-    return stored.read(jax.tree.map(abstract, frozen))[0]
+    return stored.read(jax.tree.map(_on_one_device, frozen))[0]
 
 
-def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params, Path]:
-    """Loads the policy of a run's newest checkpoint on one device, for sampling.
+def load_policy(workdir: Path, *, dtype: str = "float32", strict: bool = False) -> tuple[Model, Params, Path]:
+    """Loads the policy of a run's newest whole checkpoint on one device, for sampling; see `load_checkpoint`.
 
     Returns:
       The model, its parameters (including a value head if it was trained with one) and its tokenizer's folder.
@@ -148,7 +200,7 @@ def load_policy(workdir: Path, *, dtype: str = "float32") -> tuple[Model, Params
       ConfigError: the folder holds no run, no complete checkpoint, or a reward model, which has no output head.
     """
     workdir = Path(workdir).absolute()
-    stored = load_checkpoint(workdir, find_step(workdir), dtype=dtype)
+    _, stored = load_checkpoint(workdir, dtype=dtype, strict=strict)
     if stored.model.scalar_head == "reward":
         raise ConfigError(
             f"{workdir} trains a reward model, which scores completions and generates none. A run of a language "

@@ -18,6 +18,7 @@ from kto_jax.data.tokens.tokenizer import encode_prompts, prepare_tokenizer
 from kto_jax.export import main as export
 from kto_jax.exports.checkpoint import export_checkpoint
 from kto_jax.exports.gguf_file import write_gguf
+from kto_jax.generate import main as generate
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params, read_config
@@ -88,6 +89,18 @@ def test_an_earlier_and_the_best_checkpoint_are_found(runs, tmp_path):
     assert export_checkpoint(runs / "full", tmp_path / "best", step="best").step == min(losses, key=losses.get)
     with pytest.raises(ConfigError, match=r"--step=7 is no checkpoint of .*Allowed: 1, 2, 3, last, and best"):
         export_checkpoint(runs / "full", step="7")
+
+
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before_it_unless_strict(runs, tmp_path, capfd):
+    run = shutil.copytree(runs / "full", tmp_path / "run", ignore=shutil.ignore_patterns("policy", "exports"))
+    data = max((run / "checkpoints" / "3" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-2000])
+    for strict, code in ((["--strict"], 2), ([], 0)):
+        assert export([f"--run={run}", f"--to={tmp_path / 'out'}", *strict]) == code
+        assert generate([f"--model={run}", "--prompt=Hi", "--max_new_tokens=2", *strict]) == code
+        said = " ".join(capfd.readouterr().err.split())
+        assert "3 is damaged: " in said and (("taking the checkpoint of step 2 instead" in said) is not bool(strict))
+    assert "the checkpoint after 2 steps" in " ".join((tmp_path / "out" / "README.md").read_text().split())
 
 
 def test_adapters_are_exported_as_such_or_merged(runs, base, tmp_path, capsys):

@@ -14,11 +14,12 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from kto_jax.config import ConfigError
+from kto_jax.storage.folders import reporting_write_errors
 from kto_jax.storage.locks import lock_file
 
 _STALE_SECONDS = 86_400
@@ -64,6 +65,22 @@ def build_folder(final: Path) -> Iterator[Path | None]:
             _remove(folder if is_locked else own)
             raise
         _remove(folder if is_locked else own)
+
+
+def remove_damaged(final: Path, is_damaged: Callable[[], bool]) -> None:
+    """Removes a finished index, unless another process has done so and perhaps built it again.
+
+    Processes that have it open keep their files.
+
+    Raises:
+      ConfigError: it cannot be removed.
+    """
+    lock, _ = _lock(final.with_name(f"building-{final.name}"))
+    with lock, reporting_write_errors(final):
+        if is_damaged():
+            aside = final.with_name(f"building-{final.name}") / f"damaged-{secrets.token_hex(4)}"
+            os.rename(final, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(folder: Path, final: Path) -> None:

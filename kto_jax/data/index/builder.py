@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ from kto_jax.data.rows.sources import Source
 from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, encode_feedback, start_encoder
 from kto_jax.data.workers import Workers
 from kto_jax.storage.atomic import write_text
+from kto_jax.storage.sums import write_sums
 
 FORMAT = 4
 """Version of the index's files."""
@@ -55,6 +56,14 @@ _CHUNK = 256
 """Rows per task of a worker."""
 _MAX_REASONS = 200
 _MAX_PLACES = 50
+
+
+def content_digest(tokens: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the tokens and of all columns, in their order."""
+    digest = hashlib.sha256()
+    for array in (tokens, *(columns[name] for name in COLUMNS)):
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def settings(data: DataConfig) -> dict[str, Any]:
@@ -196,7 +205,7 @@ class Builder:
         self._saved = time.monotonic()
 
     def finish(self, key: str, digests: Sequence[str]) -> dict[str, Any]:
-        """Writes the columns and the manifest.
+        """Writes the columns, the manifest and the digests of all files.
 
         Args:
           key: the index's key.
@@ -227,6 +236,7 @@ class Builder:
         for path in (self._directory / _PROGRESS, *self._directory.glob("*.raw")):
             path.unlink(missing_ok=True)
         (self._directory / "manifest.json").write_text(text, encoding="utf-8")
+        write_sums(self._directory)
         return manifest
 
     def _write_columns(self) -> tuple[dict[str, Any], list[dict[str, int]]]:
@@ -246,14 +256,10 @@ class Builder:
         columns["scores"] = columns["scores"].astype(np.float32)
         columns["offsets"] = np.zeros(len(columns["splits"]) + 1, np.int64)
         np.cumsum(columns["prompt_lengths"] + columns["completion_lengths"], out=columns["offsets"][1:])
-        digest = hashlib.sha256()
-        with _path(self._directory, "tokens").open("rb") as tokens:
-            while block := tokens.read(1 << 20):
-                digest.update(block)
         for name in COLUMNS:
             np.save(self._directory / f"{name}.npy", columns[name], allow_pickle=False)
-            digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8).data)
-        return {**figures, "content_sha256": digest.hexdigest()}, trained
+        tokens = np.memmap(_path(self._directory, "tokens"), np.int32, mode="r")
+        return {**figures, "content_sha256": content_digest(tokens, columns)}, trained
 
     def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
         """Splits by the prompt's hash alone, so that all completions of a prompt share a split."""

@@ -13,10 +13,12 @@ A row of the index is one completion with its prompt; a pair is two rows, chosen
     splits.npy              uint8, position in SPLITS
     places.npy              int64 [rows, 2], source in the manifest, and line
     manifest.json           counts, rejections with their places, lengths, digests
+    SHA256SUMS              digests of these files, compared whenever the index is opened
 
 Rows are in source order. A row is in the split "unused" if its score gives no label, or if `one_per_prompt` keeps
 another row of its prompt. The folder's name is a digest of everything that determines its content, so a matching index
-is reopened at once. If two runs build the same index, one waits; an interrupted build is resumed.
+is reopened at once, or built again if it is damaged. If two runs build the same index, one waits; an interrupted build
+is resumed.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.index.build_folder import build_folder, is_finished
-from kto_jax.data.index.builder import COLUMNS, FORMAT, Builder, settings
+from kto_jax.data.index.build_folder import build_folder, is_finished, remove_damaged
+from kto_jax.data.index.builder import COLUMNS, FORMAT, Builder, content_digest, settings
 from kto_jax.data.index.manifest import SPLITS, check, with_weights
 from kto_jax.data.index.shared_store import IndexStore
 from kto_jax.data.rows import files
@@ -41,6 +44,7 @@ from kto_jax.data.rows.sources import Source, sources_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
 from kto_jax.storage.hub import pinned
+from kto_jax.storage.sums import damage_of, has_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +142,9 @@ def build_index(
     key = _key(data, tokenizer, vocab_size, [source for _, source in sources], digests)
     final = directory / key[:16]
 
+    index = _find_index(final)
     store = IndexStore(data.index_store) if data.index_store else None
-    if store is not None and not builds and not is_finished(final):
+    if store is not None and not builds and index is None:
         # Not under the lock, which the building process may hold on this host.
         store.wait(key, lambda: is_finished(final))
     publishing = store.publishing(key, final) if store is not None and builds else contextlib.nullcontext()
@@ -151,7 +156,7 @@ def build_index(
             builder.add_sources()
             check(builder.finish(key, digests), data)
 
-    index = open_index(final)
+    index = index or open_index(final)
     # max_rejected is not part of the key: it does not change the index, only whether it is refused.
     check(index.manifest, data)
     # Nor are weights, which only change how often sequences are visited; the manifest gets this call's weights.
@@ -169,9 +174,48 @@ def open_index(directory: Path) -> Index:
       The index.
 
     Raises:
-      ConfigError: the folder holds no complete index of this version.
+      ConfigError: the folder holds no complete index of this version, or its files differ from their digests.
     """
     directory = Path(directory)
+    damage = damage_of(directory)
+    if not damage:
+        index = _open_files(directory)
+        if has_sums(directory) or _content_is_whole(index):
+            return index
+        damage = "its columns differ from content_sha256 in manifest.json"
+    raise ConfigError(f"{directory} holds a damaged index: {damage}. Delete the folder to build it again.")
+
+
+def _find_index(final: Path) -> Index | None:
+    """The finished index, or None if there is none; removes one that is damaged.
+
+    Raises:
+      ConfigError: it is damaged and cannot be removed.
+    """
+    if not is_finished(final):
+        return None
+    try:
+        return open_index(final)
+    except ConfigError as error:
+        print(f"warning: {error} It is built again now.", file=sys.stderr)
+        remove_damaged(final, lambda: is_finished(final) and not _is_whole(final))
+        return None
+
+
+def _is_whole(directory: Path) -> bool:
+    with contextlib.suppress(ConfigError):
+        open_index(directory)
+        return True
+    return False
+
+
+def _content_is_whole(index: Index) -> bool:
+    """Compares with the one digest of all columns that versions without SHA256SUMS recorded."""
+    columns = {name: getattr(index, name) for name in COLUMNS}
+    return content_digest(index.tokens, columns) == index.manifest.get("content_sha256")
+
+
+def _open_files(directory: Path) -> Index:
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         columns = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
@@ -190,7 +234,7 @@ def open_index(directory: Path) -> Index:
 
 
 def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:
-    return dataclasses.replace(open_index(directory), manifest=manifest)
+    return dataclasses.replace(_open_files(directory), manifest=manifest)
 
 
 def _find_sources(data: DataConfig, directory: Path) -> list[tuple[SourceFile, Source]]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights, Weights, listed, read_json
+from kto_jax.storage.sums import check_export
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -139,6 +140,7 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
             f"{path} holds no {WEIGHTS}. Adapters are read from safetensors, never from pickled files, which can run "
             "code. Save them with peft's save_pretrained(..., safe_serialization=True)."
         )
+    check_export(path, weights=True)
     weights = SafetensorsWeights(path, WEIGHTS)
     factors: dict[str, dict[str, np.ndarray]] = {}
     whole, unknown = {}, []

@@ -27,6 +27,7 @@ from kto_jax.models.weights.safetensors_files import read_json, write_safetensor
 from kto_jax.models.weights.tensors import Expected, expected_tensors
 from kto_jax.storage.atomic import publish_folder
 from kto_jax.storage.hub import WEIGHTS_INDEX
+from kto_jax.storage.sums import write_sums
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -62,7 +63,7 @@ def save_hugging_face(
     """Writes a directory in transformers' format.
 
     Every process of a run must call this; the first one writes. Arrays are gathered and written one tensor at a time.
-    The export is written beside `directory` and renamed when complete.
+    The export is written beside `directory`, with the digests of its files, and renamed when complete.
 
     A reward model becomes its family's `...ForSequenceClassification` with one label. config.json and the tokenizer's
     settings then get a padding token that is not an EOS (see classifier.py). A value head is omitted: the export is a
@@ -99,6 +100,7 @@ def save_hugging_face(
     stats = _write_weights(partial, model, params, start, dtype, max_shard_bytes)
     if writes:
         _write_small_files(partial, model, tokenizer_dir, model_card, stop_ids, dtype)
+        write_sums(partial)
         publish_folder(partial, directory)
     if jax.process_count() > 1:  # No process may read the export before it is complete.
         multihost_utils.sync_global_devices("export")

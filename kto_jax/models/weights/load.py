@@ -30,6 +30,7 @@ from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights, Weights, listed, read_json, weight_files
 from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage.digests import file_digest
+from kto_jax.storage.sums import check_export
 
 # Rows of a tied head that are compared with the embedding: several, because rows that training rarely updates may be
 # equal in different matrices.
@@ -89,10 +90,12 @@ def load_params(
       key: PRNG key of a random scalar head; None is `jax.random.key(0)`.
 
     Raises:
-      ConfigError: the weights are missing, incomplete, damaged, pickled, not finite, or of another shape than the
-        config says; or they are a reward model's, and `model` is not one.
+      ConfigError: the weights are missing, incomplete, damaged (also by the digests of an export), pickled, not finite,
+        or of another shape than the config says; or they are a reward model's, and `model` is not one.
     """
     files = path if isinstance(path, ModelFiles) else ModelFiles(Path(path))
+    if files.weights.is_dir():
+        check_export(files.weights, weights=True)
     weights = open_weights(files.weights)
     if files.adapter is not None:
         weights = AdaptedWeights(weights, files.weights, read_adapter_folder(files.adapter))

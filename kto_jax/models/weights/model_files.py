@@ -9,6 +9,7 @@ from pathlib import Path
 from kto_jax.config import ConfigError
 from kto_jax.models.weights.adapter_folder import CONFIG, is_adapter_folder, named_base
 from kto_jax.storage.fetch import local_path
+from kto_jax.storage.sums import check_export
 
 CONFIG_FILES = ("config.json", CONFIG)
 """What says of a model of the Hub which architecture it has, or which base."""
@@ -45,9 +46,20 @@ def find_model(path: str, base: str = "", *, hub_files: Sequence[str] | None = N
       hub_files: which files of a model of the Hub to fetch; None for all that are read.
 
     Raises:
-      ConfigError: the model or the base does not exist, or `base` is given for a model that has none.
+      ConfigError: the model or the base does not exist, or `base` is given for a model that has none; or files beside
+        the weights differ from the digests of an export (unless only some are fetched).
       TransientError: the Hub cannot be reached.
     """
+    files = _find_model(path, base, hub_files)
+    if hub_files is None:
+        for folder in (files.weights, files.adapter):
+            # The settings of a run may be written while it is read.
+            if folder is not None and folder.is_dir() and not (folder / "checkpoints").is_dir():
+                check_export(folder, weights=False)
+    return files
+
+
+def _find_model(path: str, base: str, hub_files: Sequence[str] | None) -> ModelFiles:
     found = local_path(path, hub_files=hub_files)
     if not is_adapter_folder(found):
         if base:

@@ -28,6 +28,7 @@ from kto_jax.models.weights.safetensors_files import write_safetensors
 from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_folder
+from kto_jax.storage.sums import write_sums
 
 
 def save_adapters(
@@ -41,7 +42,7 @@ def save_adapters(
     model_card: str,
     merged: Path | None = None,
 ) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors in float32, README.md and the tokenizer.
+    """Writes adapter_config.json, adapter_model.safetensors in float32, README.md, the tokenizer and their digests.
 
     Every process of a run must call this; the first one writes. The head of a reward model is included; a value head is
     omitted.
@@ -78,6 +79,7 @@ def save_adapters(
             (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             copy_tokenizer(tokenizer_dir, partial)
+            write_sums(partial)
     if jax.process_count() > 1:  # No process may read the export before it is complete.
         multihost_utils.sync_global_devices("adapters")
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import pickle
+import re
 
 import numpy as np
 import pytest
 
-from kto_jax.config import ConfigError
 from kto_jax.data.batches.reference_logps import open_store
 from tests import synthetic
 from tests.synthetic import make_index
@@ -84,7 +84,7 @@ def test_steps_are_missing_until_they_are_written(tmp_path):
     store.write(1, np.array([5, 2]), np.float32([-1, -2]), np.float32([-3, 0]))
     assert store.is_missing(4).tolist() == [True, False, True, True]
     assert store.is_missing(2).tolist() == [True, False]
-    store.unmatched[2, 1] = -1  # an interrupted step
+    store.unmatched_bits[2, 1] = store.unmatched_bits[1, 0]  # an interrupted step
     again = open_store(tmp_path / "store", 8, 4, 3)
     assert again.is_missing(4).tolist() == [True, False, True, True]
     assert again.matched[[5, 2]].tolist() == [-1, -2]
@@ -99,12 +99,58 @@ def test_pickling_a_store_transfers_only_its_path(tmp_path):
     assert pickle.loads(packed).unmatched[2, 0] == -5
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\x93NUMPY no"), lambda path: np.save(path, [1.0])])
-def test_a_folder_that_is_not_a_store_is_refused(tmp_path, damage):
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "a number": ("matched", lambda path: flip(path, 8 * 130 + 7), "1 of the 8 numbers in .*matched.npy have changed"),
+    "a complement": ("unmatched", lambda path: flip(path, 8 * 134), "1 of the 12 numbers in .*unmatched.npy have cha"),
+    "no array": ("matched", lambda path: path.write_bytes(b"\x93NUMPY no"), r"matched.npy is not an array of \(8,\)"),
+    "an empty file": ("unmatched", lambda path: path.write_bytes(b""), r"unmatched.npy is not an array of \(4, 3\)"),
+    "another shape": ("matched", lambda path: np.save(path, [1.0]), r"matched.npy is not an array of \(8,\)"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_store_is_reported_and_begun_anew(tmp_path, name, capsys):
+    array, damage, message = DAMAGES[name]
+    store = open_store(tmp_path / "store", 8, 4, 3)
+    store.write(1, np.array([0, 2]), np.float32([-1, -2]), np.float32([-3, -4]))
+    assert not open_store(tmp_path / "store", 8, 4, 3).is_missing(4)[1] and capsys.readouterr().err == ""
+    damage(tmp_path / "store" / f"{array}.npy")
+    again = open_store(tmp_path / "store", 8, 4, 3)
+    assert again.is_missing(4).all() and np.isnan(again.matched).all()
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.endswith("log-probabilities are computed again.\n")
+    again.write(1, np.array([0, 2]), np.float32([-1, -2]), np.float32([-3, -4]))
+    assert open_store(tmp_path / "store", 8, 4, 3).matched[2] == -2 and capsys.readouterr().err == ""
+
+
+def test_a_process_that_has_a_store_open_keeps_it_when_another_begins_it_anew(tmp_path):
+    store = open_store(tmp_path / "store", 8, 4, 3)
+    store.write(1, np.array([0]), np.float32([-1]), np.float32([-3]))
+    (tmp_path / "store" / "unmatched.npy").unlink()
+    np.save(tmp_path / "store" / "unmatched.npy", np.zeros(2))
     open_store(tmp_path / "store", 8, 4, 3)
-    damage(tmp_path / "store" / "matched.npy")
-    with pytest.raises(ConfigError, match=r"matched.npy is not an array of \(8,\).*Delete the folder"):
-        open_store(tmp_path / "store", 8, 4, 3)
+    assert store.matched[0] == -1 and store.unmatched[1, 0] == -3
+
+
+def test_a_store_of_an_earlier_version_is_kept_and_reported_as_unchecked(tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    matched, unmatched = np.full(8, np.nan, np.float32), np.float32(np.arange(12).reshape(4, 3))
+    np.save(tmp_path / "store" / "matched.npy", matched)
+    np.save(tmp_path / "store" / "unmatched.npy", unmatched)
+    for num_said in (2, 0):
+        store = open_store(tmp_path / "store", 8, 4, 3)
+        np.testing.assert_array_equal(store.unmatched, unmatched)
+        assert np.isnan(store.matched).all()
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == num_said and all(
+            "without complements, so its numbers are unchecked" in line for line in said
+        )
 
 
 @pytest.mark.parametrize("change", [

@@ -150,14 +150,57 @@ def test_lowering_max_rejected_refuses_an_index_that_is_already_built(make_index
         make_index(rows, directory=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokens.bin", "offsets.npy"])
-def test_a_broken_index_is_refused(index, tmp_path, name):
+@pytest.mark.parametrize("name", ["manifest.json", "tokens.bin", "offsets.npy", "places.npy", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
+def test_a_damaged_index_is_refused_by_the_name_of_the_file(index, tmp_path, name, damage):
     shutil.copytree(index.directory, tmp_path / "copy")
     assert len(open_index(tmp_path / "copy").tokens) == len(index.tokens)
     path = tmp_path / "copy" / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 8 * 4])
-    with pytest.raises(ConfigError, match="Delete the folder"):
+    break_file(path, damage)
+    if (name, damage) == ("SHA256SUMS", "removed"):
+        assert len(open_index(tmp_path / "copy").tokens) == len(index.tokens)  # as older versions wrote it
+    else:
+        named = "SHA256SUMS" if name == "SHA256SUMS" else f"damaged index: {name}"
+        with pytest.raises(ConfigError, match=f"{named} .*Delete the folder to build it again"):
+            open_index(tmp_path / "copy")
+
+
+def break_file(path, damage):
+    data = bytearray(path.read_bytes())
+    if damage == "removed":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 8 * 4])
+    else:
+        data[len(data) * 3 // 4] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "weights.npy"])
+def test_an_index_of_a_version_without_sums_is_checked_by_the_digest_of_its_content(index, tmp_path, name):
+    shutil.copytree(index.directory, tmp_path / "copy")
+    (tmp_path / "copy" / "SHA256SUMS").unlink()
+    break_file(tmp_path / "copy" / name, "flipped")
+    with pytest.raises(ConfigError, match="its columns differ from content_sha256"):
         open_index(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "name, damage", [("tokens.bin", "flipped"), ("manifest.json", "cut"), ("splits.npy", "removed")]
+)
+def test_a_damaged_index_in_the_cache_is_built_again_and_that_is_said(make_index, tmp_path, capsys, name, damage):
+    first = make_index(toy_rows(), directory=tmp_path)
+    tokens = np.array(first.tokens)
+    capsys.readouterr()
+    make_index(toy_rows(), directory=tmp_path)
+    assert capsys.readouterr().err == ""
+    break_file(first.directory / name, damage)
+    again = make_index(toy_rows(), directory=tmp_path)
+    said = capsys.readouterr().err
+    assert name in said and "It is built again now." in said and len(said.splitlines()) == 1
+    np.testing.assert_array_equal(again.tokens, tokens)
+    assert again.manifest["content_sha256"] == first.manifest["content_sha256"]
+    assert not list((tmp_path / "indices").glob("building-*"))
 
 
 def test_the_tiny_feedback_set_is_accepted_whole(tokenizer, tmp_path):

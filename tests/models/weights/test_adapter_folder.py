@@ -153,6 +153,12 @@ def test_written_adapters_are_read_back_to_be_trained_further(config, directory,
     given = LoraConfig(rank=4, alpha=6.0)
     with pytest.raises(ConfigError, match=r"Set --config.lora.rank=3 --config.lora.targets=query,down, or config.lora"):
         read_adapters(tmp_path / "adapter", model, given)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(ConfigError, match=r"adapter is damaged: adapter_model.safetensors differs from SHA256SUMS"):
+        read_adapters(tmp_path / "adapter", model, lora)
 
 
 @pytest.mark.parametrize("options", [

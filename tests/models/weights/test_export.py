@@ -16,6 +16,7 @@ from kto_jax.models.model import Model
 from kto_jax.models.weights import export
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import read_config
+from kto_jax.models.weights.model_files import find_model
 from tests.models.weights.directories import CARD, assert_equal, load, write_model
 
 
@@ -60,6 +61,24 @@ def test_an_export_in_bfloat16_holds_rounded_weights(config, directory, weights,
         np.testing.assert_array_equal(written[name], values.astype(ml_dtypes.bfloat16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out"))} == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flipped_bit_of_an_export_is_found_when_it_is_read(config, directory, tmp_path, dtype):
+    save = partial(save_hugging_face, tokenizer_dir=None, model_card=CARD, dtype=dtype)
+    save(tmp_path / "out", Model.create(config), load(directory), max_shard_bytes=8000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and (tmp_path / "out" / "SHA256SUMS").read_text().count("\n") == len(shards) + 3
+    (tmp_path / "out" / "README.md").write_text("# Edited\n")
+    assert find_model(str(tmp_path / "out")) and load(tmp_path / "out")
+    for path, share in ((shards[0], 0.99), (shards[1], 0.5), (tmp_path / "out" / "config.json", 0.7)):
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[int(len(whole) * share)] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ConfigError, match=rf"out is damaged: {path.name} differs from SHA256SUMS\."):
+            load(tmp_path / "out") if path in shards else find_model(str(tmp_path / "out"))
+        path.write_bytes(whole)
 
 
 def test_an_export_reports_the_effect_of_rounding(config, directory, tmp_path):
