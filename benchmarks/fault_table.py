@@ -65,23 +65,41 @@ FAULTS = {
         _tests(commands__test_train="a_run_with_loader_processes_ends_and_resumes_like_any_other"),
     ),
     "F5": Fault(
-        "one bit flipped in a checkpoint",
-        "the damaged array is named; the run falls back to the step before",
-        _tests(training__test_checkpoints="a_checkpoint_with_a_value_that_is_not_finite_is_refused"),
-        "only flips that make a value NaN or infinite are found",
+        "one bit flipped in a checkpoint, the reference, the index, reference log-probabilities, `policy/`, `adapter/`",
+        "the array or file is named; a run falls back to the checkpoint before, and makes an index or store again",
+        _tests(
+            training__test_checkpoints="a_checkpoint_with_a_value_that_is_not_finite_is_refused",
+            training__test_verified_checkpoints="""
+                a_damaged_checkpoint_is_named_and_the_one_before_it_is_restored_unless_strict
+                a_damaged_reference_is_refused_by_the_name_of_its_array""",
+            training__test_stored_policy="""
+                a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_read
+                strict_and_a_chosen_step_refuse_a_damaged_checkpoint""",
+            data__index__test_index="""
+                a_damaged_index_is_refused_by_the_name_of_the_file
+                a_damaged_index_in_the_cache_is_built_again_and_that_is_said""",
+            data__batches__test_reference_logps="a_damaged_store_is_reported_and_begun_anew",
+            models__weights__test_export="a_flipped_bit_of_an_export_is_found_when_it_is_read",
+            models__weights__test_adapter_folder="written_adapters_are_read_back_to_be_trained_further",
+            commands__test_verify="a_damaged_part_is_named_and_the_exit_code_is_1",
+        ),
     ),
     "F6": Fault(
-        "files of a checkpoint cut, removed or garbled; damaged metrics.jsonl",
+        "files of a checkpoint cut, removed or garbled; foreign folders beside it; damaged metrics.jsonl",
         "one line that names the file; the run falls back to the step before",
         _tests(
             training__test_logs="""
                 rows_after_the_checkpoint_and_a_half_written_one_are_dropped_when_a_run_is_resumed""",
             training__test_checkpoints="a_folder_without_a_run_or_checkpoint_is_refused",
+            training__test_verified_checkpoints="""
+                whatever_is_damaged_the_run_continues_from_the_checkpoint_before_with_one_line
+                a_checkpoint_whose_digests_agree_is_restored_without_
+                a_foreign_folder_with_a_higher_number_is_set_aside
+                if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_moved""",
             faults__test_run_folder="""
                 a_damaged_row_of_metrics_is_named
                 what_a_power_cut_leaves_after_the_last_row_is_dropped""",
         ),
-        "damaged checkpoints end in a traceback",
     ),
     "F7": Fault(
         "no space for a checkpoint, the cache, an export or temporary files",

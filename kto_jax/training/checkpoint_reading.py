@@ -121,6 +121,18 @@ class StoredTree:
                 return ocp.checkpointables_metadata(self.place).metadata["state"]
             return ocp.metadata(self.place).metadata
 
+    def describe_recorded(self, record: Mapping[str, Any]) -> Any:
+        """Shapes and dtypes of all arrays, which must be those that were recorded, if anything was.
+
+        Raises:
+          ConfigError: the folder cannot be read, or its description is damaged.
+          TransientError: it cannot be reached for now.
+        """
+        described = self.describe()
+        if not described or (record and named_leaves(described).keys() != record["digests"].keys()):
+            raise self._damage("the description of its arrays is missing or cannot be read")
+        return described
+
     def record(self) -> dict[str, Any]:
         """What was recorded when the folder was written; {} if a version without digests wrote it.
 
@@ -213,9 +225,8 @@ class StoredTree:
             raise self._damage(f"the digest of {shown(broken)} is not the one recorded when it was saved")
 
     def _read(self, wanted: Any) -> tuple[Any, dict[str, Any]]:
-        record, described = self.record(), self.describe()
-        if record and named_leaves(described).keys() != record["digests"].keys():
-            raise self._damage("the description of its arrays is missing or cannot be read")
+        record = self.record()
+        described = self.describe_recorded(record)
         check_arrays(described, wanted, self.place)
         return self.load(wanted), record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -111,7 +112,7 @@ def load_checkpoint(
     """
     workdir = Path(workdir).absolute()
     chosen = find_step(workdir, step)
-    falls_back = step == "last" and not strict and not _read_settings(workdir).get("checkpoint", {}).get("strict")
+    falls_back = step == "last" and not strict and not _is_strict(workdir)
     older = [number for number in _find_steps(workdir) if number < chosen] if falls_back else []
     findings: list[str] = []
     for number in (chosen, *reversed(older)):
@@ -140,7 +141,10 @@ def _load_trained(workdir: Path, step: int) -> tuple[Params, Params]:
     """
     quiet_libraries()
     stored = StoredTree(checkpoints_folder(workdir) / str(step))
-    record, metadata = stored.record(), stored.describe()
+    record = stored.record()
+    metadata = stored.describe_recorded(record)
+    if "policy" not in metadata:
+        raise ConfigError(f"{stored.place} is damaged: it holds no policy")
     kept = metadata["policy"]
     wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
     adapters: Params = {}
@@ -168,6 +172,12 @@ def _as_policy(workdir: Path, trained: Params, adapters: Params, *, dtype: str) 
 
 def _read_settings(workdir: Path) -> dict[str, Any]:
     return dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+
+
+def _is_strict(workdir: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # older versions had no such setting
+        return bool(_read_settings(workdir)["checkpoint"]["strict"])
+    return False
 
 
 def _lora(workdir: Path) -> LoraConfig:

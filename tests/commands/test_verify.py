@@ -9,11 +9,13 @@ import pytest
 
 from kto_jax.config import CheckpointConfig
 from kto_jax.devices.sharding import make_mesh
+from kto_jax.storage.bucket import Bucket
 from kto_jax.storage.sums import SUMS, write_sums
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.verify import main as verify
 from tests import TINY_MODEL
 from tests.base_model import write_base
+from tests.fake_buckets import make_bucket
 from tests.training.test_checkpoints import make_state
 from tests.training.test_verified_checkpoints import MESH, flip, largest_file, save_steps
 
@@ -72,7 +74,7 @@ DAMAGES = {
     "config_history.jsonl": (lambda run: (run / "config_history.jsonl").write_text("{}\n"), "is damaged: 'first_step'"),
     "metrics.jsonl": (lambda run: edit(run / "metrics.jsonl", b'{"step": 2}\n', b""), "from 1 to 3, in order; see"),
     "checkpoints/reference": (
-        lambda run: flip(largest_file(run / "checkpoints" / "reference"), 8 * 700), "reference",
+        lambda run: flip(largest_file(run / "checkpoints" / "reference"), 8 * 700), "embed/table",
     ),
     "checkpoints/1": (lambda run: flip(largest_file(run / "checkpoints" / "1" / "state" / "d"), 8 * 700), ""),
     "checkpoints/2": (lambda run: shutil.rmtree(run / "checkpoints" / "2" / "state"), "2 is damaged: "),
@@ -138,3 +140,23 @@ def test_a_model_is_checked_alone(run, capsys):
 def test_what_cannot_be_checked_is_refused(arguments, message, capsys):
     assert verify(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_checked_where_it_is(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))
+    bucket = Bucket(f"{make_bucket('verified')}/run")
+    for path in sorted(whole.rglob("*")):
+        if path.is_file():
+            bucket.upload(path, path.relative_to(whole).as_posix())
+    assert verify([f"--run={bucket.url}"]) == 0
+    parts, last = lines_of(capsys)
+    assert parts["checkpoints/2"][0] == parts["policy"][0] == "whole" and parts["exports/"][0] == "not checked"
+    assert last.startswith("0 of 11 parts are damaged")
+    damaged = tmp_path / "damaged"
+    data = largest_file(whole / "checkpoints" / "2" / "state" / "d")
+    shutil.copy(data, damaged)
+    flip(damaged, 8 * 700)
+    bucket.upload(damaged, data.relative_to(whole).as_posix())
+    assert verify([f"--run={bucket.url}"]) == 1
+    assert lines_of(capsys)[0]["checkpoints/2"][0] == "DAMAGED"

@@ -52,7 +52,7 @@ def test_a_flipped_bit_is_found(folder, bit):
     (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors differs from SHA256SUMS"),
     (lambda folder: (folder / SUMS).write_bytes(b""), "SHA256SUMS is damaged in line 1"),
     (lambda folder: (folder / SUMS).write_bytes(b"\xff\xfe"), "SHA256SUMS cannot be read ('utf-8'"),
-    (lambda folder: flip(folder / SUMS, 66 * 8 + 5), "SHA256SUMS is damaged in line 1"),
+    (lambda folder: flip(folder / SUMS, 65 * 8), "SHA256SUMS is damaged in line 1"),
     (lambda folder: (folder / SUMS).write_text(f"{'0' * 64}  ../x\n"), "SHA256SUMS names '../x', which is no file"),
 ])  # fmt: skip
 def test_whatever_is_damaged_is_named(folder, damage, found):
