@@ -108,7 +108,7 @@ def publish_file(partial: Path, path: Path, *, replace: bool = True) -> None:
         except OSError:  # This file system has no hard links.
             if not path.exists():
                 os.replace(partial, path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def publish_folder(partial: Path, path: Path) -> None:
@@ -121,13 +121,13 @@ def publish_folder(partial: Path, path: Path) -> None:
     for folder, _, names in os.walk(partial):
         for name in names:
             _flush(Path(folder, name))
-        _flush_folder(Path(folder))
+        flush_folder(Path(folder))
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.rename(path, old)
     os.rename(partial, path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -143,7 +143,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
+    """Flushes the names in a folder, where the file system can."""
     try:
         _flush(path)
     except OSError as error:

@@ -10,6 +10,7 @@ from kto_jax.data.rows.chats import CHATS
 from kto_jax.data.rows.compared import COMPARED
 from kto_jax.data.rows.exports import EXPORTS
 from kto_jax.data.rows.layout import NEEDED, Layout, Reader
+from kto_jax.data.rows.pressed import PRESSED
 from kto_jax.data.rows.public import PUBLIC
 from kto_jax.data.rows.trees import TREES
 
@@ -26,5 +27,6 @@ LAYOUTS: dict[str, Layout] = {
     **COMPARED,
     **TREES,
     **EXPORTS,
+    **PRESSED,
 }
 """Layouts by their name in `data.layout`."""
