@@ -13,6 +13,7 @@
 | D | model (residual stream) |
 | N, K, H | attention heads, key/value heads, head dimension |
 | F | feed-forward |
+| E | experts of a layer, if it has several |
 
 A suffix such as `x_TD` names the axes of an array, in order.
 """
@@ -137,6 +138,24 @@ class TokenScores:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RouterSums:
+    """What the routers of a mixture of experts did with the tokens of packed rows; padding does not count.
+
+    Attributes:
+      counts: how many tokens chose each expert.
+      probabilities: sum over the tokens of each expert's probability.
+      squared_normalizers: sum over the tokens of the squared log-sum-exp of the router's logits.
+      entropies: sum over the tokens of the entropy of the router's probabilities, in nats.
+    """
+
+    counts: Float[Array, "*layers E"]
+    probabilities: Float[Array, "*layers E"]
+    squared_normalizers: Float[Array, "*layers"]
+    entropies: Float[Array, "*layers"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Completions:
     """The models' outputs for the completion in each slot: the inputs of an objective. Empty slots hold 0.
 
@@ -150,6 +169,7 @@ class Completions:
       scores: rating of the example; 0 if the data has none.
       filled: slots that hold an example.
       tokens: per-token quantities, for models with a value head and objectives that read them; else None.
+      routed: what the policy's routers did, if it is a mixture of experts; else None.
     """
 
     policy: Float[Array, "*M R S"]
@@ -160,3 +180,4 @@ class Completions:
     scores: Float[Array, "*M R S"]
     filled: Bool[Array, "*M R S"]
     tokens: TokenScores | None = None
+    routed: RouterSums | None = None

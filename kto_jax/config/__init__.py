@@ -20,6 +20,7 @@ from kto_jax.config.fields import (
     ProcessesConfig,
     ProfileConfig,
     ReferenceConfig,
+    RouterConfig,
     SamplesConfig,
     WatchConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ProcessesConfig",
     "ProfileConfig",
     "ReferenceConfig",
+    "RouterConfig",
     "SamplesConfig",
     "TransientError",
     "WatchConfig",

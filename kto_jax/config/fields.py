@@ -189,6 +189,18 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Losses of the routers of a mixture of experts, which are added to the objective's loss."""
+
+    balance_weight: NotNegative | Auto = "auto"
+    """Weight of the load-balancing loss (arXiv 2101.03961) over the tokens of the global batch, as transformers
+    computes it. "auto": router_aux_loss_coef of the model's config.json if all weights are trained, 0 with adapters.
+    Above 0, a forward pass of the policy is added, which counts how many tokens choose each expert."""
+    z_weight: NotNegative = 0.0
+    """Weight of the z-loss (arXiv 2202.08906), which keeps the routers' logits small; 0.001 is usual."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients update the policy.
 
@@ -239,6 +251,9 @@ class MeshConfig:
     """Sequence parallel: the tokens of a row are sharded over it, for rows too long for one device; weights too."""
     tensor: AxisSize = 1
     """Tensor parallel: heads, feed-forward layers and the vocabulary are sharded over it."""
+    expert: AxisSize = 1
+    """Expert parallel, for a mixture of experts: each device has a part of the experts. Rows and all other weights are
+    sharded over it as over `fsdp`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +378,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    router: RouterConfig = RouterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     processes: ProcessesConfig = ProcessesConfig()

@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from kto_jax.config import ConfigError
 from kto_jax.devices.chips import find_chip
+from kto_jax.devices.experts_on_mesh import MeshExperts
 from kto_jax.devices.sharding import ACTIVATION_RULES, constrainer, copies_of_kv_heads, num_parts
 from kto_jax.losses.logprobs import KEPT_LOGITS
 from kto_jax.models.attention import mosaic, splash, triton
@@ -74,7 +75,7 @@ class MeshAttention:
     """Attention over packed rows sharded over a mesh: see `models.attention.dense_attention` for its arguments.
 
     Attributes:
-      mesh: the devices; rows are sharded over data and fsdp, their tokens over sequence, heads over tensor.
+      mesh: the devices; rows are sharded over data, fsdp and expert, their tokens over sequence, heads over tensor.
       name: "dense", "chunked" or a kernel. A kernel is replaced wherever it lacks a feature: see `kernel_for`.
     """
 
@@ -213,7 +214,15 @@ def make_layout(
     """
     kernel = choose_attention(attention, mesh)
     kept_logits = {"auto": _kept_logits(mesh.devices.flat[0]), "always": sys.maxsize, "never": 0}[keep_logits]
-    return Layout(constrainer(mesh), mesh.size, num_parts(mesh, _LENGTH), kernel, reduce_dtype, kept_logits)
+    return Layout(
+        constrain=constrainer(mesh),
+        num_devices=mesh.size,
+        row_parts=num_parts(mesh, _LENGTH),
+        attention=kernel,
+        run_experts=MeshExperts(mesh),
+        reduce_dtype=reduce_dtype,
+        kept_logits=kept_logits,
+    )
 
 
 def _kept_logits(device: jax.Device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +14,18 @@ from kto_jax.config import ConfigError, MeshConfig
 
 MeshAxes = str | tuple[str, ...] | None
 # From the widest network to the nearest neighbours.
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axis. A parameter's "embed" axis is sharded over fsdp and sequence, and all-gathered where it is
-# used. An activation's rows are sharded over data and fsdp and its length over sequence, so its "embed" axis stays
-# whole.
+# Logical axis -> mesh axis. A parameter's "embed" axis is sharded over fsdp, expert and sequence, and all-gathered
+# where it is used; experts stay on their devices. An activation's rows are sharded over data, fsdp and expert and its
+# length over sequence, so its "embed" axis stays whole.
 PARAMETER_RULES: dict[str, MeshAxes] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": ("fsdp", "sequence"),
+    "embed": ("fsdp", "expert", "sequence"),
+    "experts": "expert",
+    "expert_embed": ("fsdp", "sequence"),
+    "router": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -30,18 +33,19 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "adapter": None,
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
     "length": "sequence",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "vocab": "tensor",
+    "router": None,
     # Vectors that the embedding returns, before they are sharded by rows: first sharded as the table is, then with
-    # their length over sequence and "embed" over fsdp only.
+    # their length over sequence and "embed" over the others only.
     "looked_up": "data",
     "table_embed": PARAMETER_RULES["embed"],
-    "half_embed": "fsdp",
+    "half_embed": ("fsdp", "expert"),
     # Of a KV cache, beside rows, kv_heads and head_dim.
     "layers": None,
     "slots": None,
@@ -61,13 +65,13 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != num_devices:
         raise ConfigError(
             f"config.mesh={sizes} does not multiply to the {num_devices} devices here. Allowed: axes whose product is "
-            f"{num_devices}, or -1 on one axis. Set config.mesh.data, fsdp, sequence and tensor."
+            f"{num_devices}, or -1 on one axis. Set config.mesh.data, fsdp, expert, sequence and tensor."
         )
     return sizes
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of all processes, with axes data, fsdp, sequence and tensor.
+    """The mesh over all devices of all processes, with axes data, fsdp, expert, sequence and tensor.
 
     With several TPU slices, only the data axis crosses slices: the other axes stay within one.
 
@@ -94,7 +98,7 @@ def _mesh_of_slices(sizes: dict[str, int], num_slices: int, devices: list[jax.De
             f"{num_slices}, because only the data axis may cross the network between slices. Set config.mesh.data."
         )
     within = (sizes["data"] // num_slices, *(sizes[axis] for axis in AXES[1:]))
-    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1, 1), devices)
+    array = mesh_utils.create_hybrid_device_mesh(within, (num_slices, *(1 for _ in AXES[1:])), devices)
     return Mesh(array, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
@@ -134,23 +138,29 @@ def _names(axes: MeshAxes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
+def row_parts(sizes: Mapping[str, int]) -> int:
+    """Number of parts into which a mesh of these sizes divides the rows of a microbatch."""
+    return sizes["data"] * sizes["fsdp"] * sizes["expert"]
+
+
 def check_rows(microbatch_rows: int, sizes: dict[str, int]) -> None:
     """Refuses a microbatch whose rows the mesh cannot divide.
 
     Raises:
       ConfigError: naming the nearest number of rows that works.
     """
-    parts = sizes["data"] * sizes["fsdp"]
+    parts = row_parts(sizes)
+    axes = "data × fsdp × expert" if sizes["expert"] > 1 else "data × fsdp"
     if sizes["sequence"] > 1 and microbatch_rows != parts:
         raise ConfigError(
             f"config.microbatch_rows={microbatch_rows} does not go with config.mesh.sequence={sizes['sequence']}, "
-            f"whose devices share one row at a time. Allowed: mesh data × fsdp = {parts}. "
+            f"whose devices share one row at a time. Allowed: mesh {axes} = {parts}. "
             f"Set config.microbatch_rows to {parts}."
         )
     if microbatch_rows % parts:
         raise ConfigError(
             f"config.microbatch_rows={microbatch_rows} cannot be split over {parts} devices ({microbatch_rows} % "
-            f"{parts} = {microbatch_rows % parts}). Allowed: multiples of mesh data × fsdp = {parts}. "
+            f"{parts} = {microbatch_rows % parts}). Allowed: multiples of mesh {axes} = {parts}. "
             f"Set config.microbatch_rows to {-(-microbatch_rows // parts) * parts}."
         )
 
@@ -194,6 +204,26 @@ def check_heads(num_heads: int, num_kv_heads: int, sizes: dict[str, int]) -> Non
         )
 
 
+def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
+    """Refuses an expert axis that cannot divide the experts of a layer.
+
+    Raises:
+      ConfigError: the model has no experts, or not a multiple of the axis.
+    """
+    parts = sizes["expert"]
+    if parts == 1 or (num_experts and num_experts % parts == 0):
+        return
+    if not num_experts:
+        raise ConfigError(
+            f"config.mesh.expert={parts}, and the model has no experts. Allowed: 1, for a model that is no mixture of "
+            "experts. Set config.mesh.fsdp instead."
+        )
+    raise ConfigError(
+        f"config.mesh.expert={parts} cannot divide the model's {num_experts} experts ({num_experts} % {parts} = "
+        f"{num_experts % parts}). Allowed: divisors of {num_experts}. Set config.mesh.expert."
+    )
+
+
 def copies_of_kv_heads(num_kv_heads: int, sequence: int) -> int:
     """How often each key and value head is repeated so that the devices of the sequence axis get equally many."""
     return sequence // math.gcd(num_kv_heads, sequence)
@@ -216,7 +246,7 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch's arrays [M, R, ...]: rows over data and fsdp."""
+    """Sharding of a batch's arrays [M, R, ...]: rows over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["rows"]))
 
 
@@ -232,7 +262,7 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
     if sum(stop - start for start, stop in ranges) != last - first:
         raise ConfigError(
             f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} rows {ranges}. Each process must have "
-            "contiguous rows. Change the axes: config.mesh.data times fsdp must be a multiple of the number of "
+            "contiguous rows. Change the axes: config.mesh.data × fsdp × expert must be a multiple of the number of "
             "processes."
         )
     return slice(first, last)

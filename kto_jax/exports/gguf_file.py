@@ -74,7 +74,7 @@ def _check_architecture(config: TransformerConfig, directory: Path) -> None:
     usual = TransformerConfig(8, 8, 1, 1, 1, 8, 8)
     names = (
         "activation", "qkv_bias", "qk_norm", "norm_offset", "post_norms", "embed_scale", "window",
-        "query_pre_attn_scalar", "attention_softcap", "final_softcap",
+        "query_pre_attn_scalar", "attention_softcap", "final_softcap", "num_experts",
     )  # fmt: skip
     other = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if other or is_reward_model(directory):

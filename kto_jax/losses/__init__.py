@@ -18,6 +18,7 @@ from kto_jax.losses.orpo import orpo_loss
 from kto_jax.losses.policy_gradient import policy_gradient_loss
 from kto_jax.losses.ppo import generalized_advantages, ppo_clip_loss, ppo_value_loss
 from kto_jax.losses.reward import bradley_terry_loss
+from kto_jax.losses.router import balance_loss, z_loss
 from kto_jax.losses.sft import mean_logps, sft_loss
 from kto_jax.losses.simpo import simpo_loss
 from kto_jax.losses.slic import slic_loss
@@ -26,6 +27,7 @@ __all__ = [
     "DPO_VARIANTS",
     "F_DIVERGENCES",
     "apo_zero_unpaired_loss",
+    "balance_loss",
     "bco_loss",
     "bradley_terry_loss",
     "check_dpo_options",
@@ -53,4 +55,5 @@ __all__ = [
     "slic_loss",
     "token_logps",
     "update_running_mean",
+    "z_loss",
 ]

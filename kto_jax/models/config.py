@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from kto_jax.config import ConfigError
 from kto_jax.models.rope import Scaling
@@ -24,7 +25,7 @@ class TransformerConfig:
       num_heads: N, query heads.
       num_kv_heads: K, key and value heads; divides `num_heads`.
       head_dim: H, width of a head; even, because rotary embedding rotates pairs.
-      mlp_dim: F, width of the feed-forward layer.
+      mlp_dim: F, width of the feed-forward layer, or of each expert.
       max_length: longest sequence that the model was trained on, in tokens.
       norm_eps: epsilon of RMSNorm.
       rope_theta: base of the rotary embedding.
@@ -36,7 +37,8 @@ class TransformerConfig:
       family: the `model_type` in its config.json; does not affect the computation.
       activation: of the feed-forward layer's gate: "silu" or "gelu_tanh".
       qkv_bias: whether queries, keys and values have biases.
-      qk_norm: whether every head's query and key has an RMSNorm before it is rotated.
+      qk_norm: whether queries and keys have an RMSNorm before they are rotated: "none"; "head", each head by itself; or
+        "whole", all heads together.
       norm_offset: added to the scale of every norm; Gemma stores scales minus one.
       post_norms: whether attention and feed-forward layer are also followed by norms.
       embed_scale: factor of the input embedding, rounded to the compute dtype.
@@ -47,6 +49,10 @@ class TransformerConfig:
       query_pre_attn_scalar: scores are divided by its square root; None for `head_dim`.
       attention_softcap: scores become softcap · tanh(score / softcap) before masking; None leaves them.
       final_softcap: logits likewise.
+      num_experts: E, experts of each layer, of which every token passes through some; 0 for one feed-forward layer.
+      experts_per_token: K, how many.
+      shares_sum_to_one: whether a token's experts are weighted by their probabilities divided by the sum of these.
+      balance_weight: the weight of the load-balancing loss that the model was trained with.
     """
 
     vocab_size: int
@@ -67,7 +73,7 @@ class TransformerConfig:
     family: str = "llama"
     activation: str = "silu"
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "whole"] = "none"
     norm_offset: float = 0.0
     post_norms: bool = False
     embed_scale: float = 1.0
@@ -77,10 +83,15 @@ class TransformerConfig:
     query_pre_attn_scalar: int | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    shares_sum_to_one: bool = False
+    balance_weight: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
         optional = tuple(name for name in ("window", "query_pre_attn_scalar") if getattr(self, name) is not None)
+        optional += ("num_experts", "experts_per_token") if self.num_experts != 0 else ()
         for name in (*sizes, "max_length", *optional):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -104,6 +115,11 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
                 raise ConfigError(f"The model has {name}={value!r}; it must be above 0, or null. Fix its config.json.")
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"The model has experts_per_token={self.experts_per_token} of num_experts={self.num_experts}; a token "
+                "passes through at most all of them. Fix its config.json."
+            )
         assert len(self.local_layers) in (0, self.num_layers), "a kind for each layer, or none"
         assert not self.local_layers or self.window is not None, "local layers have a window"
 
@@ -119,10 +135,18 @@ class TransformerConfig:
 
     def num_params(self) -> int:
         """Number of parameters, norms and biases included; a tied head counts once."""
-        norms = (4 if self.post_norms else 2) * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
+        return self._num_params(self.num_experts)
+
+    def num_active_params(self) -> int:
+        """Number of parameters that a token passes through: those of the other experts do not count."""
+        return self._num_params(self.experts_per_token)
+
+    def _num_params(self, experts: int) -> int:
+        heads = {"none": 0, "head": 2, "whole": self.num_heads + self.num_kv_heads}[self.qk_norm]
+        norms = (4 if self.post_norms else 2) * self.embed_dim + heads * self.head_dim
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
         tables = (1 if self.tied_head else 2) * self.vocab_size * self.embed_dim
-        return self.embed_dim + tables + self.num_layers * (norms + biases + self._layer_matmul_weights())
+        return self.embed_dim + tables + self.num_layers * (norms + biases + self._layer_matmul_weights(experts))
 
     def flops_per_token(self, attended: float, *, attended_locally: float | None = None, head: bool = True) -> float:
         """FLOPs of one token's forward pass; a backward pass costs twice as much.
@@ -141,9 +165,13 @@ class TransformerConfig:
         num_local = sum(self.layers_are_local)
         attention = 4.0 * self.num_heads * self.head_dim
         attention *= (self.num_layers - num_local) * attended + num_local * attended_locally
-        matmuls = 2.0 * self.num_layers * self._layer_matmul_weights()
+        matmuls = 2.0 * self.num_layers * self._layer_matmul_weights(self.experts_per_token)
         return matmuls + attention + (2.0 * self.embed_dim * self.vocab_size if head else 0.0)
 
-    def _layer_matmul_weights(self) -> int:
+    def _layer_matmul_weights(self, experts: int) -> int:
+        """Weights of a layer's matrices, with those of this many experts if it has any."""
         attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return attention + 3 * self.embed_dim * self.mlp_dim
+        feed_forward = 3 * self.embed_dim * self.mlp_dim
+        return attention + (
+            self.num_experts * self.embed_dim + experts * feed_forward if self.num_experts else feed_forward
+        )

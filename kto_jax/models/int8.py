@@ -2,7 +2,7 @@
 
 Each output channel of a matrix (each token of the embedding) has its own scale, its largest absolute weight divided by
 127; quantisation is symmetric, to the nearest multiple of the scale. An `Int8Matrix` takes the array's place among the
-parameters. Norms, biases, and reward and value heads stay float32.
+parameters. Norms, biases, routers, and reward and value heads stay float32.
 
 A layer is dequantised where it is used, inside the scan over layers, so only one layer exists in the compute dtype at a
 time. The output head is dequantised whole. Loading holds one matrix of all layers in float32 at a time, sharded over
@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int
 INT8 = "int8"
 # Name of a matrix among the parameters -> the axis along which weights share a scale.
 _SHARED: dict[str, int] = {"weight": -2, "table": -1}
+# Matrices that stay as they are: a rounded router would send tokens to other experts.
+_KEPT = "router"
 # Parts of the parameters whose matrices are quantised.
 _TRUNK = ("embed", "layers", "head")
 _LARGEST = 127
@@ -83,7 +85,7 @@ def _map(params: dict[str, Any], matrix: Callable[[Any, int], Any], other: Calla
 
     def walk(node: Any, name: str, in_trunk: bool) -> Any:
         if isinstance(node, dict):
-            return {key: walk(child, key, in_trunk) for key, child in node.items()}
+            return {key: walk(child, key, in_trunk and key != _KEPT) for key, child in node.items()}
         return matrix(node, _SHARED[name]) if in_trunk and name in _SHARED else other(node)
 
     return {name: walk(node, name, name in _TRUNK) for name, node in params.items()}

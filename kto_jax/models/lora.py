@@ -3,7 +3,7 @@
 The adapters are a separate parameter tree, with an `Adapter` for each adapted matrix:
 
     layers.attention.query, key, value, output .weight    a [layers, in, r], b [layers, r, out]
-    layers.mlp.gate, up, down                  .weight    a, b
+    layers.mlp.gate, up, down                  .weight    a, b; of every expert, [layers, E, in, r] and so on
 
 Merging them into the frozen parameters replaces each such W, which may be in int8, by an `AdaptedMatrix`. Training
 starts with A B = 0, so that the policy equals the frozen model.
@@ -87,11 +87,11 @@ def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[st
     """
 
     def draw(weight: Any, key: Array) -> Adapter:
-        layers, size_in, size_out = weight.shape
-        shapes = {"a": (layers, size_in, lora.rank), "b": (layers, lora.rank, size_out)}
+        *stacked, size_in, size_out = weight.shape
+        shapes = {"a": (*stacked, size_in, lora.rank), "b": (*stacked, lora.rank, size_out)}
 
         def factor(name: str) -> Array:
-            limit = shapes[name][1] ** -0.5
+            limit = shapes[name][-2] ** -0.5
             drawn = jax.random.uniform(key, shapes[name], minval=-limit, maxval=limit)
             return jnp.zeros(shapes[name]) if name == lora.zero else drawn
 
@@ -105,8 +105,8 @@ def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
     """Logical axes of the adapters, from those of the model's parameters."""
 
     def split(group: str, name: str) -> Adapter:
-        layers, axis_in, axis_out = axes["layers"][group][name]["weight"]
-        return Adapter((layers, axis_in, "adapter"), (layers, "adapter", axis_out))
+        *stacked, axis_in, axis_out = axes["layers"][group][name]["weight"]
+        return Adapter((*stacked, axis_in, "adapter"), (*stacked, "adapter", axis_out))
 
     return _map_targets(lora.targets, split)
 

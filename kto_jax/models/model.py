@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int, Key
 from kto_jax.config import ConfigError
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.families import FAMILIES
 from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
 from kto_jax.models.int8 import INT8, Int8Matrix, cast_params, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
 from kto_jax.models.unstacked import product_with_transposed
+from kto_jax.shapes import RouterSums
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
@@ -41,8 +43,10 @@ class Model:
         final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
         head.weight [D, V] if untied  layers.mlp.gate, up, down .weight [layers, in, out]
         where the architecture has    layers.attention.query, key, value .bias [layers, out]
-        them:                         layers.attention.query_norm, key_norm .scale [layers, H]
+        them:                         layers.attention.query_norm, key_norm .scale [layers, H or out]
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
+        a mixture of experts:         layers.mlp.router.weight [layers, D, E]
+                                      layers.mlp.gate, up, down .weight [layers, E, in, out]
         scorer, see heads.py          (the scalar head; a reward model has no output head)
 
     In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a LoRA policy an
@@ -91,7 +95,7 @@ class Model:
           adapter_scale: factor of the adapters' products; 0 for a model without adapters.
 
         Raises:
-          ConfigError: unknown dtype, remat policy or scalar head.
+          ConfigError: unknown dtype, remat policy or scalar head, or a reward head on a family without one.
         """
         options = (
             ("dtype", dtype, DTYPES),
@@ -103,6 +107,12 @@ class Model:
                 raise ConfigError(
                     f"model.{name}={value!r} is unknown; it may be {', '.join(allowed)}. Set one of these."
                 )
+        if scalar_head == "reward" and FAMILIES[config.family].classifier is None:
+            raise ConfigError(
+                f"A reward model of family {config.family!r} was asked for; transformers has no sequence classifier of "
+                "it, so the result could not be exported. Families with one: "
+                f"{', '.join(name for name, family in FAMILIES.items() if family.classifier)}. Choose another base."
+            )
         model = cls(config, dtype, remat, scalar_head, None, layout, adapter_scale)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
@@ -129,6 +139,16 @@ class Model:
         Returns:
           Hidden states in the compute dtype. Those of padding are finite but meaningless.
         """
+        return self.route(params, tokens_RL, segment_ids_RL, positions_RL)[0]
+
+    def route(
+        self,
+        params: Params,
+        tokens_RL: Int[Array, "R L"],
+        segment_ids_RL: Int[Array, "R L"],
+        positions_RL: Int[Array, "R L"],
+    ) -> tuple[Float[Array, "R L D"], RouterSums | None]:
+        """`hidden_states`, and for a mixture of experts what the routers of all layers did."""
         return self._merge(params).hidden_states(tokens_RL, segment_ids_RL, positions_RL)
 
     def head(self, params: Params) -> Float[Array, "D V"]:

@@ -19,16 +19,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kto_jax.models.attention.cached import cached_attention
 from kto_jax.models.attention.dense import rotary_tables, rotate
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.experts import ExpertFeedForward
 from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_product
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
 from kto_jax.models.unstacked import TransposedMatrix, product_with_transposed
+from kto_jax.shapes import RouterSums
 
 Cache = dict[str, tuple[Array, ...]]  # keys and values of each layer
 CACHE_AXES = ("rows", "kv_heads", "slots", "head_dim")
@@ -143,9 +145,13 @@ class Attention(nnx.Module):
         self.query = Linear((layers, embed, heads), ("layers", "embed", "heads"), **biased)
         self.key = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **biased)
         self.value = Linear((layers, embed, kv_heads), ("layers", "embed", "kv_heads"), **biased)
-        norm = partial(_norm, config, config.head_dim, "head_dim")
-        self.query_norm: RMSNorm | None = norm() if config.qk_norm else None
-        self.key_norm: RMSNorm | None = norm() if config.qk_norm else None
+        self.norms_whole = config.qk_norm == "whole"
+        self.query_norm, self.key_norm = (
+            None if config.qk_norm == "none"
+            else _norm(config, width, axis) if self.norms_whole
+            else _norm(config, config.head_dim, "head_dim")
+            for width, axis in ((heads, "heads"), (kv_heads, "kv_heads"))
+        )  # fmt: skip
         self.output = Linear((layers, heads, embed), ("layers", "heads", "embed"), **options)
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
@@ -155,9 +161,12 @@ class Attention(nnx.Module):
         def heads(x: Array, name: str) -> Array:
             return self.constrain(x.reshape(rows, length, -1, self.head_dim), ("rows", "length", name, "head_dim"))
 
-        query, key = heads(self.query(x_TD), "heads"), heads(self.key(x_TD), "kv_heads")
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        def project(linear: Linear, norm: RMSNorm | None, name: str) -> Array:
+            x = linear(x_TD)
+            x = heads(norm(x) if norm is not None and self.norms_whole else x, name)
+            return x if norm is None or self.norms_whole else norm(x)
+
+        query, key = project(self.query, self.query_norm, "heads"), project(self.key, self.key_norm, "kv_heads")
         mixed, kept = attend(rotate(query, tables), rotate(key, tables), heads(self.value(x_TD), "kv_heads"))
         return self.output(mixed.reshape(rows * length, -1)), kept
 
@@ -186,16 +195,34 @@ class Block(nnx.Module):
         self.attention_norm = norm()
         self.attention = Attention(config, dtype=dtype, layout=layout, rngs=rngs)
         self.mlp_norm = norm()
-        self.mlp = FeedForward(config, dtype=dtype, layout=layout, rngs=rngs)
+        self.mlp: FeedForward | ExpertFeedForward
+        if config.num_experts:
+            activation = ACTIVATIONS[config.activation]
+            self.mlp = ExpertFeedForward(config, activation=activation, dtype=dtype, layout=layout, rngs=rngs)
+        else:
+            self.mlp = FeedForward(config, dtype=dtype, layout=layout, rngs=rngs)
         self.attention_post_norm: RMSNorm | None = norm() if config.post_norms else None
         self.mlp_post_norm: RMSNorm | None = norm() if config.post_norms else None
 
-    def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
-        """The residual stream after this layer, and what `attend` returns besides its output."""
+    def __call__(
+        self, x_TD: Array, tables: tuple[Array, Array], attend: Attend, where_RL: Bool[Array, "R L"]
+    ) -> tuple[Array, Any, RouterSums | None]:
+        """The residual stream after this layer, what `attend` returns besides its output, and what the router did.
+
+        Args:
+          x_TD: the residual stream.
+          tables: of the rotary embedding.
+          attend: attention.
+          where_RL: which tokens are not padding.
+        """
         mixed_TD, kept = self.attention(self.attention_norm(x_TD), tables, attend)
         x_TD = x_TD + (mixed_TD if self.attention_post_norm is None else self.attention_post_norm(mixed_TD))
-        fed_TD = self.mlp(self.mlp_norm(x_TD))
-        return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept
+        routed = None
+        if isinstance(self.mlp, ExpertFeedForward):
+            fed_TD, routed = self.mlp(self.mlp_norm(x_TD), where_RL)
+        else:
+            fed_TD = self.mlp(self.mlp_norm(x_TD))
+        return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept, routed
 
 
 def _lookup(table: Array | Int8Matrix, tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
@@ -243,13 +270,16 @@ class Transformer(nnx.Module):
 
     def hidden_states(
         self, tokens_RL: Int[Array, "R L"], segment_ids_RL: Int[Array, "R L"], positions_RL: Int[Array, "R L"]
-    ) -> Float[Array, "R L D"]:
-        """Hidden states after the final norm, in the compute dtype; those of padding are meaningless."""
+    ) -> tuple[Float[Array, "R L D"], RouterSums | None]:
+        """Hidden states after the final norm, in the compute dtype, and what the routers of all layers did, if any.
+
+        The hidden states of padding are meaningless.
+        """
         tables = self._tables(positions_RL)
         packed = partial(self.packed_attention, segment_ids_RL=segment_ids_RL, positions_RL=positions_RL)
         graphdef, state = nnx.split(self.layers)
 
-        def layer(x_TD: Array, scanned) -> tuple[Array, None]:
+        def layer(x_TD: Array, scanned) -> tuple[Array, RouterSums | None]:
             is_local, state = scanned
 
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
@@ -257,13 +287,13 @@ class Transformer(nnx.Module):
 
             block = nnx.merge(graphdef, state)
             x_TD = checkpoint_name(self._constrain(x_TD, tokens_RL.shape), _LAYER_INPUT)
-            x_TD, _ = block(x_TD, _layer_tables(tables, is_local), attend)
-            return x_TD, None
+            x_TD, _, routed = block(x_TD, _layer_tables(tables, is_local), attend, segment_ids_RL > 0)
+            return x_TD, routed
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_TD, _ = jax.lax.scan(layer, self._embed(tokens_RL), (self._is_local(), state))
-        return self._final_hidden(x_TD, tokens_RL.shape)
+        x_TD, routed = jax.lax.scan(layer, self._embed(tokens_RL), (self._is_local(), state))
+        return self._final_hidden(x_TD, tokens_RL.shape), routed
 
     def decode(
         self, layers: Sequence[Any], cache: Cache, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
@@ -279,7 +309,8 @@ class Transformer(nnx.Module):
         for state, is_local, *kept in per_layer:
             attend = partial(self._attend_cached, positions_BL, is_local, kept)
             block = nnx.merge(graphdef, nnx.State(state))
-            x_TD, kept = block(self._constrain(x_TD, tokens_BL.shape), tables[int(is_local)], attend)
+            x_TD = self._constrain(x_TD, tokens_BL.shape)
+            x_TD, kept, _ = block(x_TD, tables[int(is_local)], attend, positions_BL >= 0)
             caches.append(kept)
         keys, values = zip(*caches, strict=True)
         return self._final_hidden(x_TD, tokens_BL.shape), {"key": keys, "value": values}

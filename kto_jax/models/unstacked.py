@@ -54,7 +54,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 def transpose_layers(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters as from `unstack_layers`, with each layer's matrices transposed: a step of 16 rows takes 0.8 the time.
 
-    Matrices with adapters or in int8 are not transposed.
+    Matrices with adapters or in int8, routers and experts are not transposed.
 
     Args:
       params: stacked parameters, which lose their layers: each stack is freed when its matrices are transposed.
@@ -67,7 +67,8 @@ def transpose_layers(params: dict[str, Any]) -> dict[str, Any]:
     while stacks:
         path, stack = stacks.pop(0)
         arrays: list[Any] = _views(stack)
-        if path[-1] == jax.tree_util.DictKey("weight"):
+        is_router = jax.tree_util.DictKey("router") in path
+        if path[-1] == jax.tree_util.DictKey("weight") and stack.ndim == 3 and not is_router:
             arrays = [TransposedMatrix(transpose(array)) for array in arrays]
         separate.append(arrays)
     layers = zip(*separate, strict=True)

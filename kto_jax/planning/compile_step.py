@@ -99,6 +99,8 @@ class CompiledStep:
       collectives: between the devices.
       tokens: tokens of matched completions and their prompts per step.
       flops: operations per step that the method needs, by formula: no recomputation, no padding.
+      params: parameters of the model.
+      active_params: those that a token passes through; fewer if the model is a mixture of experts.
       weight_bytes: bytes of weights that one pass of a model reads on each device, in the dtype of the products.
       gradient_bytes: bytes of the gradients of the layers' matrices that the devices sum for every microbatch, in
         `model.reduce_dtype`; 0 if no two devices share a gradient.
@@ -118,6 +120,8 @@ class CompiledStep:
     collectives: tuple[Collective, ...]
     tokens: float
     flops: float
+    params: int
+    active_params: int
     weight_bytes: float
     gradient_bytes: float
     passes: int
@@ -284,12 +288,22 @@ def compile_for(
         collectives=tuple(collectives),
         tokens=tokens * shape.sequences,
         flops=flops * shape.sequences,
-        weight_bytes=task.architecture.num_params() * width / mesh.shape["tensor"],
+        params=task.architecture.num_params(),
+        active_params=task.architecture.num_active_params(),
+        weight_bytes=_weights_per_device(task.architecture, dict(mesh.shape)) * width,
         gradient_bytes=_gradient_bytes(config, state.policy["layers"], dict(mesh.shape)),
-        passes=shape.microbatches * _passes_per_microbatch(objective, precomputed=precomputed),
+        passes=shape.microbatches
+        * (_passes_per_microbatch(objective, precomputed=precomputed) + (recipe.router.balance > 0)),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _weights_per_device(architecture: TransformerConfig, mesh: Mapping[str, int]) -> float:
+    """Weights that a device multiplies with: all of a layer, but only its own experts, in parts by tensor."""
+    per_expert = 3 * architecture.num_layers * architecture.embed_dim * architecture.mlp_dim
+    elsewhere = architecture.num_experts * per_expert * (1 - 1 / mesh["expert"])
+    return (architecture.num_params() - elsewhere) / mesh["tensor"]
 
 
 def _passes_per_microbatch(objective: Objective, *, precomputed: bool) -> int:
@@ -299,11 +313,13 @@ def _passes_per_microbatch(objective: Objective, *, precomputed: bool) -> int:
 
 
 def _gradient_bytes(config: Config, layers: Any, mesh: Mapping[str, int]) -> float:
-    if math.prod(mesh.values()) == mesh["tensor"]:
-        return 0.0
     summed_in = config.model.reduce_dtype if config.model.dtype == "bfloat16" else config.model.dtype
-    matrices = sum(leaf.size for leaf in jax.tree.leaves(layers) if leaf.ndim == 3)
-    return matrices * jax.numpy.dtype(summed_in).itemsize / mesh["tensor"]
+    summed, devices = 0.0, math.prod(mesh.values())
+    for leaf in jax.tree.leaves(layers):
+        # Devices along the expert axis share the gradients of all matrices but the experts', [layers, E, in, out].
+        parts = mesh["tensor"] * (mesh["expert"] if leaf.ndim == 4 else 1)
+        summed += leaf.size / parts if leaf.ndim >= 3 and parts < devices else 0
+    return summed * jax.numpy.dtype(summed_in).itemsize
 
 
 def _compile(

@@ -97,6 +97,12 @@ def show(program: CompiledStep, topology: Topology, lengths: Lengths, price: flo
         f"({shape.slots} slots), for matched and for unmatched completions",
         soft_wrap=True,
     )
+    if program.active_params < program.params:
+        console.print(
+            f"a mixture of experts: {program.params / 1e9:.2f}e9 parameters, of which a token passes through "
+            f"{program.active_params / 1e9:.2f}e9; operations count these",
+            soft_wrap=True,
+        )
     console.print(_memory_table(program))
     if program.refusal:
         console.print(f"refused: {program.refusal}", soft_wrap=True, markup=False)
@@ -238,6 +244,8 @@ def as_dict(
         "limit_bytes": program.limit,
         "tokens": program.tokens,
         "flops": program.flops,
+        "params": program.params,
+        "active_params": program.active_params,
         "gradient_bytes_per_microbatch": program.gradient_bytes,
         "bound_seconds": dataclasses.asdict(bounds),
         "tokens_per_second_at_most": program.tokens / bounds.seconds,

@@ -18,7 +18,7 @@ import jax
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
-from kto_jax.devices.sharding import check_rows, mesh_shape
+from kto_jax.devices.sharding import check_rows, mesh_shape, row_parts
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Shape, Task, compile_for, compile_step
 from kto_jax.planning.topology import LOCAL, Topology
 from kto_jax.training.inputs import Inputs, make_schedules
@@ -44,7 +44,7 @@ def candidates(config: Config, num_devices: int) -> Iterator[int]:
       ConfigError: the mesh does not fit the devices.
     """
     sizes = mesh_shape(config.mesh, num_devices)
-    fewest = sizes["data"] * sizes["fsdp"]
+    fewest = row_parts(sizes)
     if sizes["sequence"] > 1:
         return iter([fewest])
     return (fewest * 2**doublings for doublings in itertools.count())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.devices.sharding import mesh_shape
+from kto_jax.devices.sharding import mesh_shape, row_parts
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_step
 from kto_jax.planning.topology import Topology
 from kto_jax.training.checks import check_conflicts
@@ -105,7 +105,7 @@ def _full_remat(config: Config, _: int) -> Config:
 def _fewest_rows(config: Config, num_devices: int) -> Config:
     """One row per device of the axes that rows are sharded over."""
     sizes = mesh_shape(config.mesh, num_devices)
-    return dataclasses.replace(config, microbatch_rows=sizes["data"] * sizes["fsdp"])
+    return dataclasses.replace(config, microbatch_rows=row_parts(sizes))
 
 
 def _widest_fsdp(config: Config, num_devices: int) -> Config:
@@ -126,7 +126,7 @@ def _split_rows(config: Config, num_devices: int) -> Config:
         return config
     fsdp = sizes["fsdp"] // _ROW_PARTS
     config = _with(config, "mesh", fsdp=fsdp, sequence=_ROW_PARTS)
-    return dataclasses.replace(config, microbatch_rows=sizes["data"] * fsdp)
+    return dataclasses.replace(config, microbatch_rows=row_parts(sizes) // _ROW_PARTS)
 
 
 def _bfloat16_moments(config: Config, _: int) -> Config:

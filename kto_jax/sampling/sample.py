@@ -76,7 +76,8 @@ def sample_with_logps(
       sampling: how completions are drawn.
       eos_id: the id that ends a completion, or several.
       key: from `jax.random.key`.
-      batch_size: completions sampled at once. Over a mesh it is raised to the next multiple of data × fsdp.
+      batch_size: completions sampled at once. Over a mesh it is raised to the next multiple of the parts that the mesh
+        divides rows into.
       on_batch: called when completions have ended, with their number.
 
     Returns:

@@ -9,14 +9,21 @@ from jaxtyping import Array, Float
 from kto_jax.losses import humanline_clamp, segment_sums
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
-from kto_jax.shapes import Completions, LabelledRows, PackedRows, TokenScores
+from kto_jax.shapes import Completions, LabelledRows, PackedRows, RouterSums, TokenScores
 
 
 def completion_states(model: Model, params: Params, rows: PackedRows, *, offset: int = 0) -> Float[Array, "R C D"]:
     """Hidden states before the completion's tokens, which predict them; with an offset of 1, those at the tokens."""
-    hidden_RLD = model.hidden_states(params, rows.tokens, rows.segment_ids, rows.positions)
+    return routed_states(model, params, rows, offset=offset)[0]
+
+
+def routed_states(
+    model: Model, params: Params, rows: PackedRows, *, offset: int = 0
+) -> tuple[Float[Array, "R C D"], RouterSums | None]:
+    """`completion_states`, and for a mixture of experts what its routers did with the rows."""
+    hidden_RLD, routed = model.route(params, rows.tokens, rows.segment_ids, rows.positions)
     hidden_RCD = jnp.take_along_axis(hidden_RLD, (rows.predictors + offset)[..., None], axis=1)
-    return model.layout.constrain(hidden_RCD, ("rows", "length", "embed"))
+    return model.layout.constrain(hidden_RCD, ("rows", "length", "embed")), routed
 
 
 def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array, "R S"]:
@@ -33,7 +40,11 @@ def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array,
 
 def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
     """Reward of the completion in each slot: the reward head on its last token's hidden state; 0 in empty slots."""
-    rewards_RC = model.apply_scalar_head(params, completion_states(model, params, rows, offset=1))
+    return _last_rewards(model, params, completion_states(model, params, rows, offset=1), rows)
+
+
+def _last_rewards(model: Model, params: Params, hidden_RCD: Array, rows: PackedRows) -> Float[Array, "R S"]:
+    rewards_RC = model.apply_scalar_head(params, hidden_RCD)
     segments = rows.target_segments
     is_last = segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return _slot_sums(jnp.where(is_last, rewards_RC, 0), rows)
@@ -57,9 +68,10 @@ def read_completions(
     policy = model.merge_adapters(policy, reference)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scalar_head == "reward":
-        rewards = packed_rewards(model, policy, rows)
-        return Completions(rewards, jnp.zeros_like(rewards), rewards, lengths, desirable, scores, rows.filled)
-    hidden_RCD = completion_states(model, policy, rows)
+        hidden_RCD, routed = routed_states(model, policy, rows, offset=1)
+        rewards, none = _last_rewards(model, policy, hidden_RCD, rows), jnp.zeros(rows.filled.shape, lengths.dtype)
+        return Completions(rewards, none, rewards, lengths, desirable, scores, rows.filled, routed=routed)
+    hidden_RCD, routed = routed_states(model, policy, rows)
     policy_RC = model.token_logps(policy, hidden_RCD, rows.targets)
     likelihood = _slot_sums(policy_RC, rows)
     reference_RC = jnp.zeros_like(policy_RC)
@@ -83,4 +95,5 @@ def read_completions(
         scores=scores,
         filled=rows.filled,
         tokens=tokens,
+        routed=routed,
     )

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
-from kto_jax.devices.sharding import check_heads, check_rows, make_mesh, mesh_shape, shardings
+from kto_jax.devices.sharding import check_experts, check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8, cast_params
@@ -60,6 +60,7 @@ def make_model(config: Config, inputs: ModelInputs, devices: Sequence[jax.Device
     if config.microbatch_rows != "auto":
         check_rows(int(config.microbatch_rows), sizes)
     check_heads(architecture.num_heads, architecture.num_kv_heads, sizes)
+    check_experts(architecture.num_experts, sizes)
     mesh = make_mesh(config.mesh, devices)
     return mesh, Model.create(
         architecture,

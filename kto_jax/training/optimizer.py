@@ -73,11 +73,12 @@ def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]
 
     Args:
       weight_decay: the factor.
-      decayed: "matrices": the layers' stacked matrices [layers, in, out], including adapters; or "all".
+      decayed: "matrices": the layers' stacked matrices, [layers, in, out] and those of experts, including adapters; or
+        "all".
     """
 
     def is_decayed(path: Any, parameter: Array) -> bool:
-        return decayed == "all" or (getattr(path[0], "key", None) == "layers" and parameter.ndim == 3)
+        return decayed == "all" or (getattr(path[0], "key", None) == "layers" and parameter.ndim >= 3)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         def add(path: Any, parameter: Array, update: Array) -> Array:

@@ -26,6 +26,15 @@ from kto_jax.training.flops import tokens_and_flops
 from kto_jax.training.forward import read_completions
 from kto_jax.training.microbatches import map_microbatches
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer, num_updates
+from kto_jax.training.routers import (
+    NO_ROUTERS,
+    RouterWeights,
+    count_choices,
+    num_routed_tokens,
+    router_loss,
+    router_metrics,
+    router_weights,
+)
 from kto_jax.training.state import TrainState
 from kto_jax.training.sync import sync_reference
 
@@ -44,6 +53,7 @@ class Recipe:
       optimizer: updates the policy.
       learning_rate: the optimizer's schedule, by number of updates.
       sync: when the reference is synced.
+      router: weights of the routers' losses of a mixture of experts.
     """
 
     model: Model
@@ -51,6 +61,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     sync: ReferenceConfig = _NO_SYNC
+    router: RouterWeights = NO_ROUTERS
 
 
 def make_recipe(config: Config, objective: Objective, model: Model, num_steps: int) -> Recipe:
@@ -61,7 +72,11 @@ def make_recipe(config: Config, objective: Objective, model: Model, num_steps: i
       objective: the objective to minimise.
       model: the policy.
       num_steps: number of steps of the run, for the learning-rate schedule.
+
+    Raises:
+      ConfigError: weights of the routers' losses are set for a model without experts.
     """
+    router = router_weights(config, model.config)
     learning_rate = make_learning_rate(config.optimizer, num_steps)
     optimizer = make_optimizer(
         config.optimizer,
@@ -70,7 +85,7 @@ def make_recipe(config: Config, objective: Objective, model: Model, num_steps: i
         param_dtype=config.model.param_dtype,
         seed=config.seed,
     )
-    return Recipe(model, objective, optimizer, learning_rate, config.reference)
+    return Recipe(model, objective, optimizer, learning_rate, config.reference, router)
 
 
 def _without_tokens(completions: Completions) -> Completions:
@@ -117,7 +132,8 @@ def map_completions(
     """The completions of the rows' first `count` microbatches, without gradient: [M, R, S]."""
 
     def read(one: LabelledRows) -> Completions:
-        return _without_tokens(read_completions(model, objective, state.policy, state.reference, one))
+        completions = read_completions(model, objective, state.policy, state.reference, one)
+        return dataclasses.replace(_without_tokens(completions), routed=None)
 
     return map_microbatches(read, rows, count)
 
@@ -181,24 +197,45 @@ def _matched_microbatches(batch: FeedbackBatch) -> tuple[LabelledRows, Array, Ar
 
 
 def loss_and_gradient(
-    model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch, point: Array
+    model: Model,
+    objective: Objective,
+    state: TrainState,
+    batch: FeedbackBatch,
+    point: Array,
+    router: RouterWeights = NO_ROUTERS,
 ) -> tuple[Float[Array, ""], Params, Completions]:
     """Weighted mean loss over the examples of the global batch, its gradient, and the completions [M, R, S].
 
     The loss is Σ weight · loss / number of examples: a weight of 2 counts an example twice. For objectives whose mean
-    is over tokens, it is divided by the number of completion tokens instead.
+    is over tokens, it is divided by the number of completion tokens instead. The losses of routers are added.
     """
+    counts_E, batch = _chosen_experts(model, router, state, batch)
     counted = objective.counts(batch.matched.filled, batch.desirable)
     if objective.mean_over == "tokens":
         counted = batch.matched.target_segments > 0
     divisor = jnp.maximum(jnp.sum(counted), 1)
+    num_tokens = num_routed_tokens(model, _run_after([divisor], batch).matched)
     loss_sum = _loss_of(model, objective, state, point)
 
     def share_of_loss(policy: Params, one: tuple[LabelledRows, Array, Array]) -> tuple[jax.Array, Completions]:
         completions, loss = loss_sum(policy, one)
-        return loss / divisor, _without_tokens(completions)
+        loss = loss / divisor
+        if completions.routed is not None and router != NO_ROUTERS:
+            loss = loss + router_loss(router, completions.routed, counts_E, num_tokens)
+        return loss, _without_tokens(completions)
 
     return accumulate_gradient(share_of_loss, state.policy, _matched_microbatches(batch), batch.num_matched)
+
+
+def _chosen_experts(
+    model: Model, router: RouterWeights, state: TrainState, batch: FeedbackBatch
+) -> tuple[Float[Array, " E"], FeedbackBatch]:
+    """How many tokens of the matched rows choose each expert, if a loss reads it, else 0; and the batch, unchanged."""
+    if not router.balance:
+        return jnp.zeros(model.config.num_experts, jnp.promote_types(model.dtype, jnp.float32)), batch
+    policy = model.merge_adapters(state.policy, state.reference)
+    counts_E = count_choices(model, policy, batch.matched, batch.num_matched)
+    return counts_E, _run_after([counts_E], batch)
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -240,7 +277,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
     model, objective = recipe.model, recipe.objective
     state = dataclasses.replace(state, reference=sync_reference(state.reference, state.policy, state.step, recipe.sync))
     point, figures, batch = reference_point(model, objective, state, batch)
-    loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point)
+    loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point, recipe.router)
     batch = _run_after([loss], batch)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -256,6 +293,9 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
         "examples": jnp.sum(objective.counts(batch.matched.filled, batch.desirable)),
         **next_state.objective_state,
     }
+    if completions.routed is not None:
+        num_tokens = num_routed_tokens(model, batch.matched)
+        figures |= router_metrics(model, recipe.router, completions.routed, num_tokens)
     return next_state, figures | tokens_and_flops(model, objective, batch)
 
 

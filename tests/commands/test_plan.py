@@ -56,8 +56,8 @@ def program(total: int, limit: int = 100, **fields) -> CompiledStep:
     values = dict(
         config=config(), mesh={"data": 8, "fsdp": 1, "tensor": 1}, shape=Shape(8, 64, 64, 2, 1, 1, 16),
         parts={"policy": 10, "reference": 5, "moments": 20, "batch": 1}, arguments=40, temporaries=total - 40,
-        refusal="", limit=limit, collectives=(), tokens=512.0, flops=1e15, weight_bytes=1e9,
-        gradient_bytes=2**30, passes=5, compile_seconds=1.0, host_bytes=2**30,
+        refusal="", limit=limit, collectives=(), tokens=512.0, flops=1e15, params=10**9, active_params=10**9,
+        weight_bytes=1e9, gradient_bytes=2**30, passes=5, compile_seconds=1.0, host_bytes=2**30,
     )  # fmt: skip
     return CompiledStep(**(values | fields))
 
@@ -115,6 +115,21 @@ def test_the_gradients_that_devices_sum_are_reported_with_their_dtype(chosen, ot
     text = console.export_text()
     assert f"the devices sum 1.00 GiB of gradients of the layers' matrices in {chosen}; " in text
     assert f"config.model.reduce_dtype={other} them" in text
+
+
+def test_the_active_parameters_of_a_mixture_of_experts_are_reported():
+    console = Console(record=True, file=io.StringIO(), width=200)
+    for active in (3_353_032_704, 30_532_122_624):
+        show(
+            program(50, params=30_532_122_624, active_params=active),
+            open_topology("local"),
+            Lengths(32, 16),
+            None,
+            console,
+        )
+    text = console.export_text()
+    assert text.count("mixture of experts") == 1
+    assert "30.53e9 parameters, of which a token passes through 3.35e9; operations count these" in text
 
 
 def test_operations_are_those_that_training_counts():

@@ -22,8 +22,9 @@ from kto_jax.models.model import Model
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert mesh_shape(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
-    assert mesh_shape(MeshConfig(1, -1, 2, 2), 8) == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
+    assert mesh_shape(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 1}
+    sizes = {"data": 1, "fsdp": 2, "expert": 1, "sequence": 2, "tensor": 2}
+    assert mesh_shape(MeshConfig(1, -1, 2, 2), 8) == sizes
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(data=4, fsdp=4)])
@@ -33,14 +34,16 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused(config):
 
 
 def test_rows_that_the_mesh_cannot_divide_are_refused_with_the_nearest_number():
-    sizes = {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    sizes = {"data": 4, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 1}
     check_rows(8, sizes)
-    with pytest.raises(ConfigError, match=r"12 % 8 = 4.*Set config.microbatch_rows to 16"):
+    with pytest.raises(ConfigError, match=r"12 % 8 = 4.*data × fsdp = 8. Set config.microbatch_rows to 16"):
         check_rows(12, sizes)
+    with pytest.raises(ConfigError, match=r"12 % 16 = 12.*data × fsdp × expert = 16. Set"):
+        check_rows(12, sizes | {"expert": 2})
 
 
 def test_devices_that_share_a_row_are_given_one_at_a_time():
-    sizes = {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
+    sizes = {"data": 2, "fsdp": 2, "expert": 1, "sequence": 2, "tensor": 1}
     check_rows(4, sizes)
     with pytest.raises(ConfigError, match=r"rows=8 does not go with config.mesh.sequence=2.*microbatch_rows to 4"):
         check_rows(8, sizes)
@@ -76,7 +79,7 @@ def test_parameters_are_sharded_by_their_logical_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = {"w": jax.ShapeDtypeStruct((3, 8, 4), np.float32)}
     layout = shardings(mesh, {"w": ("layers", "embed", "mlp")}, abstract)
-    assert layout["w"].spec == PartitionSpec(None, ("fsdp", "sequence"), "tensor")
+    assert layout["w"].spec == PartitionSpec(None, ("fsdp", "expert", "sequence"), "tensor")
 
 
 def test_a_dimension_that_does_not_divide_is_named_with_its_parameter():

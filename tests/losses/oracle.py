@@ -338,3 +338,17 @@ def group_relative(rewards, epsilon=1e-4):
 def leave_one_out(rewards):
     (rewards,) = wide(rewards)
     return np.stack([[r - np.mean(np.delete(group, i)) for i, r in enumerate(group)] for group in rewards]), ()
+
+
+# ------------------------------------------------------------------------------------------------ routers
+
+
+def router_losses(routed, num_tokens):
+    """E Σ_e f_e P_e and the mean squared normaliser, layer by layer, expert by expert."""
+    layers, experts = routed.counts.shape
+    balance = 0.0
+    for expert in range(experts):
+        chosen = sum(np.float64(routed.counts[layer, expert]) for layer in range(layers))
+        probability = sum(np.float64(routed.probabilities[layer, expert]) for layer in range(layers))
+        balance += experts * chosen * probability / (layers * num_tokens) ** 2
+    return balance, sum(np.float64(each) for each in routed.squared_normalizers) / (layers * num_tokens)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ConfigError
+from kto_jax.losses import balance_loss
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.model import Model
@@ -50,6 +51,27 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(transformers
 def test_sizes_have_no_defaults(name):
     with pytest.raises(ConfigError, match=f"lacks {', '.join(SIZES)}"):
         read_config_json({"model_type": name})
+
+
+def as_stored(tensors, name):
+    """Tensors by the names of files, where every expert has its own; in transformers' models a layer has one."""
+    stored = {}
+    for key, values in tensors.items():
+        block, found, matrix = key.partition(".mlp.experts.")
+        if name == "mixtral":
+            key, block = key.replace(".mlp.", ".block_sparse_moe."), block + ".block_sparse_moe.experts"
+            names = {"gate": "w1", "up": "w3", "down": "w2"}
+        else:
+            block, names = block + ".mlp.experts", {part: f"{part}_proj" for part in ("gate", "up", "down")}
+        if not found:
+            stored[key] = values
+            continue
+        for expert, whole in enumerate(values):
+            parts = {"down": whole}
+            if matrix == "gate_up_proj":
+                parts = dict(zip(("gate", "up"), np.split(whole, 2), strict=True))
+            stored |= {f"{block}.{expert}.{names[part]}.weight": each for part, each in parts.items()}
+    return stored
 
 
 class Pair:
@@ -119,13 +141,13 @@ def test_gradients_of_every_parameter_equal_those_of_transformers(torch, pair, n
         tokens = torch.tensor(sequence[None])
         logps = torch.log_softmax(both.theirs(tokens).logits[:, :-1], dim=-1)
         logps.gather(-1, tokens[:, 1:, None]).sum().backward()
-    expected = {name: tensor.grad.numpy() for name, tensor in both.theirs.named_parameters()}
+    expected = as_stored({name: tensor.grad.numpy() for name, tensor in both.theirs.named_parameters()}, name)
     tensors = FAMILIES[both.model.config.family].tensors
     leaves = jax.tree_util.tree_leaves_with_path(both.gradient)
     for path, leaf in leaves:
         tensor = tensors[".".join(part.key for part in path)]
-        for layer, ours in enumerate(leaf) if tensor.is_stacked else [(0, leaf)]:
-            gradient = tensor.from_file(expected.pop(tensor.name.format(layer)))
+        for index in np.ndindex(leaf.shape[: tensor.num_stacked]):
+            ours, gradient = leaf[index], tensor.from_file(expected.pop(tensor.name.format(*index)))
             np.testing.assert_allclose(
                 ours, gradient, rtol=1e-3, atol=2e-4 * np.abs(gradient).max(), err_msg=tensor.name
             )
@@ -157,7 +179,7 @@ def test_greedy_continuations_past_the_window_are_those_of_transformers(torch, p
 
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+    for name in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "qwen3_moe")
 ])  # fmt: skip
 def test_a_reward_model_of_each_family_is_a_class_of_transformers(torch, transformers, pair, name, tmp_path):
     both = pair(name)
@@ -178,3 +200,24 @@ def test_a_reward_model_of_each_family_is_a_class_of_transformers(torch, transfo
         hidden = both.theirs.model(tokens).last_hidden_state[0, -1].numpy()
         close(scoring(tokens).logits.numpy()[0, 0], hidden @ weight)
     jax.tree.map(np.testing.assert_array_equal, load_params(model, tmp_path / "ours", param_dtype="float32"), params)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("mixtral", "qwen3_moe", "olmoe")
+])  # fmt: skip
+def test_the_load_balancing_loss_is_that_of_transformers(torch, pair, name):
+    both = pair(name)
+    config, tokens = both.model.config, np.zeros((2, max(LENGTHS)), np.int32)
+    where = np.zeros_like(tokens)
+    for row, sequence in enumerate(both.sequences):
+        tokens[row, : len(sequence)], where[row, : len(sequence)] = sequence, 1
+    with torch.no_grad():
+        theirs = both.theirs(torch.tensor(tokens), attention_mask=torch.tensor(where), output_router_logits=True)
+    positions = np.tile(np.arange(tokens.shape[1]), (2, 1))
+    _, routed = jax.jit(both.model.route)(both.params, tokens, where, positions)
+    num_tokens = float(where.sum() * config.num_layers)
+    ours = balance_loss(jnp.sum(routed.counts, axis=0), jnp.sum(routed.probabilities, axis=0), num_tokens)
+    print(f"{name}: load-balancing losses {float(theirs.aux_loss):.6f} and {float(ours):.6f}")
+    close(ours, float(theirs.aux_loss))
+    weight = both.theirs.config.router_aux_loss_coef
+    assert weight == config.balance_weight > 0

@@ -44,7 +44,7 @@ def drawn(model, lora):
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=4.0), LoraConfig(rank=8, targets=("value", "down"))])
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2", "mixtral", "qwen3_moe", "olmoe"])
 def test_peft_computes_with_them_what_is_computed_here(torch, transformers, peft, name, lora, tmp_path):
     model = Model.create(read_config_json(FILES[name]), remat="none")
     params, adapters = drawn(model, lora)

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from kto_jax.config import MeshConfig
-from kto_jax.devices.sharding import AXES
 from tests import ROOT
-from tests.training.mesh_steps import NUM_STEPS, OPTIMIZERS, ten_steps
+from tests.training.mesh_steps import CONFIG, EXPERTS, NUM_STEPS, OPTIMIZERS, ten_steps
 
 TOLERANCES = {"sgd": 1e-5, "adamw": 1e-9}
 # data, fsdp, sequence, tensor
-MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(sizes) in (2, 4, 8)]
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) in (2, 4, 8)]
+# And expert.
+EXPERT_MESHES = [
+    sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(sizes) == 8 and sizes[-1] > 1
+]
 PROCESSES = [
     (2, (2, 1, 1, 1)), (2, (1, 2, 1, 2)), (2, (1, 1, 2, 1)), (2, (2, 1, 2, 1)), (4, (2, 2, 1, 1)), (4, (1, 4, 1, 1)),
     (4, (1, 2, 1, 2)), (4, (1, 1, 1, 4)), (4, (1, 1, 4, 1)), (4, (1, 2, 2, 1)),
@@ -27,13 +30,13 @@ PROCESSES = [
 
 
 @functools.cache
-def one_device(name):
+def one_device(name, config=CONFIG):
     with jax.enable_x64(OPTIMIZERS[name][0] == "float64"):
-        return ten_steps(name, MeshConfig(), jax.devices()[:1])
+        return ten_steps(name, MeshConfig(), jax.devices()[:1], config)
 
 
-def assert_same(name, got):
-    wanted, tolerance = one_device(name), TOLERANCES[name]
+def assert_same(name, got, config=CONFIG):
+    wanted, tolerance = one_device(name, config), TOLERANCES[name]
     np.testing.assert_array_equal(got["rows"], wanted["rows"])
     assert wanted["log"].shape == (NUM_STEPS, 3)
     assert np.all(wanted["log"][:, 1] > 0.5)
@@ -51,6 +54,15 @@ def test_ten_steps_over_a_mesh_equal_those_of_one_device(mesh, name):
     with jax.enable_x64(OPTIMIZERS[name][0] == "float64"):
         got = ten_steps(name, MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     assert_same(name, got)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("mesh", EXPERT_MESHES, ids=str)
+def test_ten_steps_of_a_mixture_of_experts_over_a_mesh_equal_those_of_one_device(mesh, name):
+    with jax.enable_x64(OPTIMIZERS[name][0] == "float64"):
+        got = ten_steps(name, MeshConfig(*mesh), jax.devices(), EXPERTS)
+    assert_same(name, got, EXPERTS)
 
 
 @pytest.mark.exhaustive

@@ -9,11 +9,13 @@ from kto_jax.config import ConfigError
 from kto_jax.models.families.family import Family
 from kto_jax.models.families.gemma import GEMMA1, GEMMA2, GEMMA3
 from kto_jax.models.families.llama import LLAMA, MISTRAL
+from kto_jax.models.families.mixture import MIXTRAL, OLMOE, QWEN3_MOE
 from kto_jax.models.families.qwen import QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA1, GEMMA2, GEMMA3)}
+_ALL = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA1, GEMMA2, GEMMA3, OLMOE)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES.values())
-CLASSIFIERS = tuple(family.classifier for family in FAMILIES.values())
+CLASSIFIERS = tuple(family.classifier for family in FAMILIES.values() if family.classifier is not None)
 
 
 def find_family(values: Mapping[str, Any]) -> Family:

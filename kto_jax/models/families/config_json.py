@@ -43,7 +43,7 @@ def _read(values: Mapping[str, Any]) -> TransformerConfig:
         )
     num_heads = values["num_attention_heads"]
     eos = values.get("eos_token_id")
-    return TransformerConfig(
+    shared: dict[str, Any] = dict(
         vocab_size=values["vocab_size"],
         embed_dim=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -58,8 +58,8 @@ def _read(values: Mapping[str, Any]) -> TransformerConfig:
         bos_id=values.get("bos_token_id"),
         eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
         family=family.name,
-        **family.read(values),
     )
+    return TransformerConfig(**(shared | family.read(values)))
 
 
 def write_config_json(config: TransformerConfig) -> dict[str, Any]:

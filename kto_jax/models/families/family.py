@@ -21,7 +21,8 @@ class Family:
     Attributes:
       name: its `model_type` in a config.json.
       causal_lm: transformers' class for language models.
-      classifier: transformers' class for the same decoder with a linear head of one output: a reward model.
+      classifier: transformers' class for the same decoder with a linear head of one output: a reward model; None if
+        transformers has none.
       read: fields of TransformerConfig that not all families share, from a config.json completed with `defaults`.
       write: entries of a config.json that not all families share.
       tensors: names of its tensors: see tensors.py.
@@ -31,7 +32,7 @@ class Family:
 
     name: str
     causal_lm: str
-    classifier: str
+    classifier: str | None
     read: Callable[[Values], dict[str, Any]]
     write: Callable[[TransformerConfig], dict[str, Any]]
     tensors: Mapping[str, Tensor]

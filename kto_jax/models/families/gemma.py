@@ -64,7 +64,7 @@ def _write_gemma2(config: TransformerConfig) -> dict[str, Any]:
 def _read_gemma3(values: Values) -> dict[str, Any]:
     pattern = values.get("sliding_window_pattern") or _PATTERN
     layers = read_layers(values, values.get("sliding_window"), lambda layer: (layer + 1) % pattern != 0)
-    fields = _read_gemma2_or_3(values) | _read_ropes(values) | layers | {"qk_norm": True}
+    fields = _read_gemma2_or_3(values) | _read_ropes(values) | layers | {"qk_norm": "head"}
     return fields if layers.get("window") is not None else fields | {"local_rope_theta": None}
 
 

@@ -32,7 +32,7 @@ def _read_qwen2(values: Values) -> dict[str, Any]:
 
 
 def _read_qwen3(values: Values) -> dict[str, Any]:
-    return _read_shared(values) | {"qk_norm": True}
+    return _read_shared(values) | {"qk_norm": "head"}
 
 
 def _write_qwen3(config: TransformerConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Tensor(NamedTuple):
     """A tensor of a Hugging Face directory, and how its layout differs from the parameter's.
 
     Attributes:
-      name: its name; "{}" stands for the layer's index.
+      name: its name; the first "{}" stands for the layer's index, a second for the expert's.
       transposed: whether it is stored as [out, in]; the parameter is [in, out].
       is_row: whether it is stored as [1, n]; the parameter is [n].
     """
@@ -27,12 +27,17 @@ class Tensor(NamedTuple):
     is_row: bool = False
 
     @property
+    def num_stacked(self) -> int:
+        """How many axes of the parameter stack such tensors: 1 if every layer has one, 2 if every expert has one."""
+        return self.name.count("{}")
+
+    @property
     def is_stacked(self) -> bool:
-        """Whether every layer has one; the parameter stacks them."""
-        return "{}" in self.name
+        """Whether every layer has one, or several; the parameter stacks them."""
+        return self.num_stacked > 0
 
     def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape, from the parameter's (of one layer)."""
+        """The tensor's shape, from the parameter's (of one layer or expert)."""
         return (1, *shape) if self.is_row else shape[::-1] if self.transposed else shape
 
     def index_in_file(self, index: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -154,9 +154,9 @@ def _gather_tensor(
     Raises:
       ConfigError: a weight is not finite in `dtype`.
     """
-    layer = None if expected.layer is None else np.int32(expected.layer)
+    index = tuple(map(np.int32, expected.place))
     leaf, before = _leaf(params, expected.parameter), _leaf(start, expected.parameter)
-    array, tensor_stats = _cast(leaf, before, layer, dtype)
+    array, tensor_stats = _cast(leaf, before, index, dtype)
     stats.append(_Stats(*map(float, tensor_stats)))
     if stats[-1].num_bad:
         raise ConfigError(
@@ -174,10 +174,10 @@ def _leaf(params: Any, name: str) -> Any:
 
 
 @jax.jit(static_argnames="dtype")
-def _cast(leaf: Any, start: Any, layer: Any, dtype: str) -> tuple[jax.Array, _Stats]:
-    """A parameter, or one layer of it, in `dtype`, and its statistics."""
-    if layer is not None:
-        leaf, start = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, start))
+def _cast(leaf: Any, start: Any, index: tuple[Any, ...], dtype: str) -> tuple[jax.Array, _Stats]:
+    """A parameter, or one layer or expert of it, in `dtype`, and its statistics."""
+    for place in index:
+        leaf, start = jax.tree.map(lambda x, i=place: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (leaf, start))
     exact, info = leaf.astype(jnp.float32), jnp.finfo(dtype)
     # XLA may drop a cast to a narrower dtype and back, but not this.
     rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)

@@ -119,6 +119,11 @@ class GgufWeights:
                 f"{self.path} holds a model of architecture {architecture!r}; only 'llama' is supported. Choose a "
                 "Llama-type model, or its Hugging Face directory."
             )
+        if metadata.get("llama.expert_count", 0):
+            raise ConfigError(
+                f"{self.path} holds a mixture of experts (llama.expert_count); only dense models are read from .gguf "
+                "files. Choose its Hugging Face directory."
+            )
         num_heads = metadata.require("llama.attention.head_count")
         embed_dim = metadata.require("llama.embedding_length")
         eos_id = metadata.get("tokenizer.ggml.eos_token_id")

@@ -229,11 +229,11 @@ def _reader(weights: Weights, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> Cal
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         if bounds not in cache:
             part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-            layers, inner = (range(*bounds[0]), bounds[1:]) if tensor.is_stacked else ((0,), bounds)
+            stacked, inner = bounds[: tensor.num_stacked], bounds[tensor.num_stacked :]
             wanted = tensor.index_in_file(tuple(slice(*bound) for bound in inner))
-            for place, layer in enumerate(layers):
-                values = tensor.from_file(weights.read(tensor.name.format(layer), wanted))
-                part[place if tensor.is_stacked else ...] = values
+            for place in np.ndindex(*(stop - start for start, stop in stacked)):
+                name = tensor.name.format(*(start + one for (start, _), one in zip(stacked, place, strict=True)))
+                part[place] = tensor.from_file(weights.read(name, wanted))
             cache[bounds] = part
         return cache[bounds]
 

@@ -97,9 +97,9 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
     """
     folder = read_adapter_folder(path)
     names = {_tensor_name(model, target): target for target in LORA_MATRICES}
-    targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name, count=1)) for name in folder.adapters}
+    targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name)) for name in folder.adapters}
     kinds = {(len(pair.a), pair.scale * len(pair.a)) for pair in folder.adapters.values()}
-    expected = {name.format(layer) for name in names if names[name] in targets for layer in _layers(model)}
+    expected = {each for name in names if names[name] in targets for each in _stacked_names(model, name)}
     if folder.whole or None in targets or len(kinds) != 1 or expected != folder.adapters.keys():
         raise ConfigError(
             f"the adapters in {path} cannot be trained further: some are on other matrices than "
@@ -121,18 +121,26 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
     layers: Params = {}
     for name, target in names.items():
         if target in targets:
-            pairs = [folder.adapters[name.format(layer)] for layer in _layers(model)]
+            pairs = [folder.adapters[each] for each in _stacked_names(model, name)]
             a, b = np.stack([pair.a.T for pair in pairs]), np.stack([pair.b.T for pair in pairs])
-            layers.setdefault(GROUPS[target], {})[target] = {"weight": Adapter(a, b)}
+            stacked = _stacked(model, name)
+            adapter = Adapter(a.reshape(*stacked, *a.shape[1:]), b.reshape(*stacked, *b.shape[1:]))
+            layers.setdefault(GROUPS[target], {})[target] = {"weight": adapter}
     return {"layers": layers}
 
 
-def _layers(model: Model) -> range:
-    return range(model.config.num_layers)
+def _stacked(model: Model, name: str) -> tuple[int, ...]:
+    """The axes over which a matrix with this name in the family's files is stacked: layers, or layers and experts."""
+    return (model.config.num_layers, model.config.num_experts)[: name.count("{}")]
+
+
+def _stacked_names(model: Model, name: str) -> list[str]:
+    """The name of the matrix in each layer, or of each expert of each layer."""
+    return [name.format(*index) for index in np.ndindex(_stacked(model, name))]
 
 
 def _tensor_name(model: Model, target: str) -> str:
-    """The name of a matrix in the family's files, "{}" for the layer."""
+    """The name of a matrix in the family's files, "{}" for the layer and for the expert, if it has one."""
     return FAMILIES[model.config.family].tensors[f"layers.{GROUPS[target]}.{target}.weight"].name
 
 
@@ -140,9 +148,9 @@ def _pairs(model: Model, adapters: Params, scale: float) -> Iterator[tuple[str, 
     """Every adapter by the name of its matrix; theirs lie as [out, in]."""
     for matrices in adapters["layers"].values():
         for target, pair in matrices.items():
-            factors = zip(gather(pair["weight"].a), gather(pair["weight"].b), strict=True)
-            for layer, (a, b) in enumerate(factors):
-                yield _tensor_name(model, target).format(layer), LowRank(a.T, b.T, scale)
+            a, b, name = gather(pair["weight"].a), gather(pair["weight"].b), _tensor_name(model, target)
+            for index in np.ndindex(_stacked(model, name)):
+                yield name.format(*index), LowRank(a[index].T, b[index].T, scale)
 
 
 def _concatenate(model: Model, ours: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
@@ -17,13 +18,13 @@ class Expected(NamedTuple):
 
     Attributes:
       parameter: name of the parameter that it is, or is one layer of.
-      layer: index of the layer; None if the parameter is not stacked over layers.
+      place: where it is in the parameter: the indices of layer and expert, or of the layer, or ().
       tensor: how it is stored.
       shape: its stored shape.
     """
 
     parameter: str
-    layer: int | None
+    place: tuple[int, ...]
     tensor: Tensor
     shape: tuple[int, ...]
 
@@ -38,13 +39,17 @@ def expected_tensors(config: TransformerConfig, *, reward: bool = False) -> dict
     shapes, tensors = _parameter_shapes(config, reward), FAMILIES[config.family].tensors
     assert shapes.keys() <= tensors.keys(), f"{config.family} has no name for {shapes.keys() - tensors.keys()}"
     stacked = [name for name in tensors if name in shapes and tensors[name].is_stacked]
-    places: list[tuple[str, int | None]] = [("embed.table", None)]
-    places += [(name, layer) for layer in range(config.num_layers) for name in stacked]
-    places += [(name, None) for name in ("final_norm.scale", "head.weight", "scorer.weight") if name in shapes]
+    places: list[tuple[str, tuple[int, ...]]] = [("embed.table", ())]
+    for layer in range(config.num_layers):
+        for name in stacked:
+            experts = np.ndindex(shapes[name][1 : tensors[name].num_stacked])
+            places += [(name, (layer, *expert)) for expert in experts]
+    places += [(name, ()) for name in ("final_norm.scale", "head.weight", "scorer.weight") if name in shapes]
     expected = {}
-    for name, layer in places:
-        tensor, shape = tensors[name], shapes[name] if layer is None else shapes[name][1:]
-        expected[tensor.name.format(layer)] = Expected(name, layer, tensor, tensor.shape_in_file(shape))
+    for name, index in places:
+        tensor = tensors[name]
+        shape = tensor.shape_in_file(shapes[name][len(index) :])
+        expected[tensor.name.format(*index)] = Expected(name, index, tensor, shape)
     return expected
 
 

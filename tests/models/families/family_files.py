@@ -60,4 +60,37 @@ FILES = {
         "rope_local_base_freq": 1000.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    "mixtral": TINY
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+    },
+    "qwen3_moe": TINY
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "router_aux_loss_coef": 0.001,
+    },
+    "olmoe": TINY
+    | {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "pad_token_id": 0,  # by default 1, whose embedding has no gradient in torch
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    },
 }

@@ -61,6 +61,17 @@ def test_a_file_of_each_family_survives_being_read_and_written(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "total", "active"),
+    # Published: the model cards of Qwen3 and Mixtral, and OLMoE's report (arXiv 2409.02060), table 10.
+    [("qwen3_30b_a3b", 30.5e9, 3.3e9), ("mixtral_8x7b", 46.7e9, 12.9e9), ("olmoe_1b_7b", 6.9e9, 1.3e9)],
+)
+def test_mixtures_of_experts_have_the_published_number_of_parameters(name, total, active):
+    config = read_config(ARCHITECTURES / name)
+    assert config.num_params() == pytest.approx(total, rel=0.005)
+    assert config.num_active_params() == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("name", "family", "total", "without_tables"),
     # Published: Qwen by model cards, Gemma 2 and 3 by their reports, tables 2 and 1 (the latter in millions).
     [
@@ -180,6 +191,12 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
             "rope_scaling of 'linear' and rope_parameters of 'llama3'. They must agree. Remove",
         ),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token=5 of num_experts=4"),
+        ("mixtral", {"num_local_experts": "4"}, "num_experts='4'"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]; only \[\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
     ],
 )
 def test_unsupported_options_of_a_family_are_refused_by_name(name, change, message):
@@ -205,8 +222,8 @@ def test_flops_count_of_local_layers_only_what_they_see():
 # ------------------------------------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("reward", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
 def test_a_model_of_each_family_survives_export_and_import_bitwise(drawn, tmp_path, name, reward):
     model, params = drawn(name)
     if reward:
@@ -228,6 +245,8 @@ def test_tensors_have_the_names_of_their_family():
     }
     assert added["qwen2"] == {f"self_attn.{letter}_proj.bias" for letter in "qkv"}
     assert added["qwen3"] == {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    assert "model.layers.2.block_sparse_moe.experts.3.w2.weight" in expected_shapes(read(FILES["mixtral"]))
+    assert expected_shapes(read(FILES["olmoe"]))["model.layers.0.mlp.experts.7.down_proj.weight"] == (32, 48)
     assert added["gemma2"] == {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}
 
 
@@ -254,7 +273,7 @@ def test_norms_start_at_one_and_biases_at_zero():
 # ------------------------------------------------------------------------------------------------ forward pass
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mixtral", "olmoe"])
 def test_decoding_past_the_window_gives_the_hidden_states_of_the_whole_sequence(drawn, name):
     model, params = drawn(name)
     tokens = draw_tokens(1, 2, 20)

@@ -9,12 +9,15 @@ import pytest
 import safetensors.numpy
 
 from kto_jax.config import ConfigError, LoraConfig
+from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.weights.adapter_folder import PREFIX, named_base, read_adapter_folder
+from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config, weights_digest
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.models.weights.peft import read_adapters, save_adapters
+from tests.models.families.family_files import FILES
 from tests.models.weights.directories import assert_equal, load, write_model
 
 QUERY = "model.layers.{}.self_attn.q_proj"
@@ -159,6 +162,26 @@ def test_written_adapters_are_read_back_to_be_trained_further(config, directory,
     weights.write_bytes(changed)
     with pytest.raises(ConfigError, match=r"adapter is damaged: adapter_model.safetensors differs from SHA256SUMS"):
         read_adapters(tmp_path / "adapter", model, lora)
+
+
+def test_adapters_of_experts_have_the_names_of_their_matrices_and_are_read_back(tmp_path):
+    model = Model.create(read_config_json(FILES["mixtral"]))
+    lora = LoraConfig(rank=3, alpha=6.0, targets=("value", "gate", "down"))
+    params = model.init_params(jax.random.key(0), "float32")
+    drawn = init_adapters(params, lora, jax.random.key(1))
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), drawn)
+    save_hugging_face(tmp_path / "model", model, params, tokenizer_dir=None, model_card="")
+    options = {"lora": lora, "base": str(tmp_path / "model"), "tokenizer_dir": None, "model_card": ""}
+    save_adapters(tmp_path / "adapter", model, adapters, **options)
+    name = f"{PREFIX}model.layers.2.block_sparse_moe.experts.3.w2.lora_A.weight"
+    stored = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(stored[name], adapters["layers"]["mlp"]["down"]["weight"].a[2, 3].T)
+    assert_equal(read_adapters(tmp_path / "adapter", model, lora), adapters)
+    summed = jax.tree.map(
+        lambda leaf: leaf.astype("float32"), merge_adapters(params, adapters, 2.0),
+        is_leaf=lambda node: hasattr(node, "frozen"),
+    )  # fmt: skip
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), load_files(tmp_path / "adapter"), summed)
 
 
 @pytest.mark.parametrize("options", [
