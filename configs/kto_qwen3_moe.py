@@ -3,7 +3,7 @@
     python -m kto_jax.train --config=configs/kto_qwen3_moe.py --config.data.train=feedback.jsonl --workdir=runs/moe
 
 Hardware: the frozen weights take 61 GB in bfloat16. Each chip has 16 of the 128 experts of a layer (`mesh.expert`) and
-an eighth of everything else; docs/scale.md has the plan. The adapters are on attention alone, 1 MB for each layer;
+an eighth of everything else, 7.6 GB. The adapters are on attention alone, 1 MB for each layer;
 those of all experts (`--config.lora.targets=query,key,value,output,gate,up,down`) are 62 times as many. Mixtral has 8
 experts, one for each chip, and uses the same settings (`--config.model.path=mistralai/Mixtral-8x7B-Instruct-v0.1`).
 Routers are frozen, so `router.balance_weight` is 0 unless it is set.

@@ -48,7 +48,8 @@ def test_docstring_examples_hold(name):
 def test_every_loss_and_variant_has_an_independent_version():
     covered = " ".join(CASES).replace("reward", "bradley_terry")
     for name in losses.__all__:
-        if name.endswith("_loss") and name != "halo_loss":
+        # The routers' losses read no completions: test_router.py.
+        if name.endswith("_loss") and name not in ("halo_loss", "balance_loss", "z_loss"):
             assert name.removesuffix("_loss") in covered
     for name in (*losses.DPO_VARIANTS, *losses.F_DIVERGENCES):
         assert f"dpo {name}" in covered or name == "reverse_kl"

@@ -31,8 +31,8 @@ DEMONSTRATIONS = ["--config.objective.name=sft", "--config.batch_size=64", "--co
 def program(rows, total, microbatches, limit=100 * GIB, refusal=""):
     return CompiledStep(
         config=Config(), mesh={}, shape=Shape(rows, 64, 64, 4, 4, microbatches, 16), parts={}, arguments=0,
-        temporaries=total, refusal=refusal, limit=limit, collectives=(), tokens=1.0, flops=1.0, weight_bytes=1.0,
-        gradient_bytes=0.0, passes=1, compile_seconds=0.0, host_bytes=0,
+        temporaries=total, refusal=refusal, limit=limit, collectives=(), tokens=1.0, flops=1.0, params=1,
+        active_params=1, weight_bytes=1.0, gradient_bytes=0.0, passes=1, compile_seconds=0.0, host_bytes=0,
     )  # fmt: skip
 
 
