@@ -113,8 +113,15 @@ FAULTS = {
                 a_body_that_fails_leaves_the_old_folder_and_nothing_beside_it""",
             models__weights__test_export="a_failed_export_leaves_the_earlier_one_whole",
             faults__test_run_folder="a_disk_that_cannot_be_written_ends_a_command_with_one_line",
+            training__test_verified_checkpoints="""
+                a_lack_of_space_is_said_with_both_numbers_once_and_the_next_step_is_saved
+                an_error_of_the_writer_is_said_in_one_line_and_the_same_step_can_be_saved_again""",
+            training__test_loop="the_last_step_is_saved_again_for_a_while_if_its_save_failed",
+            faults__test_full_disk="""
+                a_run_whose_last_save_failed_ends_soon_with_1_and_is_resumed
+                a_save_that_failed_is_followed_by_one_after_the_next_step""",
         ),
-        "a full disk at a checkpoint ends in a traceback",
+        "only the last step is saved again; after others the next step is saved",
     ),
     "F8": Fault(
         "the run's folder removed, renamed, replaced or read-only in mid-run; damaged files in it",
@@ -128,7 +135,7 @@ FAULTS = {
                 a_damaged_history_is_named
                 a_run_that_hangs_at_its_end_is_ended_by_sigterm_with_its_own_code""",
         ),
-        "a checkpoints/ that cannot be written ends in a traceback",
+        "no test makes checkpoints/ read-only or replaces it",
     ),
     "F9": Fault(
         "the run killed at chosen and at random steps",

@@ -45,7 +45,7 @@ from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
-from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.checkpoints import Checkpoints, end_process
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
@@ -276,4 +276,4 @@ if __name__ == "__main__":
     finally:
         # The exit code is decided, but Python takes seconds to end, or longer if a library's thread hangs.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
-    sys.exit(exit_code)
+    end_process(exit_code)

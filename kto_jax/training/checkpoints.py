@@ -17,9 +17,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -49,6 +51,21 @@ from kto_jax.training.state import TrainState
 _STATE_FIELDS = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 # Each replica of an array writes a part of it. Slicing a part compiles a program, so small arrays stay whole.
 _MIN_PART_BYTES = 2**20
+
+
+_failed_writes: list[int] = []
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """Ends this process, at once if a write has failed in it.
+
+    Orbax leaves threads then that wait for minutes for what was never written, and Python waits for its threads.
+    """
+    if _failed_writes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Checkpoints:
         self._fields = (*_STATE_FIELDS, "reference") if reference_is_synced else _STATE_FIELDS
         self._reference = ""
         self._pending: _Pending | None = None
+        self._last_given: tuple[int, Mapping[str, float] | None] = (0, None)
         self.failure = ""
         self._context = ocp.Context()
         self._context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_PART_BYTES
@@ -155,6 +173,7 @@ class Checkpoints:
             non-finite figure counts as not measured, because NaN is not ordered.
         """
         self._finish()
+        self._last_given = step, figures
         if step in self._steps:
             return
         held_out = {
@@ -182,6 +201,11 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # On CPU the writer reads the state's buffers: a concurrent step would need a second copy of them.
             self._finish()
+
+    def save_again(self, state: TrainState) -> None:
+        """Saves the state that the last `save` was given, which failed, with the same figures."""
+        step, figures = self._last_given
+        self.save(step, state, figures)
 
     def poll(self) -> None:
         """Verifies the last save if it has been written by now; every process must call this at the same steps."""
@@ -287,6 +311,7 @@ class Checkpoints:
 
     def _recover(self, step: int, reason: str) -> None:
         """After a failed write: a new writer, because Orbax's raises the same error again; removes what was written."""
+        _failed_writes.append(step)
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._checkpointer = self._open()

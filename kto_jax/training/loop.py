@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ from kto_jax.training.state import TrainState
 from kto_jax.training.trackers import open_trackers
 from kto_jax.training.unusual import UnusualSteps
 from kto_jax.training.watchdog import Watchdog
+
+_TRIES, _RETRY_SECONDS = 5, 5.0
+"""How often, and after how long, the last step is saved again if that failed; machines are taken away soon after they
+say so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +107,22 @@ def take_steps(
         state, exit_code = _run(job, numbered, state, in_flight, log, profile, place, checkpoints, preemption, watchdog)
         with watchdog.paused("saving"):
             checkpoints.wait()
+            if exit_code != FAILED and checkpoints.exit_code == FAILED:  # a bucket that is away has been waited for
+                _try_again(checkpoints, state)
         if checkpoints.failure:
             console.print(f"error: the last checkpoint is not saved: {checkpoints.failure}", style="red")
             exit_code = checkpoints.exit_code
     return state, exit_code
+
+
+def _try_again(checkpoints: Checkpoints, state: TrainState) -> None:
+    """Saves the last step again for a while if its save failed: the disk may be full only for now."""
+    for _ in range(_TRIES):
+        if not checkpoints.failure:
+            return
+        time.sleep(_RETRY_SECONDS)
+        checkpoints.save_again(state)
+        checkpoints.wait()
 
 
 def _run(

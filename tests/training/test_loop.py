@@ -263,3 +263,23 @@ def test_a_run_leaves_traces_that_perfetto_and_xprof_open(tmp_path, monkeypatch)
     assert "step" in names  # the annotation of the step
     assert list(trace.parent.glob("*.xplane.pb"))
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("tries, code, saved_again", [(2, 0, 2), (99, 1, 5)])
+def test_the_last_step_is_saved_again_for_a_while_if_its_save_failed(world, monkeypatch, tries, code, saved_again):
+    monkeypatch.setattr(kto_jax.training.loop, "_RETRY_SECONDS", 0)
+    run = world()
+    run.failure, run.exit_code, again = "no space", 1, []
+
+    def save_again(state):
+        again.append(state.step)
+        run.failure = "no space" if len(again) < tries else ""
+
+    run.save_again = save_again
+    assert run.run() == code and again == [NUM_STEPS] * saved_again
+
+
+def test_nothing_is_saved_again_after_too_many_bad_steps(world):
+    run = world(bad_from=2)
+    run.failure, run.exit_code = "no space", 1
+    assert run.run() == 1

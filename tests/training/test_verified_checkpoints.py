@@ -256,7 +256,7 @@ def test_a_lack_of_space_is_said_with_both_numbers_once_and_the_next_step_is_sav
             checkpoints.save(3, state, None)
         assert len(said) == 1 and "1,000 bytes free, and up to" in said[0] and "step 2 is not saved" in said[0]
         assert checkpoints.failure and steps_in(tmp_path) == [1]
-        checkpoints.save(3, state, None)
+        checkpoints.save_again(state)
         assert not checkpoints.failure and steps_in(tmp_path) == [3]
         assert said[1:] == ["the checkpoint of step 3 is saved; the one before had failed"]
 
