@@ -68,8 +68,8 @@ def main() -> None:
     """Measures, and prints one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("embed", 512), ("layers", 4), ("vocab", 4096), ("experts", 16), ("per_token", 4), ("width", 256), ("rows", 4),
-        ("length", 512), ("rounds", 5),
+        ("embed", 512), ("layers", 2), ("vocab", 1024), ("experts", 16), ("per_token", 4), ("width", 256), ("rows", 2),
+        ("length", 256), ("rounds", 3),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")

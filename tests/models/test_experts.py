@@ -124,18 +124,6 @@ def test_layers_transposed_for_decoding_give_the_same(mixture):
     close(got, expected)
 
 
-def test_the_gradient_of_a_remat_policy_is_that_of_none(mixture):
-    model, params = mixture
-    tokens = draw_tokens(0, 2, 12)
-
-    def total(model):
-        return jax.jit(jax.grad(lambda params: jnp.sum(model.hidden_states(params, tokens, *whole_rows(tokens)) ** 2)))
-
-    expected = total(model)(params)
-    got = total(Model.create(model.config, remat="full"))(params)
-    jax.tree.map(partial(close, atol=1e-3), got, expected)
-
-
 def test_only_active_experts_count_in_flops():
     config = read_config_json(FILES["qwen3_moe"])
     inactive = (8 - 3) * 3 * 32 * 24 * config.num_layers
