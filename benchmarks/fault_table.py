@@ -1,4 +1,4 @@
-"""The faults F1 to F38: what is injected, what must happen, and the tests that show it."""
+"""The faults F1 to F38 and B1 to B3: what is injected, what must happen, and the tests that show it."""
 
 from __future__ import annotations
 
@@ -211,6 +211,8 @@ FAULTS = {
             training__test_unusual="a_bad_step_is_reported_and_is_no_part_of_the_median",
             training__test_step="""
                 a_loss_that_is_not_finite_changes_nothing_and_is_counted
+                nan_on_one_device_changes_nothing_on_any_and_the_next_step_is_normal
+                an_infinite_gradient_of_one_weight_changes_nothing_though_the_loss_is_finite
                 the_logged_learning_rate_is_the_applied_one_after_bad_steps_too""",
         ),
     ),
@@ -443,5 +445,34 @@ FAULTS = {
                 the_settings_that_fit_are_named_beside_those_of_the_run""",
         ),
     ),
+    "B1": Fault(
+        "a bucket that answers with 429, 500 or 503, slowly, not at all, or closes connections, for a while",
+        "requests are repeated with pauses and reported; the run goes on, bitwise",
+        _tests(
+            storage__test_bucket="""
+                a_server_that_fails_is_asked_again_until_it_answers
+                a_slow_server_is_waited_for_and_reported""",
+            faults__test_buckets="a_bucket_that_fails_for_a_while_costs_a_run_nothing_but_time",
+        ),
+    ),
+    "B2": Fault(
+        "a bucket that stays away",
+        "exit code 75; the same command resumes the run, bitwise",
+        _tests(
+            storage__test_bucket_watch="""
+                a_bucket_that_stays_silent_ends_the_process_so_that_it_is_started_again""",
+            faults__test_buckets="a_bucket_that_stays_away_ends_the_run_with_75_and_the_run_resumes",
+        ),
+    ),
+    "B3": Fault(
+        "SIGTERM to a run in a bucket, also while it waits for a bucket that is away",
+        "the step is saved and the exit code is 75; a bucket that is away is waited for 20 s",
+        _tests(
+            storage__test_bucket_watch="after_a_signal_the_process_waits_20_s_for_an_answer",
+            faults__test_buckets="""
+                signals_to_a_run_in_a_bucket_leave_a_whole_checkpoint_of_the_last_step
+                a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon""",
+        ),
+    ),
 }
-"""The faults by number."""
+"""The faults by number; B1 to B3 are those of runs in buckets."""

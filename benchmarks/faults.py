@@ -1,4 +1,4 @@
-"""Runs the tests of faults F1 to F38, and writes their table into docs/reliability.md.
+"""Runs the tests of faults F1 to F38 and B1 to B3, and writes their table into docs/reliability.md.
 
     python -m benchmarks.faults                # all, about half an hour on two cores
     python -m benchmarks.faults --only=F5,F6   # replaces these rows of the table
@@ -80,9 +80,15 @@ def update(page: str, rows: Mapping[str, str], summary: str) -> str:
     """A page with these rows of its table replaced; the others stay."""
     before, _, rest = page.partition(BEGIN)
     old, _, after = rest.partition(END)
-    kept = {match[1]: match[0] + "\n" for match in re.finditer(r"^\| (F\d+) \|.*\|$", old, re.MULTILINE)}
+    kept = {match[1]: match[0] + "\n" for match in re.finditer(r"^\| ([FB]\d+) \|.*\|$", old, re.MULTILINE)}
     table = "".join((kept | rows)[number] for number in FAULTS if number in kept | rows)
     return f"{before}{BEGIN}\n{summary}\n\n{_HEAD}{table}{END}{after}"
+
+
+def replace_part(path: Path, begin: str, end: str, part: str) -> None:
+    """Replaces what stands between two comments of a page."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    path.write_text(f"{before}{begin}\n{part}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main() -> int:
@@ -91,7 +97,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="numbers with commas between them, as F5,F6")
     chosen = [name for name in parser.parse_args().only.upper().split(",") if name] or list(FAULTS)
     if unknown := [name for name in chosen if name not in FAULTS]:
-        parser.error(f"{', '.join(unknown)} is no fault. Allowed: F1 to F38. Write --only=F5,F6.")
+        parser.error(f"{', '.join(unknown)} is no fault. Allowed: F1 to F38, B1 to B3. Write --only=F5,F6.")
     started = time.monotonic()
     counts = run_tests(dict.fromkeys(node for name in chosen for node in FAULTS[name].tests))
     rows = {name: table_row(name, counts) for name in chosen}
