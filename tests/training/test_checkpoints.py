@@ -84,7 +84,10 @@ def equal(one, other):
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), *jax.device_get((one, other)))))
 
 
-@pytest.mark.parametrize("restored_on", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("restored_on", [
+    MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2),
+    *(pytest.param(MeshConfig(data=data, fsdp=8 // data), marks=pytest.mark.slow) for data in (1, 2, 4, 8)),
+])  # fmt: skip
 def test_the_newest_state_is_restored_bitwise_on_any_mesh(restored_on, tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None, None])
     restored = checkpoints.restore(make_abstract(make_mesh(restored_on)), 2)

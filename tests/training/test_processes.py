@@ -27,21 +27,23 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache, workdir, count, *arguments, of_second=None, devices=0, arguments_of_second=()):
+def start(cache, workdir, count, *arguments, of_second=None, devices=0, arguments_of_second=(), program_of_second=()):
     """Starts `count` processes with the given number of fake devices each, or sharing DEVICES."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    flags = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count={devices or DEVICES // count}"
-    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "kto_jax.train", *SHORT, f"--workdir={workdir}", *arguments]
+    compiler = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count={devices or DEVICES // count}"
+    environment = os.environ | {"KTO_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler}
+    program, flags = ("-m", "kto_jax.train"), [*SHORT, f"--workdir={workdir}", *arguments]
     processes = []
     for number in range(count):
         own = dict(zip(NAMES, (address, str(count), str(number)), strict=True)) if count > 1 else {}
         own |= of_second if of_second and number == 1 else {}
-        own_arguments = arguments_of_second if number == 1 else ()
+        own_arguments, own_program = (
+            (arguments_of_second, program_of_second or program) if number == 1 else ((), program)
+        )
         processes.append(
             subprocess.Popen(
-                [*command, *own_arguments],
+                [sys.executable, *own_program, *flags, *own_arguments],
                 cwd=ROOT,
                 env=environment | own,
                 stdout=subprocess.DEVNULL,
@@ -183,6 +185,40 @@ def test_after_a_process_is_killed_the_other_exits_for_a_restart_and_the_run_res
     assert codes[0] != 75 or "process 1 of 2 is lost" in " ".join(messages[0].split())
     assert_same(train_alone(cache, workdir), rows(alone))
     assert_same_policy(workdir, alone)
+
+
+HANG = """
+import runpy, threading
+from kto_jax.training import in_flight
+
+dispatch = in_flight.StepsInFlight.dispatch
+
+
+def wait_for_ever():
+    threading.Event().wait()
+
+
+def hang(self, step, *arguments):
+    if step == 5:
+        wait_for_ever()
+    return dispatch(self, step, *arguments)
+
+
+in_flight.StepsInFlight.dispatch = hang
+runpy.run_module("kto_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_if_one_process_hangs_all_print_their_stacks_and_end_for_a_restart(cache, tmp_path):
+    watch = ["--config.watch.stall_factor=1", "--config.watch.stall_seconds=2", "--config.watch.stall_exit=True"]
+    processes = start(cache, tmp_path / "run", 2, *watch, program_of_second=("-c", HANG))
+    codes, messages = finish(processes)
+    assert codes == [75, 75], "\n".join(messages)
+    for number, message in enumerate(messages):
+        assert f"warning: process {number} has completed no step for" in message
+        assert "in take_steps" in message
+    assert "in wait_for_ever" in messages[1] and "in wait_for_ever" not in messages[0]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import kto_jax.training.step
 from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, place_batch, shardings
@@ -214,6 +215,62 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
     assert after.step == 1
     assert after.num_bad_steps == figures["num_bad_steps"] == 1
     jax.tree.map(np.testing.assert_array_equal, (before.policy, before.opt_state), (after.policy, after.opt_state))
+
+
+def steps_on_two_devices(batches):
+    """Steps of one program on a mesh of two devices: the states, from the first on, and the figures."""
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    model = Model.create(CONFIG, dtype="float32", layout=make_layout(mesh))
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant")
+    learning_rate = make_learning_rate(config, 20)
+    optimizer = make_optimizer(config, learning_rate)
+    step = jit_train_step(Recipe(model, OBJECTIVE, optimizer, learning_rate))
+    layout = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    state = create_state(*(jax.device_put(params, layout) for params in parameters("float32")), optimizer, mesh, {})
+    states, all_figures = [jax.device_get(state)], []
+    for batch in batches:
+        state, figures = step(state, place_batch(mesh, batch))
+        states.append(jax.device_get(state))
+        all_figures.append(jax.device_get(figures))
+        for leaf in jax.tree.leaves(state.policy):
+            one, *others = (shard.data for shard in leaf.addressable_shards)
+            assert all(np.array_equal(one, other) for other in others)
+    return states, all_figures
+
+
+def moved(before, after):
+    return any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)))
+
+
+@pytest.mark.slow
+def test_nan_on_one_device_changes_nothing_on_any_and_the_next_step_is_normal():
+    good = make_schedule(96, 8)[1].batch(0)
+    weights = np.array(good.weights)
+    weights[0, -1, 0] = np.nan  # Of the last row of a microbatch: the second device's.
+    states, figures = steps_on_two_devices([good, dataclasses.replace(good, weights=weights), good])
+    assert [state.num_bad_steps for state in states] == [0, 0, 1, 0]
+    assert [bool(np.isfinite(one["loss"])) for one in figures] == [True, False, True]
+    assert not moved((states[1].policy, states[1].opt_state), (states[2].policy, states[2].opt_state))
+    assert moved(states[0].policy, states[1].policy) and moved(states[2].policy, states[3].policy)
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_of_one_weight_changes_nothing_though_the_loss_is_finite(monkeypatch):
+    true = kto_jax.training.step.loss_and_gradient
+
+    def poisoned(model, objective, state, *given):
+        loss, gradient, completions = true(model, objective, state, *given)
+        table = gradient["embed"]["table"]
+        bad = jnp.where(state.step == 1, jnp.inf, table[3, 5])
+        return loss, gradient | {"embed": {**gradient["embed"], "table": table.at[3, 5].set(bad)}}, completions
+
+    monkeypatch.setattr(kto_jax.training.step, "loss_and_gradient", poisoned)
+    good = make_schedule(96, 8)[1].batch(0)
+    states, figures = steps_on_two_devices([good, good, good])
+    assert [state.num_bad_steps for state in states] == [0, 0, 1, 0]
+    assert np.isfinite(figures[1]["loss"]) and figures[1]["grad_norm"] == np.inf
+    assert not moved((states[1].policy, states[1].opt_state), (states[2].policy, states[2].opt_state))
+    assert moved(states[2].policy, states[3].policy)
 
 
 def test_the_logged_learning_rate_is_the_applied_one_after_bad_steps_too():
