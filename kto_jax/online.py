@@ -18,69 +18,43 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
+
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.command import FINISHED, run_command
-from kto_jax.config import Config, ConfigError, TransientError, to_dict
-from kto_jax.config.ranges import Count, Positive, Range
+from kto_jax.config import Config, ConfigError
+from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import keep_compiled
-from kto_jax.objectives import Objective, check_objective
+from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
+from kto_jax.models.weights.value_head import load_value_head
+from kto_jax.objectives import Objective
 from kto_jax.rewards.functions import open_rewards
-from kto_jax.rollouts.labels import Labelled, advantages, check_rule, label
+from kto_jax.rollouts.advantages import advantages, has_spread
+from kto_jax.rollouts.figures import explained_variance, figures_of, token_figures, warnings_of
+from kto_jax.rollouts.labels import Labelled, by_prompt, check_rule, label
+from kto_jax.rollouts.measure import measure, read_figures, write_figures
+from kto_jax.rollouts.options import Options, check_names, check_options, objective_config, open_folder
+from kto_jax.rollouts.policies import Policies, open_policies
 from kto_jax.rollouts.prompts import PromptRow, prompts_of_round, read_prompts
-from kto_jax.rollouts.rounds import Rollout, Row, check_feedback, figures_of, sample_round, warnings_of
-from kto_jax.sampling.complete import LanguageModel, open_language_model
+from kto_jax.rollouts.rounds import Rollout, Row, check_feedback, sample_round
+from kto_jax.sampling.complete import LanguageModel
 from kto_jax.sampling.sample import Sampling
+from kto_jax.sampling.slots import place
 from kto_jax.storage.atomic import write_json, write_text
-from kto_jax.storage.locks import lock_file
 from kto_jax.train import train
 from kto_jax.training.logs import console, read_metrics
 from kto_jax.training.preemption import Preemption
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Flags of the command."""
-
-    config: Config
-    """Recipe of a round's training by its name, or the path of a config file; its data.train holds prompts."""
-    reward: tuple[str, ...] = ()
-    """A reward, as docs/online.md lists them; may be given several times, each with "* WEIGHT" behind it. Required."""
-    workdir: str = ""
-    """Folder of all rounds; the same command resumes. Empty is runs/NAME for the recipe NAME."""
-    rounds: Count = 4
-    """How many rounds; a finished run can be given more."""
-    prompts_per_round: Count = 64
-    """Prompts that a round completes."""
-    num_samples: Count = 4
-    """Completions of each prompt."""
-    label: str = "mean"
-    """What a reward must exceed to be desirable: "mean" or "median" of the round, "prompt_mean", or a number, which it
-    may also equal. Objectives on pairs take each prompt's best and worst completion instead."""
-    keep_cut: bool = False
-    """Train also on completions that were cut at max_new_tokens, as if they ended there."""
-    max_new_tokens: Count = 64
-    """Longest completion, in tokens."""
-    temperature: Positive = 1.0
-    """Divides the logits."""
-    reference: Literal["initial", "previous"] = "initial"
-    """The reference of a round: the model that the first round started from, or the policy before the round."""
-    held_out: Annotated[int, Range(at_least=0, zero="none")] = 64
-    """Held-out prompts that are completed before the first and after the last round, num_samples times each."""
-    batch_size: Count = 16
-    """Completions sampled at once."""
-    reward_timeout: Positive = 600.0
-    """Seconds after which a reward counts as hung."""
-    keep: Count = 2
-    """Rounds whose policies are kept, the newest ones; feedback, metrics and reports of all are."""
-
-
 _HELD_OUT = 2**31
 """Number of the round whose random keys the held-out completions take."""
-_MAY_CHANGE = ("rounds", "keep", "batch_size", "reward_timeout")
+_NUM_MEASURED = 64
+"""Completions whose tokens are measured, for objectives that only show the figures."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,14 +76,20 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
       ConfigError: a flag, the configuration, the prompts or a reward cannot be used.
       TransientError: running the same command again may help.
     """
-    objective = _check(options)
+    objective = check_options(options)
+    processes.join(options.config.processes)
+    console.quiet = not processes.is_first()
     prompts, held_out = read_prompts(options.config.data)
     folder = Path(options.workdir)
     keep_compiled()
-    with open_rewards(options.reward) as rewards, _open_folder(folder, options):
+    with contextlib.ExitStack() as stack:
+        rewards = processes.on_first(lambda: stack.enter_context(open_rewards(options.reward))) or []
+        processes.on_first(lambda: check_names(options, [reward.name for reward in rewards]))
+        processes.on_first(lambda: stack.enter_context(open_folder(folder, options)))
         sampling = Sampling(options.temperature, 1.0, 0, options.max_new_tokens)
+        policies = open_policies(options.config, options.sample_on)
         rollout = Rollout(sampling, options.num_samples, options.batch_size, rewards, options.reward_timeout)
-        online = _Online(options, objective, folder, prompts, held_out[: options.held_out], rollout, command)
+        online = _Online(options, objective, policies, folder, prompts, held_out[: options.held_out], rollout, command)
         console.print(
             f"{len(prompts)} prompts to train on, {len(online.held_out)} of {len(held_out)} held-out ones measured"
         )
@@ -121,79 +101,8 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
     return FINISHED
 
 
-def _check(options: Options) -> Objective:
-    config = options.config
-    check_rule(options.label)
-    if not options.reward:
-        raise ConfigError("--reward is missing. Allowed: what docs/online.md lists. Write --reward=NAME.")
-    if "://" in options.workdir:
-        raise ConfigError(
-            f"--workdir={options.workdir} is no local folder. Allowed: local folders; the rounds of an online run are "
-            "not kept in buckets. Set --workdir."
-        )
-    objective = check_objective(config.objective)
-    if objective.scalar_head != "none" or objective.controls:
-        raise ConfigError(
-            f"config.objective.name={config.objective.name!r} cannot be trained online. Allowed: objectives on thumbs, "
-            "pairs or demonstrations without a value head or control texts, such as kto and dpo. Set "
-            "config.objective.name."
-        )
-    if config.model.init == "random":
-        raise ConfigError(
-            'config.model.init="random" cannot be used: random weights write nothing that a reward could tell apart. '
-            'Allowed: "pretrained". Set config.model.init.'
-        )
-    if config.lora.rank and options.reference == "initial":
-        raise ConfigError(
-            f"config.lora.rank={config.lora.rank} with --reference=initial cannot be used: adapters are trained beside "
-            "the weights of the reference, which are those of the policy before the round. Set --reference=previous, "
-            "or config.lora.rank=0."
-        )
-    if objective.advantages and options.reference == "initial":
-        raise ConfigError(
-            f"config.objective.name={config.objective.name!r} with --reference=initial cannot be used: its reference "
-            "is the policy that sampled the completions. Set --reference=previous."
-        )
-    if config.processes.count > 1:
-        raise ConfigError(
-            f"config.processes.count={config.processes.count}: online training runs in one process, on all of its "
-            "devices. Set config.processes.count=1."
-        )
-    processes.join(config.processes)
-    return objective
-
-
-def _open_folder(folder: Path, options: Options) -> Any:
-    """Locks the folder and records the flags; or compares them with those of the run that is resumed.
-
-    Raises:
-      ConfigError: they differ.
-      TransientError: another process uses the folder.
-    """
-    flags = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "config"}
-    given = json.loads(json.dumps({**flags, "config": to_dict(options.config)}))
-    del given["workdir"]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("a+")
-    try:
-        lock_file(lock, wait=False, without=f"Make sure that no other run writes to --workdir={folder}.")
-    except BlockingIOError:
-        lock.close()
-        raise TransientError(
-            f"--workdir={folder} is in use by another process. One run may write to a folder. Wait for it to end, or "
-            "choose another --workdir."
-        ) from None
-    record = folder / "online.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else given
-    changed = [name for name in given if name not in _MAY_CHANGE and before.get(name) != given[name]]
-    if changed:
-        lock.close()
-        raise ConfigError(
-            f"--workdir={folder} holds another run, which differs in {', '.join(changed)}. A run must be resumed with "
-            "the same settings. Restore these, or choose another --workdir."
-        )
-    write_json(record, given)
-    return lock
+_LAST = ("loss", "z0", "kl", "margin", "reference_kl")
+_MEANS = ("clipped", "old_kl", "value_loss", "grad_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +111,7 @@ class _Online:
 
     options: Options
     objective: Objective
+    policies: Policies
     folder: Path
     prompts: Sequence[PromptRow]
     held_out: Sequence[PromptRow]
@@ -210,37 +120,62 @@ class _Online:
 
     def run_round(self, number: int, preemption: Preemption) -> int:
         """Runs one round, or what is left of it; returns the exit code of its training."""
-        options, round_folder = self.options, self.folder / f"round_{number:03}"
-        if number < len(self._log()):
+        if number < processes.broadcast_int(len(self._log())):
             return FINISHED
+        console.print(f"round {number + 1} of {self.options.rounds}")
         started = time.monotonic()
-        console.print(f"round {number + 1} of {options.rounds}")
-        feedback = round_folder / "feedback.jsonl"
-        chosen = prompts_of_round(self.prompts, number, options.prompts_per_round, options.config.seed)
-        rows = self._sample(number, chosen)
-        labelled = self._label(rows)
+        figures, dropped = self._prepare(number)
+        trained = time.monotonic()
+        exit_code = self._train(number, preemption)
+        if exit_code == FINISHED:
+            ended = time.monotonic()
+            figures["training_seconds"] = ended - trained
+            figures["sampling_share"] = figures.get("sampling_seconds", 0.0) / (ended - started)
+            processes.on_first(lambda: self._record(number, figures, dropped))
+        return exit_code
+
+    def _prepare(self, number: int) -> tuple[dict[str, float], dict[str, int]]:
+        """Samples, scores and labels a round's completions; returns its figures and what is not trained on."""
+        rows, sampling_seconds = self._sample(number)
+        by_token = self._measure_tokens(number, rows)
+        labelled = processes.on_first(lambda: self._write_feedback(number, rows, by_token))
+        if labelled is None:
+            return {}, {}
+        figures = figures_of(rows) | token_figures(by_token, temperature=self.options.temperature)
+        if self.objective.scalar_head == "value":
+            figures["explained_variance"] = explained_variance(labelled.rows)
+        return figures | {"sampling_seconds": sampling_seconds}, labelled.dropped
+
+    def _write_feedback(self, number: int, rows: Sequence[Row], by_token: dict[str, list[np.ndarray]]) -> Labelled:
+        """Writes the round's feedback and says what it is."""
+        labelled = self._label(rows, by_token)
         dropped = ", ".join(f"{count} {reason}" for reason, count in labelled.dropped.items())
-        figures = figures_of(rows)
-        for warning in warnings_of(figures, options.max_new_tokens):
-            console.print(f"warning: {warning}", style="yellow")
         both = self.objective.reads == "thumbs" and self.objective.needs_both_labels
         check_feedback(labelled.rows, needs_both=both, number=number, dropped=dropped)
-        write_text(feedback, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled.rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled.rows)
+        write_text(self._folder_of(number) / "feedback.jsonl", text)
         kind = {
             "pairs": "pairs",
             "thumbs": f"thumbs, {labelled.desirable} of them desirable",
-            "scores": f"advantages, {labelled.desirable} of them positive",
+            "scores": f"completions with advantages, {labelled.desirable} of them positive",
         }[self._format()]
         console.print(
-            f"reward {figures['reward']:.3f} over {len(rows)} completions; {len(labelled.rows)} {kind}"
+            f"reward {figures_of(rows)['reward']:.3f} over {len(rows)} completions; {len(labelled.rows)} {kind}"
             + (f"; not used: {dropped}" if dropped else "")
         )
-        sampled = time.monotonic()
-        exit_code = train(self._config_of(number, feedback), round_folder / "run", self.command, preemption)
-        if exit_code == FINISHED:
-            seconds = {"sampling_seconds": sampled - started, "training_seconds": time.monotonic() - sampled}
-            self._record(number, figures | seconds | self._training_figures(number), labelled.dropped)
-        return exit_code
+        return labelled
+
+    def _train(self, number: int, preemption: Preemption) -> int:
+        """Trains on the round's feedback; a round that keeps the optimizer continues the one before."""
+        keeps = number > 0 and self.options.keeps_optimizer(self.objective)
+        after = self._run_of(number - 1) if keeps else None
+        return train(self._config_of(number), self._run_of(number), self.command, preemption, after=after)
+
+    def _folder_of(self, number: int) -> Path:
+        return self.folder / f"round_{number:03}"
+
+    def _run_of(self, number: int) -> Path:
+        return self._folder_of(number) / "run"
 
     def _format(self) -> Literal["thumbs", "pairs", "scores"]:
         """What the feedback is, as `data.format` calls it."""
@@ -248,29 +183,115 @@ class _Online:
             return "scores"
         return "pairs" if self.objective.reads == "pairs" else "thumbs"
 
-    def _label(self, rows: Sequence[Row]) -> Labelled:
-        objective, keep_cut = self.objective, self.options.keep_cut
+    def _label(self, rows: Sequence[Row], by_token: dict[str, list[np.ndarray]]) -> Labelled:
+        objective, keep_cut = self.objective, self.options.trains_cut(self.objective)
         if objective.advantages:
-            drop_equal = objective.options.get("variant") == "dapo"
-            return advantages(rows, kind=objective.advantages, drop_equal=drop_equal, keep_cut=keep_cut)
+            reference = by_token.get("reference_logps", by_token["old_logps"])
+            return advantages(
+                rows,
+                by_token | {"reference_logps": reference},
+                objective.advantages,
+                keep_cut=keep_cut,
+                spread_of=self.options.spread_of,
+            )
         rule = check_rule(self.options.label)
         return label(rows, pairs=objective.reads == "pairs", rule=rule, keep_cut=keep_cut)
 
-    def _sample(self, number: int, chosen: Sequence[PromptRow]) -> list[Row]:
-        """The round's completions; before the first round, also those of the held-out prompts."""
-        seed, path = self.options.config.seed, self.folder / f"round_{number:03}" / "rollout.jsonl"
+    def _sample(self, number: int) -> tuple[list[Row], float]:
+        """The round's completions with their rewards, and the seconds that they took.
+
+        Before the first round, all prompts are checked, and those that are held out are completed.
+        """
+        options, seed = self.options, self.options.config.seed
+        window = options.prompts_per_round * (1 + options.resample)
+        chosen = prompts_of_round(self.prompts, number, window, seed)
+        chosen, spare = chosen[: options.prompts_per_round], chosen[options.prompts_per_round :]
         with self._open_policy(number) as model:
             if number == 0:
+                processes.on_first(lambda: self._check_lengths(model))
                 self._measure(model, 0)
-            return sample_round(model, chosen, self.rollout, number=number, seed=seed, path=path)
+            started = time.monotonic()
+            rows: list[Row] = []
+            for part in range(1 + options.resample):
+                path = self._folder_of(number) / f"rollout{f'_{part}' if part else ''}.jsonl"
+                rows += sample_round(model, chosen, self.rollout, number=number, seed=seed, path=path, part=part)
+                groups = by_prompt(rows).values()
+                missing = options.prompts_per_round - sum(has_spread(group, options.spread_of) for group in groups)
+                chosen, spare = spare[:missing], spare[missing:]
+                if not chosen:
+                    break
+            return rows, time.monotonic() - started
 
-    def _open_policy(self, rounds: int) -> contextlib.AbstractContextManager[LanguageModel]:
-        """The policy after a number of rounds."""
+    def _check_lengths(self, model: LanguageModel | None) -> None:
+        """Refuses prompts that leave no room for a whole completion: training cuts no sampled token.
+
+        Raises:
+          ConfigError: naming the longest prompt.
+        """
+        assert model is not None, "the first process samples"
+        rows = [*self.prompts, *self.held_out]
+        lengths = [len(ids) for ids in encode_prompts(model.tokenizer, [row.prompt for row in rows], model.workers)]
+        longest, most = int(np.argmax(lengths)), self.options.config.data.max_length
+        needed = lengths[longest] + self.options.max_new_tokens
+        if needed > most:
+            raise ConfigError(
+                f"the prompt at {rows[longest].place} has {lengths[longest]} tokens, with "
+                f"--max_new_tokens={self.options.max_new_tokens} {needed}, and config.data.max_length={most}. Training "
+                f"cuts no sampled token. Set config.data.max_length={needed}, a smaller --max_new_tokens, or shorten "
+                "the prompt."
+            )
+
+    def _measure_tokens(self, number: int, rows: Sequence[Row]) -> dict[str, list[np.ndarray]]:
+        """Log-probabilities of the sampled tokens as training computes them, kept in the round's folder.
+
+        Returns:
+          For each completion old_logps, sampled_logps and values; reference_logps if there is another reference. For
+          objectives that only show the figures, those of some of the completions.
+        """
+        path = self._folder_of(number) / "tokens.npz"
+        if processes.broadcast_bool(path.exists()):
+            return read_figures(path)
+        read = rows if self.objective.advantages else rows[:: max(1, len(rows) // _NUM_MEASURED)]
+        found: dict[str, list[np.ndarray]] = {}
+        if self.policies.works_here:
+            found["sampled_logps"] = [np.asarray(row["logps"], np.float32) for row in read]
+            found["old_logps"], found["values"] = self._measured(read, self._policy_before(number), number)
+            if self.options.reference == "initial":
+                found["reference_logps"] = self._measured(read, self._initial(), 0)[0] if number else found["old_logps"]
+        processes.on_first(lambda: write_figures(path, found))
+        return found
+
+    def _measured(self, rows: Sequence[Row], path: str, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Log-probabilities of the rows' tokens under a model, and values by the head that a round begins with."""
         config = self.options.config
-        path = self._policy_before(rounds)
-        return open_language_model(path, dtype=config.model.dtype, chat_template=config.data.chat_template)
+        row_length = config.row_length if isinstance(config.row_length, int) else 0
+        with self.policies.open(path) as opened:
+            model, params = opened.model, opened.params
+            if number and self.objective.scalar_head == "value":
+                head = load_value_head(self._run_of(number - 1) / VALUE_HEAD)
+                if self.policies.mesh is not None:
+                    head = place(head, NamedSharding(self.policies.mesh, PartitionSpec()))
+                model, params = dataclasses.replace(model, scalar_head="value"), params | {SCALAR_HEAD: head}
+            found = measure(
+                model,
+                params,
+                *([np.asarray(row[name], np.int32) for row in rows] for name in ("prompt_ids", "completion_ids")),
+                row_length=row_length or config.data.max_length,
+                microbatch_rows=config.microbatch_rows if isinstance(config.microbatch_rows, int) else 8,
+                mesh=self.policies.mesh,
+            )
+        return found.logps, found.values
 
-    def _measure(self, model: LanguageModel, rounds: int) -> dict[str, float]:
+    @contextlib.contextmanager
+    def _open_policy(self, rounds: int) -> Iterator[LanguageModel | None]:
+        """The policy after a number of rounds; None on a process that does not sample."""
+        if not self.policies.works_here:
+            yield None
+            return
+        with self.policies.open(self._policy_before(rounds)) as model:
+            yield model
+
+    def _measure(self, model: LanguageModel | None, rounds: int) -> dict[str, float]:
         """Figures of the held-out prompts, completed by the policy after a number of rounds."""
         if not self.held_out:
             return {}
@@ -281,13 +302,13 @@ class _Online:
         return self.folder / f"held_out_after_{rounds:03}_rounds.jsonl"
 
     def _policy_before(self, number: int) -> str:
-        return str(self.folder / f"round_{number - 1:03}" / "run" / "policy") if number else self._initial()
+        return str(self._run_of(number - 1) / "policy") if number else self._initial()
 
     def _initial(self) -> str:
         return self.options.config.model.path
 
-    def _config_of(self, number: int, feedback: Path) -> Config:
-        config = self.options.config
+    def _config_of(self, number: int) -> Config:
+        config, feedback = self.options.config, self._folder_of(number) / "feedback.jsonl"
         model = dataclasses.replace(config.model, path=self._policy_before(number))
         if number:
             model = dataclasses.replace(model, base="", init="pretrained")
@@ -298,6 +319,7 @@ class _Online:
             config.data, train=str(feedback), eval="", layout="halos", rename={}, prompt_template="",
             format=self._format(), prompt_field="prompt", system_field="",
             label_map={}, holdout=0.0, judge_holdout=0.0, max_rejected=1.0,
+            sampled_tokens=True, max_prompt_length=config.data.max_length - 1,
         )  # fmt: skip
         # Rounding every round's policy to fewer bits than it was trained in would lose small updates.
         dtype = "float32" if config.model.param_dtype == "float32" else config.model.param_dtype
@@ -305,12 +327,21 @@ class _Online:
         samples = dataclasses.replace(config.samples, num_prompts=0, judges=())
         return dataclasses.replace(
             config, model=model, reference=reference, data=data, export=export, samples=samples,
+            objective=objective_config(config),
             seed=(config.seed + number) % 2**32,
         )  # fmt: skip
 
     def _training_figures(self, number: int) -> dict[str, float]:
-        rows = read_metrics(self.folder / f"round_{number:03}" / "run" / "metrics.jsonl")
-        return {name: rows[-1][name] for name in ("loss", "z0", "kl", "margin") if rows and name in rows[-1]}
+        """Figures of the round's last step, and means over its steps."""
+        rows = read_metrics(self._run_of(number) / "metrics.jsonl")
+        known = {name: [row[name] for row in rows if row.get(name) is not None] for name in (*_LAST, *_MEANS)}
+        last = {name: known[name][-1] for name in _LAST if known[name]}
+        return last | {name: float(np.mean(known[name])) for name in _MEANS if known[name]}
+
+    def _rejected(self, number: int) -> dict[str, int]:
+        """Rows of the feedback that training did not read, by reason."""
+        manifest = json.loads((self._run_of(number) / "manifest.json").read_text(encoding="utf-8"))
+        return {f"rejected: {reason}": count for reason, count in manifest["rejections"]["histogram"].items()}
 
     def _log(self) -> list[Row]:
         path = self.folder / "rounds.jsonl"
@@ -318,12 +349,19 @@ class _Online:
 
     def _record(self, number: int, figures: dict[str, float], dropped: dict[str, int]) -> None:
         """Appends a finished round to rounds.jsonl, and removes what later rounds do not need."""
+        figures, dropped = figures | self._training_figures(number), dropped | self._rejected(number)
         row = {"round": number, **{k: v for k, v in figures.items() if math.isfinite(v)}, "dropped": dropped}
         write_text(self.folder / "rounds.jsonl", "".join(json.dumps(one) + "\n" for one in [*self._log(), row]))
-        shutil.rmtree(self.folder / f"round_{number:03}" / "run" / "checkpoints", ignore_errors=True)
-        old = number - self.options.keep
-        if old >= 0:
-            shutil.rmtree(self.folder / f"round_{old:03}" / "run" / "policy", ignore_errors=True)
+        for warning in warnings_of(
+            figures, max_new_tokens=self.options.max_new_tokens, dtype=self.options.config.model.dtype
+        ):
+            console.print(f"warning: {warning}", style="yellow")
+        # The next round continues these checkpoints if it keeps the optimizer.
+        done = number - 1 if self.options.keeps_optimizer(self.objective) else number
+        for folder in [self._run_of(done) / "checkpoints"] if done >= 0 else []:
+            shutil.rmtree(folder, ignore_errors=True)
+        if number >= self.options.keep:
+            shutil.rmtree(self._run_of(number - self.options.keep) / "policy", ignore_errors=True)
 
     def finish(self) -> None:
         """Measures the held-out prompts with the last policy and prints what changed."""
@@ -331,7 +369,7 @@ class _Online:
         if self.held_out:
             with self._open_policy(rounds) as model:
                 before, after = self._measure(model, 0), self._measure(model, rounds)
-            write_json(self.folder / "held_out.json", {"before": before, "after": after})
+            processes.on_first(lambda: write_json(self.folder / "held_out.json", {"before": before, "after": after}))
             for name in ("reward", *(name for name in before if name.startswith("reward/")), "num_tokens", "cut"):
                 console.print(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after {rounds} rounds")
             error = math.hypot(before["reward_error"], after["reward_error"])

@@ -26,6 +26,7 @@ from kto_jax.config.ranges import Positive, Range
 from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.report import as_dict, show, show_ladder
 from kto_jax.planning.rows_that_fit import plan_rows
+from kto_jax.planning.sampling_memory import sampling_bytes
 from kto_jax.planning.smaller_settings import try_settings
 from kto_jax.planning.topology import LOCAL, open_topology
 
@@ -46,6 +47,8 @@ class Options:
     """Mean tokens of its completion. Default: half of the mean length."""
     price_per_chip_hour: Positive | None = None
     """Adds the least cost of a million tokens, in the price's currency."""
+    sampled: Annotated[int, Range(at_least=0, zero="none")] = 0
+    """Completions that online training samples at once over the mesh: adds the memory of sampling, with its cache."""
     json: str = ""
     """File to write all figures to."""
     ladder: bool = True
@@ -76,6 +79,9 @@ def plan(given: Options) -> int:
         console.print(f"microbatch_rows: {program.shape.rows}; {why}", soft_wrap=True)
     else:
         program = compile_step(config, task, topology, lengths)
+    if given.sampled:
+        memory = sampling_bytes(program.config, task, topology.devices, given.sampled)
+        program = dataclasses.replace(program, sampling=memory)
     show(program, topology, lengths, given.price_per_chip_hour, console)
     rungs = []
     if not program.fits and given.ladder:

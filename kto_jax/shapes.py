@@ -68,6 +68,30 @@ class PackedRows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What online training knew of each completion token before the update; 0 in padding.
+
+    Attributes:
+      old_logps: log-probability under the policy that sampled it, in nats.
+      reference_logps: likewise, under the reference.
+      advantages: its advantage.
+      values: the value head's estimate before it; 0 without one.
+      returns: target of the value head; 0 without one.
+    """
+
+    old_logps: Float[Array, "*M R C"]
+    reference_logps: Float[Array, "*M R C"]
+    advantages: Float[Array, "*M R C"]
+    values: Float[Array, "*M R C"]
+    returns: Float[Array, "*M R C"]
+
+
+SAMPLED = tuple(field.name for field in dataclasses.fields(Sampled))
+"""The figures of a sampled token, in the order in which the index stores them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LabelledRows:
     """Packed rows, with the label, score and reference log-probability of the completion in each slot.
 
@@ -76,12 +100,14 @@ class LabelledRows:
       desirable: thumbs-up or thumbs-down.
       scores: rating; 0 if the data has none.
       reference_logps: log-probability under the reference, in nats, if it was computed before training; else None.
+      sampled: figures of the tokens, for objectives that read them; else None.
     """
 
     rows: PackedRows
     desirable: Bool[Array, "*M R S"]
     scores: Float[Array, "*M R S"]
     reference_logps: Float[Array, "*M R S"] | None = None
+    sampled: Sampled | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -105,6 +131,7 @@ class FeedbackBatch:
       matched_reference: log-probability of each slot of `matched` under the reference, in nats, if it was precomputed;
         None if the step evaluates the reference.
       unmatched_reference: the same for `unmatched`.
+      sampled: figures of the completion tokens of `matched`, for objectives that read them; else None.
     """
 
     matched: PackedRows
@@ -116,6 +143,7 @@ class FeedbackBatch:
     num_unmatched: Int[Array, ""]
     matched_reference: Float[Array, "M R S"] | None = None
     unmatched_reference: Float[Array, "M R S"] | None = None
+    sampled: Sampled | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -125,15 +153,17 @@ class TokenScores:
 
     Attributes:
       policy: log-probability under the policy, in nats.
-      reference: likewise, under the reference.
+      reference: likewise, under the reference; under the policy that sampled, for objectives that read `sampled`.
       values: the value head's estimate before each token; 0 without one.
       segments: 1-based slot of every token; 0 is padding.
+      sampled: what was known before the update, for objectives that read it; else None.
     """
 
     policy: Float[Array, "R C"]
     reference: Float[Array, "R C"]
     values: Float[Array, "R C"]
     segments: Int[Array, "R C"]
+    sampled: Sampled | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -170,6 +200,7 @@ class Completions:
       filled: slots that hold an example.
       tokens: per-token quantities, for models with a value head and objectives that read them; else None.
       routed: what the policy's routers did, if it is a mixture of experts; else None.
+      figures: sums over the tokens of each completion, by name, for the metrics; None if the objective has none.
     """
 
     policy: Float[Array, "*M R S"]
@@ -181,3 +212,4 @@ class Completions:
     filled: Bool[Array, "*M R S"]
     tokens: TokenScores | None = None
     routed: RouterSums | None = None
+    figures: dict[str, Float[Array, "*M R S"]] | None = None

@@ -45,6 +45,7 @@ from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
+from kto_jax.training.carry import carry_state
 from kto_jax.training.checkpoints import Checkpoints, end_process
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
@@ -80,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(run_once, TrainOptions, str(__doc__), arguments)
 
 
-def train(config: Config, workdir: str | Path, command: str, preemption: Preemption) -> int:
+def train(
+    config: Config, workdir: str | Path, command: str, preemption: Preemption, *, after: Path | None = None
+) -> int:
     """Trains a policy, from reading the feedback to the report.
 
     Args:
@@ -88,6 +91,7 @@ def train(config: Config, workdir: str | Path, command: str, preemption: Preempt
       workdir: its folder, on a disk or in a bucket; a run found there is resumed.
       command: the command line, for the report.
       preemption: handles the signals of this process.
+      after: a run whose last policy, optimizer and objective's state this one starts with; None starts anew.
 
     Returns:
       The exit code.
@@ -110,14 +114,14 @@ def train(config: Config, workdir: str | Path, command: str, preemption: Preempt
             is_stopping=preemption.was_signalled,
         )
         place = processes.call_on_all(lambda: stack.enter_context(opened))
-        exit_code = train_in(place, config, command, preemption)
+        exit_code = train_in(place, config, command, preemption, after)
         if exit_code == 0:
             place.push()
             _print_next_steps(place, config, time.monotonic() - started)
     return exit_code
 
 
-def train_in(place: RunPlace, config: Config, command: str, preemption: Preemption) -> int:
+def train_in(place: RunPlace, config: Config, command: str, preemption: Preemption, after: Path | None = None) -> int:
     """Trains a policy in an open folder; see `train`."""
     workdir = place.path
     with scratch_folder() as scratch:
@@ -162,6 +166,7 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
                 first_step = int(state.step)
             else:
                 state = make_state(config, inputs, model, recipe.optimizer, abstract)
+                state = carry_state(after, abstract, state) if after else state
                 checkpoints.save_reference(state.reference)
             jax.block_until_ready(state)
         if first_step == 0 and is_rounded(config):

@@ -34,6 +34,7 @@ ORDER = {
     "kto_jax.data.rows": [
         "message_forms rejection sources tfds",
         "turns",
+        "sampled",
         "json_rows layout logged",
         "tables",
         "files",
@@ -71,7 +72,7 @@ ORDER = {
     "kto_jax.models.attention": ["dense mosaic triton", "blockwise cached splash"],
     "kto_jax.models.families": ["tensors", "family", "gemma llama mixture qwen", "config_json"],
     "kto_jax.models.weights": [
-        "gguf safetensors_files tensors",
+        "gguf safetensors_files tensors value_head",
         "adapter_folder",
         "classifier model_files stored_dtype",
         "load",
@@ -79,10 +80,15 @@ ORDER = {
         "peft",
     ],
     "kto_jax.objectives": ["record", "token_level", "algorithms"],
-    "kto_jax.planning": ["hlo topology", "compile_step", "rows_that_fit smaller_settings", "out_of_memory report"],
+    "kto_jax.planning": [
+        "hlo topology",
+        "compile_step",
+        "rows_that_fit sampling_memory smaller_settings",
+        "out_of_memory report",
+    ],
     "kto_jax.reports": ["captions model_card samples", "charts", "page", "results"],
-    "kto_jax.rewards": ["messages reward_model", "checkers", "functions"],
-    "kto_jax.rollouts": ["labels prompts", "rounds"],
+    "kto_jax.rewards": ["endpoint messages reward_model", "checkers", "functions"],
+    "kto_jax.rollouts": ["figures labels measure policies prompts", "advantages options", "rounds"],
     "kto_jax.sampling": ["choose", "slots", "sample", "complete"],
     "kto_jax.storage": [
         "gguf_files atomic bucket bucket_watch folders locks repeated",
@@ -97,7 +103,7 @@ ORDER = {
         "accumulate agreement initial_state leaf_digests logs optimizer routers run_folder sync",
         "checkpoint_reading",
         "checkpoints in_flight patience precompute step stored_policy unusual verification watchdog",
-        "evaluation loop result",
+        "carry evaluation loop result",
     ],
 }
 """For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside

@@ -106,6 +106,9 @@ class DataConfig:
     """Longest prompt plus completion, in tokens. Prompts are cut first, from the left."""
     max_prompt_length: Count = 512
     """Longest prompt, in tokens, when prompt and completion do not fit into `max_length`, which must be larger."""
+    sampled_tokens: bool = False
+    """Train on the token ids that rows hold beside their text, as the feedback of online rounds does, and encode
+    nothing. The model's tokenizer must be the one that they were sampled with."""
     long_completion: Literal["reject", "cut"] = "reject"
     """What happens to a completion longer than `max_length`: "reject" the record, or "cut" it and omit its EOS."""
     max_rejected: Probability = 0.001

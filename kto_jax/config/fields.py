@@ -28,7 +28,7 @@ LORA_MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "output", "gate", 
 """Matrices of a layer that can have a low-rank adapter."""
 OBJECTIVE_NAMES = (
     *("kto", "kto_log_utility", "apo_zero_unpaired", "bco", "dpo", "orpo", "simpo", "cpo", "slic", "sft", "csft"),
-    *("reward", "ppo_offline", "grpo"),
+    *("reward", "ppo_offline", "grpo", "ppo"),
 )
 """The objectives that come with the package; `kto_jax.objectives.OBJECTIVES` holds them."""
 
@@ -161,22 +161,53 @@ class ObjectiveConfig:
     """Text that csft puts before undesirable completions."""
     rewards: Literal["labels", "scores"] = "labels"
     """Rewards of ppo_offline: ±1 by label, or each record's score (data.format "scores")."""
+    old_logps: Literal["reference", "sampled"] = "reference"
+    """grpo: the policy that the probability ratio is relative to. "reference": the reference, which stands for the
+    policy that wrote the completions. "sampled": the log-probabilities that online training writes beside tokens."""
+    advantage: Literal["auto", "group", "leave_one_out"] = "auto"
+    """grpo, online: a completion's reward less the mean of its prompt's completions, or of the others."""
+    scale: Literal["auto", "group", "batch", "none"] = "auto"
+    """grpo and ppo, online: the standard deviation that advantages are divided by: of the prompt's rewards, of the
+    whole round (for ppo of all its tokens' advantages, which are also centred), or none."""
+    ratio: Literal["auto", "token", "sequence"] = "auto"
+    """grpo: whose probability ratio is clipped: each token's, or its geometric mean over the completion."""
+    surrogate: Literal["auto", "clip", "cispo"] = "auto"
+    """grpo: how the ratio is clipped: as in PPO, or as a weight without gradient."""
+    normalise: Literal["auto", "tokens", "sequences", "constant"] = "auto"
+    """grpo and ppo: what the sum over tokens is divided by: all tokens of the batch; each completion's, then the number
+    of completions; or `length_scale`, then the number of completions."""
     kl_weight: NotNegative | Auto = "auto"
-    """ppo_offline: weight of each token's log-ratio."""
+    """Weight of the KL to the reference. ppo_offline: of each token's log-ratio; grpo and ppo: see `kl_in`."""
+    kl_in: Literal["auto", "reward", "loss"] = "auto"
+    """grpo and ppo: where the KL is: subtracted from the rewards, or added to the loss."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
+    """grpo and ppo: estimator of a token's KL, of d = log π − log π_reference: k1 = d, k2 = d²/2, k3 = e^−d + d − 1. In
+    the loss, k2 has the KL's gradient on tokens that the policy sampled; k1 has none on average."""
     clip_low: Annotated[float, Range(above=0, below=1)] | Auto = "auto"
-    """ppo_offline and grpo: the probability ratio is clipped to at least 1 − clip_low; "auto" is 0.75 for ppo_offline,
-    and the variant's for grpo."""
+    """The probability ratio is clipped to at least 1 − clip_low; "auto" is 0.75 for ppo_offline, 0.2 for ppo, and the
+    variant's for grpo."""
     clip_high: Positive | Auto = "auto"
-    """ppo_offline and grpo: the probability ratio is clipped to at most 1 + clip_high; "auto" is 3 for ppo_offline, and
-    the variant's for grpo."""
+    """The probability ratio is clipped to at most 1 + clip_high; "auto" is 3 for ppo_offline, 0.2 for ppo, and the
+    variant's for grpo."""
+    dual_clip: Annotated[float, Range(at_least=0, zero="none")] = 0.0
+    """grpo and ppo: tokens of negative advantage lose no more than this many times its size (arXiv 1912.09729: 3)."""
+    entropy_weight: NotNegative = 0.0
+    """grpo and ppo: weight of the policy's entropy, estimated from the sampled tokens, which is subtracted from the
+    loss."""
     length_scale: Positive = 64.0
-    """grpo, variants dr_grpo and rloo: number of tokens that the sum of a completion's losses is divided by."""
+    """grpo and ppo with normalise "constant": number of tokens that the sum of a completion's losses is divided by."""
     value_weight: NotNegative | Auto = "auto"
-    """ppo_offline: weight of the value head's loss."""
+    """ppo_offline and ppo: weight of the value head's loss."""
+    value_clip: Positive = 0.2
+    """ppo: how far a value may move from that at the rollout before its loss has no gradient."""
+    value_detached: bool = True
+    """ppo: stop the gradient of the value head's loss at the hidden states that it reads."""
+    value_warmup: Annotated[int, Range(at_least=0)] = 0
+    """ppo: first steps of the run in which only the value head's loss counts."""
     discount: Probability | Auto = "auto"
-    """ppo_offline: γ of generalised advantage estimation."""
+    """ppo_offline and ppo: γ of generalised advantage estimation."""
     trace: Probability | Auto = "auto"
-    """ppo_offline: λ of generalised advantage estimation."""
+    """ppo_offline and ppo: λ of generalised advantage estimation."""
     sft_weight: NotNegative = 0.0
     """Weight of an added SFT loss on desirable or chosen completions; every objective but the reward model has it."""
     humanline: bool = False

@@ -157,6 +157,16 @@ def call_on_all(function: Callable[[], T]) -> T:
     return result
 
 
+def on_first(function: Callable[[], T]) -> T | None:
+    """What the function returns on the first process, which alone calls it; None on the others, which wait for it.
+
+    Raises:
+      ConfigError: as `call_on_all`.
+      TransientError: likewise.
+    """
+    return call_on_all(lambda: function() if is_first() else None)
+
+
 def exchange_text(word: str) -> list[str]:
     """Sends a word to all processes, and waits without a time limit for theirs.
 

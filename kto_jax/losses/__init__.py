@@ -3,7 +3,7 @@
 from kto_jax.losses.bco import bco_loss, update_running_mean
 from kto_jax.losses.cpo import cpo_loss
 from kto_jax.losses.dpo import DPO_VARIANTS, F_DIVERGENCES, check_dpo_options, dpo_loss
-from kto_jax.losses.grpo import group_relative_advantages, grpo_loss, k3_kl, leave_one_out_advantages
+from kto_jax.losses.grpo import group_relative_advantages, grpo_loss, k3_kl, kl_estimate, leave_one_out_advantages
 from kto_jax.losses.halo import halo_loss
 from kto_jax.losses.kto import (
     apo_zero_unpaired_loss,
@@ -15,7 +15,7 @@ from kto_jax.losses.kto import (
 )
 from kto_jax.losses.logprobs import segment_sums, token_logps
 from kto_jax.losses.orpo import orpo_loss
-from kto_jax.losses.policy_gradient import policy_gradient_loss
+from kto_jax.losses.policy_gradient import clipped_tokens, policy_gradient_loss
 from kto_jax.losses.ppo import generalized_advantages, ppo_clip_loss, ppo_value_loss
 from kto_jax.losses.reward import bradley_terry_loss
 from kto_jax.losses.router import balance_loss, z_loss
@@ -31,6 +31,7 @@ __all__ = [
     "bco_loss",
     "bradley_terry_loss",
     "check_dpo_options",
+    "clipped_tokens",
     "cpo_loss",
     "dpo_loss",
     "generalized_advantages",
@@ -39,6 +40,7 @@ __all__ = [
     "halo_loss",
     "humanline_clamp",
     "k3_kl",
+    "kl_estimate",
     "kl_reference_point",
     "kto_loss",
     "leave_one_out_advantages",

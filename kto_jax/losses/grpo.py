@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -68,6 +70,41 @@ def k3_kl(
     difference = at_least_float32(reference_logps) - at_least_float32(logps)
     difference = difference if where is None else jnp.where(where, difference, 0)
     return jnp.expm1(bounded_exponent(difference)) - jnp.minimum(difference, 20)
+
+
+def kl_estimate(
+    logps: Float[Array, "*B L"],
+    reference_logps: Float[Array, "*B L"],
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k3",
+    where: Bool[Array, "*B L"] | None = None,
+) -> Float[Array, "*B L"]:
+    """Estimate of KL(policy ‖ reference) at each token, of `d = log π_policy − log π_reference`.
+
+    "k1": d. "k2": d²/2. "k3": `e^−d + d − 1`, see `k3_kl`. As terms of a loss they differ more than as figures: on
+    tokens that the policy sampled, the gradient of k1 is 0 on average, that of k2 is the gradient of the KL, and that
+    of k3 is the gradient of the KL in the other direction.
+
+    >>> d = jnp.array([[0.5, -0.5]])
+    >>> [round(float(x), 4) for x in kl_estimate(d, jnp.zeros((1, 2)), estimator="k2")[0]]
+    [0.125, 0.125]
+
+    Args:
+      logps: log π_policy of each token, in nats.
+      reference_logps: log π_reference of each token.
+      estimator: which.
+      where: which tokens count; None counts all.
+
+    Returns:
+      One estimate per token, in nats, 0 where masked.
+
+    Source: Schulman, "Approximating KL divergence", 2020.
+    """
+    if estimator == "k3":
+        return k3_kl(logps, reference_logps, where=where)
+    difference = at_least_float32(logps) - at_least_float32(reference_logps)
+    difference = difference if where is None else jnp.where(where, difference, 0)
+    return difference if estimator == "k1" else jnp.square(difference) / 2
 
 
 def group_relative_advantages(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from kto_jax import losses, values
 from kto_jax.losses import mean_logps
 from kto_jax.objectives.record import Objective, Point, State, check_variant, implied_rewards, no_reference_point
-from kto_jax.objectives.token_level import grpo, ppo_offline
+from kto_jax.objectives.token_level import grpo, ppo, ppo_offline
 from kto_jax.shapes import Completions
 
 # ------------------------------------------------------------------------------------------------ thumbs
@@ -317,4 +317,5 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "reward": reward,
     "ppo_offline": ppo_offline,
     "grpo": grpo,
+    "ppo": ppo,
 }

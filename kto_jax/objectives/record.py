@@ -30,6 +30,31 @@ def _keep_state(state: State, rewards: Array, where: Array) -> State:
 
 
 @dataclasses.dataclass(frozen=True)
+class Advantages:
+    """How online training turns the rewards of a round into advantages.
+
+    Attributes:
+      kind: "group": a completion's reward less the mean of its prompt's completions; "leave_one_out": less the mean of
+        the others; "gae": generalised advantage estimation over its tokens, with the value head.
+      scale: the standard deviation that advantages are divided by: of the prompt's rewards ("group"), or of the whole
+        round ("batch": of its rewards, or for "gae" of its tokens' advantages, which are centred too), or "none".
+      kl_weight: weight of the KL to the reference that is subtracted from the rewards.
+      kl_estimator: how it is estimated.
+      discount: γ of "gae".
+      trace: λ of "gae".
+      drop_equal: leave out prompts all of whose completions have the same reward, as DAPO does.
+    """
+
+    kind: Literal["group", "leave_one_out", "gae"]
+    scale: Literal["group", "batch", "none"] = "none"
+    kl_weight: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    discount: float = 1.0
+    trace: float = 0.95
+    drop_equal: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """An objective that the step minimises.
 
@@ -49,8 +74,12 @@ class Objective:
       next_state: (state, rewards of the batch [M, R, S], mask) -> the state of the next step.
       reads_tokens: whether the loss reads per-token log-probabilities (`Completions.tokens`) without a value head.
       mean_over: what the step divides the sum of the losses by: the "examples" or the "tokens" of the global batch.
-      advantages: how online training turns the rewards of a prompt's completions into scores: "" not at all; "group"
-        and "scaled_group" by `losses.group_relative_advantages`, "leave_one_out" by that function.
+      reads_sampled: whether the loss reads the figures of sampled tokens (`TokenScores.sampled`). The reference's
+        log-probabilities are then those of the policy that sampled them, and no reference model is needed.
+      figures: completions with tokens -> sums over the tokens of each completion, by name, for the metrics; None for
+        none.
+      advantages: how online training turns rewards into advantages; None if the objective takes labels or pairs.
+      value_detached: whether the gradient of a value head stops at the hidden states that it reads.
       scalar_head: "none", a "reward" head in place of the output head, or a "value" head besides it.
       needs_both_labels: whether thumbs of only one label are refused.
       controls: texts before undesirable and before desirable completions.
@@ -71,7 +100,10 @@ class Objective:
     next_state: Callable[[State, Array, Array], State] = _keep_state
     reads_tokens: bool = False
     mean_over: Literal["examples", "tokens"] = "examples"
-    advantages: Literal["", "group", "scaled_group", "leave_one_out"] = ""
+    reads_sampled: bool = False
+    figures: Callable[[Completions], dict[str, Float[Array, "R S"]]] | None = None
+    advantages: Advantages | None = None
+    value_detached: bool = True
     scalar_head: Literal["none", "reward", "value"] = "none"
     needs_both_labels: bool = True
     controls: tuple[str, str] | None = None

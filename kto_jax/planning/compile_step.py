@@ -24,7 +24,7 @@ from kto_jax.models.weights.model_files import CONFIG_FILES, find_model
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.planning.hlo import Collective, find_collectives, refused_bytes
 from kto_jax.planning.topology import Topology
-from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
+from kto_jax.shapes import SAMPLED, FeedbackBatch, PackedRows, Sampled, power_of_two
 from kto_jax.training.checks import check_conflicts
 from kto_jax.training.flops import tokens_and_flops
 from kto_jax.training.initial_state import make_abstract_state, make_model
@@ -107,6 +107,7 @@ class CompiledStep:
       passes: passes over a model's weights per step: each forward pass, and one more for each backward pass.
       compile_seconds: time of the compiler.
       host_bytes: peak memory of this process so far.
+      sampling: bytes per device of the parts that online training needs while it samples; empty if it does not.
     """
 
     config: Config
@@ -127,6 +128,7 @@ class CompiledStep:
     passes: int
     compile_seconds: float
     host_bytes: int
+    sampling: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -136,7 +138,7 @@ class CompiledStep:
     @property
     def fits(self) -> bool:
         """Whether it compiled and each device has the memory."""
-        return not self.refusal and self.total <= self.limit
+        return not self.refusal and self.total <= self.limit and sum(self.sampling.values()) <= self.limit
 
 
 def read_task(config: Config) -> Task:
@@ -216,6 +218,9 @@ def empty_batch(shape: Shape, objective: Objective, *, precomputed: bool) -> Fee
         num_unmatched=np.int32(shape.microbatches),
         matched_reference=numbers if precomputed else None,
         unmatched_reference=zeros(unmatched, shape.slots, np.float32) if precomputed else None,
+        sampled=Sampled(*[zeros(shape.room, shape.completion_length, np.float32)] * len(SAMPLED))
+        if objective.reads_sampled
+        else None,
     )
 
 

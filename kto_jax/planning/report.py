@@ -155,6 +155,12 @@ def _memory_table(program: CompiledStep) -> Table:
     table.add_row("gradients, activations, gathered weights, code", _size(program.temporaries))
     table.add_section()
     table.add_row("total" + (" at least" if program.refusal else ""), _size(program.total))
+    if program.sampling:
+        table.add_section()
+        for name, size in program.sampling.items():
+            table.add_row(name, _size(size))
+        table.add_row("total while sampling, before the step", _size(sum(program.sampling.values())))
+        table.add_section()
     table.add_row("memory of the device", _size(program.limit))
     return table
 
@@ -268,6 +274,7 @@ def _figures(program: CompiledStep) -> dict[str, Any]:
         "part_bytes": program.parts,
         "argument_bytes": program.arguments,
         "temporary_bytes": program.temporaries,
+        "sampling_bytes": dict(program.sampling),
         "total_bytes": program.total,
         "compile_seconds": program.compile_seconds,
         "host_bytes": program.host_bytes,

@@ -58,6 +58,8 @@ _LOSS = {
     "cpo": "CPO's loss: −log σ of the margin, plus the weighted mean negative log-probability of chosen completions.",
     "csft": "Mean negative log-probability of a completion token, in nats, after the control text of its label. "
     "Held-out: desirable completions after the good control text.",
+    "ppo": "The clipped surrogate of the policy gradient and the weighted loss of the value head. Its level means "
+    "little: look at the rewards of the rounds.",
     "grpo": "The surrogate of the policy gradient. Its level means little: look at the rewards of the rounds.",
     "orpo": "Mean negative log-probability of a token of the chosen completions, in nats, plus the weighted "
     "odds-ratio term.",
@@ -73,6 +75,8 @@ _LOSS = {
 _REWARDS = {
     "cpo": "β times the log-probability of a completion, in nats.",
     "csft": "Mean log-probability of a completion token, in nats.",
+    "grpo": "Log-ratio of the policy to the policy that sampled the completions, in nats.",
+    "ppo": "Log-ratio of the policy to the policy that sampled the completions, in nats.",
     "orpo": "The odds weight times the mean log-probability of a completion token, in nats.",
     "reward": "What the reward head gives a completion.",
     "sft": "Mean log-probability of a completion token, in nats.",

@@ -13,9 +13,12 @@ import numpy as np
 from kto_jax.config import Config, to_dict
 from kto_jax.config.packages import is_installed
 from kto_jax.devices import processes
+from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.export import Rounding, save_hugging_face
 from kto_jax.models.weights.peft import save_adapters
+from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
+from kto_jax.models.weights.value_head import save_value_head
 from kto_jax.reports import samples
 from kto_jax.reports.captions import captions_of
 from kto_jax.reports.model_card import model_card
@@ -58,7 +61,10 @@ def write_results(
     command: str,
     notes: Sequence[str] = (),
 ) -> None:
-    """Writes policy/, adapter/ (for LoRA) and report.html (if its packages are there); prints the judges' verdicts."""
+    """Writes policy/, adapter/ (for LoRA), a value head, and report.html (if its packages are there).
+
+    Prints the judges' verdicts.
+    """
     folder = run.path
     card = model_card(folder.name, config, inputs, int(state.step))
     rounding = save_hugging_face(
@@ -73,6 +79,10 @@ def write_results(
     )
     note = describe_rounding(config, rounding)
     console.print(note)
+    if model.scalar_head == "value":
+        head = processes.gather(state.policy[SCALAR_HEAD])
+        if processes.is_first():
+            save_value_head(folder / VALUE_HEAD, head)
     if config.lora.rank:
         save_adapters(
             folder / "adapter",

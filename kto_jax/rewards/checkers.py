@@ -1,8 +1,9 @@
-"""Rewards that a program can verify: 1 if a completion keeps a rule, else 0.
+"""Rewards that a program can verify: 1 if a completion keeps a rule, else 0; and a penalty on long completions.
 
 --reward="max_words(12)" --reward="ends_with('.') * 0.5"
 
-A checker reads the completion's text alone, except `equals_number`, which also reads a column of the prompts' file.
+A checker reads the completion's text alone, except `equals_number`, which also reads a column of the prompts' file, and
+`overlong`, which counts tokens.
 Leading and trailing white space does not count.
 """
 
@@ -88,6 +89,17 @@ def equals_number(column: str = "answer") -> Checker:
     return check
 
 
+def overlong(limit: int, buffer: int) -> Checker:
+    """DAPO's penalty: 0 up to `limit` − `buffer` tokens, then falling evenly to −1 at `limit`, arXiv 2503.14476."""
+    if not 0 < buffer <= limit:
+        raise ValueError(f"buffer={buffer} is not between 0 and limit={limit}")
+
+    def check(num_tokens: Sequence[int], **columns: Any) -> list[float | None]:
+        return [-min(max((count - (limit - buffer)) / buffer, 0.0), 1.0) for count in num_tokens]
+
+    return check
+
+
 def _same(text: str, answer: Any) -> float | None:
     wanted = _last_number(str(answer))
     return None if wanted is None else float(_last_number(text) == wanted)
@@ -102,6 +114,7 @@ CHECKERS: dict[str, Callable[..., Checker]] = {
     make.__name__: make
     for make in (
         lowercase, no_commas, max_words, min_words, starts_with, ends_with, contains, bullets, is_json, equals_number,
+        overlong,
     )
 }  # fmt: skip
 """What `--reward` takes by name."""

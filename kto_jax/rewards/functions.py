@@ -10,6 +10,7 @@ A function is called as TRL calls it, with everything by name:
     lowercase, max_words(12)             a checker of `kto_jax.rewards.checkers`
     rewards.py:brevity, package.module:brevity      a function of yours
     runs/reward                          a reward model: a run of the reward objective, or a Hugging Face directory
+    https://host/score                   a server: `kto_jax.rewards.endpoint` says what it is asked
 
 `* 0.5` behind it is its weight in the sum.
 """
@@ -32,6 +33,7 @@ from typing import Any
 
 from kto_jax.config import ConfigError, TransientError, nearest
 from kto_jax.rewards.checkers import CHECKERS
+from kto_jax.rewards.endpoint import Endpoint, Row
 from kto_jax.rewards.messages import text_of
 from kto_jax.rewards.reward_model import open_reward_model, reward
 
@@ -50,6 +52,7 @@ class Scored:
       ended: whether it ended in an EOS; otherwise it was cut.
       columns: the other columns of the prompts' file, each a value for every completion.
       places: `file:line` of each prompt.
+      record: file that keeps the answers of servers; None keeps none.
     """
 
     prompts: Sequence[Any]
@@ -58,6 +61,20 @@ class Scored:
     ended: Sequence[bool]
     columns: Mapping[str, Sequence[Any]]
     places: Sequence[str]
+    record: Path | None = None
+
+    def rows(self) -> list[Row]:
+        """Each completion as a server is asked about it."""
+        return [
+            {
+                "prompt": self.prompts[row],
+                "completion": self.completions[row],
+                "ended": self.ended[row],
+                "num_tokens": len(self.completion_ids[row]),
+                "columns": {name: values[row] for name, values in self.columns.items()},
+            }
+            for row in range(len(self.prompts))
+        ]
 
     def arguments(self, rows: slice) -> dict[str, Any]:
         """What a function is called with, for some of the completions."""
@@ -77,7 +94,7 @@ class RewardFunction:
 
     name: str
     weight: float
-    function: Callable[..., Any]
+    function: Callable[..., Any] | Endpoint
 
     def __call__(self, scored: Scored, timeout: float) -> list[float | None]:
         """One reward for each completion.
@@ -90,6 +107,9 @@ class RewardFunction:
           ConfigError: the function raised, or returned anything but one finite number or None for each completion.
           TransientError: it did not return in time.
         """
+        if isinstance(self.function, Endpoint):
+            ask = self.function.rewards
+            return _within(lambda: ask(scored.rows(), scored.record), timeout, self.name)
         everything = slice(None)
         try:
             found = self._call(scored, everything, timeout)
@@ -112,11 +132,12 @@ class RewardFunction:
         return [None if value is None else float(value) for value in found]
 
     def _call(self, scored: Scored, rows: slice, timeout: float) -> Any:
-        arguments = scored.arguments(rows)
-        taken = inspect.signature(self.function).parameters
+        function, arguments = self.function, scored.arguments(rows)
+        assert not isinstance(function, Endpoint)
+        taken = inspect.signature(function).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
             arguments = {name: value for name, value in arguments.items() if name in taken}
-        return _within(lambda: _finished(self.function(**arguments)), timeout, self.name)
+        return _within(lambda: _finished(function(**arguments)), timeout, self.name)
 
     def _culprit(self, scored: Scored, timeout: float) -> int:
         """The first completion on which the function raises if it is called with that one alone; else the first."""
@@ -229,7 +250,9 @@ def open_rewards(names: Sequence[str], *, dtype: str = "float32") -> Iterator[li
         yield found
 
 
-def _open(name: str, stack: contextlib.ExitStack, dtype: str) -> Callable[..., Any]:
+def _open(name: str, stack: contextlib.ExitStack, dtype: str) -> Callable[..., Any] | Endpoint:
+    if name.startswith(("http://", "https://")):
+        return Endpoint(name)
     call = _CALL.match(name)
     if call and call["name"] in CHECKERS:
         return _checker(name, call["name"], call["arguments"] or "()")
@@ -241,7 +264,7 @@ def _open(name: str, stack: contextlib.ExitStack, dtype: str) -> Callable[..., A
         return lambda prompts, completions: list(reward(model, prompts, [text_of(said) for said in completions]))
     raise ConfigError(
         f"--reward={name!r} is no reward. {nearest(call['name'] if call else name, CHECKERS)} Allowed: these checkers, "
-        "FILE.py:FUNCTION, MODULE:FUNCTION or the folder of a reward model. Correct --reward."
+        "FILE.py:FUNCTION, MODULE:FUNCTION, the folder of a reward model or the URL of a server. Correct --reward."
     )
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.devices import processes
 from kto_jax.rewards.functions import RewardFunction, Scored, total_rewards
 from kto_jax.rewards.messages import as_completion
+from kto_jax.rollouts.advantages import as_numbers
 from kto_jax.rollouts.prompts import PromptRow
 from kto_jax.sampling.complete import Completion, LanguageModel, complete
 from kto_jax.sampling.sample import Sampling
@@ -45,7 +47,14 @@ class Rollout:
 
 
 def sample_round(
-    model: LanguageModel, prompts: Sequence[PromptRow], rollout: Rollout, *, number: int, seed: int, path: Path
+    model: LanguageModel | None,
+    prompts: Sequence[PromptRow],
+    rollout: Rollout,
+    *,
+    number: int,
+    seed: int,
+    path: Path,
+    part: int = 0,
 ) -> list[Row]:
     """Completes the prompts of a round, scores the completions and writes both to a JSONL file.
 
@@ -53,29 +62,40 @@ def sample_round(
     only read.
 
     Args:
-      model: the policy.
+      model: the policy; None on a process that does not sample.
       prompts: of the round.
       rollout: how.
       number: of the round.
       seed: of the run.
       path: the file.
+      part: of the round, if it samples in several.
+
+    All processes must make this call; those that do not sample pass no model, and read the file.
 
     Returns:
-      A row for each completion: prompt, completion, prompt_id, sample, round, num_tokens, ended, reward, rewards.
+      A row for each completion: prompt, completion, prompt_id, sample, round, num_tokens, ended, prompt_ids,
+      completion_ids, logps (as the sampler computed them), reward, rewards.
 
     Raises:
       ConfigError: a prompt does not fit the model's context, or a reward cannot be used.
       TransientError: a reward does not return in time.
     """
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    else:
-        rows = _sample(model, prompts, rollout, number, seed)
-        _write(path, rows)
+    if not processes.broadcast_bool(path.exists()):
+        sampled = _sample(model, prompts, rollout, number, _seed_of(seed, number, part)) if model is not None else []
+        processes.on_first(lambda: _write(path, sampled))
+    processes.on_first(lambda: _score(path, prompts, rollout))
+    return _read(path)
+
+
+def _score(path: Path, prompts: Sequence[PromptRow], rollout: Rollout) -> None:
+    """Adds rewards to the completions in a file that has none."""
+    rows = _read(path)
     if any("reward" not in row for row in rows):
-        rows = _with_rewards(rows, prompts, rollout)
-        _write(path, rows)
-    return [{name: value for name, value in row.items() if name != "ids"} for row in rows]
+        _write(path, _with_rewards(rows, prompts, rollout, path.with_suffix(".answers.jsonl")))
+
+
+def _read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
@@ -89,7 +109,7 @@ def _sample(model: LanguageModel, prompts: Sequence[PromptRow], rollout: Rollout
         [row.prompt for row in prompts],
         rollout.sampling,
         num_samples=rollout.num_samples,
-        seed=_seed_of_round(seed, number),
+        seed=seed,
         batch_size=rollout.batch_size,
     )
     return [
@@ -98,7 +118,9 @@ def _sample(model: LanguageModel, prompts: Sequence[PromptRow], rollout: Rollout
             "prompt_id": prompts[i // rollout.num_samples].key[:16],
             "sample": i % rollout.num_samples,
             "round": number,
-            "ids": completion.ids,
+            "prompt_ids": completion.prompt_ids,
+            "completion_ids": completion.ids,
+            "logps": as_numbers(np.asarray(completion.logps)),
         }
         for i, completion in enumerate(completions)
     ]
@@ -109,72 +131,27 @@ def _shown(completion: Completion) -> Row:
     return shown | {"num_tokens": completion.num_tokens, "ended": completion.ended}
 
 
-def _seed_of_round(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+def _seed_of(seed: int, number: int, part: int) -> int:
+    return int(np.random.SeedSequence((seed, number, part) if part else (seed, number)).generate_state(1)[0])
 
 
-def _with_rewards(rows: Sequence[Row], prompts: Sequence[PromptRow], rollout: Rollout) -> list[Row]:
+def _with_rewards(rows: Sequence[Row], prompts: Sequence[PromptRow], rollout: Rollout, record: Path) -> list[Row]:
     asked = [prompts[i // rollout.num_samples] for i in range(len(rows))]
     names = dict.fromkeys(name for row in asked for name in row.columns)
     scored = Scored(
         prompts=[row.prompt for row in asked],
         completions=[as_completion(row["prompt"], row["completion"]) for row in rows],
-        completion_ids=[row["ids"] for row in rows],
+        completion_ids=[row["completion_ids"] for row in rows],
         ended=[row["ended"] for row in rows],
         columns={name: [row.columns.get(name) for row in asked] for name in names},
         places=[row.place for row in asked],
+        record=record,
     )
     sums, alone = total_rewards(rollout.rewards, scored, rollout.timeout)
     return [
         {**row, "reward": sums[i], "rewards": {name: values[i] for name, values in alone.items()}}
         for i, row in enumerate(rows)
     ]
-
-
-def figures_of(rows: Sequence[Row]) -> dict[str, float]:
-    """Figures of a round's completions.
-
-    Returns:
-      completions; reward, the mean, and reward_error, the standard error of it over prompts; reward/NAME, the mean of
-      each reward; cut, the share that reached the longest length; num_tokens, the mean length; no_spread, the share of
-      prompts all of whose completions have the same reward. NaN where no reward applies.
-    """
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row["reward"] is not None:
-            groups.setdefault(row["prompt_id"], []).append(row["reward"])
-    means = [float(np.mean(group)) for group in groups.values()]
-    figures = {
-        "completions": float(len(rows)),
-        "reward": _mean([row["reward"] for row in rows]),
-        "reward_error": float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else float("nan"),
-        "cut": _mean([float(not row["ended"]) for row in rows]),
-        "num_tokens": _mean([row["num_tokens"] for row in rows]),
-        "no_spread": _mean([float(min(group) == max(group)) for group in groups.values()]),
-    }
-    for name in rows[0]["rewards"]:
-        figures[f"reward/{name}"] = _mean([row["rewards"][name] for row in rows])
-    return figures
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def warnings_of(figures: Mapping[str, float], max_new_tokens: int) -> list[str]:
-    """Sentences on what keeps a round from teaching anything, each with what to do."""
-    found = []
-    if figures["cut"] > 0.5:
-        found.append(
-            f"{figures['cut']:.0%} of the completions were cut at {max_new_tokens} tokens: raise --max_new_tokens"
-        )
-    if figures["no_spread"] > 0.9:
-        found.append(
-            f"for {figures['no_spread']:.0%} of the prompts all completions have the same reward: raise --num_samples, "
-            "or choose prompts or rewards that the policy sometimes fails and sometimes meets"
-        )
-    return found
 
 
 def check_feedback(rows: Sequence[Row], *, needs_both: bool, number: int, dropped: str) -> None:

@@ -26,7 +26,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import transpose_layers
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import find_model
-from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample
+from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample_with_logps
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import fetched
 from kto_jax.training.resume import rendering_of_run
@@ -72,12 +72,16 @@ class Completion:
       text: the completion without special tokens.
       ids: its token ids, including the EOS if it ended in one.
       ended: whether it ended in an EOS; otherwise it was cut at `max_new_tokens`.
+      prompt_ids: token ids of the prompt that it completes.
+      logps: log-probability of each of its tokens under the model itself, in nats, at temperature 1.
     """
 
     prompt: Prompt
     text: str
     ids: tuple[int, ...]
     ended: bool
+    prompt_ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -130,7 +134,7 @@ def complete(
     check_prompts(model.model.config, encoded, int(sampling.max_new_tokens))
     repeated = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) for _ in range(num_samples)]
     eos_ids = {*model.tokenizer.stop_ids, *model.model.config.eos_ids}
-    completions = sample(
+    completions = sample_with_logps(
         model.model,
         model.decoding_params,
         [ids for _, ids in repeated],
@@ -141,8 +145,15 @@ def complete(
         on_batch=on_batch,
     )
     return [
-        Completion(prompt, tokenize.decode(model.tokenizer, ids), tuple(ids.tolist()), int(ids[-1]) in eos_ids)
-        for (prompt, _), ids in zip(repeated, completions, strict=True)
+        Completion(
+            prompt,
+            tokenize.decode(model.tokenizer, found.ids),
+            tuple(found.ids.tolist()),
+            int(found.ids[-1]) in eos_ids,
+            tuple(ids.tolist()),
+            tuple(found.logps.tolist()),
+        )
+        for (prompt, ids), found in zip(repeated, completions, strict=True)
     ]
 
 

@@ -33,6 +33,8 @@ _MAX_STEPS = 32
 # cache at a cost; an accelerator needs more tokens to be busy, and compiles longer.
 _ON_CPU = (4, 32, 128)
 _ON_ACCELERATOR = (8, 128, 256)
+PREFIX_ROWS = _ON_ACCELERATOR[0]
+"""Prompts that an accelerator prefills at once, and keeps the cache of."""
 
 
 @jax.tree_util.register_dataclass

@@ -247,3 +247,17 @@ def _check_scores_as_rewards(config: Config) -> None:
             f'config.objective.rewards="scores" needs scores, and the format of {unscored[0].path!r} is '
             f'{unscored[0].data.format!r}. Set config.data.format to "scores", or objective.rewards to "labels".'
         )
+
+
+def check_sampled(config: Config, objective: Objective) -> None:
+    """Refuses an objective that reads figures of sampled tokens, for feedback without them.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    if objective.reads_sampled and not config.data.sampled_tokens:
+        raise ConfigError(
+            f"config.objective.name={config.objective.name!r} reads the log-probabilities and advantages that online "
+            "training writes beside each sampled token, and config.data.sampled_tokens is False. Train with python -m "
+            "kto_jax.online, or set config.data.sampled_tokens for the feedback of one of its rounds."
+        )

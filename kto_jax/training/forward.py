@@ -75,17 +75,20 @@ def read_completions(
     policy_RC = model.token_logps(policy, hidden_RCD, rows.targets)
     likelihood = _slot_sums(policy_RC, rows)
     reference_RC = jnp.zeros_like(policy_RC)
-    if objective.uses_reference and reference_logps is None:
+    if labelled.sampled is not None:
+        reference_RC = labelled.sampled.old_logps.astype(policy_RC.dtype)
+    elif objective.uses_reference and reference_logps is None:
         reference_RC = model.token_logps(reference, completion_states(model, reference, rows), rows.targets)
     if objective.humanline:
         low, high = objective.humanline
         policy_RC = reference_RC + humanline_clamp(policy_RC - reference_RC, low=low, high=high)
     tokens = None
-    if objective.reads_tokens:
-        tokens = TokenScores(policy_RC, reference_RC, jnp.zeros_like(policy_RC), rows.target_segments)
-    if objective.scalar_head == "value":
-        values_RC = model.apply_scalar_head(policy, jax.lax.stop_gradient(hidden_RCD))
-        tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments)
+    if objective.reads_tokens or objective.scalar_head == "value":
+        values_RC = jnp.zeros_like(policy_RC)
+        if objective.scalar_head == "value":
+            detached = jax.lax.stop_gradient(hidden_RCD) if objective.value_detached else hidden_RCD
+            values_RC = model.apply_scalar_head(policy, detached)
+        tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments, labelled.sampled)
     return Completions(
         policy=_slot_sums(policy_RC, rows),
         reference=_slot_sums(reference_RC, rows) if reference_logps is None else reference_logps,

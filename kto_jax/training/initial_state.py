@@ -98,8 +98,8 @@ def make_abstract_state(
     else:
         plain = dataclasses.replace(model, scalar_head="none")
         uses_reference = inputs.objective.uses_reference and not config.reference.precompute
-        policy = _abstract_params(mesh, model, config.model.param_dtype)
-        reference = _abstract_params(mesh, plain, config.reference.param_dtype) if uses_reference else {}
+        policy = abstract_params(mesh, model, config.model.param_dtype)
+        reference = abstract_params(mesh, plain, config.reference.param_dtype) if uses_reference else {}
     return abstract_state(policy, reference, optimizer, mesh, inputs.objective.initial_state)
 
 
@@ -195,7 +195,7 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
         kept = config.reference.param_dtype
         return _load(model, inputs.reference_files, param_dtype=kept, shardings=layout)
     mesh = jax.tree.leaves(layout)[0].mesh
-    rounded = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(mesh, model, config.model.param_dtype))
+    rounded = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(mesh, model, config.model.param_dtype))
     first = _load(model, inputs.reference_files, param_dtype=config.model.param_dtype, shardings=rounded)
     return _cast_reference(config, first, layout)
 
@@ -225,7 +225,7 @@ def reference_shardings(config: Config, model: Model, mesh: Mesh) -> Any:
 
 def _abstract_reference(config: Config, model: Model, mesh: Mesh) -> Params:
     """The reference's parameters, without a scalar head; with adapters as they were, if these are trained further."""
-    frozen = _abstract_params(mesh, model, config.reference.param_dtype)
+    frozen = abstract_params(mesh, model, config.reference.param_dtype)
     frozen.pop(SCALAR_HEAD, None)
     if not (config.lora.rank and config.lora.start == "continue"):
         return frozen
@@ -235,7 +235,8 @@ def _abstract_reference(config: Config, model: Model, mesh: Mesh) -> Params:
     return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
 
 
-def _abstract_params(mesh: Mesh, model: Model, dtype: str) -> Params:
+def abstract_params(mesh: Mesh, model: Model, dtype: str) -> Params:
+    """Shapes and shardings of a model's parameters in a dtype."""
     return _with_shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
 
 

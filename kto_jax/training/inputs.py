@@ -89,6 +89,7 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     checks.check_output_head(config, is_reward_model(policy_files))
     tokenizer, controls, index = read_feedback(config, policy_files, architecture.vocab_size, scratch)
     checks.check_judges(config, index)
+    checks.check_sampled(config, objective)
     num_desirable, num_undesirable = count_visits(index)
     objective = make_objective(config.objective, num_desirable=num_desirable, num_undesirable=num_undesirable)
     schedule, held_out = make_schedules(config, index, objective, controls)
@@ -168,6 +169,7 @@ def make_schedules(
     visits = Visits(train, index.places[:, 0], weights, seed=config.seed)
     limits = _row_limits(config, index, visits.at(np.arange(len(visits)), 0), paired)
     kind: dict[str, Any] = {"paired": paired, "unmatched": objective.first_pass == "unmatched"}
+    kind |= {"reads_sampled": objective.reads_sampled}
     order = Order(config.batch_size, config.seed, config.epochs, weights=weights)
     schedule = Schedule(index, train, order, limits, controls=controls, **kind)
     held_out = _sequences_to_evaluate(config, index, objective)

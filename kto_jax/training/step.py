@@ -88,8 +88,10 @@ def make_recipe(config: Config, objective: Objective, model: Model, num_steps: i
     return Recipe(model, objective, optimizer, learning_rate, config.reference, router)
 
 
-def _without_tokens(completions: Completions) -> Completions:
-    return dataclasses.replace(completions, tokens=None)
+def _without_tokens(completions: Completions, objective: Objective | None = None) -> Completions:
+    """The completions without per-token quantities, but with the objective's figures of them."""
+    figures = objective.figures(completions) if objective and objective.figures else None
+    return dataclasses.replace(completions, tokens=None, figures=figures)
 
 
 def _run_after(earlier: Iterable[Array], tree: Tree) -> Tree:
@@ -117,7 +119,7 @@ def _run_after(earlier: Iterable[Array], tree: Tree) -> Tree:
 
 
 def _matched(batch: FeedbackBatch) -> LabelledRows:
-    return LabelledRows(batch.matched, batch.desirable, batch.scores, batch.matched_reference)
+    return LabelledRows(batch.matched, batch.desirable, batch.scores, batch.matched_reference, batch.sampled)
 
 
 def _unmatched(batch: FeedbackBatch) -> LabelledRows:
@@ -222,7 +224,7 @@ def loss_and_gradient(
         loss = loss / divisor
         if completions.routed is not None and router != NO_ROUTERS:
             loss = loss + router_loss(router, completions.routed, counts_E, num_tokens)
-        return loss, _without_tokens(completions)
+        return loss, _without_tokens(completions, objective)
 
     return accumulate_gradient(share_of_loss, state.policy, _matched_microbatches(batch), batch.num_matched)
 
@@ -285,6 +287,9 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
     figures |= metrics.reward_metrics(
         objective, completions, batch, objective.reference_reward(point, state.objective_state)
     )
+    if completions.figures is not None:
+        num_tokens = jnp.maximum(jnp.sum(batch.matched.target_segments > 0), 1)
+        figures |= {name: jnp.sum(sums) / num_tokens for name, sums in completions.figures.items()}
     figures |= {
         "loss": loss,
         "grad_norm": grad_norm,

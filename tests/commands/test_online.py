@@ -1,6 +1,10 @@
 """Online rounds on a tiny random model: what they leave, what resumes them, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import safetensors.numpy
@@ -19,7 +23,7 @@ def letters(completions, **columns):
 """
 SHORT = [
     "--config=configs/tiny.py", "--config.model.init=pretrained", "--config.epochs=1", "--config.evaluation.every=0",
-    "--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=0", "--label=median", "--keep_cut",
+    "--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=0", "--label=median", "--cut=train",
     "--prompts_per_round=8", "--num_samples=2", "--max_new_tokens=6", "--config.batch_size=8", "--keep=1",
 ]  # fmt: skip
 
@@ -75,24 +79,57 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(flags, tmp_path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kind", [
-    ("grpo", "scalar_feedback"), ("dpo", "pairwise_feedback"), ("sft", "binary_feedback"),
-])  # fmt: skip
+@pytest.mark.parametrize("name, kind", [("dpo", "pairwise_feedback"), ("sft", "binary_feedback")])
 def test_other_objectives_train_online(flags, tmp_path, name, kind):
     run = tmp_path / "run"
-    previous = "--reference=previous"  # at the first step the policy is then the reference
-    assert main([*flags, f"--config.objective.name={name}", previous, "--rounds=2", f"--workdir={run}"]) == 0
+    assert main([*flags, f"--config.objective.name={name}", "--rounds=2", f"--workdir={run}"]) == 0
     for number in range(2):
         feedback = read(run / f"round_{number:03}" / "feedback.jsonl")
         assert feedback and {row["type"] for row in feedback} == {kind}
         metrics = read(run / f"round_{number:03}" / "run" / "metrics.jsonl")
         assert all(row["num_bad_steps"] == 0 for row in metrics)
-        if name == "grpo":
-            assert metrics[0]["rewards_desirable"] == pytest.approx(0, abs=1e-5) and metrics[0]["grad_norm"] > 0
+
+
+EPOCHS = ["--config.batch_size=4", "--config.epochs=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [
+    ("grpo", ["--config.objective.variant=dapo", "--config.objective.kl_weight=0.1"]),
+    ("ppo", ["--config.objective.value_warmup=2", "--config.objective.value_detached=False"]),
+])  # fmt: skip
+def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, tmp_path, name, options):
+    run = tmp_path / "run"
+    assert main([*flags, f"--config.objective.name={name}", *options, *EPOCHS, "--rounds=2", f"--workdir={run}"]) == 0
+    log = read(run / "rounds.jsonl")
+    for number, row in enumerate(log):
+        folder = run / f"round_{number:03}"
+        sampled = {tuple(row["completion_ids"]): row for row in read(folder / "rollout.jsonl")}
+        feedback = read(folder / "feedback.jsonl")
+        assert feedback and all(tuple(one["output_ids"]) in sampled for one in feedback)
+        assert any(not sampled[tuple(one["output_ids"])]["ended"] for one in feedback), "cut ones are trained on"
+        metrics = read(folder / "run" / "metrics.jsonl")
+        assert len(metrics) == 2 * -(-len(feedback) // 4) and all(step["num_bad_steps"] == 0 for step in metrics)
+        # The ratio is 1 at the first update, and moves while the old log-probabilities stay.
+        assert metrics[0]["old_kl"] < 1e-8
+        if name == "grpo" or number:
+            assert metrics[0]["clipped"] == 0 and metrics[-1]["old_kl"] > 1e-6 and row["clipped"] > 0
+        assert 0 <= row["gap_mean"] <= row["gap_max"] <= 1e-4
+        assert row["entropy"] > 0 and 0 < row["sampling_share"] < 1
+    assert log[0]["kl_completion"] == 0 and log[1]["kl_completion"] != 0
+    if name == "ppo":
+        warmed = read(run / "round_001" / "run" / "metrics.jsonl")
+        assert warmed[0]["updates"] > len(read(run / "round_000" / "run" / "metrics.jsonl")), "kept from round 0"
+        assert "explained_variance" in log[1] and log[0]["value_loss"] > 0
 
 
 @pytest.mark.parametrize("change, why", [
-    (["--config.objective.name=grpo"], "its reference is the policy that sampled the completions"),
+    (["--config.objective.name=grpo", "--temperature=0.7"], "its ratios are of log-probabilities at temperature 1"),
+    (["--config.objective.name=ppo", "--optimizer=new"], "would start every round with a new value head"),
+    (["--config.objective.name=ppo", "--config.lora.rank=4"], "cannot keep the optimizer of the round before"),
+    (["--resample=1", "--num_samples=1"], "Set --num_samples to at least 2"),
+    (["--spread_of=letters"], "is none of the rewards. Allowed: "),
+    (["--optimizer=kept", "--config.optimizer.schedule=linear"], "ends with the first round"),
     (["--label=best"], "--label='best' is no rule"),
     (["--config.model.init=random"], 'config.model.init="random" cannot be used'),
     (["--config.objective.name=ppo_offline"], "config.objective.name='ppo_offline' cannot be trained online"),
@@ -103,6 +140,42 @@ def test_what_cannot_be_trained_online_is_refused_before_anything_is_written(fla
     assert main([*flags, *change, f"--workdir={tmp_path / 'run'}"]) == 2
     assert why in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def ppo(flags):
+    # Four slots for 16 completions: sampling is several calls.
+    settings = ["--config.checkpoint.every=1", "--rounds=3", "--keep=3", "--batch_size=4"]
+    return [*flags, "--config.objective.name=ppo", *EPOCHS, *settings]
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_in_a_round_ends_bitwise_as_one_that_was_not(ppo, tmp_path):
+    whole = tmp_path / "whole"
+    assert main([*ppo, f"--workdir={whole}"]) == 0
+    steps = len(read(whole / "round_001" / "run" / "metrics.jsonl"))
+    assert 5 < steps < 10, "so that the third kill is in the second epoch"
+    for point in ("sampling", "update", "epochs"):
+        killed = tmp_path / point
+        command = [sys.executable, "-m", "tests.commands.killed_online", point, *ppo, f"--workdir={killed}"]
+        result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        folder = killed / "round_001"
+        assert (folder / "rollout.jsonl").exists() == (point != "sampling")
+        assert (folder / "run" / "checkpoints" / "5").exists() == (point == "epochs")
+        assert main([*ppo, f"--workdir={killed}"]) == 0
+        for number in (1, 2):
+            for name in ("rollout.jsonl", "feedback.jsonl"):
+                own, expected = (run / f"round_{number:03}" / name for run in (killed, whole))
+                assert read(own) == read(expected), (point, number, name)
+            for name, values in policy(whole, number).items():
+                assert (policy(killed, number)[name] == values).all(), (point, number, name)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_sampled(flags, tmp_path, capsys):
+    assert main([*flags, "--max_new_tokens=60", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "Training cuts no sampled token. Set config.data.max_length=" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "round_000").exists()
 
 
 def test_a_reward_is_needed(flags, tmp_path, capsys):

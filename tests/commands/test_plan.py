@@ -36,6 +36,7 @@ from kto_jax.planning.compile_step import (
 )
 from kto_jax.planning.hlo import Collective
 from kto_jax.planning.report import cost_per_million, find_bounds, show
+from kto_jax.planning.sampling_memory import sampling_bytes
 from kto_jax.planning.topology import CHIPS, Topology, open_topology
 from kto_jax.training.initial_state import make_abstract_state, make_model
 from tests import ROOT
@@ -105,6 +106,29 @@ def test_a_plan_has_the_shapes_and_types_of_the_batch_that_training_makes(tmp_pa
     planned = empty_batch(shape, inputs.objective, precomputed=False)
     described = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch) for batch in (planned, real)]
     assert described[0] == described[1]
+
+
+def test_sampling_needs_the_weights_and_a_cache_for_all_slots():
+    run = config(objective=ObjectiveConfig(name="grpo", old_logps="sampled"))
+    task, topology = read_task(run), open_topology("local")
+    found = sampling_bytes(run, task, topology.devices, num_slots=30)
+    model = task.architecture
+    rows = (32 + 8) // 8  # of a device: 30 slots and 8 prefixes, each a multiple of 8 devices
+    cache = 2 * model.num_layers * model.num_kv_heads * 64 * model.head_dim * 4 * rows
+    assert found == {"weights for sampling": 4 * model.num_params(), "KV cache": cache}
+    planned = program(50, sampling=found)
+    assert not planned.fits and dataclasses.replace(planned, sampling={"KV cache": 99}).fits
+    console = Console(record=True, file=io.StringIO(), width=200)
+    show(planned, topology, Lengths(32, 16), None, console)
+    assert "total while sampling, before the step" in console.export_text()
+
+
+@pytest.mark.parametrize("name, options", [("grpo", {"old_logps": "sampled"}), ("ppo", {})])
+def test_a_plan_has_the_figures_of_sampled_tokens(name, options):
+    objective = check_objective(ObjectiveConfig(name=name, **options))
+    shape = assumed_shape(config(), objective, Lengths(32, 16))
+    batch = empty_batch(shape, objective, precomputed=False)
+    assert batch.sampled.advantages.shape == (shape.room, 8, shape.completion_length)
 
 
 @pytest.mark.parametrize("chosen, other", [("float32", "bfloat16 halves"), ("bfloat16", "float32 doubles")])

@@ -14,6 +14,7 @@ SETTINGS = {
     "gspo, wide": {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.15},
     "cispo": {"surrogate": "cispo", "clip_high": 4.0},
     "cispo, tight": {"surrogate": "cispo", "clip_high": 0.1},
+    "dual clip": {"dual_clip": 1.2, "clip_low": 0.5},
 }
 
 
@@ -24,7 +25,9 @@ def inputs(num=40, length=7, spread=0.4):
     return old + rng.normal(0, spread, old.shape), old, rng.normal(0, 1, num), where
 
 
-def by_hand(logps, old, advantages, where, *, ratio="token", surrogate="clip", clip_low=0.2, clip_high=0.2):
+def by_hand(
+    logps, old, advantages, where, *, ratio="token", surrogate="clip", clip_low=0.2, clip_high=0.2, dual_clip=np.inf
+):
     """Losses, and the gradient of their sum by logps."""
     values, gradients = np.zeros_like(logps), np.zeros_like(logps)
     for i in range(len(logps)):
@@ -39,6 +42,8 @@ def by_hand(logps, old, advantages, where, *, ratio="token", surrogate="clip", c
             if surrogate == "cispo":
                 values[i, token] = -min(rho, 1 + clip_high) * a * logps[i, token]
                 gradients[i, token] += -min(rho, 1 + clip_high) * a
+            elif a < 0 and max(rho, 1 - clip_low) > dual_clip:
+                values[i, token] = -dual_clip * a
             elif rho * a <= min(max(rho, 1 - clip_low), 1 + clip_high) * a:
                 values[i, token] = -rho * a
                 gradients[i, tokens] += -rho * a * moves
@@ -67,6 +72,23 @@ def gradient_of(logps, old, advantages, where, **settings):
         logps, old, advantages, where = (jnp.asarray(x) for x in (logps, old, advantages, where))
         total = lambda x: jnp.sum(losses.policy_gradient_loss(x, old, advantages, where=where, **settings))  # noqa: E731
         return np.asarray(jax.grad(total)(logps))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_clip_acts_where_the_gradient_is_0_or_the_weight_is_capped(name):
+    logps, old, advantages, where = inputs()
+    settings = SETTINGS[name]
+    found = losses.clipped_tokens(*map(jnp.asarray, (logps, old, advantages)), where=jnp.asarray(where), **settings)
+    if settings.get("surrogate") == "cispo":
+        expected = where & (np.exp(logps - old) > 1 + settings["clip_high"])
+    elif settings.get("ratio") == "sequence":
+        mean = np.sum(np.where(where, logps - old, 0), 1, keepdims=True) / np.maximum(where.sum(1, keepdims=True), 1)
+        a, rho = advantages[:, None], np.exp(mean)
+        expected = where & ((a > 0) & (rho > 1 + settings["clip_high"]) | (a < 0) & (rho < 1 - settings["clip_low"]))
+    else:
+        expected = where & (by_hand(logps, old, advantages, where, **settings)[1] == 0)
+    np.testing.assert_array_equal(found, expected)
+    assert name.startswith("cispo") or expected.any()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -126,3 +148,26 @@ def test_advantages_without_the_spread_are_rewards_less_their_mean():
         losses.leave_one_out_advantages(rewards),
         losses.group_relative_advantages(rewards, scale=False) * group / (group - 1), atol=1e-7,
     )  # fmt: skip
+
+
+def test_each_token_may_have_an_advantage_of_its_own():
+    logps, old, advantages, where = (jnp.asarray(x) for x in inputs())
+    spread = jnp.broadcast_to(advantages[:, None], logps.shape)
+    np.testing.assert_array_equal(
+        losses.policy_gradient_loss(logps, old, spread, where=where),
+        losses.policy_gradient_loss(logps, old, advantages, where=where),
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_estimates_of_the_kl_and_their_gradients(estimator):
+    logps, reference, _, where = inputs()
+    d = np.where(where, logps - reference, 0)
+    value, slope = {"k1": (d, np.ones_like(d)), "k2": (d**2 / 2, d), "k3": (np.expm1(-d) + d, -np.expm1(-d))}[estimator]
+    with jax.enable_x64(True):
+        estimate = lambda x: losses.kl_estimate(  # noqa: E731
+            x, jnp.asarray(reference), estimator=estimator, where=jnp.asarray(where)
+        )
+        np.testing.assert_allclose(estimate(jnp.asarray(logps)), value, atol=1e-12)
+        gradient = jax.grad(lambda x: jnp.sum(estimate(x)))(jnp.asarray(logps))
+        np.testing.assert_allclose(gradient, np.where(where, slope, 0), atol=1e-12)

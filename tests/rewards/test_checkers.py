@@ -2,7 +2,7 @@
 
 import pytest
 
-from kto_jax.rewards.checkers import CHECKERS
+from kto_jax.rewards.checkers import CHECKERS, overlong
 
 CASES = [
     ("lowercase", (), ["all small.", "é ß 3"], ["A", "", "123", "one Big word"]),
@@ -34,4 +34,10 @@ def test_a_number_is_compared_with_the_last_one_of_the_column():
 
 
 def test_every_checker_has_a_case():
-    assert {name for name, *_ in CASES} | {"equals_number"} == set(CHECKERS)
+    assert {name for name, *_ in CASES} | {"equals_number", "overlong"} == set(CHECKERS)
+
+
+def test_a_completion_is_penalised_as_it_nears_the_limit():
+    assert overlong(100, 20)(num_tokens=[1, 80, 85, 90, 100, 130], completions=[]) == [0, 0, -0.25, -0.5, -1, -1]
+    with pytest.raises(ValueError, match="buffer=0 is not between"):
+        overlong(100, 0)

@@ -13,6 +13,7 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.rewards import reward_model
+from kto_jax.rewards.functions import Scored, open_rewards, total_rewards
 from kto_jax.rewards.reward_model import (
     RewardModel,
     completions_to_score,
@@ -133,3 +134,17 @@ def test_each_batch_is_reported(exported):
     seen = []
     list(score_rows(RewardModel(*exported[1:]), places(ROWS), DataConfig(), batch_size=2, on_batch=seen.append))
     assert sum(seen) == 3 and max(seen) <= 2
+
+
+def test_its_folder_is_a_reward_of_online_training(exported):
+    run, model, params, tokenizer = exported
+    prompts = ["Name a film.", CHAT]
+    said = ["Jaws.", [{"role": "assistant", "content": "Fine."}]]
+    scored = Scored(prompts, said, [(5,), (6,)], [True, True], {}, ["p:1", "p:2"])
+    with open_rewards([f"{run} * 2"]) as rewards:
+        sums, alone = total_rewards(rewards, scored, 60)
+    encoder = tokenize.make_encoder(tokenizer)
+    texts = [(prompts[0], "Jaws."), (CHAT, "Fine.")]
+    expected = [naive(model, params, np.concatenate(encoder.encode_row(*each))) for each in texts]
+    np.testing.assert_allclose(alone[str(run)], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sums, 2 * np.array(expected), rtol=1e-4, atol=1e-5)

@@ -3,14 +3,14 @@
 import pytest
 
 from kto_jax.config import ConfigError, DataConfig
-from kto_jax.data.rows.records import records_of
-from kto_jax.rollouts.labels import advantages, check_rule, label
+from kto_jax.data.rows.records import completions_of, records_of
+from kto_jax.rollouts.labels import check_rule, label
 
 
 def rows(*rewards, prompt="Q?", ended=True):
     return [
         {"prompt": prompt, "completion": f"{prompt} {i}", "reward": reward, "ended": ended, "prompt_id": prompt,
-         "sample": i, "round": 3}
+         "sample": i, "round": 3, "prompt_ids": [1, 2], "completion_ids": [7 + i, 8]}
         for i, reward in enumerate(rewards)
     ]  # fmt: skip
 
@@ -75,6 +75,10 @@ def test_the_rows_are_those_of_the_halos_code(pairs):
             ("Q?", "Q? 1", True),
         ]
     assert {"round", "prompt_id", "sample"} <= found.rows[0].keys()
+    sampled = DataConfig(format=format, sampled_tokens=True, layout="halos")
+    read = list(records_of(iter([(f"a:{i}", row) for i, row in enumerate(found.rows)]), sampled))
+    ids = [list(one.sampled.completion) for record in read for one in completions_of(record)]
+    assert ids == ([[8, 8], [7, 8]] if pairs else [[7, 8], [8, 8]])
 
 
 def test_a_rule_is_a_name_or_a_number():
@@ -82,21 +86,3 @@ def test_a_rule_is_a_name_or_a_number():
     for rule in ("average", "nan", ""):
         with pytest.raises(ConfigError, match=r"is no rule. Allowed: mean, median, prompt_mean or a number"):
             check_rule(rule)
-
-
-def test_advantages_are_relative_to_the_completions_of_the_same_prompt():
-    rollout = rows(0, 1, 2, 1) + rows(5, 5, prompt="R?") + rows(3, prompt="S?")
-    rollout[3]["ended"] = False  # counts in its prompt's mean, and is not trained on
-
-    def values(kind, drop_equal=False):
-        found = advantages(rollout, kind=kind, drop_equal=drop_equal, keep_cut=False)
-        assert all(row["type"] == "scalar_feedback" for row in found.rows)
-        return [round(row["reward"], 3) for row in found.rows], found
-
-    assert values("group")[0] == [-1, 0, 1, 0, 0]
-    assert values("scaled_group")[0] == [-1.414, 0, 1.414, 0, 0]
-    leave_one_out, found = values("leave_one_out", drop_equal=True)
-    assert leave_one_out == [-1.333, 0, 1.333] and found.desirable == 1
-    assert found.dropped == {"of a prompt without different rewards": 3, "cut before its end": 1}
-    read = records_of(iter([(f"a:{i}", row) for i, row in enumerate(found.rows)]), DataConfig(format="scores"))
-    assert [(one.completion, round(one.score, 3)) for one in read] == [("Q? 0", -1.333), ("Q? 1", 0), ("Q? 2", 1.333)]

@@ -17,7 +17,7 @@ from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import read_config
 from kto_jax.sampling import complete as complete_module
 from kto_jax.sampling.complete import LanguageModel, complete, open_language_model
-from kto_jax.sampling.sample import Sampling
+from kto_jax.sampling.sample import Sampled, Sampling
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.run_folder import write_json
 from tests.sampling.tiny import TINY, export
@@ -45,11 +45,13 @@ def test_a_completion_that_ends_says_so_and_every_eos_of_the_model_ends_it(expor
 
     def sample(model, params, prompts, sampling, **arguments):
         asked.update(arguments)
-        return [np.asarray([5, 7]), np.asarray([5, tokenizer.eos_id]), np.asarray([7, 5])]
+        drawn = [np.asarray(ids) for ids in ([5, 7], [5, tokenizer.eos_id], [7, 5])]
+        return [Sampled(ids, np.float32([-0.5, -0.25])) for ids in drawn]
 
-    monkeypatch.setattr(complete_module, "sample", sample)
+    monkeypatch.setattr(complete_module, "sample_with_logps", sample)
     found = complete(opened(model, params, tokenizer), ["Say it."], num_samples=3)
     assert [completion.ended for completion in found] == [True, True, False]
+    assert found[0].logps == (-0.5, -0.25) and found[0].prompt_ids == found[2].prompt_ids != ()
     assert asked["eos_id"] == sorted({7, 9, 11, tokenizer.eos_id})
     assert asked["batch_size"] == 3
 
@@ -140,9 +142,9 @@ def test_a_completion_prefix_is_read_after_the_prompt_as_training_reads_a_contro
 
     def sample(model, params, prompts, sampling, **options):
         seen.extend(prompts)
-        return [np.array([5], np.int32) for _ in prompts]
+        return [Sampled(np.array([5], np.int32), np.float32([-1])) for _ in prompts]
 
-    monkeypatch.setattr(complete_module, "sample", sample)
+    monkeypatch.setattr(complete_module, "sample_with_logps", sample)
     for prefix in ("", "<|good|>"):
         complete(opened(model, params, tokenizer), ["Say it."], completion_prefix=prefix)
     control = tokenize.encode_text(tokenizer, "<|good|>")

@@ -246,3 +246,34 @@ def fill(
         target_segments[at][here] = slot + 1
         filled[at][slot] = True
     return PackedRows(tokens, segment_ids, positions, predictors, targets, target_segments, filled)
+
+
+def fill_figures(
+    packing: Packing,
+    figures: Callable[[int], np.ndarray],
+    *,
+    num_microbatches: int,
+    microbatch_rows: int,
+    rows: slice,
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """Places figures of completion tokens where `fill` places the tokens.
+
+    Args:
+      packing: as for `fill`.
+      figures: returns those of sequence i [completion, figures]; called only for the requested rows.
+      num_microbatches: M.
+      microbatch_rows: R, over all hosts.
+      rows: contiguous range of the R rows to fill.
+      shape: capacity of a row in completion tokens, and the number of figures.
+
+    Returns:
+      float32 [M, requested rows, C, figures]; 0 where there is no token.
+    """
+    first, last, _ = rows.indices(microbatch_rows)
+    filled = np.zeros((num_microbatches, last - first, *shape), np.float32)
+    microbatch, row = np.divmod(packing.rows, microbatch_rows)
+    for i in np.flatnonzero((row >= first) & (row < last)):
+        found, start = figures(int(i)), packing.completion_starts[i]
+        filled[microbatch[i], row[i] - first, start : start + len(found)] = found
+    return filled

@@ -16,13 +16,13 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.batches.cutting import Controls, Cutter
-from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill, num_slots, pack
+from kto_jax.data.batches.packing import Packing, RowLimits, RowShape, fill, fill_figures, num_slots, pack
 from kto_jax.data.batches.partners import find_partners
 from kto_jax.data.batches.reference_logps import ReferenceLogps
 from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index.index import Index
 from kto_jax.data.permutation import permute
-from kto_jax.shapes import FeedbackBatch, PackedRows, power_of_two
+from kto_jax.shapes import SAMPLED, FeedbackBatch, PackedRows, Sampled, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Schedule:
       paired: each sequence comes with its rejected one, in slots 2k and 2k + 1 of the same packed row.
       unmatched: whether prompts with unrelated completions are packed too.
       controls: ids that end every prompt; not allowed with `paired` or `unmatched`.
+      reads_sampled: whether batches hold the figures of sampled tokens, which the index must have.
 
     Raises:
       ConfigError: there are no sequences, one is not the chosen one of a pair, or a sequence or pair might not fit a
@@ -102,6 +103,7 @@ class Schedule:
         paired: bool = False,
         unmatched: bool = True,
         controls: Controls | None = None,
+        reads_sampled: bool = False,
     ):
         assert controls is None or not (paired or unmatched)
         self._index, self._order, self._limits = index, order, limits
@@ -110,6 +112,7 @@ class Schedule:
         self._unit, self._unmatched, self._controls = 2 if paired else 1, unmatched, controls
         self._cutter = Cutter(index, max_length=limits.max_length, unit=self._unit, controls=controls)
         self._reference: ReferenceLogps | None = None
+        self._reads_sampled = reads_sampled
         self._check_ids()
         sequences = self._members(self._ids)
         lengths = self._cutter.lengths(sequences, sequences)
@@ -221,6 +224,8 @@ class Schedule:
             num_matched=np.int32(num_matched),
             num_unmatched=np.int32(num_unmatched),
         )
+        if self._reads_sampled:
+            batch = dataclasses.replace(batch, sampled=self._sampled(packed, sequences.ids, num_microbatches, rows))
         if self._reference is None:
             return batch
         unrelated = self._reference.unmatched[step, : len(sequences.ids)][sequences.partners >= 0]
@@ -301,6 +306,19 @@ class Schedule:
             rows=rows,
             shape=shape,
         )
+
+    def _sampled(self, packed: _Packed, sequences: np.ndarray, num_microbatches: int, rows: slice) -> Sampled:
+        """The figures of the sequences' completion tokens, at the places of the tokens."""
+        lengths = self._index.num_completion(sequences)
+        figures = fill_figures(
+            packed.matched,
+            lambda i: self._index.sampled_figures(sequences[i])[: lengths[i]],
+            num_microbatches=num_microbatches,
+            microbatch_rows=self.microbatch_rows,
+            rows=rows,
+            shape=(packed.shape.completion_length, len(SAMPLED)),
+        )
+        return Sampled(*(np.ascontiguousarray(figures[..., number]) for number in range(len(SAMPLED))))
 
     def _by_slot(self, packing: Packing, num_microbatches: int, rows: slice, values: np.ndarray) -> np.ndarray:
         """The value of the sequence in each slot, 0 in empty slots [M, rows, S]."""

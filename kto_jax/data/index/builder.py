@@ -48,6 +48,8 @@ _STREAMED = {
     "scores": np.float64,
     # Source and line, alternating.
     "places": np.int64,
+    # Figures of every token (`shapes.SAMPLED`), with data.sampled_tokens.
+    "sampled": np.float32,
 }
 """Columns that are written while rows are read; the others depend on all rows together."""
 _PROGRESS = "progress.json"
@@ -58,10 +60,11 @@ _MAX_REASONS = 200
 _MAX_PLACES = 50
 
 
-def content_digest(tokens: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the tokens and of all columns, in their order."""
+def content_digest(tokens: np.ndarray, columns: Mapping[str, np.ndarray], sampled: np.ndarray | None = None) -> str:
+    """SHA-256 of the tokens, their figures if there are any, and all columns, in their order."""
     digest = hashlib.sha256()
-    for array in (tokens, *(columns[name] for name in COLUMNS)):
+    figures = () if sampled is None else (sampled,)
+    for array in (tokens, *figures, *(columns[name] for name in COLUMNS)):
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -71,8 +74,11 @@ def settings(data: DataConfig) -> dict[str, Any]:
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     for name in ("label_map", "roles", "rename"):
         fields[name] = dict(fields[name])
+    # Indices of runs that are older than these fields have the same key.
     if not data.rename:
-        del fields["rename"]  # Indices of runs that are older than this field have the same key.
+        del fields["rename"]
+    if not data.sampled_tokens:
+        del fields["sampled_tokens"]
     return json.loads(json.dumps(fields))
 
 
@@ -233,7 +239,8 @@ class Builder:
             manifest |= figures
             manifest["sources"] = [{**s, "train": t} for s, t in zip(manifest["sources"], trained, strict=True)]
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        for path in (self._directory / _PROGRESS, *self._directory.glob("*.raw")):
+        unused = () if self._data.sampled_tokens else (_path(self._directory, "sampled"),)
+        for path in (self._directory / _PROGRESS, *self._directory.glob("*.raw"), *unused):
             path.unlink(missing_ok=True)
         (self._directory / "manifest.json").write_text(text, encoding="utf-8")
         write_sums(self._directory)
@@ -244,7 +251,7 @@ class Builder:
         columns: dict[str, np.ndarray] = {
             name: np.memmap(_path(self._directory, name), dtype, mode="r")
             for name, dtype in _STREAMED.items()
-            if name != "tokens"
+            if name not in ("tokens", "sampled")
         }
         columns["splits"] = self._splits(columns)
         columns["sources"] = columns["places"][::2]
@@ -259,7 +266,10 @@ class Builder:
         for name in COLUMNS:
             np.save(self._directory / f"{name}.npy", columns[name], allow_pickle=False)
         tokens = np.memmap(_path(self._directory, "tokens"), np.int32, mode="r")
-        return {**figures, "content_sha256": content_digest(tokens, columns)}, trained
+        sampled = None
+        if self._data.sampled_tokens:
+            sampled = np.memmap(_path(self._directory, "sampled"), np.float32, mode="r")
+        return {**figures, "content_sha256": content_digest(tokens, columns, sampled)}, trained
 
     def _splits(self, columns: dict[str, np.ndarray]) -> np.ndarray:
         """Splits by the prompt's hash alone, so that all completions of a prompt share a split."""
@@ -287,7 +297,7 @@ def _read_progress(directory: Path) -> dict[str, Any]:
 
 
 def _path(directory: Path, name: str) -> Path:
-    return directory / ("tokens.bin" if name == "tokens" else f"{name}.raw")
+    return directory / (f"{name}.bin" if name in ("tokens", "sampled") else f"{name}.raw")
 
 
 def _num_workers(num_workers: int | str) -> int:

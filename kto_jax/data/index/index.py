@@ -12,6 +12,7 @@ A row of the index is one completion with its prompt; a pair is two rows, chosen
     prompt_hashes.npy       uint64, of the whole prompt
     splits.npy              uint8, position in SPLITS
     places.npy              int64 [rows, 2], source in the manifest, and line
+    sampled.bin             float32 [tokens, figures], of every token; only with `data.sampled_tokens`
     manifest.json           counts, rejections with their places, lengths, digests
     SHA256SUMS              digests of these files, compared whenever the index is opened
 
@@ -43,6 +44,7 @@ from kto_jax.data.rows.files import SourceFile
 from kto_jax.data.rows.sources import Source, sources_of
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
+from kto_jax.shapes import SAMPLED
 from kto_jax.storage.hub import pinned
 from kto_jax.storage.sums import damage_of, has_sums
 
@@ -64,6 +66,7 @@ class Index:
       prompt_hashes: equal if the prompts are equal.
       splits: position in `SPLITS`.
       places: source number and line of each row.
+      sampled: figures of every token, in the order of `shapes.SAMPLED`; None without `data.sampled_tokens`.
     """
 
     directory: Path
@@ -78,6 +81,7 @@ class Index:
     prompt_hashes: np.ndarray
     splits: np.ndarray
     places: np.ndarray
+    sampled: np.ndarray | None = None
 
     def sequences(self, split: str) -> np.ndarray:
         """Ids of the sequences of "train", "eval", "judge" or "unused", in source order, int64."""
@@ -96,6 +100,11 @@ class Index:
     def completion(self, row: int) -> np.ndarray:
         """Ids of a row's completion, including its EOS (absent only if the completion was truncated)."""
         return self.tokens[self.offsets[row] + self.prompt_lengths[row] : self.offsets[row + 1]]
+
+    def sampled_figures(self, row: int) -> np.ndarray:
+        """Figures of each token of a row's completion [completion, figures]; only with `data.sampled_tokens`."""
+        assert self.sampled is not None
+        return self.sampled[self.offsets[row] + self.prompt_lengths[row] : self.offsets[row + 1]]
 
     def place(self, row: int) -> str:
         """`file:line` that a row was read from."""
@@ -212,7 +221,7 @@ def _is_whole(directory: Path) -> bool:
 def _content_is_whole(index: Index) -> bool:
     """Compares with the one digest of all columns that versions without SHA256SUMS recorded."""
     columns = {name: getattr(index, name) for name in COLUMNS}
-    return content_digest(index.tokens, columns) == index.manifest.get("content_sha256")
+    return content_digest(index.tokens, columns, index.sampled) == index.manifest.get("content_sha256")
 
 
 def _open_files(directory: Path) -> Index:
@@ -220,6 +229,9 @@ def _open_files(directory: Path) -> Index:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         columns = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
         tokens = np.memmap(directory / "tokens.bin", np.int32, mode="r")
+        sampled = None
+        if manifest["data"].get("sampled_tokens"):
+            sampled = np.memmap(directory / "sampled.bin", np.float32, mode="r").reshape(len(tokens), len(SAMPLED))
         whole = manifest["format"] == FORMAT and len(tokens) == columns["offsets"][-1]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
@@ -230,7 +242,7 @@ def _open_files(directory: Path) -> Index:
             f"{directory} holds an index that is incomplete or of another version. Only version {FORMAT} is supported. "
             "Delete the folder to build it again."
         )
-    return Index(directory, manifest, tokens, **columns)
+    return Index(directory, manifest, tokens, **columns, sampled=sampled)
 
 
 def _reopen(directory: Path, manifest: dict[str, Any]) -> Index:

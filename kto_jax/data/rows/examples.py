@@ -16,6 +16,7 @@ from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.layout import NEEDED, Fields, Names, Skip
 from kto_jax.data.rows.message_forms import decoded, text_of
 from kto_jax.data.rows.rejection import Rejection, Skipped
+from kto_jax.data.rows.sampled import SampledTokens, sampled_tokens
 from kto_jax.data.rows.turns import (
     SAME_COMPLETIONS,
     TOOLS,
@@ -57,6 +58,7 @@ class Feedback:
       weight: of the row in the loss, at least 0.
       place: `file:line`, from 1; of a Parquet or JSON file the row's number.
       score: rating, finite; 0 if rows have none.
+      sampled: its token ids, if they were kept (`data.sampled_tokens`); then the text is not encoded.
     """
 
     prompt: str | list[Message]
@@ -65,6 +67,7 @@ class Feedback:
     weight: float
     place: str
     score: float = 0.0
+    sampled: SampledTokens | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +184,8 @@ def record_of(fields: Fields, names: Names, data: DataConfig, place: str) -> Rec
             return unlabelled(rating.reason, data, place)
         if rating is None:
             return Skipped("its label is mapped to None", place)
+    if data.sampled_tokens:
+        return _sampled_record(fields, names, data, rating, place)
     prompt = _prompt(fields, names, data)
     prompt = prompt if data.chat_template == "none" else turns_of_transcript(prompt)
     weight = _weight(lookup(fields, names.get("weight", data.weight_field)))
@@ -197,6 +202,21 @@ def record_of(fields: Fields, names: Names, data: DataConfig, place: str) -> Rec
         )
     desirable, score = (False, rating) if data.format == "scores" else (rating is not False, 0.0)
     return Feedback(prompt, completions[0], desirable, weight, place, score)
+
+
+def _sampled_record(fields: Fields, names: Names, data: DataConfig, rating: Any, place: str) -> Record:
+    """An example whose token ids were kept. Its text is only shown, so any text will do."""
+    prompt, weight = present(fields, names["prompt"]), _weight(lookup(fields, data.weight_field))
+
+    def feedback(key: str, desirable: bool, score: float = 0.0) -> Feedback:
+        text = fields.get(names[key], "")
+        return Feedback(prompt, text, desirable, weight, place, score, sampled_tokens(fields, names[key]))
+
+    if data.format == "pairs":
+        return Preference(feedback("chosen", True), feedback("rejected", False))
+    if data.format == "scores":
+        return feedback("completion", False, rating)
+    return feedback("completion", rating is not False)
 
 
 def _prompt(fields: Fields, names: Names, data: DataConfig) -> Any:

@@ -23,6 +23,7 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.data.tokens.encoder import Encoder, EncodingError, Rendering
 from kto_jax.data.truncation import cut_prompt
 from kto_jax.data.workers import Workers
+from kto_jax.shapes import SAMPLED
 from kto_jax.storage.atomic import new_folder
 
 
@@ -78,6 +79,7 @@ class EncodedRows:
       prompt_hashes: uint64 of each accepted completion's whole prompt, as `EncodedRecord.canonical` has it.
       pair_hashes: uint64 of each accepted completion and its prompt, whole.
       counts: numbers of accepted completions by treatment, by kind and name: see `Encoder.encode`.
+      sampled: figures of every token, 0 for the prompts', float32 [tokens, figures]; empty if no row holds its ids.
     """
 
     reasons: list[str | None]
@@ -87,6 +89,7 @@ class EncodedRows:
     prompt_hashes: np.ndarray
     pair_hashes: np.ndarray
     counts: collections.Counter[tuple[str, str]]
+    sampled: np.ndarray
 
 
 def prepare_tokenizer(
@@ -214,10 +217,15 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
     """
     reasons: list[str | None] = []
     accepted: list[_Encoded] = []
+    sampled: list[np.ndarray] = []
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for row in rows:
         try:
-            encoded, counted = _encode_record(_encoder, row, limits)
+            if completions_of(row)[0].sampled is not None:
+                encoded, figures, counted = _sampled_record(_encoder, row, limits)
+                sampled += figures
+            else:
+                encoded, counted = _encode_record(_encoder, row, limits)
             accepted += encoded
             counts.update(counted)
             reasons.append(None)
@@ -232,6 +240,7 @@ def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> En
         np.array([row[2] for row in accepted], np.uint64),
         np.array([row[3] for row in accepted], np.uint64),
         counts,
+        np.concatenate(sampled) if sampled else np.zeros((0, len(SAMPLED)), np.float32),
     )
 
 
@@ -263,6 +272,28 @@ def _encode_record(encoder: Encoder, record: Feedback | Preference, limits: Limi
     if len(stored) == 2 and np.array_equal(stored[0][1], stored[1][1]):
         raise EncodingError(SAME_COMPLETIONS)  # The two are equal after truncation.
     return stored, encoded.counts
+
+
+def _sampled_record(
+    encoder: Encoder, record: Feedback | Preference, limits: Limits
+) -> tuple[list[_Encoded], list[np.ndarray], Any]:
+    """The completions of a record that holds their ids, the figures of all tokens, and counts. Nothing is cut."""
+    stored: list[_Encoded] = []
+    figures = []
+    for row in completions_of(record):
+        assert row.sampled is not None
+        prompt, completion = row.sampled.prompt, row.sampled.completion
+        largest = int(max(prompt.max(), completion.max()))
+        if largest >= limits.vocab_size:
+            raise EncodingError(f"token {encoder.token(largest)!r} ({largest}) is outside the model's vocabulary")
+        if len(prompt) + len(completion) > limits.max_length:
+            raise EncodingError("sampled tokens are more than data.max_length, and none may be cut")
+        pair = np.concatenate([[len(prompt)], prompt, completion])
+        stored.append((prompt, completion, _hash(prompt), _hash(pair)))
+        figures.append(np.concatenate([np.zeros((len(prompt), len(SAMPLED)), np.float32), row.sampled.figures]))
+    if len(stored) == 2 and stored[0][3] == stored[1][3]:
+        raise EncodingError(SAME_COMPLETIONS)
+    return stored, figures, {("rule", "sampled"): len(stored)}
 
 
 def _hash(ids: np.ndarray) -> int:
