@@ -173,7 +173,7 @@ FAULTS = {
                 another_run_in_the_same_folder_is_refused_and_nothing_is_overwritten
                 feedback_that_changed_under_a_run_is_refused
                 another_run_is_refused_before_any_device_is_touched""",
-            data__tokens__test_tokenizer="""
+            data__tokens__test_prepare="""
                 the_prepared_directory_opens_in_transformers_and_the_digest_covers_the_template""",
         ),
     ),
@@ -239,7 +239,7 @@ FAULTS = {
         "prompt, completion or both longer than max_length",
         "prompts are cut from the left; completions are rejected, or cut without EOS; both are counted",
         _tests(
-            data__tokens__test_tokenizer="""
+            data__tokens__test_encoded_rows="""
                 the_prompt_is_cut_first_and_the_completion_last
                 a_prompt_is_cut_from_the_left_and_keeps_its_bos
                 a_long_completion_is_rejected_or_cut_without_eos""",
@@ -289,7 +289,7 @@ FAULTS = {
             training__test_inputs="thumbs_need_both_labels_and_demonstrations_the_desirable_one",
             objectives__test_objectives="auto_with_one_class_is_refused auto_raises_the_weight_that_must_rise",
             commands__test_inspect="it_says_which_weights_the_counts_ask_for",
-            data__batches__test_schedule="a_batch_of_one_or_of_one_prompt_has_no_partners",
+            data__batches__test_partners="a_batch_of_one_or_of_one_prompt_has_no_partners",
         ),
     ),
     "F24": Fault(
@@ -306,7 +306,7 @@ FAULTS = {
         "batches of 2 to 64 with duplicate prompts; 1 and 8 devices; accumulation",
         "no completion is its own partner; losses are equal over devices and microbatches",
         _tests(
-            data__batches__test_schedule="""
+            data__batches__test_partners="""
                 no_row_is_paired_with_its_own_prompt
                 partners_are_row_ids_whose_prompt_differs""",
             training__test_step="""
@@ -318,11 +318,11 @@ FAULTS = {
         "tokenizers without EOS or BOS, with PAD = EOS, with ids beyond the vocabulary",
         "one BOS and one EOS; ids beyond the vocabulary are rejected with their token",
         _tests(
-            data__tokens__test_tokenizer="""
+            data__tokens__test_encoder="""
                 a_completion_ends_in_exactly_one_eos_and_decodes_to_itself
-                a_tokenizer_that_adds_bos_gives_exactly_one
-                an_id_outside_the_models_vocabulary_is_rejected_with_its_token
-                an_unusable_tokenizer_is_refused_and_nothing_is_written""",
+                a_tokenizer_that_adds_bos_gives_exactly_one""",
+            data__tokens__test_encoded_rows="an_id_outside_the_models_vocabulary_is_rejected_with_its_token",
+            data__tokens__test_prepare="an_unusable_tokenizer_is_refused_and_nothing_is_written",
             models__test_model="a_token_outside_of_the_vocabulary_gives_nan_not_another_tokens_vector",
         ),
     ),
@@ -330,7 +330,7 @@ FAULTS = {
         "control strings in the text of users, systems and tools",
         "they never become control tokens and decode to the same text",
         _tests(
-            data__tokens__test_tokenizer="""
+            data__tokens__test_encoder="""
                 control_strings_in_user_text_never_become_control_tokens
                 text_that_a_normaliser_turns_into_a_control_string_is_refused""",
             data__tokens__test_templates="text_injected_by_users_systems_and_tools_stays_text",
@@ -341,7 +341,7 @@ FAULTS = {
         "hostile chat templates: attribute walks, huge strings, endless loops, recursion",
         "refused with one line, within limits of time and memory",
         _tests(
-            data__tokens__test_tokenizer="a_template_that_breaks_the_row_or_misbehaves_is_refused_in_time",
+            data__tokens__test_encoder="a_template_that_breaks_the_row_or_misbehaves_is_refused_in_time",
             faults__test_fuzz="readers_read_or_refuse_mutated_inputs",
         ),
     ),

@@ -33,7 +33,8 @@ from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index, open_index
 from kto_jax.data.rows.records import Feedback
-from kto_jax.data.tokens.tokenizer import EncodedRows, prepare_tokenizer
+from kto_jax.data.tokens.encoded_rows import EncodedRows
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 
 TINY_MODEL = Path(__file__).parent.parent / "configs" / "tiny_model"
 

@@ -45,7 +45,7 @@ from rich.table import Table
 from benchmarks.kto_sets import SETS, FeedbackSet, as_lists, pad_batch, padding_shares
 from benchmarks.peers.jax_turn import save_batch
 from kto_jax.config import to_dict
-from kto_jax.data.tokens.tokenizer import prepare_tokenizer
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.devices.chips import peak_flops
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.config import TransformerConfig

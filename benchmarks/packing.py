@@ -60,7 +60,7 @@ def chitchat_lengths() -> Lengths:
     """Rated conversations, as the quickstart's tokenizer writes them: a chat of turns, of which the last is rated."""
     import tokenizers
 
-    from kto_jax.data.tokens.tokenizer import prepare_tokenizer
+    from kto_jax.data.tokens.prepare import prepare_tokenizer
 
     config = resolve(quickstart.get_config())
     with tempfile.TemporaryDirectory() as scratch:

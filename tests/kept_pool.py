@@ -6,10 +6,11 @@ import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
 
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.encoded_rows import start_encoder
+from kto_jax.data.tokens.tokenizer import quieten_transformers
 from kto_jax.data.workers import _start
 
-_TOKENIZES = (tokenize.start_encoder, tokenize._quieten_transformers)
+_TOKENIZES = (start_encoder, quieten_transformers)
 
 
 def open_pool(num_workers, context, *, initializer, initargs):

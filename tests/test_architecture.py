@@ -50,6 +50,7 @@ ORDER = {
         "prompts",
         "encoder",
         "tokenizer",
+        "encoded_rows prepare",
     ],
     "kto_jax.devices": ["chips compilation processes sharding", "experts_on_mesh", "attention_on_mesh"],
     "kto_jax.exports": ["checkpoint gguf_file push"],

@@ -28,7 +28,9 @@ from kto_jax.config import ConfigError, DataConfig, MeshConfig
 from kto_jax.data.rows import records
 from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.encoded_rows import EncodedRows, Limits, encode_feedback, start_encoder
+from kto_jax.data.tokens.prepare import prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, token_of
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.data.workers import Workers
 from kto_jax.devices.attention_on_mesh import choose_attention
@@ -62,7 +64,7 @@ class RewardModel:
 
     model: Model
     params: Params
-    tokenizer: tokenize.TokenizerInfo
+    tokenizer: TokenizerInfo
     max_length: int = DataConfig.max_length
     max_prompt_length: int = DataConfig.max_prompt_length
 
@@ -108,7 +110,7 @@ def open_reward_model(
     attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
     model = Model.create(config, dtype=dtype, remat="none", scalar_head="reward", layout=Layout(attention=attention))
     with scratch_folder() as scratch:
-        tokenizer = tokenize.prepare_tokenizer(
+        tokenizer = prepare_tokenizer(
             files.tokenizer,
             scratch / "tokenizer",
             chat_template=chat_template,
@@ -146,7 +148,7 @@ def settings_of_run(path: str) -> dict[str, Any]:
         return {name: getattr(DataConfig, name) for name in names}
     data, eos_id = json.loads(config.read_text())["data"], json.loads(manifest.read_text())["tokenizer"]["eos_id"]
     # The token itself: earlier versions chose another one for the same setting.
-    return {name: data[name] for name in names[:2]} | {"eos_token": tokenize.token_of(folder / "policy", eos_id)}
+    return {name: data[name] for name in names[:2]} | {"eos_token": token_of(folder / "policy", eos_id)}
 
 
 def reward(
@@ -283,11 +285,11 @@ def score_records(
     Yields:
       Every row in order, with its score, or a `Rejection`.
     """
-    limits = tokenize.Limits(data.max_length, data.max_prompt_length, "reject", model.model.config.vocab_size)
-    with Workers(1, tokenize.start_encoder, model.tokenizer) as workers:
+    limits = Limits(data.max_length, data.max_prompt_length, "reject", model.model.config.vocab_size)
+    with Workers(1, start_encoder, model.tokenizer) as workers:
         while chunk := list(itertools.islice(pairs, batch_size * _BATCHES_READ_AHEAD)):
             readable = [record for _, record in chunk if isinstance(record, records.Feedback)]
-            encoded = workers.submit(tokenize.encode_feedback, readable, limits).result()
+            encoded = workers.submit(encode_feedback, readable, limits).result()
             sequences = _truncate(encoded, data, model.tokenizer.bos_id)
             found = score_sequences(model, sequences, batch_size=batch_size, on_batch=on_batch)
             scores = iter(found.tolist())
@@ -366,7 +368,7 @@ def _check_fields(place: str, fields: Mapping[str, Any], needed: Iterable[str], 
         )
 
 
-def _truncate(encoded: tokenize.EncodedRows, data: DataConfig, bos_id: int | None) -> list[np.ndarray]:
+def _truncate(encoded: EncodedRows, data: DataConfig, bos_id: int | None) -> list[np.ndarray]:
     """Prompt and completion of each accepted row, cut to what training keeps of them."""
     num_prompt, num_completion = fit_lengths(
         encoded.prompt_lengths, encoded.completion_lengths,

@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from kto_jax.config import Config, ConfigError
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.tokens.prompts import rendering_of
+from kto_jax.data.tokens.tokenizer import tokenizing_worker
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, shardings
@@ -65,8 +66,8 @@ class Policies:
         layout = None
         if mesh is not None:
             layout = shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
-        with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
-            tokenizer = tokenize.prepare_tokenizer(
+        with scratch_folder() as scratch, tokenizing_worker() as workers:
+            tokenizer = prepare_tokenizer(
                 files.tokenizer,
                 scratch / "tokenizer",
                 chat_template=data.chat_template,

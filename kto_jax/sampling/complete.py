@@ -21,6 +21,7 @@ import numpy as np
 
 from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.workers import Workers
 from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import transpose_layers
@@ -197,7 +198,7 @@ def open_language_model(
     path = fetched(path)
     model, load, tokenizer_path = _find_model(path, dtype, strict)
     with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
-        tokenizer = tokenize.prepare_tokenizer(
+        tokenizer = prepare_tokenizer(
             tokenizer_path,
             scratch / "tokenizer",
             chat_template=chat_template,

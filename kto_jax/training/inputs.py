@@ -17,8 +17,9 @@ from kto_jax.data.batches.visits import Visits
 from kto_jax.data.index.index import Index, build_index
 from kto_jax.data.index.manifest import weights_of
 from kto_jax.data.permutation import permute
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.tokens.prompts import rendering_of
-from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text, prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, encode_text
 from kto_jax.data.truncation import fit_lengths
 from kto_jax.devices import processes
 from kto_jax.judges import judges

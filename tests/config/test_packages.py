@@ -10,7 +10,7 @@ from kto_jax.config import ConfigError, default_config
 from kto_jax.config.packages import is_installed, require
 from kto_jax.data.rows.files import SourceFile, fetch_hub, read_rows
 from kto_jax.data.rows.tfds import tfds_file
-from kto_jax.data.tokens import tokenizer
+from kto_jax.data.tokens import prepare
 from kto_jax.data.tokens.gguf_tokenizer import read_gguf_tokenizer
 from kto_jax.judges.judges import check_names
 from kto_jax.models.weights.gguf import GgufWeights
@@ -46,7 +46,7 @@ def test_the_error_names_what_pip_installs():
     (lambda path: read_gguf_tokenizer(Path("x.gguf")), "x.gguf needs .* pip install gguf, or set a Hugging Face"),
     (lambda path: curves.write(path / "curves"), "the figure needs .* pip install matplotlib, or see docs"),
     # In this process: `prepare_tokenizer` calls it in another.
-    (lambda path: tokenizer._prepare(TINY_MODEL, path / "t", str(path / "c.jinja")),
+    (lambda path: prepare._prepare(TINY_MODEL, path / "t", str(path / "c.jinja")),
      "c.jinja'\\) needs .* pip install jinja2, or set config.data.chat_template=none"),
 ])  # fmt: skip
 def test_a_use_without_its_package_is_refused_in_three_parts(tmp_path, monkeypatch, use, message):

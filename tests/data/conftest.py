@@ -9,29 +9,31 @@ import pytest
 from kto_jax.config import DataConfig
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens import encoded_rows
+from kto_jax.data.tokens.prepare import prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import make_encoder
 from tests import TINY_MODEL
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """Tiny tokenizer with its chat template."""
-    return tokenize.prepare_tokenizer(TINY_MODEL, tmp_path_factory.mktemp("chat") / "tokenizer", chat_template="auto")
+    return prepare_tokenizer(TINY_MODEL, tmp_path_factory.mktemp("chat") / "tokenizer", chat_template="auto")
 
 
 class InProcessWorkers:
     """Stands in for `Workers` without starting processes, which would take seconds for each index."""
 
     def __init__(self, num_workers, start, tokenizer):
-        tokenize._encoder = self.encoder(tokenizer)
+        encoded_rows._encoder = self.encoder(tokenizer)
 
-    encoder = staticmethod(functools.lru_cache(tokenize.make_encoder))
+    encoder = staticmethod(functools.lru_cache(make_encoder))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        tokenize._encoder = None
+        encoded_rows._encoder = None
 
     def submit(self, function, *args):
         future = concurrent.futures.Future()

@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from kto_jax.config import ConfigError
-from kto_jax.data.tokens.tokenizer import encode_prompts, prepare_tokenizer
+from kto_jax.data.tokens.prepare import prepare_tokenizer
+from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.export import main as export
 from kto_jax.exports.checkpoint import export_checkpoint
 from kto_jax.exports.gguf_file import write_gguf

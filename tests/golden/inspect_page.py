@@ -17,7 +17,7 @@ from rich.console import Console
 from kto_jax.config import resolve
 from kto_jax.data.index import builder
 from kto_jax.data.index.index import build_index
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.prepare import _prepare
 from kto_jax.inspect import show
 from tests import ROOT, TINY_MODEL
 from tests.data.conftest import InProcessWorkers
@@ -175,7 +175,7 @@ def page():
     config = resolve(runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]())
     with tempfile.TemporaryDirectory() as scratch, mock.patch.object(builder, "Workers", InProcessWorkers):
         folder = Path(scratch)
-        tokenizer = tokenize._prepare(TINY_MODEL, folder / "tokenizer", "auto")
+        tokenizer = _prepare(TINY_MODEL, folder / "tokenizer", "auto")
         return START + "".join(section(*file, config, tokenizer, folder) for file in FILES)
 
 

@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import read_config
@@ -26,7 +26,7 @@ def export(run):
     config = dataclasses.replace(read_config(TINY), initializer_range=0.2)
     model = Model.create(config, scalar_head="reward", remat="none")
     params = model.init_params(jax.random.key(0), "float32")
-    tokenizer = tokenize.prepare_tokenizer(TINY, run / "tokenizer", chat_template="auto")
+    tokenizer = prepare_tokenizer(TINY, run / "tokenizer", chat_template="auto")
     save_hugging_face(run / "policy", model, params, tokenizer_dir=tokenizer.directory, model_card="tiny")
     return run, model, params, tokenizer
 

@@ -15,7 +15,7 @@ from kto_jax.config import (
     ReferenceConfig,
     SamplesConfig,
 )
-from kto_jax.data.tokens.tokenizer import prepare_tokenizer
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.objectives import make_objective
 from kto_jax.training.checks import check_conflicts, check_judges, check_models

@@ -25,7 +25,8 @@ from kto_jax.data.rows.files import SourceFile
 from kto_jax.data.rows.records import Feedback, Preference, Record, completions_of, read_as
 from kto_jax.data.rows.rejection import Rejection, Skipped
 from kto_jax.data.rows.sources import Source
-from kto_jax.data.tokens.tokenizer import EncodedRows, Limits, TokenizerInfo, encode_feedback, start_encoder
+from kto_jax.data.tokens.encoded_rows import EncodedRows, Limits, encode_feedback, start_encoder
+from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
 from kto_jax.storage.atomic import write_text
 from kto_jax.storage.sums import write_sums

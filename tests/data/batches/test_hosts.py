@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.batches.test_schedule import make_paired_schedule, make_schedule, paired_index, random_index
+from tests.data.batches.indices import make_paired_schedule, make_schedule, paired_index, random_index
 
 
 def plan_of(paired, seed=3, **changes):

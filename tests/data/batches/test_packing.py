@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_jax.data.batches.packing import RowShape, choose_row_lengths, pack
-from tests.data.batches.test_schedule import fake_index, make_schedule, random_index, unpack
+from tests.data.batches.indices import fake_index, make_schedule, random_index, unpack
 
 
 def log_normal(count, *, seed=0):
@@ -119,3 +119,16 @@ def test_a_second_length_must_save_1_percent():
 @pytest.mark.parametrize(("count", "length"), [(1, 64), (5, 112)])
 def test_a_set_smaller_than_a_batch_is_one_batch(count, length):
     assert choose(np.full(count, 20), batch_size=32, shortest=64) == (length,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), max_size=60), st.integers(1, 6))
+def test_packing_respects_the_three_capacities(lengths, slots):
+    num_prompt, num_completion = np.array(lengths, np.int64).reshape(-1, 2).T
+    shape = RowShape(length=32, completion_length=14, slots=slots)
+    packing = pack(num_prompt, num_completion, shape)
+    for row in range(packing.num_rows):
+        inside = packing.rows == row
+        assert (num_prompt + num_completion)[inside].sum() <= 32 and num_completion[inside].sum() <= 14
+        assert sorted(packing.slots[inside]) == list(range(inside.sum())) and 1 <= inside.sum() <= slots
+    assert packing.num_rows <= len(lengths) and (len(lengths) == 0 or packing.rows.max() + 1 == packing.num_rows)

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -205,3 +206,28 @@ def test_loaders_end_with_their_run_however_it_ends(how, code):
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
+
+
+def test_prefetch_keeps_the_order_and_raises_what_the_function_raises():
+    def function(step):
+        time.sleep(0.01 * (step == 0))
+        if step == 4:
+            raise ValueError("step 4")
+        return threading.current_thread().name, step
+
+    results = prefetch(function, range(9))
+    got = [next(results) for _ in range(4)]
+    assert [step for _, step in got] == [0, 1, 2, 3] and all(name.startswith("prefetch") for name, _ in got)
+    with pytest.raises(ValueError, match="step 4"):
+        next(results)
+
+
+def test_prefetch_works_ahead_by_its_depth_and_stops_when_closed():
+    made = []
+    results = prefetch(made.append, range(100), depth=3)
+    next(results)
+    time.sleep(0.05)
+    assert len(made) == 3
+    results.close()
+    time.sleep(0.05)
+    assert len(made) == 3 and not [t for t in threading.enumerate() if t.name.startswith("prefetch")]

@@ -13,7 +13,7 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows.files import SourceFile, read_rows
 from kto_jax.data.rows.layouts import LAYOUTS
 from kto_jax.data.rows.records import Feedback, Preference, Rejection, Skipped, completions_of, read_records
-from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.encoded_rows import Limits, encode_feedback
 from tests.data.conftest import InProcessWorkers
 from tests.data.rows.test_layouts import HALOS, HH, LOG, TREE, assistant, user
 from tests.data.test_docs import BLOCKS, rows_of, settings_of
@@ -136,7 +136,7 @@ def mutated_files(layout, count):
 def check(tokenizer, tmp_path_factory):
     """Reads and tokenizes the lines of a file, the first of which is good."""
     directory = tmp_path_factory.mktemp("fuzz")
-    limits = tokenize.Limits(max_length=64, max_prompt_length=32, long_completion="cut", vocab_size=512)
+    limits = Limits(max_length=64, max_prompt_length=32, long_completion="cut", vocab_size=512)
 
     def run(case, counts=None):
         (layout, format), suffix, lines = case
@@ -162,7 +162,7 @@ def check(tokenizer, tmp_path_factory):
                 said = row.completion if isinstance(row.completion, str) else row.completion["content"]
                 held = any(said.strip() in text for text in texts) or said.strip() in "".join(texts)
                 assert held, f"{said!r} is not in the file"
-        encoded = tokenize.encode_feedback(accepted, limits)
+        encoded = encode_feedback(accepted, limits)
         assert len(encoded.reasons) == len(accepted)
         assert (encoded.prompt_lengths < 64).all() and (encoded.completion_lengths < 64).all()
         if counts is not None:

@@ -20,7 +20,7 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.storage.run_place import RunPlace
 from kto_jax.training.run_folder import open_run
 from tests import synthetic
-from tests.data.batches.test_schedule import fake_index, make_schedule, paired_index, random_index
+from tests.data.batches.indices import fake_index, make_schedule, paired_index, random_index
 
 ARCHITECTURE = TransformerConfig(
     vocab_size=512, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, max_length=64

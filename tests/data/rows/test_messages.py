@@ -11,6 +11,7 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows.records import Rejection, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.encoder import EncodingError
+from kto_jax.data.tokens.prepare import _prepare
 from tests.data.conftest import TINY_MODEL, InProcessWorkers, as_transformers
 
 USER = {"role": "user", "content": "Rain?"}
@@ -41,7 +42,7 @@ def with_template(tmp_path_factory):
     def make(template):
         directory = tmp_path_factory.mktemp("template")
         (directory / "template.jinja").write_text(template)
-        info = tokenize._prepare(TINY_MODEL, directory / "tokenizer", str(directory / "template.jinja"))
+        info = _prepare(TINY_MODEL, directory / "tokenizer", str(directory / "template.jinja"))
         return tokenize.make_encoder(info)
 
     return make
@@ -251,6 +252,6 @@ def test_results_are_read_where_a_template_writes_every_role_but_no_calls(tmp_pa
 
 def test_without_a_template_a_call_is_refused(tmp_path, with_template):
     record = read_row(tmp_path, {"prompt": "Rain?", "completion": [CALLING], "label": True})
-    info = tokenize._prepare(TINY_MODEL, tmp_path / "tokenizer", "none")
+    info = _prepare(TINY_MODEL, tmp_path / "tokenizer", "none")
     with pytest.raises(EncodingError, match="tool calls need a chat template"):
         tokenize.make_encoder(info).encode_row(record.prompt, record.completion)

@@ -11,6 +11,7 @@ from kto_jax.config import DataConfig
 from kto_jax.data.rows.records import Rejection, read_records
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.encoder import EncodingError
+from kto_jax.data.tokens.prepare import prepare_tokenizer
 from tests.data.conftest import TINY_MODEL, as_transformers
 
 WEATHER = {
@@ -36,7 +37,7 @@ def encoder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tools")
     (directory / "template.jinja").write_text(TEMPLATE)
     template = str(directory / "template.jinja")
-    info = tokenize.prepare_tokenizer(TINY_MODEL, directory / "tokenizer", chat_template=template)
+    info = prepare_tokenizer(TINY_MODEL, directory / "tokenizer", chat_template=template)
     return tokenize.make_encoder(info)
 
 

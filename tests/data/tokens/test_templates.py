@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from kto_jax.data.tokens import tokenizer as tokenize
+from kto_jax.data.tokens.prepare import _prepare
 from kto_jax.data.tokens.prompts import Rendering
 from kto_jax.data.tokens.template import EncodingError
 from tests.data.conftest import as_transformers
-from tests.data.tokens.test_tokenizer import chat_model
+from tests.data.tokens.chat_models import chat_model
 
 # Written for these tests. Each has the traits of a family that decide how a conversation is trained.
 QWEN3 = """
@@ -192,7 +193,7 @@ def make(tmp_path_factory):
             config = json.loads((model / "tokenizer_config.json").read_text())
             (model / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|endoftext|>"}))
             how = Rendering(json.dumps(settings), moment="2026-01-02T12:00:00", fold_system=kind == "gemma")
-            made[key] = tokenize.make_encoder(tokenize._prepare(model, directory / "out", "auto", rendering=how))
+            made[key] = tokenize.make_encoder(_prepare(model, directory / "out", "auto", rendering=how))
         return made[key]
 
     return encoder
