@@ -223,11 +223,15 @@ def test_prefetch_keeps_the_order_and_raises_what_the_function_raises():
 
 
 def test_prefetch_works_ahead_by_its_depth_and_stops_when_closed():
-    made = []
-    results = prefetch(made.append, range(100), depth=3)
+    made, third = [], threading.Event()
+
+    def function(step):
+        made.append(step)
+        if step == 2:
+            third.set()
+
+    results = prefetch(function, range(100), depth=3)
     next(results)
-    time.sleep(0.05)
-    assert len(made) == 3
-    results.close()
-    time.sleep(0.05)
-    assert len(made) == 3 and not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+    assert third.wait(60)
+    results.close()  # Waits for the thread.
+    assert made == [0, 1, 2] and not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
