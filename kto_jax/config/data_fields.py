@@ -11,7 +11,7 @@ from kto_jax.config.ranges import Auto, Count, Fraction, Labels, Number, Probabi
 Layout = (
     Literal["auto", "fields", "messages", "sharegpt", "alpaca", "openai", "trl"]
     | Literal["halos", "hh", "shp", "oasst", "oasst_trees", "ultrafeedback", "kto_mix", "compared", "ranked"]
-    | Literal["open_webui", "librechat", "anythingllm", "langfuse", "langsmith", "argilla", "presses"]
+    | Literal["open_webui", "librechat", "anythingllm", "gradio", "langfuse", "langsmith", "argilla", "presses"]
 )
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Sources = str | tuple[str | Mapping[str, Any], ...]

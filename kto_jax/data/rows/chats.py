@@ -16,9 +16,12 @@ from typing import Any
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.layout import Examples, Fields, Layout, Names, Skip, by_row, example, has, rating_names
 from kto_jax.data.rows.message_forms import conversation_in, decoded
-from kto_jax.data.rows.turns import BadRowError, described, lookup, present
+from kto_jax.data.rows.threads import said_before
+from kto_jax.data.rows.turns import BadRowError, check_role, described, lookup, present
 
 _UNRATED = "no message has feedback"
+_NOT_TRAINED = ("train", "train_on_turn", "loss")
+"""Keys by which a turn is only context where they are false: axolotl's and ms-swift's."""
 _FORMATS = ("thumbs", "scores", "demonstrations")
 
 
@@ -48,24 +51,36 @@ def _messages(data: DataConfig, fields: Fields, name: str = "messages") -> Examp
     kind, ratings = "label" if data.format == "thumbs" else "score", rating_names(data)
     found: Examples = []
     for i, message in enumerate(messages):
-        rating = message.get("feedback")
-        rating = (
-            next((message[key] for key in ratings if message.get(key) is not None), None) if rating is None else rating
-        )
+        rating = _rating_of(message, ratings)
         if rating is None:
             continue
-        if message.get("role") != "assistant":
+        if check_role(message.get("role"), f"message {i + 1}") != "assistant":
             raise BadRowError(f"feedback on message {i + 1}, which is not the assistant's")
         weight = message.get(data.weight_field)
         weight = fields.get(data.weight_field) if weight is None else weight
-        found.append(example(fields, messages[:i], [message], **{kind: rating}, weight=weight))
+        found.append(example(fields, said_before(messages, i), [message], **{kind: rating}, weight=weight))
     if found:
         return found
     if all(lookup(fields, key) in (None, "") for key in ratings):
         return [Skip(_UNRATED)]
     # One rating beside the messages is of the last turn.
-    held, names = example(fields, messages[:-1], messages[-1:])
+    held, names = example(fields, said_before(messages, len(messages) - 1), messages[-1:])
     return [(held, names | {kind: rating_field(data)})]
+
+
+_RATED = ("rating", "value", "score", "thumb", "thumbs", "vote")
+"""Keys of the rating in feedback that is an object, beside a comment or a time."""
+
+
+def _rating_of(message: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The feedback on a message, or None."""
+    rating = message.get("feedback")
+    if rating is None:
+        rating = next((found for name in names if (found := lookup(message, name)) is not None), None)
+    if not isinstance(rating, Mapping):
+        return rating
+    given = [rating[key] for key in _RATED if rating.get(key) is not None]
+    return given[0] if len(given) == 1 else rating or None
 
 
 def rating_field(data: DataConfig) -> Any:
@@ -81,14 +96,16 @@ def _demonstrations(messages: list[Any], data: DataConfig, fields: Fields) -> Ex
     turns = spoken if data.assistant_turns == "all" else spoken[-1:]
     found: Examples = []
     for i in turns:
-        weight = messages[i].get(data.weight_field)
-        if i == 0 or all(message.get("role") in ("system", "developer") for message in messages[:i]):
+        weight, before = messages[i].get(data.weight_field), said_before(messages, i)
+        if all(message.get("role") in ("system", "developer") for message in before):
             found.append(Skip("a turn of the assistant's before any of the user's"))
         elif weight is not None and weight == 0:
             found.append(Skip("a turn of weight 0"))
+        elif left := next((key for key in _NOT_TRAINED if messages[i].get(key) is False), None):
+            found.append(Skip(f"a turn whose {left!r} is false"))
         else:
             weight = fields.get(data.weight_field) if weight is None else weight
-            found.append(example(fields, messages[:i], [messages[i]], weight=weight))
+            found.append(example(fields, before, [messages[i]], weight=weight))
     return found
 
 

@@ -1,8 +1,10 @@
 """Layouts of feedback exported by chat programs and observability tools.
 
-    open_webui      feedbacks: data.rating, and the chat in snapshot, a tree that leads to meta.message_id
+    open_webui      feedbacks: data.rating, and the chat in snapshot, a tree that leads to meta.message_id;
+                    or chats: each answer of the tree with its annotation.rating
     librechat       conversations: messages with isCreatedByUser, parentMessageId and feedback.rating
     anythingllm     workspace chats: prompt, response, rating GOOD or BAD
+    gradio          flagged answers: conversation, index of the answer, value Like or Dislike
     langfuse        traces or observations: input, output and scores
     langsmith       runs: inputs, outputs and feedback_stats, or feedback
     argilla         records: fields and the annotators' responses, nested or as columns "question.responses"
@@ -19,6 +21,7 @@ from typing import Any
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.layout import Examples, Fields, Layout, Rows, Skip, by_row, example, has, rating_names
 from kto_jax.data.rows.logged import from_json, messages_of, with_thoughts
+from kto_jax.data.rows.message_forms import decoded
 from kto_jax.data.rows.turns import BadRowError, lookup, present
 
 _UNRATED = "an answer without a rating"
@@ -47,6 +50,8 @@ def _system(text: Any) -> list[dict[str, Any]]:
 
 
 def _open_webui(data: DataConfig, fields: Fields) -> Examples:
+    if "snapshot" not in fields and "chat" in fields:
+        return _open_webui_chat(data, fields)
     if fields.get("type", "rating") != "rating":
         return [Skip(f"feedback of type {str(fields['type'])[:40]!r}")]
     chat, key = lookup(fields, "snapshot.chat.chat"), lookup(fields, "meta.message_id")
@@ -54,10 +59,34 @@ def _open_webui(data: DataConfig, fields: Fields) -> Examples:
     said = _path_to(key, messages, "parentId") if isinstance(messages, Mapping) else []
     if not said:
         raise BadRowError("the snapshot has no message meta.message_id")
+    rating = lookup(fields, "data.rating" if data.format == "thumbs" else "data.details.rating")
+    return _webui_answer(data, fields, chat, said, rating)
+
+
+def _open_webui_chat(data: DataConfig, fields: Fields) -> Examples:
+    """The answers of an exported chat, whose ratings are in annotations."""
+    chat = present(fields, "chat")
+    messages = lookup(chat, "history.messages")
+    if not isinstance(messages, Mapping):
+        raise BadRowError("the chat has no history.messages")
+    name = "annotation.rating" if data.format == "thumbs" else "annotation.details.rating"
+    examples: Examples = []
+    for key, message in messages.items():
+        if isinstance(message, Mapping) and message.get("role") == "assistant":
+            said = _path_to(key, messages, "parentId")
+            examples += _webui_answer(data, fields, chat, said, lookup(message, name))
+    return examples or [Skip("a conversation without an answer")]
+
+
+def _webui_answer(data: DataConfig, fields: Fields, chat: Any, said: list[Any], rating: Any) -> Examples:
+    """The last message of a path, with its rating."""
+    if rating is None or rating == "":
+        return [Skip(_UNRATED)]
     if any(message.get("files") for message in said):
         raise BadRowError("a message has files, which the export does not hold")
+    if used := next((name for name in ("sources", "citations") if said[-1].get(name)), None):
+        raise BadRowError(f"the answer has {used!r}, whose text the model read and the export does not hold")
     turns = [with_thoughts(message) for message in said]
-    rating = lookup(fields, "data.rating" if data.format == "thumbs" else "data.details.rating")
     prompt = [*_system(lookup(chat, "params.system") or lookup(chat, "system")), *turns[:-1]]
     return _rated(data, fields, prompt, turns[-1], rating)
 
@@ -106,6 +135,8 @@ def _librechat_rows(rows: Rows) -> Rows:
 
 def _librechat_turn(message: Fields) -> dict[str, Any]:
     """A message in OpenAI's form: its text is in `text`, or in parts, of which some are thoughts."""
+    if message.get("files"):
+        raise BadRowError("a message has files, which the export does not hold")
     role = "user" if message.get("isCreatedByUser") else "assistant"
     parts = message.get("content")
     if not isinstance(parts, list) or not parts:
@@ -133,6 +164,22 @@ def _anythingllm(data: DataConfig, fields: Fields) -> Examples:
     if fields.get("attachments"):
         raise BadRowError("the chat has attachments, which are not text")
     return [example(fields, present(fields, "prompt"), fields.get("response"), label=fields.get("rating"))]
+
+
+def _gradio(data: DataConfig, fields: Fields) -> Examples:
+    """The answer that was flagged, which need not be the last: `index` is its number, or a pair of numbers."""
+    said, at = decoded(from_json(present(fields, "conversation"))), from_json(str(present(fields, "index")))
+    if isinstance(said, list) and said and all(isinstance(pair, list) and len(pair) == 2 for pair in said):
+        roles = [(("user", one), ("assistant", other)) for one, other in said]
+        said = [{"role": role, "content": text} for pair in roles for role, text in pair]
+        at = 2 * at[0] + at[1] if isinstance(at, list) and list(map(type, at)) == [int, int] else None
+    number = int(at) if str(at).isdecimal() else -1
+    are_messages = isinstance(said, list) and all(isinstance(each, Mapping) for each in said)
+    if not are_messages or not 0 <= number < len(said):
+        raise BadRowError(f"index {str(fields['index'])[:20]!r} is no message of the conversation")
+    if title := next((lookup(each, "metadata.title") for each in said if lookup(each, "metadata.title")), None):
+        raise BadRowError(f"the conversation displays {str(title)[:40]!r}, which is not what the model wrote")
+    return [example(fields, said[:number], [said[number]], label=fields.get("value"))]
 
 
 # -------------------------------------------------------------------------------------------------- observers of models
@@ -282,9 +329,12 @@ def _is_argilla(fields: Fields) -> bool:
 _BOTH = ("thumbs", "scores")
 EXPORTS = {
     "open_webui": Layout(
-        dict.fromkeys(_BOTH, ("data", "meta", "snapshot")),
+        dict.fromkeys(_BOTH, (("snapshot", "chat"),)),
         by_row(_open_webui),
-        fits=lambda fields: isinstance(lookup(fields, "data"), Mapping) and has("snapshot.chat")(fields),
+        fits=lambda fields: (
+            (isinstance(lookup(fields, "data"), Mapping) and has("snapshot.chat")(fields))
+            or has("chat.history.messages")(fields)
+        ),
         labels=_THUMBS,
     ),
     "librechat": Layout(
@@ -303,6 +353,12 @@ EXPORTS = {
             has("prompt", "response", "rating")(fields) and ("workspace" in fields or "sent_at" in fields)
         ),
         labels={"GOOD": True, "BAD": False, "--": None},
+    ),
+    "gradio": Layout(
+        {"thumbs": ("conversation", "index", "value")},
+        by_row(_gradio),
+        fits=has("conversation", "index", "value"),
+        labels={"Like": True, "Dislike": False},
     ),
     "langfuse": Layout(
         dict.fromkeys((*_BOTH, "demonstrations"), ("input", "output")),

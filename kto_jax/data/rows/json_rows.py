@@ -5,6 +5,7 @@ Lines and rows are split as bytes, so that a broken row affects no other, and a 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -18,6 +19,8 @@ from kto_jax.data.rows.rejection import BLANK, Rejection, Skipped
 Row = tuple[str, Any]
 MAX_BYTES = 8 << 20
 """Longest line, row or CSV field: a longer one is a broken file, and tokenizing it would take gigabytes."""
+AS_UTF8 = "save the file as UTF-8"
+"""What reads a file of another encoding."""
 _CHUNK_BYTES = 1 << 20
 _SNIFFED_BYTES = 4096
 _WRAPPERS = ("data", "rows", "items", "records", "examples", "results", "feedbacks", "conversations", "traces", "runs")
@@ -27,10 +30,16 @@ _WRAPPERS = ("data", "rows", "items", "records", "examples", "results", "feedbac
 def jsonl_rows(stream: Any, name: str) -> Iterator[Row]:
     """The rows of a file of one object per line, or of a list in a file with this ending."""
     with contextlib.suppress(EOFError, OSError):  # Reading the lines reports the error.
+        _refuse_utf16(stream.peek(_SNIFFED_BYTES), name)
         if re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", stream.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES]):
             yield from json_rows(stream, name)
             return
     yield from _lines(stream, name)
+
+
+def _refuse_utf16(start: bytes, name: str) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{name} is UTF-16, as PowerShell's > writes it. JSON is read as UTF-8. S{AS_UTF8[1:]}.")
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[Row]:
@@ -57,11 +66,29 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[Row]:
             yield place, Skipped(BLANK, place)
 
 
+class _TwiceError(Exception):
+    """An object has a key twice, of which `json` would drop the first in silence."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _parse(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        return Rejection(f"invalid UTF-8 at byte {error.start}", place)
+        return Rejection(f"invalid UTF-8 at byte {error.start}; {AS_UTF8}", place)
+    except _TwiceError as error:
+        return Rejection(f"the key {error.key[:40]!r} is there twice in one object; rename one", place)
     except json.JSONDecodeError as error:
         return Rejection(f"invalid JSON: {error.msg}", place)
     except (ValueError, RecursionError) as error:
@@ -80,6 +107,7 @@ def json_rows(stream: Any, name: str) -> Iterator[Row]:
     """
     try:
         first = stream.peek(_SNIFFED_BYTES)[:_SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+        _refuse_utf16(first, name)
     except (EOFError, OSError) as error:
         yield f"{name}:1", Rejection(f"compressed file is cut or broken: {type(error).__name__}", f"{name}:1")
         return
@@ -89,7 +117,7 @@ def json_rows(stream: Any, name: str) -> Iterator[Row]:
         yield from _unwrapped(_cut(stream, name, in_list=False))
     elif first.startswith(b"{"):
         # Many datasets use this ending for files of one object per line.
-        yield from _lines(stream, name)
+        yield from _unwrapped(_lines(stream, name))
     else:
         raise ConfigError(
             f"{name} begins with {first[:20]!r}. A .json file holds one list of objects, or one object a line. "
@@ -111,12 +139,40 @@ def _unwrapped(rows: Iterator[Row]) -> Iterator[Row]:
     first = list(itertools.islice(rows, 2))
     if len(first) == 1 and isinstance(first[0][1], dict):
         ((place, fields),) = first
-        lists = [fields[key] for key in _WRAPPERS if isinstance(fields.get(key), list)]
-        if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
-            name = place.rpartition(":")[0]
-            yield from ((f"{name}:{number}", row) for number, row in enumerate(lists[0], start=1))
+        name = place.rpartition(":")[0]
+        if found := _rows_in(fields, name):
+            yield from ((f"{name}:{number}", row) for number, row in enumerate(found, start=1))
             return
+        if len(fields) > 1 and all(isinstance(held, dict) and "0" in held for held in fields.values()):
+            raise ConfigError(
+                f"{name} holds one object for each column, as pandas' to_json() writes it. The rows must be objects. "
+                "Write them with orient='records'."
+            )
     yield from itertools.chain(first, rows)
+
+
+def refuse_repeated(header: list[str], name: str) -> None:
+    """Refuses a table that names a column twice, of which one would be dropped in silence.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if repeated := next((column for column in header if column and header.count(column) > 1), None):
+        raise ConfigError(f"{name} has the column {repeated!r} twice. Each column needs its own name. Rename one.")
+
+
+def _rows_in(fields: dict[str, Any], name: str) -> list[Any]:
+    """The rows of the list that an object holds, or of its table of `columns` and `data`; none if it is a row."""
+    columns, table = fields.get("columns"), fields.get("data")
+    if isinstance(columns, list) and isinstance(table, list) and all(isinstance(each, str) for each in columns):
+        refuse_repeated(columns, name)
+        is_table = all(isinstance(row, list) and len(row) == len(columns) for row in table)
+        return [dict(zip(columns, row, strict=True)) for row in table] if is_table else []
+    lists = [fields[key] for key in _WRAPPERS if isinstance(fields.get(key), list)]
+    if len(lists) != 1 or not all(isinstance(row, dict) for row in lists[0]):
+        return []
+    are_turns = any("role" in row or "from" in row for row in lists[0])
+    return [] if are_turns else lists[0]
 
 
 def _cut(stream: IO[bytes], name: str, *, in_list: bool) -> Iterator[Row]:

@@ -85,9 +85,13 @@ def _message(value: Any) -> dict[str, Any] | None:
     ):
         return None
     message = {"role": _LANGCHAIN[kind.removesuffix("MessageChunk").lower()], "content": held["content"]}
-    calls = held.get("tool_calls")
+    more = held.get("additional_kwargs") if isinstance(held.get("additional_kwargs"), Mapping) else {}
+    calls = held.get("tool_calls") or more.get("tool_calls")
     if isinstance(calls, list) and calls:
         message["tool_calls"] = [_call(call) for call in calls]
+    # What LangChain has no field for is kept beside the others.
+    beside = ("reasoning_content",) if calls else ("reasoning_content", "function_call")
+    message |= {name: more[name] for name in beside if more.get(name)}
     if held.get("tool_call_id"):
         message["tool_call_id"] = held["tool_call_id"]
     return message

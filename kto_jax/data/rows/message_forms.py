@@ -29,9 +29,14 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
 }
+"""In any case: "Human", "GPT"."""
 _GEMINI_ROLES = {"model": "assistant", "function": "tool"}
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value|parts)["']\s*:""")
+_OBJECT_AS_TEXT = re.compile(
+    r"""\s*\{.*["'](?:role|messages|contents|choices|candidates)["']\s*:\s*["'\[]""", re.DOTALL
+)
 _LONGEST_TEXT = 1 << 20
 """Characters of a text that is tried as messages."""
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -77,6 +82,8 @@ def conversation_in(value: Mapping[str, Any]) -> list[Any] | None:
         return None
     if isinstance(value.get("role"), str) and ("content" in value or "parts" in value):
         return [value]
+    if isinstance(value.get("from"), str) and isinstance(value.get("value"), str):
+        return [value]
     for name in ("messages", "contents", "input"):
         if isinstance(value.get(name), list) and all(isinstance(each, Mapping) for each in value[name]):
             return [*_system_of(value), *value[name]]
@@ -121,7 +128,8 @@ def _in_one_form(message: Any, roles: Mapping[str, str]) -> list[Any]:
     speaker = message.get("role", message.get("from"))
     if "role" not in message and "from" in message:
         message = {**message, "role": speaker, "content": message.get("value", message.get("content"))}
-        roles = {**_SHAREGPT_ROLES, **roles}
+        usual = _SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+        roles = {speaker: usual, **roles} if usual else roles
     if isinstance(message.get("parts"), list) and not message.get("content"):
         message = {name: value for name, value in message.items() if name != "parts"} | {"content": message["parts"]}
         roles = {**_GEMINI_ROLES, **roles}
@@ -232,12 +240,18 @@ def _from_responses(items: Sequence[Any]) -> list[Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """A list of messages that is kept as text; any other value as it is."""
-    if not isinstance(value, str) or not _MESSAGES_AS_TEXT.match(value) or len(value) > _LONGEST_TEXT:
+    """A list of messages, a request or an answer that is kept as text; any other value as it is."""
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
+        return value
+    is_list = bool(_MESSAGES_AS_TEXT.match(value))
+    if not is_list and not _OBJECT_AS_TEXT.match(value):
         return value
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             found = read(value)
-            if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+            if is_list and isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+                return found
+            # With tools it is a request too, which is then rejected by name.
+            if isinstance(found, dict) and conversation_in({**found, "tools": None, "functions": None}) is not None:
                 return found
     return value

@@ -18,7 +18,7 @@ from kto_jax.data.rows.turns import BadRowError, lookup
 _USUAL = {
     "prompt": (
         *("prompt", "instruction", "question", "query", "input", "inputs", "request", "messages", "text", "user"),
-        *("customer", "subject"),
+        *("customer", "subject", "conversation", "conversations"),
     ),
     "completion": (
         *("completion", "response", "answer", "output", "outputs", "reply", "generation", "text", "assistant", "agent"),

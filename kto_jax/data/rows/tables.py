@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from kto_jax.config import ConfigError
 from kto_jax.config.packages import require
-from kto_jax.data.rows.json_rows import MAX_BYTES, Row
+from kto_jax.data.rows.json_rows import AS_UTF8, MAX_BYTES, Row, refuse_repeated
 from kto_jax.data.rows.rejection import BLANK, Rejection, Skipped
 
 _SNIFFED_BYTES = 4096
@@ -78,18 +78,19 @@ def _csv_rows(text: IO[str], name: str, separator: str, is_said: bool) -> Iterat
             yield place, Skipped(BLANK, place)
         elif header is None:
             header = values
-            _refuse_repeated(header, name)
+            refuse_repeated(header, name)
         elif len(values) != len(header):
-            yield place, Rejection(f"{len(values)} columns where the header has {len(header)}", place)
+            yield (
+                place,
+                Rejection(
+                    f"{len(values)} columns where the header has {len(header)}; the first line must name the columns",
+                    place,
+                ),
+            )
         elif any(map(_SURROGATES.search, values)):
-            yield place, Rejection("invalid UTF-8", place)
+            yield place, Rejection(f"invalid UTF-8; {AS_UTF8}, in Excel as 'CSV UTF-8'", place)
         else:
             yield place, dict(zip(header, values, strict=True))
-
-
-def _refuse_repeated(header: list[str], name: str) -> None:
-    if repeated := next((column for column in header if column and header.count(column) > 1), None):
-        raise ConfigError(f"{name} has the column {repeated!r} twice. Each column needs its own name. Rename one.")
 
 
 def excel_rows(path: Path, name: str) -> Iterator[Row]:
@@ -132,7 +133,7 @@ def _sheet_rows(rows: Iterator[tuple[Any, ...]], name: str) -> Iterator[Row]:
             yield place, Skipped(BLANK, place)
         elif header is None:
             header = ["" if value is None else str(value) for value in values]
-            _refuse_repeated(header, name)
+            refuse_repeated(header, name)
         else:
             cells = zip(header, values, strict=False)
             yield place, {column: _cell(value) for column, value in cells if column}
@@ -154,6 +155,7 @@ def columnar_rows(path: Path, name: str, suffix: str) -> Iterator[Row]:
     number = 0
     try:
         for batch in _parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path):
+            refuse_repeated(batch.schema.names, name)
             for i in range(batch.num_rows):
                 number += 1
                 place = f"{name}:{number}"

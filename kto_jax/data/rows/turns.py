@@ -22,8 +22,8 @@ from kto_jax.data.rows.message_forms import REASONING, TOOL_CALLS
 
 __all__ = [
     "REASONING", "ROLES", "SAME_COMPLETIONS", "TOOLS", "TOOL_CALLS", "TOOL_FIELDS", "BadRowError", "Completion",
-    "Message", "Prompt", "check_prompt", "check_text", "described", "lookup", "message_of", "part", "present",
-    "turns_of_transcript", "with_tools",
+    "Message", "Prompt", "check_prompt", "check_role", "check_text", "described", "lookup", "message_of", "part",
+    "present", "turns_of_transcript", "with_tools",
 ]  # fmt: skip
 
 Message = dict[str, str]
@@ -34,14 +34,23 @@ Completion = str | Message
 
 TOOLS = "tools"
 """Role of a first message that holds, as JSON, the tools that the chat template lists. No row may use it."""
-_REASONING_FIELDS = (REASONING, "reasoning")
+_REASONING_FIELDS = (REASONING, "reasoning", "thinking", "thought")
 """What the field is called by those who write files; the first that is there counts."""
+_ATTACHED = (
+    *("files", "attachments", "experimental_attachments", "images", "image", "image_url", "audio", "videos", "video"),
+)
+"""Fields of a message for what is not text."""
 TOOL_FIELDS = ("name", "tool_call_id")
 """Optional fields of a tool's message."""
 SAME_COMPLETIONS = "chosen and rejected are the same"
 """Reason for rejecting a pair of equal completions."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may speak."""
+_OTHER_WORDS = {
+    **dict.fromkeys(("ai", "apimessage", "bot", "chatbot", "gpt", "model", "chatgpt", "agent"), "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "environment", "tool_result", "function_response"), "tool"),
+}
+"""What other words for roles usually mean, beside the user's; none is mapped without being set."""
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _OPEN_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -148,6 +157,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
         [user Q]    [assistant A]       "B"                 [user Q] → A, B
         none        [user Q, A]         [user Q, B]         [user Q] → A, B
         none        "\\n\\nHuman: Q\\n\\nAssistant: A"  …        [user Q] → A, B
+        none        [user Q, A]         "B"                 [user Q] → A, B
 
     Args:
       prompt: text or messages; None, empty text or no messages where the replies hold it.
@@ -164,8 +174,9 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
     own = None if may_lack and lacks else check_prompt(prompt)
     heads: list[list[Message]] = []
     completions: list[Completion] = []
+    is_transcript = own is None and not any(isinstance(value, list) for value in replies.values())
     for name, value in replies.items():
-        if own is None and isinstance(value, str):
+        if is_transcript and isinstance(value, str):
             value = _transcript(value, name)
         if not isinstance(value, list):
             completions.append(check_text(value, name))
@@ -182,6 +193,7 @@ def part(prompt: Any, replies: Mapping[str, Any], *, may_lack: bool = False) -> 
             heads.append(head)
     if own is not None and not heads:
         return own, completions
+    heads = [head for head in heads if head] or heads
     if any(head != heads[0] for head in heads):
         raise BadRowError(f"{' and '.join(replies)} part before their last message")
     if own is None:
@@ -255,14 +267,28 @@ def _transcript(value: str, name: str) -> list[Message]:
     ]
 
 
+def check_role(role: Any, name: str) -> str:
+    """One of `ROLES`.
+
+    Raises:
+      BadRowError: it is none, with the setting that maps it.
+    """
+    if role in ROLES:
+        return str(role)
+    setting = ""
+    if isinstance(role, str):
+        usual = role.lower() if role.lower() in ROLES else _OTHER_WORDS.get(role.lower(), "user")
+        setting = f"; data.roles={{{role[:40]!r}: {usual!r}}} maps it"
+    raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}{setting}")
+
+
 def _message(message: Any, name: str) -> Message:
     if not isinstance(message, Mapping):
         raise BadRowError(f"message of the {name} is not an object but {described(message)}")
-    role = message.get("role")
-    if role not in ROLES:
-        setting = f"; data.roles={{{role[:40]!r}: 'user'}} maps it" if isinstance(role, str) else ""
-        raise BadRowError(f"role of the {name} is not known: {str(role)[:40]!r}{setting}")
-    calls = _tool_calls(message.get(TOOL_CALLS), role, name)
+    role = check_role(message.get("role"), name)
+    if attached := next((field for field in _ATTACHED if message.get(field)), None):
+        raise BadRowError(f"message of the {name} has {attached!r}, which is not text; only text is trained on")
+    calls = _tool_calls(_calls_of(message, name), role, name)
     content = _joined(message.get("content"), name)
     if calls and (content is None or (isinstance(content, str) and not content.strip())):
         return {"role": role, "content": "", **calls, **_reasoning(message, role, name)}
@@ -295,6 +321,14 @@ def _joined(content: Any, name: str) -> Any:
         if not isinstance(piece.get("text"), str):
             raise BadRowError(f"text of a part of the {name} is {described(piece.get('text'))}")
     return "".join(piece["text"] for piece in content)
+
+
+def _calls_of(message: Mapping[str, Any], name: str) -> Any:
+    """The calls of a message, also where it has the single `function_call` of OpenAI's first interface."""
+    calls, call = message.get(TOOL_CALLS), message.get("function_call")
+    if calls and call:
+        raise BadRowError(f"message of the {name} has both {TOOL_CALLS!r} and 'function_call'")
+    return [call] if call else calls
 
 
 def _tool_calls(calls: Any, role: str, name: str) -> dict[str, str]:

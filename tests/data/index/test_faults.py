@@ -33,7 +33,7 @@ FAULTS = {
     "prompt is not text but a number": line(prompt=7),
     "completion is not text but an empty object": line(completion={}),
     "row is not an object but a list of 1": b"[1]",
-    "invalid UTF-8 at byte 12": b'{"prompt": "\xff"}',
+    "invalid UTF-8 at byte 12; save the file as UTF-8": b'{"prompt": "\xff"}',
     "NUL character in prompt": line(prompt="a\0"),
     "lone surrogate in completion": line(completion="\ud800"),
     "line is longer than 4096 bytes": line(prompt="x" * 5000),

@@ -125,7 +125,7 @@ def test_a_line_of_50_mb_is_rejected_and_takes_little_memory(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (b'{"a": "\xff"}', "invalid UTF-8 at byte 7"),
+        (b'{"a": "\xff"}', "invalid UTF-8 at byte 7; save the file as UTF-8"),
         (b'{"a": nothing}', "invalid JSON: Expecting value"),
         (b'{"a": 1 "b": 2}', "invalid JSON: Expecting ',' delimiter"),
         (b"1}", "invalid JSON: Extra data"),

@@ -76,7 +76,7 @@ def test_a_row_becomes_feedback_with_its_place(tmp_path):
         ({**GOOD, "completion": [{"role": "user", "content": "x"}]}, "completion has role 'user', not 'assistant'"),
         ({**GOOD, "completion": [{"role": "assistant", "content": " "}]}, "empty completion"),
         (["not", "an", "object"], "row is not an object but a list of 3"),
-        (b'{"prompt": "a\xff"}', "invalid UTF-8 at byte 13"),
+        (b'{"prompt": "a\xff"}', "invalid UTF-8 at byte 13; save the file as UTF-8"),
         (b'{"prompt": "a", "completion": "b\\ud800", "label": true}', "lone surrogate in completion"),
         (b'{"prompt": "a", "compl', "invalid JSON: Unterminated string starting at"),
         (b"[" * 100_000, "invalid JSON: RecursionError"),
@@ -153,8 +153,9 @@ def test_csv_places_are_first_lines_and_quotes_may_span_lines(tmp_path):
     path.write_bytes(bz2.compress(text))
     records = read(path, label_map={"up": True, "down": False})
     assert records[0] == Feedback("Hello?", "Hi,\nyou.", True, 1.0, f"{path}:2")
-    assert records[1] == Rejection("2 columns where the header has 3", f"{path}:4")
-    assert records[2] == Rejection("invalid UTF-8", f"{path}:5")
+    reason = "2 columns where the header has 3; the first line must name the columns"
+    assert records[1] == Rejection(reason, f"{path}:4")
+    assert records[2] == Rejection("invalid UTF-8; save the file as UTF-8, in Excel as 'CSV UTF-8'", f"{path}:5")
     assert records[3] == Feedback("Hello?", "Go.", False, 1.0, f"{path}:6")
     assert records[4] == Rejection("invalid CSV: unexpected end of data", f"{path}:7")
 
