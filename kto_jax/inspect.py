@@ -42,6 +42,8 @@ _ENCODING = {
     "end": "ended in {} as text already, which was taken off",
     "thought": "behind an opened thought, without one: {} thought closed",
     "token": "control tokens {} kept",
+    "text": "{} in completions is text, not the control token",
+    "other_end": "end in {} as text, which is no token of this model",
 }
 """Descriptions of the counts in the manifest's "encoding"; docs/data.md explains the rules."""
 _NUM_BINS = 10
@@ -122,7 +124,32 @@ def as_json(index: Index) -> dict[str, Any]:
 
 
 def warnings(index: Index, config: Config) -> list[str]:
-    """Sentences on the completions that the objective does not train on."""
+    """Sentences on what is likely to be trained on as something else, or not at all."""
+    return [*_source_warnings(index), *_text_warnings(index), *_objective_warnings(index, config)]
+
+
+def _source_warnings(index: Index) -> list[str]:
+    """What reading the files warned of, which an index that was built before does not say again."""
+    sources = index.manifest["sources"]
+    return [f"{source['name']}: {warning}" for source in sources for warning in source.get("warnings", ())]
+
+
+def _text_warnings(index: Index) -> list[str]:
+    """Control strings in completions that are text to this model."""
+    counts = index.manifest.get("encoding", {})
+    return [
+        f"{count:,} completions end in {name!r}, the end of a turn of another model. It is no token of this one, so "
+        "the policy would learn to write it as text. Take it off the completions."
+        for name, count in counts.get("other_end", {}).items()
+    ] + [
+        f"completions hold the text {name!r} {count:,} times, which is not the control token of that name. "
+        "data.assistant_tokens names the tokens that keep their meaning in completions."
+        for name, count in counts.get("text", {}).items()
+    ]
+
+
+def _objective_warnings(index: Index, config: Config) -> list[str]:
+    """Completions that the objective leaves out."""
     name, reads = config.objective.name, check_objective(config.objective).reads
     train = index.sequences("train")
     if reads == "pairs":

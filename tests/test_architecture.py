@@ -35,7 +35,7 @@ ORDER = {
         "message_forms rejection sources tfds",
         "turns",
         "sampled",
-        "json_rows layout logged",
+        "json_rows layout logged threads",
         "tables",
         "files",
         "chats compared pressed public trees examples exports",
@@ -45,7 +45,7 @@ ORDER = {
         "records",
     ],
     "kto_jax.data.tokens": [
-        "gguf_tokenizer template tokenizer_files",
+        "gguf_tokenizer other_templates template tokenizer_files",
         "control_tokens",
         "prompts",
         "encoder",

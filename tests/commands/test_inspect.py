@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -192,3 +193,34 @@ def test_every_value_is_in_one_bar_of_a_histogram_and_the_long_tail_in_the_last(
 def test_bars_are_as_long_as_their_counts_and_whatever_is_there_can_be_seen(capsys):
     shown = counts_of(bars("labels", {"a": 10000, "b": 5000, "c": 1, "d": 0}), capsys)
     assert [bar for _, bar in shown.values()] == ["█" * 40, "█" * 20, "▏", ""]
+
+
+def test_a_warning_of_the_files_or_of_their_text_is_repeated_by_every_call(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path))
+    row = {"prompt": "Q?", "completion": "A.</s>", "label": True, "context": "C"}
+    rows = [row, {**row, "completion": "B <|im_end|> C.", "label": False}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [CONFIG, f"--config.data.train={tmp_path / 'rows.jsonl'}", "--config.data.holdout=0.0", "--json"]
+    found = []
+    for _ in range(2):  # The second call reopens the index.
+        assert main(arguments) == 0
+        captured = capsys.readouterr()
+        found.append((json.loads(captured.out)["warnings"], "look like content" in captured.err))
+    assert [printed for _, printed in found] == [True, False] and found[0][0] == found[1][0]
+    columns, end, text = found[0][0]
+    assert "rows.jsonl: the columns 'context' look like content and are not read" in columns
+    assert end.startswith("1 completions end in '</s>'") and text.startswith(
+        "completions hold the text '<|im_end|>' 1 t"
+    )
+
+
+def test_every_warning_has_a_row_in_the_docs(tmp_path):
+    """By what each says around its figures and names."""
+    page = (ROOT / "docs" / "inspect.md").read_text().partition("## Warnings")[2]
+    said = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:]
+    source = "".join((ROOT / "kto_jax" / name).read_text() for name in (
+        *("inspect.py", "data/rows/records.py", "data/rows/tables.py", "data/rows/files.py"),
+    ))  # fmt: skip
+    for words in said:
+        parts = [part.strip(" ;'") for piece in words.split("…") for part in re.split(r"'</s>'|, which", piece)]
+        assert all(part in re.sub(r'"\s*f?"', "", source) for part in parts), words

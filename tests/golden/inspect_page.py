@@ -31,8 +31,10 @@ START = """\
 it is trained on: the completion, which counts in the loss, is between ⟦ and ⟧; the prompt is before it.
 [Your data](data.md) explains the layouts.
 
-This page is written by `python -m tests.golden.inspect_page`, and a test keeps it true.
+`python -m tests.golden.inspect_page` writes this page up to the warnings, and a test keeps it true.
 """
+_BY_HAND = "\n## Warnings\n"
+"""Where the part of the page begins that is written by hand."""
 
 
 def turn(role, content, **fields):
@@ -170,13 +172,18 @@ def _quoted(value):
     return f'"{value}"' if isinstance(value, dict) else value
 
 
+def by_hand():
+    """What the page says of warnings."""
+    return _BY_HAND + PAGE.read_text(encoding="utf-8").partition(_BY_HAND)[2]
+
+
 def page():
     """The whole page."""
     config = resolve(runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]())
     with tempfile.TemporaryDirectory() as scratch, mock.patch.object(builder, "Workers", InProcessWorkers):
         folder = Path(scratch)
         tokenizer = _prepare(TINY_MODEL, folder / "tokenizer", "auto")
-        return START + "".join(section(*file, config, tokenizer, folder) for file in FILES)
+        return START + "".join(section(*file, config, tokenizer, folder) for file in FILES) + by_hand()
 
 
 if __name__ == "__main__":

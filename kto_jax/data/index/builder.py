@@ -137,7 +137,7 @@ class Builder:
                 task = progress.add_task(f"reading {file.path.name}", total=size)
                 rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
                 reading = read_as(rows, source.data)
-                self._sources[-1] |= {"layout": reading.layout, "fits": reading.fits}
+                self._sources[-1] |= {"layout": reading.layout, "fits": reading.fits, "warnings": reading.warnings}
                 self._add_records(itertools.islice(reading.records, self._sources[-1]["rows"], None), workers)
                 progress.update(task, completed=size)
                 self._num_finished += 1

@@ -52,11 +52,13 @@ class Reading:
       fits: the layouts and formats that the first rows fit, if they do not fit those that they are read by.
       records: every row, as `Feedback`, `Preference`, `Rejection` or `Skipped`; as several of a chat log with several
         ratings.
+      warnings: what the first rows hold and is not read, already printed.
     """
 
     layout: str
     fits: list[detect.Fit]
     records: Iterator[Record]
+    warnings: tuple[str, ...] = ()
 
 
 def read_records(source: str, data: DataConfig) -> Iterator[Record]:
@@ -102,9 +104,10 @@ def read_as(rows: Rows, data: DataConfig) -> Reading:
     fits = detect.alternatives(fitting, data)
     required = _required(data)
     _check_columns(required, seen, fits, data)
-    if data.layout in _PLAIN and seen.rows:
-        _warn_of_unread(seen, data, required)
-    return Reading(data.layout, fits, _records(rows, data))
+    warnings = _unread(seen, data, required) if data.layout in _PLAIN and seen.rows else ()
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return Reading(data.layout, fits, _records(rows, data), warnings)
 
 
 def _renamed(rows: Rows, rename: Mapping[str, str]) -> Rows:
@@ -187,10 +190,14 @@ def _required(data: DataConfig) -> list[str | tuple[str, ...]]:
 
 _PLAIN = ("fields", "messages", "sharegpt", "trl", "kto_mix", "ultrafeedback")
 """Layouts that read the columns they name and no others."""
-_CONTENT = ("system", "system_prompt", "input", "context", "history")
+_CONTENT = (
+    *("system", "system_prompt", "system_message", "instruction", "input", "context", "history", "chat_history"),
+    *("documents", "tools", "functions"),
+    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+)
 """Columns that are likely to hold a part of the conversation."""
-_IMAGES = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns that hold images, videos or sounds."""
+_IMAGES = ("image", "images", "video", "videos", "audio", "audios", "message_files")
+"""Columns that hold images, videos, sounds or files."""
 
 
 def _refuse_images(fields: Fields) -> None:
@@ -204,20 +211,20 @@ def _refuse_images(fields: Fields) -> None:
         raise BadRowError(f"{name!r} is not text; only text is trained on")
 
 
-def _warn_of_unread(seen: detect.Seen, data: DataConfig, required: list[str | tuple[str, ...]]) -> None:
-    """Names columns that look like content, have some, and are not read."""
+def _unread(seen: detect.Seen, data: DataConfig, required: list[str | tuple[str, ...]]) -> tuple[str, ...]:
+    """A warning that names the columns that look like content, have some, and are not read; nothing without such."""
     read = {data.prompt_field, data.system_field, data.tools_field, data.weight_field}
     read |= {name for names in required for name in ((names,) if isinstance(names, str) else names)}
     unread = [name for name in _CONTENT if name not in read and any(row.get(name) for row in seen.rows)]
-    if unread:
-        alpaca = ' data.layout="alpaca" reads system, input and history.' if seen.has("instruction") else ""
-        system = next((name for name in unread if name.startswith("system")), None)
-        system = f" data.system_field={system!r} puts it before the prompt." if system and not alpaca else ""
-        print(
-            f"warning: the columns {', '.join(map(repr, unread))} look like content and are not read with "
-            f"data.layout={data.layout!r}.{alpaca}{system} data.prompt_template can put them into the prompt.",
-            file=sys.stderr,
-        )
+    if not unread:
+        return ()
+    alpaca = ' data.layout="alpaca" reads system, input and history.' if seen.has("instruction") else ""
+    system = next((name for name in unread if name.startswith("system")), None)
+    system = f" data.system_field={system!r} puts it before the prompt." if system and not alpaca else ""
+    return (
+        f"the columns {', '.join(map(repr, unread))} look like content and are not read with "
+        f"data.layout={data.layout!r}.{alpaca}{system} data.prompt_template can put them into the prompt.",
+    )
 
 
 def _check_columns(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, Completion, Message
+from kto_jax.data.tokens import other_templates
 from kto_jax.data.tokens.prompts import PromptEncoder, Rendering, contents_of, unused_character
 from kto_jax.data.tokens.template import ANOTHER, EncodingError
 
@@ -87,8 +88,9 @@ class Encoder:
 
         Returns:
           Ids and counts. The counts are, by kind: "rule" ("template", "served", "plain", or "rendered" where the prompt
-          was rendered already), "end" (end tokens taken off, by token), "thought" ("empty": empty thoughts closed) and
-          "token" (control tokens kept in completions, by token).
+          was rendered already), "end" (end tokens taken off, by token), "thought" ("empty": empty thoughts closed),
+          "token" (control tokens kept in completions, by token), "text" (control strings in them that stay text) and
+          "other_end" (end tokens of other models at their ends, which are text).
 
         Raises:
           EncodingError: the template refuses the record, or leaves out a part of it.
@@ -97,6 +99,7 @@ class Encoder:
         mark = unused_character([*contents_of(prompt), *(text for reply in replies for text in contents_of([reply]))])
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         replies = [self._without_end(reply, counts) for reply in replies]
+        self._count_text(replies, counts)
         if self._template is None:
             texts = [self._plain_completion(reply, mark) for reply in replies]
             counts["rule", "rendered" if self._prompts.is_rendered(prompt) else "plain"] += len(texts)
@@ -240,6 +243,14 @@ class Encoder:
                 f"the field {REASONING!r} of a completion needs a chat template; data.chat_template names a file"
             )
         return self._controls.mask(reply["content"], mark, self._controls.emitted)
+
+    def _count_text(self, replies: list[Message], counts: collections.Counter[tuple[str, str]]) -> None:
+        """Counts what looks like a control token in completions and is trained on as text."""
+        for reply in replies:
+            names = self._controls.pattern.findall(reply["content"])
+            counts.update(("text", name) for name in names if name not in self._controls.emitted)
+            if (end := other_templates.end_of(reply["content"])) and end not in self._controls.ids:
+                counts["other_end", end] += 1
 
     def _without_end(self, reply: Message, counts: collections.Counter[tuple[str, str]]) -> Message:
         """A reply whose text does not end in an end token: the one real end token is added when it is encoded."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.turns import REASONING, TOOL_CALLS, TOOLS, Message
+from kto_jax.data.tokens import other_templates
 from kto_jax.data.tokens.control_tokens import ControlTokens
 from kto_jax.data.tokens.template import ANOTHER, ChatTemplate, EncodingError, Messages
 from kto_jax.data.tokens.tokenizer_files import read_special_tokens, read_template
@@ -128,6 +129,11 @@ class PromptEncoder:
         if self.is_rendered(prompt):
             raise EncodingError(
                 'the prompt is rendered by a chat template already: data.chat_template="none" reads its control tokens'
+            )
+        if isinstance(prompt, str) and (beginning := other_templates.renders(prompt)):
+            raise EncodingError(
+                f"the prompt is rendered by another model's chat template, which begins {beginning!r}: give its "
+                'messages, or data.chat_template="none" reads all of it as text'
             )
         messages = self.messages(prompt, mark)
         return self.template.render(messages, add_generation_prompt=True, **json.loads(settings_json))

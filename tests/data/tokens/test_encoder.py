@@ -157,3 +157,43 @@ def test_a_template_that_breaks_the_row_or_misbehaves_is_refused_in_time(with_te
     with pytest.raises(EncodingError, match=reason):
         encoder.encode_row("Hello?", "Hi.")
     assert time.monotonic() - started < 8
+
+
+OF_LLAMA = "<|start_header_id|>user<|end_header_id|>\n\nQ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "beginning"),
+    [
+        (OF_LLAMA, "<|start_header_id|>"),
+        ("<|begin_of_text|>" + OF_LLAMA, "<|begin_of_text|><|start_header_id|>"),
+        ("<s>[INST] Q? [/INST]", "<s>[INST]"),
+        ("<bos><start_of_turn>user\nQ?<end_of_turn>\n<start_of_turn>model\n", "<bos><start_of_turn>"),
+        ("<|user|>\nQ?</s>\n<|assistant|>\n", "<|user|>"),
+        ("<｜begin▁of▁sentence｜><｜User｜>Q?<｜Assistant｜><think>\n", "<｜begin▁of▁sentence｜><｜User｜>"),
+    ],
+)
+def test_a_prompt_that_another_template_rendered_is_refused_or_read_as_text(encoder, plain, prompt, beginning):
+    with pytest.raises(EncodingError, match="another model's chat template") as error:
+        encoder.encode_prompt(prompt)
+    assert f"begins {beginning!r}" in str(error.value)
+    assert not np.isin(plain.encode_prompt(prompt), [END, START, EOS]).any()
+
+
+@pytest.mark.parametrize("text", ["[INST] what is that?", "say [/INST]", "Why <|user|> and <|assistant|>?", "<s>"])
+def test_text_about_templates_stays_text(encoder, tokenizer, text):
+    assert text in raw(tokenizer, encoder.encode_prompt(text))
+
+
+@pytest.mark.parametrize(
+    ("completion", "counted"),
+    [
+        ("A.</s>", {("other_end", "</s>"): 1}),
+        ("A.<|eot_id|>\n<|im_end|>", {("other_end", "<|eot_id|>"): 1, ("end", "<|im_end|>"): 1}),
+        ("A.<|im_end|>\n<|im_start|>user\nB", {("text", "<|im_end|>"): 1, ("text", "<|im_start|>"): 1}),
+        ("A</s> B", {}),
+    ],
+)
+def test_control_strings_of_a_completion_that_stay_text_are_counted(encoder, completion, counted):
+    counts = encoder.encode("Q?", [completion]).counts
+    assert {key: count for key, count in counts.items() if key[0] != "rule"} == counted
