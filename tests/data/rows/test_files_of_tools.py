@@ -3,7 +3,6 @@
 import json
 import re
 
-import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -156,7 +155,6 @@ FILES = [
     ("twice", "a table's columns", "t.json", b'{"columns": ["prompt", "completion", "completion"], "data": []}', {},
      "the column 'completion' twice"),
     ("twice", "Parquet", "t.parquet", "parquet", {}, "the column 'completion' twice"),
-    ("twice", "Excel", "t.xlsx", "excel", {}, "the column 'completion' twice"),
     # Answers to one question, side by side in a list.
     ("branches", "chat-ui", "b.jsonl", rows(chat_ui()), {"format": "demonstrations"},
      [([Q], "A", True), ([Q], "B", True)]),
@@ -179,15 +177,10 @@ NAMES = [f"{kind}: {tool}" for kind, tool, *_ in FILES]
 
 
 def write(path, content):
-    """Writes a file; parquet and excel stand for tables that name a column twice."""
+    """Writes a file; parquet stands for a table that names a column twice."""
     if content == "parquet":
         columns = [pyarrow.array([text]) for text in "QAB"]
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "completion", "completion"]), path)
-    elif content == "excel":
-        book = openpyxl.Workbook()
-        for line in (("prompt", "completion", "completion"), tuple("QAB")):
-            book.active.append(line)
-        book.save(path)
     else:
         path.write_bytes(content)
 
