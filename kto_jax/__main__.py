@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "explains feedback without training: what is read, rejected and trained on",
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
     "generate": "samples completions from a run or a model",
+    "evaluate": "measures a policy on held-out feedback and against a baseline, by judges, with intervals",
     "export": "exports a checkpoint of a run: merged, as adapters, as GGUF, to the Hub",
     "verify": "checks a run or an exported model for damaged files",
     "score": "scores completions with a reward model",

@@ -24,14 +24,24 @@ class Judge(Protocol):
     def quality(self) -> Mapping[str, float]:
         """How accurate the judge itself is, on feedback that it was not fitted on."""
 
+    def each(self, completions: Sequence[str]) -> dict[str, np.ndarray]:
+        """Figures of each completion.
+
+        Args:
+          completions: decoded text.
+
+        Returns:
+          Figure name -> one value for each completion; the same names in the same order on every call.
+        """
+
     def score(self, completions: Sequence[str]) -> dict[str, float]:
-        """Figures about a set of completions.
+        """The means of the figures of a set of completions.
 
         Args:
           completions: decoded text; at least one.
 
         Returns:
-          Figure name -> value; the same names in the same order on every call.
+          Figure name -> value, as `each` names them.
 
         Raises:
           ValueError: `completions` is empty.
@@ -49,14 +59,15 @@ class FeedbackJudge:
         """The probability that each completion is desirable, float64 [len(completions)]."""
         return self.pipeline.predict_proba(list(completions))[:, 1]
 
-    def score(self, completions: Sequence[str]) -> dict[str, float]:
-        """`judged desirable (share)`: probability above a half; `desirable probability`: the mean probability."""
-        _require_some(completions)
+    def each(self, completions: Sequence[str]) -> dict[str, np.ndarray]:
+        """`judged desirable (share)`: whether the probability is above a half; `desirable probability`."""
         probabilities = self.probabilities(completions)
-        return {
-            "judged desirable (share)": float(np.mean(probabilities > 0.5)),
-            "desirable probability": float(np.mean(probabilities)),
-        }
+        return {"judged desirable (share)": (probabilities > 0.5) * 1.0, "desirable probability": probabilities}
+
+    def score(self, completions: Sequence[str]) -> dict[str, float]:
+        """The means of `each`."""
+        _require_some(completions)
+        return _means(self.each(completions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +77,19 @@ class VaderJudge:
     analyzer: Any
     quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def compounds(self, completions: Sequence[str]) -> np.ndarray:
+        """The compound score of each completion in [-1, 1], float64 [len(completions)]."""
+        return np.asarray([self.analyzer.polarity_scores(text)["compound"] for text in completions], float)
+
+    def each(self, completions: Sequence[str]) -> dict[str, np.ndarray]:
+        """`positive (share)`: whether the compound score is above 0; `compound`: that score, in [-1, 1]."""
+        compounds = self.compounds(completions)
+        return {"positive (share)": (compounds > 0) * 1.0, "compound": compounds}
+
     def score(self, completions: Sequence[str]) -> dict[str, float]:
-        """`positive (share)`: compound score above 0; `compound`: the mean compound score, in [-1, 1]."""
+        """The means of `each`."""
         _require_some(completions)
-        compounds = np.asarray([self.analyzer.polarity_scores(text)["compound"] for text in completions])
-        return {"positive (share)": float(np.mean(compounds > 0)), "compound": float(np.mean(compounds))}
+        return _means(self.each(completions))
 
 
 def fit_feedback_judge(
@@ -162,6 +181,10 @@ def compare(name: str, judge: Judge, before: Sequence[str], after: Sequence[str]
         {"judge": name, "figure": figure, "before": value, "after": figures_after[figure]}
         for figure, value in figures_before.items()
     ]
+
+
+def _means(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
 def _require_some(completions: Sequence[str]) -> None:

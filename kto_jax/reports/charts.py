@@ -24,9 +24,40 @@ Series = tuple[np.ndarray, np.ndarray]
 
 # Placeholders that matplotlib accepts as colours; they become CSS variables, which the page's style sheet defines.
 _COLOURS = {
-    name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "muted", "grid", "blue", "red", "green", "violet"), start=1)
+    name: f"#0{i}0{i}0{i}"
+    for i, name in enumerate(("ink", "muted", "grid", "blue", "red", "green", "violet", "orange", "teal"), start=1)
 }
+COLOURS = ("blue", "red", "green", "violet", "orange", "teal", "ink")
+"""Colours of lines that are compared, in order."""
 _MAX_POINTS = 600
+_SIZE = (4.3, 2.7)
+"""Inches: a chart is about this wide on a phone, so that its labels are as large as it draws them."""
+_TEXT = 10.5
+"""Size of all labels, in points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A line of `draw_curves`.
+
+    Attributes:
+      label: its name.
+      colour: one of `COLOURS`.
+      steps: where it is known [n].
+      values: there [n].
+      low, high: ends of the values' intervals [n]; None if they have none.
+      points: a few measurements, drawn as connected points and never smoothed.
+      dashed: whether the line is dashed.
+    """
+
+    label: str
+    colour: str
+    steps: np.ndarray
+    values: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    points: bool = False
+    dashed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,27 +191,94 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def draw_charts(rows: Sequence[Mapping[str, Any]], captions: Captions) -> list[dict[str, str]]:
+def draw_charts(
+    rows: Sequence[Mapping[str, Any]], captions: Captions, marks: Sequence[int] = ()
+) -> list[dict[str, str]]:
     """Draws every chart that the run has metrics for.
 
     Args:
       rows: one mapping of metrics per step, in order; a missing or non-finite value leaves a gap.
       captions: texts that depend on the objective.
+      marks: steps that a warning was about; each is a vertical line.
 
     Returns:
       Charts as `{title, caption, svg}`; the SVG is safe to inline because it contains no text of the run.
     """
     drawn = []
     for chart in _charts(captions):
-        svg = _draw(chart, rows)
+        svg = _draw(chart, rows, marks)
         if svg:
             drawn.append({"title": chart.title, "caption": chart.caption, "svg": svg})
     return drawn
 
 
-def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
+def draw_curves(
+    name: str,
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    caption: str = "",
+    level: float | None = None,
+    unit_interval: bool = False,
+    x: str = "step",
+) -> dict[str, str]:
+    """Draws lines of several runs or models in one chart.
+
+    Args:
+      name: of its identifiers on the page.
+      title: above it.
+      curves: at least one; their labels are not drawn, but named by the page.
+      caption: below it.
+      level: value of a horizontal line.
+      unit_interval: whether the axis is [0, 1].
+      x: name of the horizontal axis.
+    """
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        colour = _COLOURS[curve.colour]
+        style: dict[str, Any] = {"linestyle": (0, (4, 2))} if curve.dashed else {}
+        if curve.points or len(curve.steps) == 1:
+            axes.plot(curve.steps, curve.values, color=colour, marker="o", markersize=4, lw=1.4, **style)
+        else:
+            steps, values = _downsample(curve.steps, curve.values[None])
+            axes.plot(steps, _smooth(values[0]), color=colour, lw=1.8, **style)
+        if curve.low is not None and curve.high is not None:
+            axes.vlines(curve.steps, curve.low, curve.high, color=colour, lw=1.2, alpha=0.55)
+    chart = _Chart(name, title, caption, (), level=level, unit_interval=unit_interval)
+    _style_axes(axes, chart, x=x)
+    return {"title": title, "caption": caption, "svg": _to_svg(figure, chart)}
+
+
+def draw_histogram(
+    name: str, title: str, groups: Mapping[str, np.ndarray], *, unit: str, caption: str = ""
+) -> dict[str, str]:
+    """Draws how often values occur in some groups, as shares of each group, in the order of `COLOURS`.
+
+    Args:
+      name: of its identifiers on the page.
+      title: above it.
+      groups: name -> values; those without values are left out.
+      unit: of the values.
+      caption: below it.
+    """
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    present = {label: np.asarray(values, float) for label, values in groups.items() if len(values)}
+    edges = np.histogram_bin_edges(np.concatenate(list(present.values())), bins=24)
+    for (label, values), colour in zip(present.items(), COLOURS, strict=False):
+        shares = 100 * np.histogram(values, edges)[0] / len(values)
+        axes.stairs(shares, edges, color=_COLOURS[colour], fill=True, alpha=0.16)
+        axes.stairs(shares, edges, color=_COLOURS[colour], lw=1.6, label=label)
+    chart = _Chart(name, title, caption, (), from_zero=True)
+    _style_axes(axes, chart, x=unit)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    return {"title": title, "caption": caption, "svg": _to_svg(figure, chart)}
+
+
+def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]], marks: Sequence[int]) -> str:
     """Returns the chart as inline SVG; empty if the run has none of its metrics."""
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     if not any([_draw_line(axes, line, rows) for line in chart.lines]):
         return ""
@@ -191,6 +289,8 @@ def _draw(chart: _Chart, rows: Sequence[Mapping[str, Any]]) -> str:
         steps, values = _downsample(*series(rows, *chart.band))
         centre, error = _smooth(values[0]), _smooth(values[1])
         axes.fill_between(steps, centre - error, centre + error, color=_COLOURS["blue"], alpha=0.22, lw=0)
+    for step in marks:
+        axes.axvline(step, color=_COLOURS["orange"], lw=1.1, linestyle=(0, (2, 2)), zorder=2)
     _style_axes(axes, chart)
     return _to_svg(figure, chart)
 
@@ -211,10 +311,10 @@ def _draw_line(axes: Axes, line: _Line, rows: Sequence[Mapping[str, Any]]) -> bo
     return True
 
 
-def _style_axes(axes: Axes, chart: _Chart) -> None:
+def _style_axes(axes: Axes, chart: _Chart, *, x: str = "step") -> None:
     muted = _COLOURS["muted"]
-    title_names_the_only_line = len(axes.get_legend_handles_labels()[1]) == 1
-    if not title_names_the_only_line:
+    # The title names an only line.
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
@@ -222,20 +322,20 @@ def _style_axes(axes: Axes, chart: _Chart) -> None:
             frameon=False,
             labelcolor=_COLOURS["ink"],
             handlelength=1.4,
-            columnspacing=1.4,
+            columnspacing=1.2,
             borderaxespad=0.1,
-            fontsize=9,
+            fontsize=_TEXT,
         )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_COLOURS["grid"])
-    axes.tick_params(colors=muted, labelsize=9, length=0, pad=5)
+    axes.tick_params(colors=muted, labelsize=_TEXT, length=0, pad=5)
     axes.grid(axis="y", color=_COLOURS["grid"], lw=0.7)
     axes.set_axisbelow(True)
     axes.margins(x=0.02, y=0.08)
-    axes.set_xlabel("step", color=muted, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel(x, color=muted, fontsize=_TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=x == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.get_offset_text().set(color=muted, fontsize=9)
+    axes.yaxis.get_offset_text().set(color=muted, fontsize=_TEXT)
     if chart.level is not None:
         axes.axhline(chart.level, color=muted, lw=0.9, zorder=1)
     if chart.unit_interval:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
 import math
+import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kto_jax.config import Config, to_dict
 from kto_jax.config.packages import is_installed
+from kto_jax.data.rows.sources import sources_of
 from kto_jax.devices import processes
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.model import Model, Params
@@ -25,7 +31,7 @@ from kto_jax.reports.model_card import model_card
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console, read_metrics
 from kto_jax.training.reference import is_rounded
-from kto_jax.training.run_folder import RunFolder
+from kto_jax.training.run_folder import RunFolder, write_json
 from kto_jax.training.state import TrainState
 
 REPORT_PACKAGES = ("matplotlib", "jinja2")
@@ -129,6 +135,7 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
     verdicts, judges_notes, rows = _compare(inputs, run, config)
     for verdict in verdicts:
         console.print("{judge}, {figure}: {before:.3f} before, {after:.3f} after".format(**verdict), highlight=False)
+    write_json(run.path / "verdicts.json", verdicts)
     if missing := [package for package in REPORT_PACKAGES if not is_installed(package)]:
         console.print(
             f"report.html is skipped: it needs {' and '.join(missing)}, not installed here. Run pip install "
@@ -138,7 +145,9 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
         return
     # Imported here because it imports the packages of the report.
     from kto_jax.reports.page import Report, write_report
+    from kto_jax.reports.recipe import differences_from_recipe
 
+    compared_with, differences = differences_from_recipe(command, to_dict(config))
     report = Report(
         title=run.path.name,
         command=command,
@@ -150,8 +159,68 @@ def _write_report(inputs: Inputs, run: RunFolder, config: Config, command: str, 
         verdicts=verdicts,
         reference_error=_reference_error(run.path),
         notes=[*notes, *judges_notes],
+        about=describe_run(inputs, config),
+        held_out=_held_out_counts(inputs),
+        compared_with=compared_with,
+        differences=differences,
+        lengths=_lengths(inputs),
+        num_devices=jax.device_count(),
+        spike_deviations=config.watch.spike_deviations,
     )
     write_report(run.path / "report.html", report)
+
+
+def describe_run(inputs: Inputs, config: Config) -> dict[str, str]:
+    """What was trained, on what, by what and when, for the top of the report."""
+    base = f" on {config.model.base}" if config.model.base else ""
+    adapters = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
+    sources = [source.path for source in sources_of(config.data) if source.split == "train"]
+    chosen = {name: value for name, value in inputs.objective.options.items() if value not in ("", None)}
+    options = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
+    )
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = f"{os.cpu_count()} cores, {memory:.0f} GiB" if jax.default_backend() == "cpu" else ""
+    packages = ("kto_jax", "jax", "flax", "optax")
+    return {
+        "model": f"{config.model.path}{base}{adapters}",
+        "data": ", ".join(sources),
+        "objective": f"{config.objective.name}" + (f" ({options})" if options else ""),
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "hardware": f"{count} × {kind}" + (f" ({cores})" if cores else ""),
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, packages)]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # kto_jax runs from its sources too
+        return f"{package} from its sources"
+
+
+def _held_out_counts(inputs: Inputs) -> tuple[int, int]:
+    """Desirable and undesirable completions of an evaluation."""
+    if inputs.held_out is None:
+        return (0, 0)
+    count = inputs.held_out.num_examples
+    if inputs.objective.reads == "pairs":
+        return (count, count)
+    labels = np.asarray(inputs.index.desirable)[inputs.index.sequences("eval")]
+    return (round(count * labels.mean()), round(count * (1 - labels.mean())))
+
+
+def _lengths(inputs: Inputs) -> dict[str, np.ndarray]:
+    """Tokens of what is trained on, for the report's histograms."""
+    index, rows = inputs.index, inputs.index.sequences("train")
+    desirable = np.asarray(index.desirable)[rows]
+    completions = np.asarray(index.completion_lengths)[rows]
+    return {
+        "prompts": np.asarray(index.prompt_lengths)[rows],
+        "desirable": completions[desirable],
+        "undesirable": completions[~desirable],
+    }
 
 
 def _reference_error(folder: Path) -> dict[str, Any]:
@@ -162,12 +231,18 @@ def _reference_error(folder: Path) -> dict[str, Any]:
 
 def _compare(
     inputs: Inputs, run: RunFolder, config: Config
-) -> tuple[list[dict[str, Any]], list[str], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
     """Returns the judges' verdicts, notes on them, and completions side by side; all empty without samples."""
     paths = [run.path / f"samples_{name}.json" for name in ("before", "after")]
     if not all(path.exists() for path in paths):
         return [], [], []
     before, after = (samples.load_samples(path) for path in paths)
     verdicts, notes = samples.judge(inputs.index, run.tokenizer, config.samples.judges, before, after)
-    triples = zip(before.prompts, before.completions, after.completions, strict=True)
-    return verdicts, notes, [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in triples]
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "before": old, "after": new}
+        for prompt, old, new in zip(before.prompts, before.completions, after.completions, strict=True)
+    ]
+    for name, written in (("before_cut", before), ("after_cut", after)):
+        for row, ended in zip(rows, written.ended, strict=False):  # none in files of earlier versions
+            row[name] = not ended
+    return verdicts, notes, rows

@@ -256,9 +256,9 @@ def _open(name: str, stack: contextlib.ExitStack, dtype: str) -> Callable[..., A
     call = _CALL.match(name)
     if call and call["name"] in CHECKERS:
         return _checker(name, call["name"], call["arguments"] or "()")
-    place, colon, attribute = name.rpartition(":")
+    _, colon, attribute = name.rpartition(":")
     if colon and attribute.isidentifier():
-        return _imported(name, place, attribute)
+        return _imported(name)
     if Path(name).exists():
         model = stack.enter_context(open_reward_model(name, dtype=dtype))
         return lambda prompts, completions: list(reward(model, prompts, [text_of(said) for said in completions]))
@@ -281,7 +281,26 @@ def _checker(text: str, name: str, arguments: str) -> Callable[..., Any]:
         ) from None
 
 
-def _imported(name: str, place: str, attribute: str) -> Callable[..., Any]:
+def _imported(name: str) -> Callable[..., Any]:
+    found = import_object(name, "--reward")
+    if not callable(found):
+        raise ConfigError(
+            f"--reward={name!r} is {type(found).__name__}. Allowed: a function. Correct --reward or the file."
+        )
+    return found
+
+
+def import_object(name: str, flag: str) -> Any:
+    """What FILE.py:NAME or MODULE:NAME names.
+
+    Args:
+      name: where it is.
+      flag: what named it, for errors.
+
+    Raises:
+      ConfigError: it cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(f"kto_jax_reward_{Path(place).stem}", place)
@@ -290,14 +309,9 @@ def _imported(name: str, place: str, attribute: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        found = getattr(module, attribute)
+        return getattr(module, attribute)
     except Exception as error:
         raise ConfigError(
-            f"--reward={name!r} cannot be imported: {type(error).__name__}: {error}. Allowed: FILE.py:FUNCTION or "
-            "MODULE:FUNCTION. Correct --reward or the file."
+            f"{flag}={name!r} cannot be imported: {type(error).__name__}: {error}. Allowed: FILE.py:FUNCTION or "
+            f"MODULE:FUNCTION. Correct {flag} or the file."
         ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"--reward={name!r} is {type(found).__name__}. Allowed: a function. Correct --reward or the file."
-        )
-    return found

@@ -45,7 +45,7 @@ def make_evaluation(
         rows = local_rows(mesh, schedule.microbatch_rows)
         place = functools.partial(place_batch, mesh)
         for batch in prefetch(functools.partial(schedule.batch, rows=rows), range(schedule.num_steps), finish=place):
-            figures, batch_rewards = step(state, batch)
+            figures, batch_rewards, _ = step(state, batch)
             figures = jax.device_get(figures)
             batch_rewards, filled, labels = processes.gather((batch_rewards, batch.matched.filled, batch.desirable))
             loss += float(figures["loss_sum"])

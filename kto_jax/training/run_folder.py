@@ -10,6 +10,7 @@ adapter/         low-rank adapters in peft's format, if they were trained
 tensorboard/, wandb/, wandb.json, mlflow.json   files of experiment trackers
 heartbeat.json   time of the last sign of life, the last step, and what the run does
 profile/         traces of JAX's profiler, if config.profile enables them
+samples_before.json, samples_after.json, verdicts.json   completions of held-out prompts, and what the judges say
 reference_error.json   the error of log-probabilities and rewards, if the reference is rounded
 reference.json   digest of the reference's weights, if its log-probabilities are precomputed
 """

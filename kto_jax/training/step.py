@@ -306,8 +306,11 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
 
 def evaluation_step(
     model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch
-) -> tuple[Metrics, Float[Array, "M R S"]]:
-    """Loss and z0 of one held-out batch, and the rewards of its slots, for metrics over all batches."""
+) -> tuple[Metrics, Float[Array, "M R S"], Float[Array, "M R S"]]:
+    """Loss and z0 of one held-out batch; the rewards of its slots and their gains, for metrics over all batches.
+
+    A gain is a reward less the reward of the reference point; its sign is the prediction of a thumb.
+    """
     point, figures, batch = reference_point(model, objective, state, batch)
     loss_sum = _loss_of(model, objective, state, point)
 
@@ -316,7 +319,8 @@ def evaluation_step(
         return loss, objective.rewards(completions)
 
     losses, rewards = map_microbatches(measure, _matched_microbatches(batch), batch.num_matched)
-    return figures | {"loss_sum": jnp.sum(losses)}, rewards
+    gains = rewards - objective.reference_reward(point, state.objective_state)
+    return figures | {"loss_sum": jnp.sum(losses)}, rewards, gains
 
 
 def reference_error(model: Model, objective: Objective, state: TrainState, batch: FeedbackBatch) -> Metrics:
@@ -350,10 +354,10 @@ def jit_train_step(recipe: Recipe) -> Callable[[TrainState, FeedbackBatch], tupl
 
 def jit_evaluation_step(
     model: Model, objective: Objective
-) -> Callable[[TrainState, FeedbackBatch], tuple[Metrics, jax.Array]]:
+) -> Callable[[TrainState, FeedbackBatch], tuple[Metrics, jax.Array, jax.Array]]:
     """The compiled evaluation step."""
 
-    def step(state: TrainState, batch: FeedbackBatch) -> tuple[Metrics, jax.Array]:
+    def step(state: TrainState, batch: FeedbackBatch) -> tuple[Metrics, jax.Array, jax.Array]:
         return evaluation_step(model, objective, state, batch)
 
     return jax.jit(step)

@@ -47,11 +47,13 @@ class StoredPolicy:
       model: the architecture, with the scalar head that is trained: none, "reward" or "value".
       policy: the parameters; adapters are merged into those that are frozen.
       trained: what the run trains: the parameters, or the adapters alone.
+      objective_state: the objective's state, by name; usually {}.
     """
 
     model: Model
     policy: Params
     trained: Params
+    objective_state: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def find_step(workdir: Path, step: str = "last") -> int:
@@ -81,6 +83,16 @@ def find_step(workdir: Path, step: str = "last") -> int:
         f"--step={step} is no checkpoint of {workdir}. Allowed: {', '.join(map(str, steps))}, last, and best if "
         "held-out feedback was evaluated. Set --step."
     )
+
+
+def find_steps(workdir: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order.
+
+    Raises:
+      ConfigError: the folder holds no run, or no whole checkpoint.
+    """
+    find_step(workdir)
+    return _find_steps(workdir)
 
 
 def _find_checkpoints(workdir: Path) -> list[Any]:
@@ -133,8 +145,8 @@ def load_checkpoint(
     )
 
 
-def _load_trained(workdir: Path, step: int) -> tuple[Params, Params]:
-    """What a checkpoint's run trains, and the shapes of its adapters; {} if it trains whole weights.
+def _load_trained(workdir: Path, step: int) -> tuple[Params, Params, dict[str, jax.Array]]:
+    """What a checkpoint's run trains; the shapes of its adapters, {} if it trains whole weights; the objective's state.
 
     Raises:
       ConfigError: it is damaged.
@@ -153,21 +165,26 @@ def _load_trained(workdir: Path, step: int) -> tuple[Params, Params]:
         adapters = jax.eval_shape(draw, jax.random.key(0))
         kept = kept | adapters
     wanted["policy"] = jax.tree.map(_on_one_device, kept)
-    trained = stored.load(wanted)["policy"]
+    if metadata.get("objective_state"):
+        wanted["objective_state"] = jax.tree.map(_on_one_device, metadata["objective_state"])
+    loaded = stored.load(wanted)
+    trained, objective_state = loaded["policy"], loaded.get("objective_state") or {}
     stored.compare(record, {"policy": trained})
-    return trained, adapters
+    return trained, adapters, objective_state
 
 
-def _as_policy(workdir: Path, trained: Params, adapters: Params, *, dtype: str) -> StoredPolicy:
+def _as_policy(
+    workdir: Path, trained: Params, adapters: Params, objective_state: dict[str, jax.Array], *, dtype: str
+) -> StoredPolicy:
     model = read_model(workdir, dtype=dtype)
     head = trained.get(SCALAR_HEAD)
     if head is not None:
         model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
     if not adapters:
-        return StoredPolicy(model, trained, trained)
+        return StoredPolicy(model, trained, trained, objective_state)
     lora = _lora(workdir)
     frozen = _load_base(workdir, lora, adapters)
-    return StoredPolicy(model, merge_adapters(frozen, trained, lora.alpha / lora.rank), trained)
+    return StoredPolicy(model, merge_adapters(frozen, trained, lora.alpha / lora.rank), trained, objective_state)
 
 
 def _read_settings(workdir: Path) -> dict[str, Any]:

@@ -5,17 +5,32 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from kto_jax.config import Config
 from kto_jax.training.inputs import Inputs
 from kto_jax.training.logs import console
 
-_WINDOW, _FEWEST = 50, 20
+WINDOW, _FEWEST = 50, 20
 """Recent steps that a loss is compared with, and how many there must be."""
 _NORMAL = 1.4826
 """Standard deviations in a median absolute deviation of normal values."""
 _MOST_ROWS = 64
+
+
+def is_spike(before: Collection[float], loss: float, deviations: float) -> bool:
+    """Whether a loss is far above those before it.
+
+    Args:
+      before: losses of recent steps; with fewer than 20 nothing is a spike.
+      loss: of the step.
+      deviations: standard deviations above their median; 0 finds nothing.
+    """
+    if not deviations or len(before) < _FEWEST:
+        return False
+    median = statistics.median(before)
+    deviation = _NORMAL * statistics.median(abs(one - median) for one in before)
+    return loss - median > deviations * deviation
 
 
 class UnusualSteps:
@@ -31,7 +46,7 @@ class UnusualSteps:
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         self._config, self._inputs = config, inputs
-        self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Prints what is unusual about a step, if anything is."""
@@ -60,11 +75,7 @@ class UnusualSteps:
             self._losses.append(loss)
 
     def _spikes(self, loss: float) -> bool:
-        if not self._config.watch.spike_deviations or len(self._losses) < _FEWEST:
-            return False
-        median = statistics.median(self._losses)
-        deviation = _NORMAL * statistics.median(abs(before - median) for before in self._losses)
-        return loss - median > self._config.watch.spike_deviations * deviation
+        return is_spike(self._losses, loss, self._config.watch.spike_deviations)
 
     def _rows(self, step: int) -> str:
         """Ids and places of a step's rows."""

@@ -4,6 +4,7 @@ import html.parser
 import math
 import re
 
+import numpy as np
 import pytest
 
 from kto_jax.reports.page import Report, render_report, write_report
@@ -61,7 +62,7 @@ def make_report(**changes):
 class Tags(html.parser.HTMLParser):
     """Collects tags and identifiers and checks that every opened tag is closed."""
 
-    VOID = frozenset({"meta", "br", "link", "img", "path", "use", "circle", "rect", "line"})
+    VOID = frozenset({"meta", "br", "link", "img", "input", "path", "use", "circle", "rect", "line"})
 
     def __init__(self, text):
         super().__init__()
@@ -86,11 +87,18 @@ class Tags(html.parser.HTMLParser):
 
 def test_every_section_is_rendered():
     text = render()
-    for expected in ("a run", "python -m kto_jax.train", "A triumph.", "A mess.", "label is missing", "objective.beta"):
+    for expected in (
+        "a run",
+        "python -m kto_jax.train",
+        "triumph.</del>",
+        "mess.</ins>",
+        "label is missing",
+        "objective.beta",
+    ):
         assert expected in text
     for title in ("Loss", "Rewards", "Distance from the reference", "Gradient norm", "Learning rate", "Speed"):
         assert f"<h3>{title}</h3>" in text
-    assert text.count("<svg ") == 8
+    assert text.count("<svg ") == 9  # and the lengths of the samples
     assert "▲ 70 points" in text
 
 
@@ -99,7 +107,9 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside():
     assert tags.open == []
     assert tags.addresses, "the curves refer to their own markers and clip paths"
     assert all(address.startswith("#") for address in tags.addresses)
-    assert not {"script", "link", "img", "iframe"} & set(tags.names)
+    assert not {"link", "img", "iframe"} & set(tags.names)
+    assert tags.names.count("script") == 1  # the page's own search
+    assert "default-src 'none'" in render()
     assert len(tags.identifiers) == len(set(tags.identifiers))
     assert {address[1:] for address in tags.addresses} <= set(tags.identifiers)
 
@@ -122,30 +132,89 @@ def test_text_of_the_run_is_escaped():
         reference_error={EVIL: EVIL},
         figures={EVIL: EVIL},
         notes=[EVIL],
+        about={EVIL: EVIL},
+        compared_with=EVIL,
+        differences=[(EVIL, EVIL, EVIL)],
     )
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 14
+    assert text.count("<script") == 1
+    assert text.count("&lt;script&gt;") >= 15
     assert Tags(text).open == []
 
 
 def test_line_breaks_of_a_completion_are_kept():
-    text = render(samples=[{"prompt": "p", "before": "one\n\ntwo", "after": ""}])
+    text = render(metrics=(), samples=[{"prompt": "p", "before": "one\n\ntwo", "after": ""}])
     assert '<div class="text">one\n\ntwo</div>' in text
     assert re.search(r"\.text \{[^}]*white-space: pre-wrap", text)
     assert "the completion is empty" in text
 
 
-def test_chat_prompts_are_shown_with_their_roles():
+def test_chat_prompts_are_shown_by_turns():
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Review it."}]
-    text = render(samples=[{"prompt": prompt, "before": "a", "after": "b"}])
-    assert "system: Be brief.\nuser: Review it." in text
+    text = render(metrics=(), samples=[{"prompt": prompt, "before": "a", "after": "b"}])
+    for role, said in (("system", "Be brief."), ("user", "Review it.")):
+        assert f'<span class="tag">{role}</span><div class="text">{said}</div>' in text
+
+
+def test_words_that_differ_are_marked_and_cut_samples_are_named():
+    sample = {"prompt": "p", "before": "a good long film", "after": "a bad long film", "after_cut": True}
+    text = render(metrics=(), samples=[sample])
+    assert "a <del>good</del> long film" in text and "a <ins>bad</ins> long film" in text
+    assert text.count("cut at the longest length</span>") == 1
+    assert '<td data-name="After" class="number">100 %</td>' in text  # cut, of one sample
+
+
+def test_the_head_says_what_changed_and_what_was_trained():
+    verdict = {"judge": "feedback", "figure": "judged desirable (share)", "before": 0.2, "after": 0.8, "low": 0.4,
+               "high": 0.7, "prompts": 40, "accuracy": 0.75}  # fmt: skip
+    text = render(metrics=(), verdicts=[verdict], about={"model": "a model", "hardware": "1 × cpu"})
+    assert "rose from 20 % to 80 %, by 60 points (95 % interval 40 to 70). It is not chance" in text
+    assert "<dt>hardware</dt><dd>1 × cpu</dd>" in text
+    assert '<span class="range">+40 to +70</span>' in text
+    assert 'class="change unsure"' in render(metrics=(), verdicts=[verdict | {"low": -0.1}])
+
+
+def test_warnings_are_told_and_marked_in_the_curves():
+    rows = metrics(40)
+    rows[30]["loss"], rows[12]["num_bad_steps"] = 5.0, 1
+    text = render(metrics=rows)
+    assert "The loss or gradient was not finite at step 12" in text
+    assert "The loss was far above those before it at step 30" in text
+    assert "mark the 2 steps of the warnings" in text
+
+
+def test_the_steps_are_a_table_of_moderate_length_that_ends_with_the_last_one():
+    text = render(metrics=metrics(1000))
+    table = text[text.index("<summary>Steps") : text.index("</details>", text.index("<summary>Steps"))]
+    assert "every 9th" in table and table.count("<tr>") == 1 + 112
+    assert '<td class="number">999</td>' in table
+
+
+def test_the_cost_is_in_time_and_tokens():
+    text = render(num_devices=4)
+    assert '<td data-name="Total" class="number">10 min 10 s</td>' in text
+    assert '<td data-name="Total" class="number">0.678</td>' in text  # 610 s on 4 devices, in hours
+    assert '<td data-name="Total" class="number">40,000</td>' in text
+
+
+def test_lengths_and_splits_of_the_data_are_shown():
+    manifest = {"splits": {"train": {"desirable": 5, "undesirable": 3, "prompts": 4}}}
+    lengths = {"prompts": np.arange(9), "desirable": np.arange(5), "undesirable": np.arange(3)}
+    text = render(metrics=(), manifest=manifest, lengths=lengths, samples=[])
+    assert text.count("<svg ") == 2 and "Completions trained on" in text
+    assert '<td data-name="Undesirable" class="number">3</td>' in text
+
+
+def test_what_differs_from_the_recipe_is_listed():
+    text = render(metrics=(), compared_with="the recipe tiny", differences=[("seed", "0", "3")])
+    assert "What differs from the recipe tiny." in text and '<td data-name="Here"><code>3</code></td>' in text
+    assert "Nothing differs from the recipe tiny." in render(metrics=(), compared_with="the recipe tiny")
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 2000])
 def test_runs_of_any_length_render(num_steps):
     text = render(metrics=metrics(num_steps))
-    assert text.count("<svg ") == (8 if num_steps else 0)
+    assert text.count("<svg ") == (9 if num_steps else 1)
     assert len(text) < 500_000
     assert f"<dd>{num_steps:,}</dd>" in text
 
@@ -200,13 +269,13 @@ def test_the_summary_adds_up_the_steps_and_takes_more_figures():
 
 def test_a_verdict_without_a_before_or_after_shows_what_is_known():
     verdict = {"judge": "vader", "figure": "compound", "before": None, "after": -0.25}
-    text = render(verdicts=[verdict])
+    text = render(metrics=(), verdicts=[verdict])
     assert "-0.25" in text
     assert 'class="change"' not in text
 
 
 def test_the_rejections_histogram_is_in_proportion_and_in_order():
-    text = render()
+    text = render(metrics=())
     assert text.index("label is missing") < text.index("completion is empty")
     assert "width:100.0%" in text
     assert "width:25.0%" in text
@@ -221,7 +290,7 @@ def test_the_same_run_gives_the_same_bytes_in_one_file(tmp_path):
 
 def test_the_reference_error_is_shown_if_the_reference_was_rounded():
     errors = {"completions": 16.0, "logps_mean": 0.0551, "rewards_max": 0.022, "another_figure": 0.5}
-    text = render(reference_error=errors)
+    text = render(metrics=(), reference_error=errors)
     section = text[text.index('<section id="reference">') : text.index('<section id="data">')]
     for name, value in (
         ("log-probability, mean (nats)", "0.0551"),
@@ -229,4 +298,4 @@ def test_the_reference_error_is_shown_if_the_reference_was_rounded():
         ("another_figure", "0.5"),
     ):
         assert re.search(rf"{re.escape(name)}</code></td><td><code>{value}</code>", section)
-    assert 'id="reference"' not in render()
+    assert 'id="reference"' not in render(metrics=())

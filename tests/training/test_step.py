@@ -314,11 +314,13 @@ def test_a_batch_of_one_prompt_has_no_unmatched_pairs_and_a_z0_of_0():
 
 def test_evaluation_gives_the_loss_that_training_saw():
     before, _, figures, model, batch = plain_step()
-    evaluated, rewards = jax.jit(functools.partial(evaluation_step, model, OBJECTIVE))(before, batch)
+    evaluated, rewards, gains = jax.jit(functools.partial(evaluation_step, model, OBJECTIVE))(before, batch)
     assert evaluated["loss_sum"] / BATCH == pytest.approx(float(figures["loss"]), rel=1e-6)
     assert evaluated["z0"] == pytest.approx(float(figures["z0"]), rel=1e-6)
     good = np.asarray(batch.desirable & batch.matched.filled)
     assert np.mean(np.asarray(rewards)[good]) == pytest.approx(float(figures["rewards_desirable"]), rel=1e-5)
+    point = OBJECTIVE.reference_reward(evaluated["z0"], {})
+    np.testing.assert_allclose(np.asarray(gains)[good], np.asarray(rewards)[good] - point, rtol=1e-5)
 
 
 def flops_of_a_forward_pass(config, rows):
