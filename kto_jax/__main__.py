@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
     "generate": "samples completions from a run or a model",
     "evaluate": "measures a policy on held-out feedback and against a baseline, by judges, with intervals",
+    "compare": "compares runs: settings, curves, verdicts and samples on one page",
     "export": "exports a checkpoint of a run: merged, as adapters, as GGUF, to the Hub",
     "verify": "checks a run or an exported model for damaged files",
     "score": "scores completions with a reward model",

@@ -19,7 +19,7 @@ ORDER = {
         "evaluation",
         "reports",
         "thumbs",
-        "train generate export score verify curves inspect plan evaluate __main__",
+        "train generate export score verify curves inspect plan evaluate compare __main__",
         "online",
     ],
     "kto_jax.config": [
@@ -97,10 +97,10 @@ ORDER = {
         "out_of_memory report",
     ],
     "kto_jax.reports": [
-        "captions model_card samples",
+        "captions model_card run_record samples",
         "charts recipe side_by_side template",
         "headline warnings",
-        "evaluation_page page",
+        "comparison_page evaluation_page page",
         "results",
     ],
     "kto_jax.rewards": ["endpoint messages reward_model", "checkers", "functions"],
