@@ -109,7 +109,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside():
     assert all(address.startswith("#") for address in tags.addresses)
     assert not {"link", "img", "iframe"} & set(tags.names)
     assert tags.names.count("script") == 1  # the page's own search
-    assert "default-src 'none'" in render()
+    assert "default-src &#39;none&#39;" in render()
     assert len(tags.identifiers) == len(set(tags.identifiers))
     assert {address[1:] for address in tags.addresses} <= set(tags.identifiers)
 
