@@ -85,7 +85,8 @@ def _message(value: Any) -> dict[str, Any] | None:
     ):
         return None
     message = {"role": _LANGCHAIN[kind.removesuffix("MessageChunk").lower()], "content": held["content"]}
-    more = held.get("additional_kwargs") if isinstance(held.get("additional_kwargs"), Mapping) else {}
+    more = held.get("additional_kwargs")
+    more = more if isinstance(more, Mapping) else {}
     calls = held.get("tool_calls") or more.get("tool_calls")
     if isinstance(calls, list) and calls:
         message["tool_calls"] = [_call(call) for call in calls]
