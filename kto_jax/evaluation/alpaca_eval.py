@@ -75,7 +75,7 @@ def read_outputs(path: str) -> tuple[list[Answer], str]:
 
 
 def _answer_of(row: Any, place: str) -> Answer:
-    prompt = row.get("messages", row.get("instruction")) if isinstance(row, dict) else None
+    prompt: Any = row.get("messages", row.get("instruction")) if isinstance(row, dict) else None
     if not is_prompt(prompt) or not isinstance(row.get("output"), str):
         raise ConfigError(
             f"{place} has no instruction or no output with text. Every entry is an object with both. Correct the file."

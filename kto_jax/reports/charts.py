@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 import numpy as np
@@ -159,7 +159,7 @@ def _charts(captions: Captions) -> tuple[_Chart, ...]:
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Returns whether a metric can be drawn: a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

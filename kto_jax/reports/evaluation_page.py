@@ -197,7 +197,7 @@ def _curve(label: str, colour: str, steps: np.ndarray, found: Sequence[Interval]
     return Curve(label, colour, steps, values, low, high, points=True)
 
 
-def _texts(contest: Contest) -> list[tuple[str, str, str]]:
+def _texts(contest: Contest) -> list[tuple[str, ...]]:
     ours, theirs = (describe_texts([one.text for one in side]) for side in (contest.ours, contest.theirs))
     shares = ("empty", "distinct pairs", "duplicates", "loops")
     rows = [

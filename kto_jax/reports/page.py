@@ -153,7 +153,7 @@ def _card(sample: Mapping[str, Any]) -> dict[str, Any]:
     return card(sample["prompt"], ("Before", "After"), (before, after), cut=cut, kinds=kinds)
 
 
-def _texts(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def _texts(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Figures of the completions before and after that need no judge."""
     if not samples:
         return []
