@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kto_jax.config import Config, ConfigError, MeshConfig, ProcessesConfig, ReferenceConfig, resolve
+from kto_jax.config import Config, ConfigError, MeshConfig, ProcessesConfig, resolve
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.workers import Workers
 from kto_jax.devices.sharding import place_batch
@@ -98,9 +98,12 @@ class OpenRun:
     @functools.cached_property
     def reference(self) -> Params:
         """The model that the run started from, or its reference model, as the run kept it."""
-        mesh, model = make_model(self.config, self.inputs, devices=jax.devices()[:1])
+        config = self.config
+        if config.reference.param_dtype == "auto":  # of a run that held none
+            config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype="float32"))
+        mesh, model = make_model(config, self.inputs, devices=jax.devices()[:1])
         plain = dataclasses.replace(model, scalar_head="none")
-        return load_reference(self.config, self.inputs, plain, reference_shardings(self.config, plain, mesh))
+        return load_reference(config, self.inputs, plain, reference_shardings(config, plain, mesh))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (the run is closed with the command)
     def _checkpoint(self, step: int) -> StoredPolicy:
@@ -242,9 +245,7 @@ def open_run(path: str) -> Iterator[OpenRun]:
 def _for_one_device(folder: Path) -> Config:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = with_recorded_settings(resolve(values), folder)
-    reference: ReferenceConfig = dataclasses.replace(config.reference, precompute=False)
-    if reference.param_dtype == "auto":
-        reference = dataclasses.replace(reference, param_dtype="float32")
+    reference = dataclasses.replace(config.reference, precompute=False)
     rows = 1 if config.microbatch_rows == "auto" else config.microbatch_rows
     return dataclasses.replace(
         config, mesh=MeshConfig(), processes=ProcessesConfig(), microbatch_rows=rows, reference=reference,

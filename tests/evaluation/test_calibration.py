@@ -20,7 +20,7 @@ def test_calibrated_probabilities_have_hardly_any_error_and_overconfident_ones_d
 
 
 def test_thumbs_are_right_on_their_side_of_the_reference_point():
-    rewards = np.array([1.0, 0.4, -1.0, 0.3])
+    rewards = np.array([1.0, 0.4, -1.0, -0.3])
     found = rank_thumbs(rewards, rewards - 0.5, np.array([True, True, False, False]), "abcd")
     assert found.accuracy.value == 0.75
     assert found.auc.value == 1.0

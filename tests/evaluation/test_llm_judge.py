@@ -60,7 +60,7 @@ def test_nonsense_is_a_verdict_that_could_not_be_read(serve):  # noqa: F811
 
 
 def test_a_failing_server_is_asked_again(serve):  # noqa: F811
-    server = serve(lambda path, text, number: (503, "busy") if number <= 2 else "[[A=B]]")
+    server = serve(lambda path, text, number: (502, "busy") if number <= 2 else "[[A=B]]")
     first, _ = ask_in_both_orders(endpoint(server, parallel=1), answers("a"), answers("b"))
     assert first.tolist() == [0.5]
     assert len(server.questions) == 4
