@@ -36,6 +36,7 @@ from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.compilation import Program, keep_compiled
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
+from kto_jax.models.weights.load import is_multimodal
 from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.objectives import defaults
 from kto_jax.planning.out_of_memory import explained_out_of_memory
@@ -233,6 +234,11 @@ def _print_summary(config: Config, inputs: Inputs, mesh: Mesh, peak: str) -> Non
     )
     if inputs.policy_files.adapter is not None:
         console.print(_describe_start(config, inputs.policy_files))
+    if is_multimodal(inputs.policy_files.weights):
+        console.print(
+            f"{inputs.policy_files.weights} also reads images: only its language model is trained and exported; the "
+            "other weights are left out"
+        )
     if config.optimizer.warmup_steps >= inputs.num_steps:
         console.print(
             f"warning: all {inputs.num_steps} steps are warm-up (config.optimizer.warmup_steps="

@@ -80,7 +80,12 @@ ORDER = {
         "weights",
     ],
     "kto_jax.models.attention": ["dense mosaic triton", "blockwise cached splash"],
-    "kto_jax.models.families": ["tensors", "family", "gemma llama mixture qwen", "config_json"],
+    "kto_jax.models.families": [
+        "multimodal rotary tensors known_entries",
+        "family",
+        "gemma gpt_neox granite llama mixture olmo phi qwen",
+        "config_json",
+    ],
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors value_head",
         "adapter_folder",

@@ -19,6 +19,7 @@ from kto_jax.data.tokens import tokenizer_files
 from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.rope import LinearScaling, Llama3Scaling
 from kto_jax.models.weights.gguf import LAYER_NAMES, OTHER_NAMES, ROPE_FACTORS, row_order
 from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
@@ -27,6 +28,11 @@ from kto_jax.storage.atomic import new_file
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the kinds (general.file_type)."""
+_SIZES = (
+    "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
+    "norm_eps", "rope_theta", "tied_head", "initializer_range", "bos_id", "eos_ids",
+)  # fmt: skip
+"""What a GGUF file of the Llama type states, or need not."""
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _OTHERWISE = "Export a Hugging Face directory, without --gguf, and convert that with llama.cpp."
 
@@ -71,12 +77,11 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
 
 
 def _check_architecture(config: TransformerConfig, directory: Path) -> None:
-    usual = TransformerConfig(8, 8, 1, 1, 1, 8, 8)
-    names = (
-        "activation", "qkv_bias", "qk_norm", "norm_offset", "post_norms", "embed_scale", "window",
-        "query_pre_attn_scalar", "attention_softcap", "final_softcap", "num_experts",
-    )  # fmt: skip
+    usual, free = TransformerConfig(8, 8, 1, 1, 1, 8, 8), {*_SIZES, "family", "rope_scaling"}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in free]
     other = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    if not isinstance(config.rope_scaling, Llama3Scaling | LinearScaling | None):
+        other.append(f"rope_scaling {config.rope_scaling.to_hugging_face()['rope_type']}")
     if other or is_reward_model(directory):
         what = ", ".join(other) or "a reward head"
         raise ConfigError(

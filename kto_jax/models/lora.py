@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from kto_jax.config import LoraConfig
+from kto_jax.config import ConfigError, LoraConfig
 
 # Where a matrix is among a layer's parameters.
 GROUPS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")
@@ -98,7 +98,8 @@ def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[st
         return Adapter(factor("a"), factor("b"))
 
     keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS)), strict=True))
-    return _map_targets(lora.targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
+    targets = _targets(params["layers"], lora)
+    return _map_targets(targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
 
 
 def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
@@ -108,7 +109,23 @@ def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
         *stacked, axis_in, axis_out = axes["layers"][group][name]["weight"]
         return Adapter((*stacked, axis_in, "adapter"), (*stacked, "adapter", axis_out))
 
-    return _map_targets(lora.targets, split)
+    return _map_targets(_targets(axes["layers"], lora), split)
+
+
+def _targets(layers: Any, lora: LoraConfig) -> Sequence[str]:
+    """The matrices that get an adapter: all that the model has, or those that are named.
+
+    Raises:
+      ConfigError: the model lacks one that is named.
+    """
+    has = [name for name, group in GROUPS.items() if name in layers[group]]
+    missing = [name for name in lora.targets if name not in has]
+    if missing and set(lora.targets) != set(GROUPS):
+        raise ConfigError(
+            f"config.lora.targets names {', '.join(missing)}, which the model lacks. It has {', '.join(has)}. Set "
+            "config.lora.targets to some of these."
+        )
+    return [name for name in lora.targets if name in has]
 
 
 def _map_targets(targets: Sequence[str], make: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, i
 from kto_jax.models.int8 import INT8, Int8Matrix, cast_params, quantised_axes
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
+from kto_jax.models.rope import LengthDependent
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
 from kto_jax.models.unstacked import product_with_transposed
 from kto_jax.shapes import RouterSums
@@ -42,8 +43,8 @@ class Model:
         embed.table [V, D]            layers.attention_norm.scale, layers.mlp_norm.scale [layers, D]
         final_norm.scale [D]          layers.attention.query, key, value, output .weight [layers, in, out]
         head.weight [D, V] if untied  layers.mlp.gate, up, down .weight [layers, in, out]
-        where the architecture has    layers.attention.query, key, value .bias [layers, out]
-        them:                         layers.attention.query_norm, key_norm .scale [layers, H or out]
+        where the architecture has    .bias of each of these norms [layers, D] and matrices [layers, out]
+        them:                         layers.attention.query_norm, key_norm .scale [layers, H] or [layers, heads · H]
                                       layers.attention_post_norm, mlp_post_norm .scale [layers, D]
         a mixture of experts:         layers.mlp.router.weight [layers, D, E]
                                       layers.mlp.gate, up, down .weight [layers, E, in, out]
@@ -154,7 +155,7 @@ class Model:
     def head(self, params: Params) -> Float[Array, "D V"]:
         """The output head in the compute dtype; the transposed embedding if they are tied.
 
-        Its products are logits only without a soft-cap: `logits` and `token_logps` apply it.
+        Its products are logits only without a soft-cap and divisor: `logits` and `token_logps` apply them.
         """
         if self.config.tied_head:
             return params["embed"]["table"].astype(self.dtype).T
@@ -162,6 +163,7 @@ class Model:
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of a few hidden states, in float32 or wider, with the soft-cap; training never materialises them."""
+        hidden = self._divided(hidden)
         wide, precision = jnp.promote_types(self.dtype, jnp.float32), matmul_precision(self.dtype)
         product = partial(jnp.dot, precision=precision, preferred_element_type=wide)
         if self.config.tied_head and hidden.ndim == 2 and len(hidden) > 1:
@@ -182,7 +184,7 @@ class Model:
             head = head.astype(self.dtype)  # and so is its gradient, before the sum over devices
         # Resharded once, before the loop over chunks: all-gathered over fsdp, sharded over tensor.
         axes = ("vocab", "embed") if tied else ("embed", "vocab")
-        shape = targets.shape
+        shape, hidden = targets.shape, self._divided(hidden)
         if self.layout.row_parts > 1:
             # Parts of rows become rows, so that all devices that hold them work on every chunk.
             hidden, targets = _parts(hidden, self.layout.row_parts), _parts(targets, self.layout.row_parts)
@@ -192,6 +194,11 @@ class Model:
             kept_logits=self.layout.kept_logits, constrain_head=lambda head: self.layout.constrain(head, axes),
         )  # fmt: skip
         return logps if self.layout.row_parts == 1 else logps.reshape(shape[0], -1)[:, : shape[1]]
+
+    def _divided(self, hidden: Array) -> Array:
+        """Hidden states whose products with the head are logits."""
+        divisor = self.config.logits_divisor
+        return hidden if divisor == 1 else hidden / jnp.asarray(divisor, hidden.dtype)
 
     def apply_scalar_head(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The reward or the value of each hidden state, in float32 or wider.
@@ -206,8 +213,20 @@ class Model:
         return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty KV cache: keys and values [batch, K, length, H] of each layer in the compute dtype, sharded."""
+        """An empty KV cache: keys and values [batch, K, length, H] of each layer in the compute dtype, sharded.
+
+        Raises:
+          ConfigError: the rotary scaling depends on the length, and `length` exceeds its original context.
+        """
         config = self.config
+        scaling = config.rope_scaling
+        if isinstance(scaling, LengthDependent) and length > scaling.original_max_length:
+            raise ConfigError(
+                f"A KV cache of {length} tokens was asked for; the model's rotary scaling changes all of its "
+                f"frequencies when a sequence exceeds {scaling.original_max_length} tokens, and cached keys cannot "
+                f"follow. Prompt and completion may have {scaling.original_max_length} tokens together. Lower "
+                "max_new_tokens, or shorten the prompts."
+            )
         shape = (batch, config.num_kv_heads, length, config.head_dim)
         empty = lambda: self.layout.constrain(jnp.zeros(shape, self.dtype), CACHE_AXES)  # noqa: E731
         return {name: tuple(empty() for _ in range(config.num_layers)) for name in ("key", "value")}

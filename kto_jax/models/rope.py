@@ -1,14 +1,18 @@
-"""Rotary settings in a config.json, and the scaling of rotary frequencies for longer contexts."""
+"""The scaling of rotary frequencies for longer contexts.
+
+Linear, llama3 and YaRN scaling give one set of frequencies. Those of longrope and dynamic scaling depend on the length
+of the sequence: each sequence of a packed row has the frequencies that it has in a row by itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-
-from kto_jax.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_length: int
+    attention_factor: ClassVar[float] = 1.0
 
     def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
         """Divides low frequencies by `factor`, keeps high ones, and interpolates in between."""
@@ -54,6 +59,7 @@ class LinearScaling:
     """
 
     factor: float
+    attention_factor: ClassVar[float] = 1.0
 
     def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
         """All frequencies, divided by `factor`."""
@@ -64,7 +70,123 @@ class LinearScaling:
         return {"rope_type": "linear", "factor": self.factor}
 
 
-Scaling = Llama3Scaling | LinearScaling
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): low frequencies are divided, high ones kept, and cosines and sines grow.
+
+    Attributes:
+      factor: factor by which long wavelengths grow.
+      original_max_length: the model's context before scaling, in tokens.
+      attention_factor: factor of cosines and sines.
+      beta_fast: frequencies that turn more often than this within the original context are kept.
+      beta_slow: frequencies that turn less often than this are divided by `factor`; those in between are interpolated.
+      truncate: whether the two bounds are rounded outwards to whole frequencies.
+    """
+
+    factor: float
+    original_max_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
+        """Divides low frequencies by `factor`, keeps high ones, and interpolates in between."""
+        size = 2 * len(frequencies)
+        log_theta = -math.log(frequencies[-1]) * size / (size - 2)
+
+        def place(turns: float) -> float:
+            return size * math.log(self.original_max_length / (turns * 2 * math.pi)) / (2 * log_theta)
+
+        low, high = place(self.beta_fast), place(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        divided = np.clip((np.arange(len(frequencies)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+        return divided * frequencies / self.factor + (1 - divided) * frequencies
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_max_length,
+            "attention_factor": self.attention_factor,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "truncate": self.truncate,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753), as in Phi-3: a divisor for each frequency, others for sequences of more tokens.
+
+    Attributes:
+      short_factors: divisors for sequences within the original context, [W/2].
+      long_factors: divisors for longer ones, [W/2].
+      original_max_length: the model's context before scaling, in tokens.
+      attention_factor: factor of cosines and sines, for all lengths.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_length: int
+    attention_factor: float
+
+    def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
+        """Those of sequences within the original context."""
+        return frequencies / np.asarray(self.short_factors)
+
+    def long_frequencies(self, frequencies: np.ndarray, lengths: jax.Array) -> jax.Array:
+        """The frequencies of sequences of these lengths, which may exceed the original context."""
+        long = jnp.asarray(frequencies / np.asarray(self.long_factors), lengths.dtype)
+        short = jnp.asarray(self.scale_frequencies(frequencies), lengths.dtype)
+        shape = (1,) * (lengths.ndim - 1) + (-1,)
+        return jnp.where(lengths > self.original_max_length, long.reshape(shape), short.reshape(shape))
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(self.short_factors),
+            "long_factor": list(self.long_factors),
+            "original_max_position_embeddings": self.original_max_length,
+            "attention_factor": self.attention_factor,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicScaling:
+    """Dynamic NTK scaling: the base of the rotary embedding grows with a sequence beyond the original context.
+
+    Attributes:
+      factor: how fast it grows.
+      original_max_length: the model's context, in tokens.
+    """
+
+    factor: float
+    original_max_length: int
+    attention_factor: ClassVar[float] = 1.0
+
+    def scale_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
+        """Those of sequences within the original context: the frequencies themselves."""
+        return frequencies
+
+    def long_frequencies(self, frequencies: np.ndarray, lengths: jax.Array) -> jax.Array:
+        """The frequencies of sequences of these lengths, which may exceed the original context."""
+        growth = jnp.maximum(self.factor * lengths / self.original_max_length - (self.factor - 1), 1)
+        places = jnp.arange(len(frequencies), dtype=lengths.dtype) / max(len(frequencies) - 1, 1)
+        shape = (1,) * (lengths.ndim - 1) + (-1,)
+        return jnp.asarray(frequencies, lengths.dtype).reshape(shape) * growth ** -places.reshape(shape)
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `rope_scaling` of a config.json."""
+        return {"rope_type": "dynamic", "factor": self.factor}
+
+
+LengthDependent = LongRopeScaling | DynamicScaling
+Scaling = Llama3Scaling | LinearScaling | YarnScaling | LengthDependent
 _ROUNDING = 1e-6
 """Relative error of a factor that is computed and stored in float32."""
 
@@ -123,65 +245,3 @@ def _any_llama3(frequencies: np.ndarray, kept: np.ndarray, factor: float) -> lis
     length = max(round(-2 * np.pi * slope / start), 1)
     width = length / (2 * np.pi * slope)
     return [Llama3Scaling(factor, float(-start * width), float((1 - start) * width), length)]
-
-
-def read_rope(parameters: Mapping[str, Any], default_theta: Any) -> tuple[float, Scaling | None]:
-    """Theta and scaling of one kind of layer.
-
-    Args:
-      parameters: `rope_parameters`, or `rope_scaling` in the older spelling.
-      default_theta: the base, if `parameters` has none.
-
-    Raises:
-      ConfigError: the kind of scaling is not supported, or lacks a value.
-    """
-    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
-    if nested:
-        raise ConfigError(
-            f"The model's rope_parameters differ by kind of layer ({', '.join(nested)}); only one set is supported for "
-            "this architecture. Choose another model."
-        )
-    if parameters.get("partial_rotary_factor") not in (None, 1):
-        raise ConfigError(
-            f"The model's config.json has partial_rotary_factor={parameters['partial_rotary_factor']!r}; only 1 is "
-            "supported. Choose a model without this option."
-        )
-    theta = parameters.get("rope_theta")
-    theta = float(default_theta if theta is None else theta)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(
-            f"The model's rotary embedding is scaled by {kind!r}; 'default', 'linear' and 'llama3' are supported. "
-            "Choose a model with one of these."
-        )
-    names = ["factor"]
-    if kind == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    missing = [name for name in names if parameters.get(name) is None]
-    if missing:
-        raise ConfigError(
-            f"The model's {kind} rotary scaling lacks {', '.join(missing)}; it needs {', '.join(names)}. Fix its "
-            "config.json."
-        )
-    if kind == "linear":
-        return theta, LinearScaling(float(parameters["factor"]))
-    factor, low, high, original = (parameters[name] for name in names)
-    return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))
-
-
-def merge_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges `rope_scaling` and `rope_parameters` of a config.json; the newer, `rope_parameters`, wins.
-
-    Raises:
-      ConfigError: they name different kinds of scaling.
-    """
-    older, newer = dict(values.get("rope_scaling") or {}), dict(values.get("rope_parameters") or {})
-    kinds = [spelling.get("rope_type", spelling.get("type")) for spelling in (older, newer)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise ConfigError(
-            f"The model's config.json has a rope_scaling of {kinds[0]!r} and rope_parameters of {kinds[1]!r}. They "
-            "must agree. Remove the wrong one."
-        )
-    return older | newer

@@ -22,13 +22,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from kto_jax.models.attention.cached import cached_attention
-from kto_jax.models.attention.dense import rotary_tables, rotate
+from kto_jax.models.attention.dense import rotary_tables, rotate, sequence_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.experts import ExpertFeedForward
 from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_product
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
+from kto_jax.models.rope import LengthDependent
 from kto_jax.models.unstacked import TransposedMatrix, product_with_transposed
 from kto_jax.shapes import RouterSums
 
@@ -54,6 +55,7 @@ REMAT_POLICIES = {
 }
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
@@ -118,6 +120,24 @@ class RMSNorm(nnx.Module):
         return (scaled * scale).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """LayerNorm with a learnt scale and bias, computed in float32 or wider."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(shape), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises along the last axis of x."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scale, bias = (leaf[...].astype(wide)[(None,) * (x.ndim - 1)] for leaf in (self.scale, self.bias))
+        centred = x.astype(wide)
+        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (normal * scale + bias).astype(x.dtype)
+
+
 def _linear_options(config: TransformerConfig, dtype: Any, layout: Layout, rngs: nnx.Rngs) -> dict[str, Any]:
     return {
         "scale": config.initializer_range,
@@ -127,10 +147,13 @@ def _linear_options(config: TransformerConfig, dtype: Any, layout: Layout, rngs:
     }
 
 
-def _norm(config: TransformerConfig, width: int, axis: str) -> RMSNorm:
-    """A norm of all layers, stacked."""
-    shape, axes = (config.num_layers, width), ("layers", axis)
+def _rms_norm(config: TransformerConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> RMSNorm:
     return RMSNorm(shape, axes, eps=config.norm_eps, offset=config.norm_offset)
+
+
+def _norm(config: TransformerConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream."""
+    return LayerNorm(shape, axes, eps=config.norm_eps) if config.norm == "layer" else _rms_norm(config, shape, axes)
 
 
 class Attention(nnx.Module):
@@ -148,11 +171,12 @@ class Attention(nnx.Module):
         self.norms_whole = config.qk_norm == "whole"
         self.query_norm, self.key_norm = (
             None if config.qk_norm == "none"
-            else _norm(config, width, axis) if self.norms_whole
-            else _norm(config, config.head_dim, "head_dim")
+            else _rms_norm(config, (layers, width), ("layers", axis)) if self.norms_whole
+            else _rms_norm(config, (layers, config.head_dim), ("layers", "head_dim"))
             for width, axis in ((heads, "heads"), (kv_heads, "kv_heads"))
         )  # fmt: skip
-        self.output = Linear((layers, heads, embed), ("layers", "heads", "embed"), **options)
+        biased = options | {"has_bias": config.output_bias}
+        self.output = Linear((layers, heads, embed), ("layers", "heads", "embed"), **biased)
 
     def __call__(self, x_TD: Array, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
         """The attention block's output, and what `attend` returns besides its own output."""
@@ -172,37 +196,42 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU if the activation is silu."""
+    """A gated layer, down(activation(gate(x)) * up(x)): SwiGLU if the activation is silu; or one without gate."""
 
     def __init__(self, config: TransformerConfig, *, dtype, layout: Layout, rngs: nnx.Rngs):
         layers, embed, mlp = config.num_layers, config.embed_dim, config.mlp_dim
-        options = _linear_options(config, dtype, layout, rngs)
+        options = _linear_options(config, dtype, layout, rngs) | {"has_bias": config.mlp_bias}
         self.activation = config.activation
-        self.gate = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
+        gate = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options) if config.gated else None
+        self.gate: Linear | None = gate
         self.up = Linear((layers, embed, mlp), ("layers", "embed", "mlp"), **options)
         self.down = Linear((layers, mlp, embed), ("layers", "mlp", "embed"), **options)
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Passes every token through the feed-forward layer."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x_TD)) * self.up(x_TD))
+        activate = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(activate(self.up(x_TD)))
+        return self.down(activate(self.gate(x_TD)) * self.up(x_TD))
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each with a pre-norm, an optional post-norm and a residual connection."""
+    """One layer: attention and feed-forward, each with norms before or after it and a residual connection."""
 
     def __init__(self, config: TransformerConfig, *, dtype, layout: Layout, rngs: nnx.Rngs):
-        norm = partial(_norm, config, config.embed_dim, "embed")
-        self.attention_norm = norm()
+        norm = partial(_norm, config, (config.num_layers, config.embed_dim), ("layers", "embed"))
+        self.residual_scale, self.is_parallel = config.residual_scale, config.parallel_residual
+        self.attention_norm: RMSNorm | LayerNorm | None = norm() if config.pre_norms else None
         self.attention = Attention(config, dtype=dtype, layout=layout, rngs=rngs)
-        self.mlp_norm = norm()
+        self.mlp_norm: RMSNorm | LayerNorm | None = norm() if config.pre_norms else None
         self.mlp: FeedForward | ExpertFeedForward
         if config.num_experts:
             activation = ACTIVATIONS[config.activation]
             self.mlp = ExpertFeedForward(config, activation=activation, dtype=dtype, layout=layout, rngs=rngs)
         else:
             self.mlp = FeedForward(config, dtype=dtype, layout=layout, rngs=rngs)
-        self.attention_post_norm: RMSNorm | None = norm() if config.post_norms else None
-        self.mlp_post_norm: RMSNorm | None = norm() if config.post_norms else None
+        self.attention_post_norm: RMSNorm | LayerNorm | None = norm() if config.post_norms else None
+        self.mlp_post_norm: RMSNorm | LayerNorm | None = norm() if config.post_norms else None
 
     def __call__(
         self, x_TD: Array, tables: tuple[Array, Array], attend: Attend, where_RL: Bool[Array, "R L"]
@@ -215,14 +244,21 @@ class Block(nnx.Module):
           attend: attention.
           where_RL: which tokens are not padding.
         """
-        mixed_TD, kept = self.attention(self.attention_norm(x_TD), tables, attend)
-        x_TD = x_TD + (mixed_TD if self.attention_post_norm is None else self.attention_post_norm(mixed_TD))
-        routed = None
+        mixed_TD, kept = self.attention(_normalised(self.attention_norm, x_TD), tables, attend)
+        after_TD = x_TD + self._scaled(_normalised(self.attention_post_norm, mixed_TD))
+        normal_TD, routed = _normalised(self.mlp_norm, x_TD if self.is_parallel else after_TD), None
         if isinstance(self.mlp, ExpertFeedForward):
-            fed_TD, routed = self.mlp(self.mlp_norm(x_TD), where_RL)
+            fed_TD, routed = self.mlp(normal_TD, where_RL)
         else:
-            fed_TD = self.mlp(self.mlp_norm(x_TD))
-        return x_TD + (fed_TD if self.mlp_post_norm is None else self.mlp_post_norm(fed_TD)), kept, routed
+            fed_TD = self.mlp(normal_TD)
+        return after_TD + self._scaled(_normalised(self.mlp_post_norm, fed_TD)), kept, routed
+
+    def _scaled(self, x_TD: Array) -> Array:
+        return x_TD if self.residual_scale == 1 else x_TD * jnp.asarray(self.residual_scale, x_TD.dtype)
+
+
+def _normalised(norm: RMSNorm | LayerNorm | None, x_TD: Array) -> Array:
+    return x_TD if norm is None else norm(x_TD)
 
 
 def _lookup(table: Array | Int8Matrix, tokens_T: Int[Array, " T"]) -> Float[Array, "T D"]:
@@ -263,7 +299,7 @@ class Transformer(nnx.Module):
         self.constrain, self.packed_attention = layout.constrain, layout.attention
         self.embed = Embedding(config, rngs=rngs)
         self.layers = Block(config, dtype=dtype, layout=layout, rngs=rngs)
-        self.final_norm = RMSNorm((config.embed_dim,), ("embed",), eps=config.norm_eps, offset=config.norm_offset)
+        self.final_norm = _norm(config, (config.embed_dim,), ("embed",))
         if has_head:
             shape = (config.embed_dim, config.vocab_size)
             self.head = Linear(shape, ("embed", "vocab"), scale=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -275,7 +311,7 @@ class Transformer(nnx.Module):
 
         The hidden states of padding are meaningless.
         """
-        tables = self._tables(positions_RL)
+        tables = self._tables(positions_RL, segment_ids_RL)
         packed = partial(self.packed_attention, segment_ids_RL=segment_ids_RL, positions_RL=positions_RL)
         graphdef, state = nnx.split(self.layers)
 
@@ -335,22 +371,26 @@ class Transformer(nnx.Module):
         local = self.config.layers_are_local
         return None if len(set(local)) == 1 else jnp.array(local)
 
-    def _tables(self, positions_RL: Array) -> tuple[Tables, Tables]:
+    def _tables(self, positions_RL: Array, segment_ids_RL: Array | None = None) -> tuple[Tables, Tables]:
         """Rotary tables of global and of local layers, which most models share."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        shared = rotary_tables(positions_RL, self.config, wide, local=all(self.config.layers_are_local))
-        if self._is_local() is None or self.config.local_rope_theta is None:
+        config, scaling = self.config, self.config.rope_scaling
+        wide, lengths_RL = jnp.promote_types(self.dtype, jnp.float32), None
+        is_long = isinstance(scaling, LengthDependent) and positions_RL.shape[1] > scaling.original_max_length
+        if is_long and segment_ids_RL is not None:
+            lengths_RL = sequence_lengths(positions_RL, segment_ids_RL)
+        shared = rotary_tables(positions_RL, config, wide, local=all(config.layers_are_local), lengths_RL=lengths_RL)
+        if self._is_local() is None or config.local_rope_theta is None:
             return shared, shared
-        return shared, rotary_tables(positions_RL, self.config, wide, local=True)
+        return shared, rotary_tables(positions_RL, config, wide, local=True)
 
     def _attend(
         self, attention: Callable[..., Array], is_local: Array | bool | None, num_keys: int, *heads: Array
     ) -> Array:
         """Calls `attention` with this layer's window; `is_local` is None if all layers are alike."""
         config = self.config
-        scalar = config.query_pre_attn_scalar
+        scalar, scale = config.query_pre_attn_scalar, config.attention_scale
         attend = partial(
-            attention, softcap=config.attention_softcap, scale=None if scalar is None else scalar**-0.5,
+            attention, softcap=config.attention_softcap, scale=scale if scalar is None else scalar**-0.5,
             precision=matmul_precision(self.dtype),
         )  # fmt: skip
         if config.window is None or num_keys <= config.window:  # such a window masks no key

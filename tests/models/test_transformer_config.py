@@ -81,7 +81,7 @@ def test_flops_of_a_token_are_twice_its_matmul_weights_and_the_attention():
         ({"num_key_value_heads": 5}, "num_kv_heads=5"),
         ({"num_hidden_layers": "32"}, "num_layers='32'"),
         ({"head_dim": 7}, "head_dim=7"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn rotary scaling lacks factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
     ],
 )

@@ -8,6 +8,7 @@ chunks are computed in sequence, and recomputed in the backward pass.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.rope import LengthDependent
 
 QUERY_CHUNK = 512
 
@@ -137,27 +139,64 @@ def _attend(query, query_places, query_segments, *, key, value, key_places, key_
 
 
 def rotary_tables(
-    positions_RL: Int[Array, "R L"], config: TransformerConfig, dtype, *, local: bool = False
+    positions_RL: Int[Array, "R L"],
+    config: TransformerConfig,
+    dtype,
+    *,
+    local: bool = False,
+    lengths_RL: Int[Array, "R L"] | None = None,
 ) -> tuple[Array, Array]:
-    """Cosine and sine of every position's angles, [R, L, 1, H/2] each, in `dtype` (float32 or wider)."""
-    angles = (
-        positions_RL.astype(dtype)[..., None, None]
-        * jnp.asarray(rotary_frequencies(config, local=local), dtype)[None, None, None, :]
-    )
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of every position's angles, [R, L, 1, rotated / 2] each, in `dtype` (float32 or wider).
+
+    Args:
+      positions_RL: position of every token in its sequence.
+      config: the architecture.
+      dtype: of the tables.
+      local: whether they are those of local layers.
+      lengths_RL: length of every token's sequence, for a scaling that depends on it; None if none exceeds the scaling's
+        original context.
+    """
+    scaling = config.rope_scaling if not local or config.local_rope_theta is None else None
+    frequencies = jnp.asarray(rotary_frequencies(config, local=local), dtype)[None, None, None, :]
+    if lengths_RL is not None and isinstance(scaling, LengthDependent):
+        plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+        frequencies = scaling.long_frequencies(plain, lengths_RL.astype(dtype)[..., None, None])
+    angles = positions_RL.astype(dtype)[..., None, None] * frequencies
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    tables = jnp.cos(angles), jnp.sin(angles)
+    return tables if factor == 1 else (tables[0] * factor, tables[1] * factor)
+
+
+def sequence_lengths(positions_RL: Int[Array, "R L"], segment_ids_RL: Int[Array, "R L"]) -> Int[Array, "R L"]:
+    """The length of every token's sequence."""
+    num_segments = positions_RL.shape[1] + 1
+
+    def one(positions_L: Array, segments_L: Array) -> Array:
+        return jax.ops.segment_max(positions_L, segments_L, num_segments)[segments_L] + 1
+
+    return jax.vmap(one)(positions_RL, segment_ids_RL)
 
 
 def rotate(x_RLNH: Float[Array, "R L N H"], tables: tuple[Array, Array]) -> Float[Array, "R L N H"]:
-    """Rotates the pairs (i, i + H/2) of every head by their angle, in the tables' dtype."""
+    """Rotates pairs of every head by their angle, in the tables' dtype.
+
+    The pairs are (i, i + W/2) of the first W entries, where W is twice the tables' width; the others stay as they are.
+    """
     cos, sin = tables
-    left, right = jnp.split(x_RLNH.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
+    width = 2 * cos.shape[-1]
+    left, right = jnp.split(x_RLNH[..., :width].astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_RLNH.dtype)
+    return rotated if width == x_RLNH.shape[-1] else jnp.concatenate([rotated, x_RLNH[..., width:]], axis=-1)
 
 
 def rotary_frequencies(config: TransformerConfig, *, local: bool = False) -> np.ndarray:
-    """Radians per position of every pair of a head, [H/2], float64; `local` for local layers' own."""
+    """Radians per position of every rotated pair of a head, float64; `local` for local layers' own.
+
+    Those of a scaling that depends on the length are for sequences within its original context.
+    """
     theta, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
-    frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    size = config.head_dim if config.rotary_dim is None else config.rotary_dim
+    frequencies = theta ** (-np.arange(0, size, 2) / size)
     return frequencies if scaling is None else scaling.scale_frequencies(frequencies)

@@ -7,7 +7,9 @@ from typing import Any
 
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.families import FAMILIES, find_family
+from kto_jax.models.families import FAMILIES, find_family, known_entries
+from kto_jax.models.families.known_entries import Entries, refuse_unknown
+from kto_jax.models.families.multimodal import text_values
 
 
 def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
@@ -15,10 +17,11 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
 
     Args:
       values: the parsed file. Missing entries get transformers' defaults. Rotary settings may be spelled `rope_theta`
-        and `rope_scaling`, or `rope_parameters`.
+        and `rope_scaling`, or `rope_parameters`. Of a model that also reads images, its language model is read.
 
     Raises:
-      ConfigError: the architecture or one of its options is not supported, a field is missing or is of a wrong type.
+      ConfigError: the architecture or one of its options is not supported or known, a field is missing or is of a
+        wrong type.
     """
     try:
         return _read(values)
@@ -31,9 +34,10 @@ def read_config_json(values: Mapping[str, Any]) -> TransformerConfig:
         ) from error
 
 
-def _read(values: Mapping[str, Any]) -> TransformerConfig:
-    family = find_family(values)
-    values = {**family.defaults, **values}
+def _read(file: Mapping[str, Any]) -> TransformerConfig:
+    file = text_values(file)
+    family = find_family(file)
+    values = Entries({"max_position_embeddings": 2048, **family.defaults, **file})
     missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                  "intermediate_size") if values.get(name) is None]  # fmt: skip
     if missing:
@@ -43,23 +47,25 @@ def _read(values: Mapping[str, Any]) -> TransformerConfig:
         )
     num_heads = values["num_attention_heads"]
     eos = values.get("eos_token_id")
-    shared: dict[str, Any] = dict(
-        vocab_size=values["vocab_size"],
-        embed_dim=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=_first(values.get("num_key_value_heads"), num_heads),
-        head_dim=_first(values.get("head_dim"), values["hidden_size"] // num_heads),
-        mlp_dim=values["intermediate_size"],
-        max_length=_first(values.get("max_position_embeddings"), 2048),
-        norm_eps=float(_first(values.get("rms_norm_eps"), 1e-6)),
-        tied_head=bool(values.get("tie_word_embeddings", False)),
-        initializer_range=float(_first(values.get("initializer_range"), 0.02)),
-        bos_id=values.get("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-        family=family.name,
-    )
-    return TransformerConfig(**(shared | family.read(values)))
+    shared = {
+        "vocab_size": values["vocab_size"],
+        "embed_dim": values["hidden_size"],
+        "num_layers": values["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": _first(values.get("num_key_value_heads"), num_heads),
+        "head_dim": _first(values.get("head_dim"), values["hidden_size"] // num_heads),
+        "mlp_dim": values["intermediate_size"],
+        "max_length": _first(values.get("max_position_embeddings"), 2048),
+        "norm_eps": float(_first(values.get("rms_norm_eps"), 1e-6)),
+        "tied_head": bool(values.get("tie_word_embeddings", False)),
+        "initializer_range": float(_first(values.get("initializer_range"), 0.02)),
+        "bos_id": values.get("bos_token_id"),
+        "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        "family": family.name,
+    }
+    config = TransformerConfig(**shared | family.read(values))
+    refuse_unknown(values, known_entries(family), family.name)
+    return config
 
 
 def write_config_json(config: TransformerConfig) -> dict[str, Any]:
@@ -85,6 +91,7 @@ def write_config_json(config: TransformerConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_id,
     } | family.write(config)
+    values = {name: value for name, value in values.items() if name not in family.omitted}
     # A field that the family's config.json cannot express would be lost silently.
     assert read_config_json(values) == config, f"no config.json of a {config.family} describes {config}"
     return values

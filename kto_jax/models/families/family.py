@@ -9,7 +9,6 @@ from typing import Any
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.tensors import Tensor
-from kto_jax.models.rope import merge_rope, read_rope
 
 Values = Mapping[str, Any]
 
@@ -27,7 +26,11 @@ class Family:
       write: entries of a config.json that not all families share.
       tensors: names of its tensors: see tensors.py.
       defaults: transformers' defaults for entries that a config.json lacks.
-      options: entries that must have one of these values or be absent; other values are not supported.
+      options: entries that must have one of these values or be absent; other values are not supported. Empty: any
+        value.
+      buffers: suffixes of tensors in older files that config.json determines; they are not read.
+      renamed: other names in some files of tensors in `tensors`.
+      omitted: entries of a config.json that all other families have.
     """
 
     name: str
@@ -38,19 +41,9 @@ class Family:
     tensors: Mapping[str, Tensor]
     defaults: Values = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-
-
-def read_one_rope(values: Values) -> dict[str, Any]:
-    """Rotary settings of a family whose layers all share them."""
-    theta = values.get("rope_theta")
-    theta, scaling = read_rope(merge_rope(values), 10000.0 if theta is None else theta)
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def write_one_rope(config: TransformerConfig) -> dict[str, Any]:
-    """Rotary settings in the older spelling, which both older and newer readers accept."""
-    scaling = config.rope_scaling
-    return {"rope_theta": config.rope_theta, "rope_scaling": None if scaling is None else scaling.to_hugging_face()}
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
 
 
 def read_layers(values: Values, window: Any, is_local: Callable[[int], bool]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.families.family import Family, Values, read_layers, read_one_rope, write_layers, write_one_rope
+from kto_jax.models.families.family import Family, Values, read_layers, write_layers
+from kto_jax.models.families.rotary import merge_rope, read_one_rope, read_rope, write_one_rope
 from kto_jax.models.families.tensors import DECODER, LAYER, QK_NORMS, Tensor
-from kto_jax.models.rope import merge_rope, read_rope
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _LOCAL_THETA, _GLOBAL_THETA, _PATTERN = 10000.0, 1000000.0, 6
@@ -80,9 +80,13 @@ def _read_ropes(values: Values) -> dict[str, Any]:
     theta, scaling = read_rope(
         merge_rope({"rope_scaling": values.get("rope_scaling"), "rope_parameters": newer.get("full_attention")}),
         _GLOBAL_THETA if global_theta is None else global_theta,
+        max_length=values["max_position_embeddings"],
+        original=values.get("original_max_position_embeddings"),
     )
     local_theta, local_scaling = read_rope(
-        newer.get("sliding_attention") or {}, _LOCAL_THETA if local_theta is None else local_theta
+        newer.get("sliding_attention") or {},
+        _LOCAL_THETA if local_theta is None else local_theta,
+        max_length=values["max_position_embeddings"],
     )
     if local_scaling is not None:
         raise ConfigError(
@@ -137,7 +141,13 @@ GEMMA2 = Family(
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
     },
-    options={**_OPTIONS, "hidden_activation": (_ACTIVATION,)},
+    # Files hold `hidden_act` too, which transformers' Gemma 2 ignores, and the first ones the window twice.
+    options={
+        **_OPTIONS,
+        "hidden_activation": (_ACTIVATION,),
+        "hidden_act": (_ACTIVATION,),
+        "sliding_window_size": (4096,),
+    },
 )
 GEMMA3 = Family(
     name="gemma3_text",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.families.family import Family, Values, read_one_rope, write_one_rope
+from kto_jax.models.families.family import Family, Values
+from kto_jax.models.families.rotary import read_one_rope, write_one_rope
 from kto_jax.models.families.tensors import DECODER
 
 

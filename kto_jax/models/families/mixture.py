@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.families.family import Family, Values, read_one_rope, write_one_rope
+from kto_jax.models.families.family import Family, Values
+from kto_jax.models.families.rotary import read_one_rope, write_one_rope
 from kto_jax.models.families.tensors import DECODER, LAYER, QK_NORMS, Tensor
 
 
@@ -113,7 +114,7 @@ QWEN3_MOE = Family(
         "num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096, "num_experts": 128,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
     },
-    options=_SHARED | {"mlp_only_layers": ([],), "decoder_sparse_step": (1,)},
+    options=_SHARED | {"mlp_only_layers": ([],), "decoder_sparse_step": (1,), "max_window_layers": ()},
 )  # fmt: skip
 OLMOE = Family(
     name="olmoe",

@@ -6,7 +6,7 @@ particular model lacks, such as the output head of a model with a tied head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,14 @@ class Tensor(NamedTuple):
       name: its name; the first "{}" stands for the layer's index, a second for the expert's.
       transposed: whether it is stored as [out, in]; the parameter is [in, out].
       is_row: whether it is stored as [1, n]; the parameter is [n].
+      fused: how the outputs of several parameters share a tensor, which all of them name: "blocks", one parameter
+        after the other in the order of the table; "heads", one head of each in turn; "no".
     """
 
     name: str
     transposed: bool = False
     is_row: bool = False
+    fused: Literal["no", "blocks", "heads"] = "no"
 
     @property
     def num_stacked(self) -> int:

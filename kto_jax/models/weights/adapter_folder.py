@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kto_jax.config import ConfigError
+from kto_jax.models.families.multimodal import text_name
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights, Weights, listed, read_json
 from kto_jax.storage.sums import check_export
 
@@ -146,6 +147,7 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     whole, unknown = {}, []
     for name, shape in weights.shapes.items():
         plain = name.removeprefix(PREFIX)
+        plain = text_name(plain) or plain  # of a model that also reads images, only the language model is read
         values = weights.read(name, (slice(None),) * len(shape))
         if (match := _FACTOR.fullmatch(plain)) and len(shape) == 2:
             factors.setdefault(match[1], {})[match[2]] = values.astype(np.float32)

@@ -155,15 +155,19 @@ def _gather_tensor(
       ConfigError: a weight is not finite in `dtype`.
     """
     index = tuple(map(np.int32, expected.place))
-    leaf, before = _leaf(params, expected.parameter), _leaf(start, expected.parameter)
-    array, tensor_stats = _cast(leaf, before, index, dtype)
-    stats.append(_Stats(*map(float, tensor_stats)))
-    if stats[-1].num_bad:
-        raise ConfigError(
-            f"{stats[-1].num_bad:.0f} weights of {name} are not finite in {dtype}. All weights of an export must be "
-            'finite. Set config.export.dtype to "float32" (--dtype of kto_jax.export), or export an earlier checkpoint.'
-        )
-    return expected.tensor.to_file(gather(array))
+    parts = []
+    for part in expected.parts:
+        leaf, before = _leaf(params, part.parameter), _leaf(start, part.parameter)
+        array, tensor_stats = _cast(leaf, before, index, dtype)
+        stats.append(_Stats(*map(float, tensor_stats)))
+        if stats[-1].num_bad:
+            raise ConfigError(
+                f"{stats[-1].num_bad:.0f} weights of {name} are not finite in {dtype}. All weights of an export must "
+                'be finite. Set config.export.dtype to "float32" (--dtype of kto_jax.export), or export an earlier '
+                "checkpoint."
+            )
+        parts.append(gather(array))
+    return expected.join(parts)
 
 
 def _leaf(params: Any, name: str) -> Any:

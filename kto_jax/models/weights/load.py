@@ -18,7 +18,7 @@ from kto_jax.config import ConfigError
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS, FAMILIES
 from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.families.tensors import Tensor
+from kto_jax.models.families.multimodal import find_multimodal, text_name
 from kto_jax.models.finite import find_nonfinite
 from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
 from kto_jax.models.int8 import INT8, Int8Matrix, quantise
@@ -27,8 +27,15 @@ from kto_jax.models.weights import adapter_folder
 from kto_jax.models.weights.adapter_folder import AdaptedWeights, read_adapter_folder
 from kto_jax.models.weights.gguf import open_gguf
 from kto_jax.models.weights.model_files import ModelFiles
-from kto_jax.models.weights.safetensors_files import SafetensorsWeights, Weights, listed, read_json, weight_files
-from kto_jax.models.weights.tensors import expected_shapes
+from kto_jax.models.weights.safetensors_files import (
+    RenamedWeights,
+    SafetensorsWeights,
+    Weights,
+    listed,
+    read_json,
+    weight_files,
+)
+from kto_jax.models.weights.tensors import Part, expected_shapes, find_parts
 from kto_jax.storage.digests import file_digest
 from kto_jax.storage.sums import check_export
 
@@ -67,6 +74,16 @@ def is_reward_model(path: str | Path | ModelFiles) -> bool:
     file = Path(path) / "config.json"
     named = read_json(file).get("architectures") if file.is_file() else None
     return isinstance(named, list) and named[:1] != [] and named[0] in CLASSIFIERS
+
+
+def is_multimodal(path: Path) -> bool:
+    """Whether a model also reads images, so that its language model is a part of it.
+
+    Raises:
+      ConfigError: the config.json is broken.
+    """
+    file = path / "config.json"
+    return file.is_file() and find_multimodal(read_json(file)) is not None
 
 
 def load_params(
@@ -110,7 +127,8 @@ def load_params(
         del abstract[SCALAR_HEAD]
         key = jax.random.key(0) if key is None else key
         drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, shardings[SCALAR_HEAD])}
-    params, broken = _read_params(weights, FAMILIES[model.config.family].tensors, abstract, shardings)
+    parts = find_parts(model.config, reward=model.scalar_head == "reward")
+    params, broken = _read_params(weights, parts, abstract, shardings)
     if broken:
         raise ConfigError(
             f"{files} holds values that are NaN or infinite in {', '.join(broken[:3])}"
@@ -121,7 +139,7 @@ def load_params(
 
 
 def _read_params(
-    weights: Weights, tensors: Mapping[str, Tensor], abstract: Params, shardings: Params
+    weights: Weights, parts: Mapping[str, Part], abstract: Params, shardings: Params
 ) -> tuple[Params, list[str]]:
     """Reads the parameters of `abstract`; also returns the names of those with values that are not finite."""
     broken: list[str] = []
@@ -132,7 +150,7 @@ def _read_params(
             whole = read(key_path, leaf, sharding.int8)
             broken.extend(find_nonfinite({name: whole}))
             return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
-        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, tensors[name], leaf))
+        return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, parts[name], leaf))
 
     params = jax.tree_util.tree_map_with_path(read, abstract, {name: shardings[name] for name in abstract})
     return params, broken + find_nonfinite(params)
@@ -164,29 +182,40 @@ def weights_digest(path: Path | ModelFiles) -> str:
 def open_weights(path: Path) -> Weights:
     """Opens a .gguf file or a directory's safetensors; reads only headers.
 
+    Of a model that also reads images, the tensors of its language model are opened, by the names that they have alone.
+
     Raises:
       ConfigError: there are none, or they are damaged or unsafe.
     """
-    return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else SafetensorsWeights(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path)
+    weights: Weights = SafetensorsWeights(path)
+    values = read_json(path / "config.json")
+    if find_multimodal(values) is not None:
+        return RenamedWeights(weights, {name: text_name(name) for name in weights.shapes})
+    renamed = FAMILIES[read_config_json(values).family].renamed
+    return RenamedWeights(weights, {name: renamed.get(name, name) for name in weights.shapes}) if renamed else weights
 
 
 def check_names(weights: Weights, model: Model, path: str | Path) -> None:
     """Refuses weights that do not match the model exactly; a reward model may be loaded from a language model."""
     config, is_reward = model.config, model.scalar_head == "reward"
+    tensors = FAMILIES[config.family].tensors
+    head, scorer = tensors["head.weight"].name, tensors["scorer.weight"].name
     expected, found = expected_shapes(config, reward=is_reward), dict(weights.shapes)
     if is_reward:
-        found.pop("lm_head.weight", None)
-        if "score.weight" not in found:
-            del expected["score.weight"]
-    elif "score.weight" in found:
+        found.pop(head, None)
+        if scorer not in found:
+            del expected[scorer]
+    elif scorer in found:
         raise ConfigError(
-            f"{path} is a reward model: it has score.weight, and no output head to generate text with. A language "
+            f"{path} is a reward model: it has {scorer}, and no output head to generate text with. A language "
             "model is needed here. Choose the model that it was trained from."
         )
     for name in list(found):
-        if name.endswith(".rotary_emb.inv_freq"):  # A buffer of old exports, which the config determines.
+        if name.endswith(FAMILIES[config.family].buffers):
             del found[name]
-    if config.tied_head and found.pop("lm_head.weight", None) is not None:
+    if config.tied_head and found.pop(head, None) is not None:
         _check_tied(weights, config, path)
     problems = [f"missing: {listed(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
     problems += [f"unexpected: {listed(found.keys() - expected.keys())}"] if found.keys() - expected.keys() else []
@@ -205,22 +234,24 @@ def check_names(weights: Weights, model: Model, path: str | Path) -> None:
 
 def _check_tied(weights: Weights, config: TransformerConfig, path: str | Path) -> None:
     """Refuses a stored tied head that differs from the embedding in rows spread over the vocabulary."""
-    embedding, shape = "model.embed_tokens.weight", (config.vocab_size, config.embed_dim)
+    tensors = FAMILIES[config.family].tensors
+    embedding, head = tensors["embed.table"].name, tensors["head.weight"].name
+    shape = (config.vocab_size, config.embed_dim)
     if weights.shapes.get(embedding) != shape:
         return  # The embedding is missing or wrong, which the caller reports.
     rows = np.linspace(0, config.vocab_size - 1, _TIED_ROWS, dtype=int)
-    same = weights.shapes["lm_head.weight"] == shape and all(
-        np.array_equal(weights.read("lm_head.weight", index), weights.read(embedding, index))
+    same = weights.shapes[head] == shape and all(
+        np.array_equal(weights.read(head, index), weights.read(embedding, index))
         for index in ((slice(row, row + 1), slice(None)) for row in rows)
     )
     if not same:
         raise ConfigError(
-            f"{path}: config.json says tie_word_embeddings=true, but lm_head.weight differs from the embedding. A "
+            f"{path}: config.json says tie_word_embeddings=true, but {head} differs from the embedding. A "
             "tied head is the embedding. Set tie_word_embeddings to false."
         )
 
 
-def _reader(weights: Weights, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
+def _reader(weights: Weights, part: Part, leaf: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
     """The callback of `jax.make_array_from_callback`, which reads the shard of a parameter that a device holds."""
     # Devices that hold the same shard share one read.
     cache: dict[tuple, np.ndarray] = {}
@@ -228,13 +259,13 @@ def _reader(weights: Weights, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> Cal
     def read_part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         if bounds not in cache:
-            part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-            stacked, inner = bounds[: tensor.num_stacked], bounds[tensor.num_stacked :]
-            wanted = tensor.index_in_file(tuple(slice(*bound) for bound in inner))
+            values = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            num_stacked = part.tensor.num_stacked
+            stacked, inner = bounds[:num_stacked], tuple(slice(*bound) for bound in bounds[num_stacked:])
             for place in np.ndindex(*(stop - start for start, stop in stacked)):
-                name = tensor.name.format(*(start + one for (start, _), one in zip(stacked, place, strict=True)))
-                part[place] = tensor.from_file(weights.read(name, wanted))
-            cache[bounds] = part
+                stored = tuple(start + one for (start, _), one in zip(stacked, place, strict=True))
+                values[place] = part.read(weights.read, stored, inner)
+            cache[bounds] = values
         return cache[bounds]
 
     return read_part

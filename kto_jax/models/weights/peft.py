@@ -25,7 +25,7 @@ from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.adapter_folder import PREFIX, LowRank, read_adapter_folder
 from kto_jax.models.weights.export import copy_tokenizer
 from kto_jax.models.weights.safetensors_files import write_safetensors
-from kto_jax.models.weights.tensors import expected_shapes
+from kto_jax.models.weights.tensors import Part, expected_shapes, expected_tensors, find_parts
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_folder
 from kto_jax.storage.sums import write_sums
@@ -60,8 +60,8 @@ def save_adapters(
         together: their ranks add up, and their alpha is their rank.
     """
     directory = Path(directory)
-    pairs = dict(_pairs(model, adapters, lora.alpha / lora.rank))
-    modules = [_tensor_name(model, name).split(".")[-2] for name in lora.targets]
+    pairs = _pairs(model, adapters, lora.alpha / lora.rank)
+    modules = list(dict.fromkeys(name.split(".")[-2] for name in pairs))
     rank, alpha, whole = lora.rank, lora.alpha, dict[str, np.ndarray]()
     if merged is not None:
         before = read_adapter_folder(merged)
@@ -75,7 +75,7 @@ def save_adapters(
         with new_folder(directory) as partial:
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             write_safetensors(partial / "adapter_model.safetensors", shapes, "float32", tensors.values())
-            values = _config(model, base, rank, alpha, modules, whole)
+            values = _config(model, base, rank, alpha, modules, whole) | _patterns(pairs, rank, alpha)
             (partial / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             copy_tokenizer(tokenizer_dir, partial)
@@ -96,6 +96,12 @@ def read_adapters(path: Path, model: Model, lora: LoraConfig) -> Params:
       ConfigError: they are not; says what to set.
     """
     folder = read_adapter_folder(path)
+    if any(part.rows is not None for part in find_parts(model.config).values()):
+        raise ConfigError(
+            f"the adapters in {path} cannot be trained further: matrices of family {model.config.family!r} are fused "
+            "in files, and separate here. Adapters of other families can be. "
+            'Set config.lora.start to "new", which adds them to the base and trains new ones.'
+        )
     names = {_tensor_name(model, target): target for target in LORA_MATRICES}
     targets = {names.get(re.sub(r"\.\d+\.", ".{}.", name)) for name in folder.adapters}
     kinds = {(len(pair.a), pair.scale * len(pair.a)) for pair in folder.adapters.values()}
@@ -144,13 +150,39 @@ def _tensor_name(model: Model, target: str) -> str:
     return FAMILIES[model.config.family].tensors[f"layers.{GROUPS[target]}.{target}.weight"].name
 
 
-def _pairs(model: Model, adapters: Params, scale: float) -> Iterator[tuple[str, LowRank]]:
-    """Every adapter by the name of its matrix; theirs lie as [out, in]."""
+def _pairs(model: Model, adapters: Params, scale: float) -> dict[str, LowRank]:
+    """Every adapter by the name of its matrix; theirs lie as [out, in].
+
+    Those of a fused matrix become one, whose rank is their sum: its A stacks theirs, and its B has theirs as blocks.
+    """
+    parts, expected = find_parts(model.config), expected_tensors(model.config)
+    found: dict[str, list[tuple[Part, LowRank]]] = {}
     for matrices in adapters["layers"].values():
         for target, pair in matrices.items():
-            a, b, name = gather(pair["weight"].a), gather(pair["weight"].b), _tensor_name(model, target)
+            part = parts[f"layers.{GROUPS[target]}.{target}.weight"]
+            a, b, name = gather(pair["weight"].a), gather(pair["weight"].b), part.tensor.name
             for index in np.ndindex(_stacked(model, name)):
-                yield name.format(*index), LowRank(a[index].T, b[index].T, scale)
+                found.setdefault(name.format(*index), []).append((part, LowRank(a[index].T, b[index].T, scale)))
+    return {name: _join(held, expected[name].shape[0], scale) for name, held in found.items()}
+
+
+def _join(held: Sequence[tuple[Part, LowRank]], size_out: int, scale: float) -> LowRank:
+    if held[0][0].rows is None:
+        return held[0][1]
+    a = np.concatenate([pair.a for _, pair in held])
+    b, start = np.zeros((size_out, len(a)), a.dtype), 0
+    for part, pair in held:
+        assert part.rows is not None, "parts of a fused tensor have rows"
+        b[part.rows.places(0, part.size), start : start + len(pair.a)] = pair.b
+        start += len(pair.a)
+    return LowRank(a, b, scale)
+
+
+def _patterns(pairs: Mapping[str, LowRank], rank: int, alpha: float) -> dict[str, object]:
+    """Ranks other than `rank` by module, and alphas that keep the scale alpha / rank."""
+    ranks = {name.split(".")[-2]: len(pair.a) for name, pair in pairs.items()}
+    others = {module: own for module, own in ranks.items() if own != rank}
+    return {"rank_pattern": others, "alpha_pattern": {name: alpha * own / rank for name, own in others.items()}}
 
 
 def _concatenate(model: Model, ours: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -81,6 +81,28 @@ class SafetensorsWeights:
         return self._slices[name][index]
 
 
+class RenamedWeights:
+    """Weights by other names.
+
+    Attributes:
+      shapes: shape of every tensor by its new name.
+    """
+
+    def __init__(self, weights: Weights, names: Mapping[str, str | None]):
+        """Renames tensors.
+
+        Args:
+          weights: the weights.
+          names: the new name of each; tensors whose new name is None are left out.
+        """
+        self._weights, self._own = weights, {new: old for old, new in names.items() if new is not None}
+        self.shapes = {new: weights.shapes[old] for new, old in self._own.items()}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads the part `index` of the tensor with this new name."""
+        return self._weights.read(self._own[name], index)
+
+
 def write_safetensors(
     file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[np.ndarray]
 ) -> None:

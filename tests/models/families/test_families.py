@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -6,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from kto_jax.config import ConfigError
-from kto_jax.devices.sharding import PARAMETER_RULES
+from kto_jax.config import ConfigError, MeshConfig
+from kto_jax.devices.sharding import PARAMETER_RULES, make_mesh, shardings
 from kto_jax.models.attention.dense import dense_attention, rotary_frequencies
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.families.config_json import read_config_json, write_config_json
@@ -21,7 +23,7 @@ from kto_jax.models.weights.load import load_params, read_config
 from kto_jax.models.weights.tensors import expected_shapes
 from tests import ROOT
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
-from tests.models.families.family_files import FILES, WINDOW
+from tests.models.families.family_files import FILES, MULTIMODAL_FILES, WINDOW
 
 ARCHITECTURES = ROOT / "configs" / "architectures"
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -161,9 +163,12 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, "also reads images.*Gemma3ForCausalLM"),
-        ("gemma3", {"architectures": None, "model_type": "gemma3"}, "also reads images"),
-        ("gemma3", {"architectures": ["Gemma3nForCausalLM"]}, "Gemma3nForCausalLM'.*Gemma3ForCausalLM.* are supported"),
+        (
+            "gemma3",
+            {"architectures": ["Gemma3nForCausalLM"]},
+            "Gemma3nForCausalLM'.*Gemma3ForCausalLM.* are supported. The nearest by name is Gemma3ForCausalLM",
+        ),
+        ("qwen2", {"architectures": None, "model_type": "qwen2_5_omni"}, "nearest by name is qwen2"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "name no kind of layer"),
@@ -181,7 +186,19 @@ def test_rotary_settings_by_kind_of_layer_are_read_from_either_spelling():
         ("gemma", {"num_hidden_layers": "3"}, "num_layers='3'"),
         ("gemma2", {"num_hidden_layers": "3"}, "num_layers='3'"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'.*'linear'"),
+        ("qwen2", {"rope_scaling": {"type": "mrope"}}, "'mrope'.*'default', 'linear'"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "gamma": 2}}, "yarn rotary scaling has gamma=2"),
+        (
+            "phi3_longrope",
+            {"partial_rotary_factor": 1.0},
+            "longrope scaling has 2 factors.* each of the 4 rotated",
+        ),
+        ("gpt_neox", {"rotary_pct": 0.4}, "head_dim=8 and rotary_dim=3"),
+        ("gpt_neox", {"rope_theta": 5.0}, "has rope_theta=5.0, which the family 'gpt_neox' does not know"),
+        ("gpt_neox", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("granite", {"logits_scaling": 0.0}, "logits_divisor=0.0"),
+        ("mistral", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("qwen3", {"mamba_layers": 3}, "has mamba_layers=3, which the family 'qwen3' does not know.*remove the entry"),
         ("qwen2", {"rope_scaling": {"type": "linear"}}, "linear rotary scaling lacks factor"),
         ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by kind of layer"),
         ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
@@ -204,6 +221,27 @@ def test_unsupported_options_of_a_family_are_refused_by_name(name, change, messa
         read(FILES[name] | change)
 
 
+def test_entries_that_change_nothing_are_read_over():
+    others = {"torch_dtype": "bfloat16", "transformers_version": "4.40", "auto_map": {"AutoConfig": "x.Y"}}
+    asks_for_nothing = {"mamba_layers": None, "use_mamba": False, "experts": []}
+    assert read(FILES["phi3"] | others | asks_for_nothing) == read(FILES["phi3"])
+
+
+@pytest.mark.parametrize("name", MULTIMODAL_FILES)
+def test_the_language_model_of_a_model_that_reads_images_is_read(name):
+    file = MULTIMODAL_FILES[name]
+    alone = file["text_config"] | {"tie_word_embeddings": file["tie_word_embeddings"]}
+    assert read(file) == read(alone) == read(file | {"architectures": None})
+    assert read(file | {"eos_token_id": [1, 106]}).eos_ids == (1, 106)
+
+
+def test_published_files_leave_out_what_transformers_knows_of_gemma_3():
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    found = read({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text})
+    assert found == dataclasses.replace(read_config(ARCHITECTURES / "gemma_3_4b"), eos_ids=(1,))
+
+
 def test_a_config_that_its_family_cannot_express_is_not_written():
     config = dataclasses.replace(read(FILES["qwen3"]), final_softcap=30.0)
     with pytest.raises(AssertionError, match=r"no config.json of a qwen3 describes"):
@@ -222,8 +260,14 @@ def test_flops_count_of_local_layers_only_what_they_see():
 # ------------------------------------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("reward", [False, True])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "reward"),
+    [
+        *((name, False) for name in ("qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt_neox", "granite")),
+        *((name, True) for name in ("qwen2", "gemma3", "phi3", "gpt_neox")),
+        *((name, reward) for name in ("mixtral", "qwen3_moe") for reward in (False, True)),
+    ],
+)
 def test_a_model_of_each_family_survives_export_and_import_bitwise(drawn, tmp_path, name, reward):
     model, params = drawn(name)
     if reward:
@@ -234,6 +278,73 @@ def test_a_model_of_each_family_survives_export_and_import_bitwise(drawn, tmp_pa
     save_hugging_face(tmp_path / "out", model, params, tokenizer_dir=None, model_card="")
     assert read_config(tmp_path / "out") == model.config
     jax.tree.map(np.testing.assert_array_equal, load_params(model, tmp_path / "out", param_dtype="float32"), params)
+
+
+def test_there_is_no_reward_model_of_a_family_without_a_classifier():
+    with pytest.raises(ConfigError, match=r"family 'granite'.*no sequence classifier.*llama, mistral"):
+        Model.create(read(FILES["granite"]), scalar_head="reward")
+
+
+def test_fused_tensors_hold_their_parameters_in_the_order_of_the_file(drawn, tmp_path):
+    model, params = drawn("gpt_neox")
+    save_hugging_face(tmp_path / "out", model, jax.tree.map(jnp.asarray, params), tokenizer_dir=None, model_card="")
+    fused = load_file(tmp_path / "out" / "model.safetensors")["gpt_neox.layers.1.attention.query_key_value.bias"]
+    wanted = [params["layers"]["attention"][name]["bias"][1].reshape(4, 8) for name in ("query", "key", "value")]
+    np.testing.assert_array_equal(fused, np.stack(wanted, axis=1).reshape(-1))
+    model, params = drawn("phi3")
+    save_hugging_face(tmp_path / "phi", model, jax.tree.map(jnp.asarray, params), tokenizer_dir=None, model_card="")
+    fused = load_file(tmp_path / "phi" / "model.safetensors")["model.layers.2.self_attn.qkv_proj.weight"]
+    wanted = [params["layers"]["attention"][name]["weight"][2].T for name in ("query", "key", "value")]
+    np.testing.assert_array_equal(fused, np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+def test_each_device_reads_its_own_part_of_a_fused_tensor(drawn, tmp_path, name):
+    model, params = drawn(name)
+    params = jax.tree.map(jnp.asarray, params)
+    save_hugging_face(tmp_path / "out", model, params, tokenizer_dir=None, model_card="")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    spread = shardings(mesh, model.logical_axes(), model.abstract_params("float32"))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(model, tmp_path / "out", param_dtype="float32", shardings=spread), params,
+    )  # fmt: skip
+
+
+def rewritten(folder, model, params, change, config=None):
+    """A directory with the tensors that `change` makes of the model's, as another program would have written it."""
+    save_hugging_face(folder / "ours", model, params, tokenizer_dir=None, model_card="")
+    (folder / "other").mkdir()
+    save_file(change(load_file(folder / "ours" / "model.safetensors")), folder / "other" / "model.safetensors")
+    values = json.loads((folder / "ours" / "config.json").read_text()) if config is None else config
+    (folder / "other" / "config.json").write_text(json.dumps(values))
+    return folder / "other"
+
+
+def test_tensors_by_the_names_of_other_versions_and_buffers_are_read(drawn, tmp_path):
+    def change(held):
+        held["lm_head.weight"] = held.pop("embed_out.weight")
+        return held | {"gpt_neox.layers.0.attention.masked_bias": np.zeros(1, np.float32)}
+
+    model, params = drawn("gpt_neox")
+    folder = rewritten(tmp_path, model, jax.tree.map(jnp.asarray, params), change)
+    jax.tree.map(np.testing.assert_array_equal, load_params(model, folder, param_dtype="float32"), params)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_other_parts_of_a_model_that_reads_images_are_left_out(drawn, tmp_path, older):
+    def change(held):
+        renamed = {"vision_tower.x" if older else "model.vision_tower.x": np.zeros(3, np.float32)}
+        for name, value in held.items():
+            inside = name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+            renamed["language_model." + name if older else inside] = value
+        return renamed
+
+    model, params = drawn("mistral")
+    file = MULTIMODAL_FILES["mistral3_multimodal"]
+    folder = rewritten(tmp_path, model, jax.tree.map(jnp.asarray, params), change, file)
+    assert read_config(folder) == model.config
+    jax.tree.map(np.testing.assert_array_equal, load_params(model, folder, param_dtype="float32"), params)
 
 
 def test_tensors_have_the_names_of_their_family():
