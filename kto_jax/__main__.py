@@ -17,6 +17,7 @@ COMMANDS = {
     "online": "trains a policy on its own completions, scored by rewards, round by round",
     "inspect": "explains feedback without training: what is read, rejected and trained on",
     "plan": "compiles the training step for TPUs that are not here: does it fit, how fast can it be",
+    "chat": "a page to chat with a model, press thumbs on its answers and train on them",
     "generate": "samples completions from a run or a model",
     "evaluate": "measures a policy on held-out feedback and against a baseline, by judges, with intervals",
     "compare": "compares runs: settings, curves, verdicts and samples on one page",

@@ -19,7 +19,7 @@ ORDER = {
         "evaluation",
         "reports",
         "thumbs",
-        "train generate export score verify curves inspect plan evaluate compare __main__",
+        "train generate export score verify curves inspect plan evaluate compare chat __main__",
         "online",
     ],
     "kto_jax.config": [
@@ -117,7 +117,13 @@ ORDER = {
         "run_place sums",
         "fetch",
     ],
-    "kto_jax.thumbs": ["presses"],
+    "kto_jax.thumbs": [
+        "presses models",
+        "conversation endpoint training",
+        "asking",
+        "page terminal",
+        "serve",
+    ],
     "kto_jax.training": [
         "checks flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",

@@ -100,6 +100,8 @@ class Slots:
       eos_ids: tokens that end a completion.
       key: the root of all random keys.
       mesh_wide: replicates over the mesh; None on one device.
+      min_length: cache positions to begin with, if more than are usual. A longer cache takes longer to read, and
+        growing it compiles a program.
     """
 
     def __init__(
@@ -114,12 +116,14 @@ class Slots:
         eos_ids: np.ndarray,
         key: Key[Array, ""],
         mesh_wide: NamedSharding | None,
+        min_length: int = 0,
     ):
         self._model, self._params, self._mesh_wide = model, params, mesh_wide
         self._max_length = -(-max_length // 64) * 64
         leaf = jax.tree.leaves(params)[0]
         on_cpu = next(iter(leaf.devices())).platform == "cpu"
-        rows, self._chunk, self._shortest = _ON_CPU if on_cpu else _ON_ACCELERATOR
+        rows, self._chunk, shortest = _ON_CPU if on_cpu else _ON_ACCELERATOR
+        self._shortest = max(shortest, min_length)
         self._sharding = leaf.sharding if mesh_wide is None else mesh_wide
         self._num_prefixes = min(-(-rows // parts) * parts, num_slots)
         self._key, self._eos_ids, self._sampling = place((key, eos_ids, sampling), self._sharding)
@@ -196,11 +200,11 @@ class Slots:
         # Slots often end one at a time, and padding costs as much as prompts.
         return 1 if count == 1 and self._mesh_wide is None else self._num_prefixes
 
-    def decode(self, min_active: int) -> Steps:
-        """Takes up to 32 decoding steps, until fewer than `min_active` slots are active."""
+    def decode(self, min_active: int, max_steps: int = _MAX_STEPS) -> Steps:
+        """Takes up to `max_steps` decoding steps, 32 at most, until fewer than `min_active` slots are active."""
         last = int(self._positions.max())
         self._grow(last + 1)
-        bounds = np.int32(min_active), np.int32(min(_MAX_STEPS, self._length - last))
+        bounds = np.int32(min_active), np.int32(min(max_steps, _MAX_STEPS, self._length - last))
         self._state, *steps = decode(
             self._model, self._params, self._state, *place(bounds, self._sharding), self._key, self._eos_ids,
             self._sampling, mesh_wide=self._mesh_wide,

@@ -1,1 +1,1 @@
-"""Collecting thumbs on answers."""
+"""Chatting with a model, pressing thumbs on its answers, and training on them: what `kto_jax.chat` is made of."""

@@ -1,4 +1,4 @@
-"""The layout of presses on answers, as `kto_jax.thumbs.presses` writes them: one a row, in the order of pressing.
+"""The layout of what people press on the page of `kto_jax.chat`: one press a row, in the order of pressing.
 
 {"press": "up", "answer": "a1", "prompt": [...], "completion": "A", "ended": true}           or "down"
 {"press": "edit", "answer": "a1", "prompt": [...], "completion": "B", "original": "A", "ended": true}

@@ -1,4 +1,4 @@
-"""Presses on answers: which count, what they say as thumbs and as pairs, and what is skipped and why."""
+"""Presses of the chat page: which count, what they say as thumbs and as pairs, and what is skipped and why."""
 
 import json
 

@@ -1,0 +1,73 @@
+"""Asking models in a conversation: the policy, the reference, or both side by side in a hidden order."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterator
+
+from kto_jax.thumbs.conversation import Answer, Conversation, Turn
+from kto_jax.thumbs.models import Answering, Settings
+
+BOTH = "both"
+
+
+@dataclasses.dataclass
+class Models:
+    """The models that may be asked.
+
+    Attributes:
+      by_role: each model by what it is: "policy", "reference" or "endpoint".
+    """
+
+    by_role: dict[str, Answering]
+
+    @property
+    def modes(self) -> list[str]:
+        """Who may answer: each role, and "both" if there are two."""
+        roles = list(self.by_role)
+        return [*roles, BOTH] if len(roles) == 2 else roles
+
+    def ask(self, conversation: Conversation, said: str, mode: str, settings: Settings) -> Iterator[Turn]:
+        """Adds a turn to a conversation and streams its answers into it.
+
+        Args:
+          conversation: that of one person.
+          said: what the person says.
+          mode: one of `modes`.
+          settings: how answers are drawn.
+
+        Yields:
+          The turn, after each piece of an answer.
+
+        Raises:
+          ConfigError: the conversation cannot be answered. A turn without an answer is taken back.
+          TransientError: a model cannot be reached.
+        """
+        roles = list(self.by_role) if mode == BOTH else [mode]
+        if len(roles) == 2 and secrets.randbits(1):
+            roles.reverse()
+        models = [self.by_role[role] for role in roles]
+        answers = [Answer(role, model.name, settings) for role, model in zip(roles, models, strict=True)]
+        turn = conversation.begin(said, answers)
+        streams = [model.stream(turn.prompt, settings, secrets.randbits(31)) for model in models]
+        running = list(zip(streams, answers, strict=True))
+        try:
+            yield turn
+            while running:
+                for stream, answer in list(running):
+                    piece = next(stream, None)
+                    if piece is None:
+                        running.remove((stream, answer))
+                        continue
+                    answer.text, answer.num_tokens, answer.ended = piece.text, piece.num_tokens, piece.ended
+                    yield turn
+        finally:
+            if not all(answer.text for answer in answers) and turn in conversation.turns:
+                conversation.cut(conversation.turns.index(turn))
+
+    def again(self, conversation: Conversation, number: int, mode: str, settings: Settings) -> Iterator[Turn]:
+        """Asks for another answer to a turn; those behind it are dropped. Presses on the first answer stay."""
+        said = conversation.turns[number].said
+        conversation.cut(number)
+        yield from self.ask(conversation, said, mode, settings)

@@ -1,0 +1,110 @@
+"""A headless Chromium on the chat page, which waits for what is on the page and never for seconds."""
+
+import contextlib
+import json
+import shutil
+from urllib.parse import urlsplit
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+_WAIT_SECONDS = 60
+_FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-proxy-server", "--disable-gpu"),
+    *("--disable-background-networking", "--disable-component-update", "--no-first-run", "--hide-scrollbars"),
+)
+
+
+def is_installed():
+    """Whether Debian's chromium and chromium-driver are there."""
+    return bool(shutil.which(CHROMIUM) and shutil.which(DRIVER))
+
+
+class Browser:
+    """One person's browser."""
+
+    def __init__(self, url, size=(1280, 900), *flags):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in (*_FLAGS, f"--window-size={size[0]},{size[1]}", *flags):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        # The path is given, so that Selenium does not look for a driver in the network.
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self._messages = []
+        self.url = url
+        self.driver.get(url)
+        self.wait(lambda: self.find("#say textarea"))
+
+    def close(self):
+        self.driver.quit()
+
+    def find(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def script(self, code, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def wait(self, condition, what=""):
+        """What a condition gives once it is true; elements that are replaced meanwhile are looked for again."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        waiting = WebDriverWait(self.driver, _WAIT_SECONDS, 0.05, [StaleElementReferenceException])
+        return waiting.until(lambda _: condition(), what or "the page did not change")
+
+    def answers(self, side="left"):
+        """The texts of the answers that a chat shows."""
+        return self.script(
+            "return [...document.querySelectorAll(`#${arguments[0]} .bot.message`)].map(e => e.innerText.trim())", side
+        )
+
+    def wait_for_answer(self, text, side="left"):
+        self.wait(lambda: any(text in answer for answer in self.answers(side)), f"no answer with {text!r}")
+
+    def status(self):
+        return self.script("return document.querySelector('#status')?.innerText ?? ''")
+
+    def wait_for_status(self, text):
+        self.wait(lambda: text in self.status(), f"no status with {text!r}")
+
+    def is_ready(self):
+        """Whether nothing is being answered: the button says Send."""
+        return any(button.text == "Send" for button in self.find("#say button"))
+
+    def say(self, text):
+        box = self.wait(lambda: self.is_ready() and self.find("#say textarea")[0])
+        box.send_keys(text + "\n")
+
+    def click(self, selector):
+        """Clicks the last of the elements, once it is there."""
+        element = self.wait(lambda: self.find(selector), f"no {selector}")[-1]
+        self.script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", element)
+
+    def requests(self):
+        """Every address that the page asked for, and why it was blocked if it was."""
+        self._messages += [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        asked, blocked = {}, {}
+        for message in self._messages:
+            parameters = message["params"]
+            if message["method"] == "Network.requestWillBeSent":
+                asked[parameters["requestId"]] = parameters["request"]["url"]
+            elif message["method"] == "Network.loadingFailed":
+                blocked[parameters["requestId"]] = parameters.get("blockedReason", "")
+        return [(url, blocked.get(request, "")) for request, url in asked.items()]
+
+    def elsewhere(self):
+        """Requests that left for another host than the page's and were not blocked."""
+        own, inner = urlsplit(self.url).hostname, ("data", "blob", "chrome")
+        sent = [urlsplit(url) for url, reason in self.requests() if reason != "csp"]
+        return [url.geturl() for url in sent if url.scheme not in inner and url.hostname != own]
+
+
+@contextlib.contextmanager
+def browser(url, *arguments):
+    opened = Browser(url, *arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()

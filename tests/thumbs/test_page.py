@@ -1,0 +1,132 @@
+"""The chat page in real browsers: what people press there is in the file, and in the manifest of a training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kto_jax.config import DataConfig
+from kto_jax.data.rows.files import SourceFile, read_rows
+from kto_jax.data.rows.records import Feedback, Preference, read_as
+from tests import ROOT
+from tests.thumbs import browsing
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not browsing.is_installed(), reason="apt-get install chromium chromium-driver"),
+]
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address of the page with scripted models, and its folder."""
+    command = [sys.executable, "-m", "tests.thumbs.scripted", str(tmp_path)]
+    environment = os.environ | {"NO_PROXY": "127.0.0.1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().strip(), tmp_path
+        server.send_signal(signal.SIGKILL)
+
+
+def rows_of(folder):
+    path = folder / "presses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read(folder, **settings):
+    path = folder / "presses.jsonl"
+    found = []
+    for record in read_as(read_rows(SourceFile(path, "p")), DataConfig(**settings)).records:
+        if isinstance(record, Feedback):
+            found.append((record.completion, record.desirable))
+        elif isinstance(record, Preference):
+            found.append((record.chosen.completion, record.rejected.completion))
+    return found
+
+
+def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
+    url, folder = served
+    with browsing.browser(url) as page:
+        # Streaming: the answer is half there while the model waits.
+        page.click("#mode input[value=policy]")
+        page.say("please wait")
+        page.wait_for_answer("policy read")
+        assert not page.is_ready() and "please wait" not in " ".join(page.answers())
+        (folder / "open").touch()
+        page.wait_for_answer("policy read 1 messages: please wait")
+        page.wait_for_status("tokens a second")
+
+        page.click("#left button[aria-label=dislike], #left button[title=dislike]")
+        page.wait(lambda: [row["press"] for row in rows_of(folder)] == ["down"])
+        page.wait_for_status("saved")
+        page.click("#left button[aria-label=Disliked], #left button[title=Disliked]")
+        page.wait(lambda: [row["press"] for row in rows_of(folder)] == ["down", "withdraw"])
+        page.click("#left button[aria-label=like], #left button[title=like]")
+        page.wait(lambda: len(rows_of(folder)) == 3)
+        page.click("#left button[aria-label=dislike], #left button[title=dislike]")
+        page.wait(lambda: len(rows_of(folder)) == 4)
+        assert read(folder) == [("policy read 1 messages: please wait", False)]
+
+        page.click("#left .bot-row button[aria-label=Edit], #left .bot-row button[title=Edit]")
+        box = page.wait(lambda: page.find("#left .bot textarea, #left .bot [contenteditable=true]"))[-1]
+        box.clear()
+        box.send_keys("I wait.")
+        page.click("#left button[aria-label=Submit], #left button[title=Submit]")
+        page.wait(lambda: len(rows_of(folder)) == 5)
+        page.wait_for_answer("I wait.")
+        assert read(folder, format="pairs") == [("I wait.", "policy read 1 messages: please wait")]
+
+        # Side by side: whose answer it is is not shown before the choice. A picture in an answer is not fetched.
+        page.click("#mode input[value=both]")
+        page.say("compare ![x](http://example.com/x.png)")
+        page.wait(lambda: page.is_ready() and page.answers("right"))
+        assert "policy" not in page.status() and "reference" not in page.status()
+        page.click("#choose-right")
+        page.wait(lambda: len(rows_of(folder)) == 6)
+        page.wait_for_status("right is better (left: ")
+        choice = rows_of(folder)[5]
+        assert {choice["better"].split()[0], choice["worse"].split()[0]} == {"policy", "reference"}
+        assert [message["content"] for message in choice["prompt"][:2]] == ["please wait", "I wait."]
+        roles = [each["role"] for each in choice["by"]]
+        assert roles == [choice["better"].split()[0], choice["worse"].split()[0]]
+        assert page.elsewhere() == [] and any("/gradio_api/" in address for address, _ in page.requests())
+    hosts = set((folder / "connected.txt").read_text().split())
+    assert hosts <= {"127.0.0.1", "::1"}
+    assert read(folder) == [
+        ("policy read 1 messages: please wait", False), ("I wait.", True), (choice["better"], True),
+        (choice["worse"], False),
+    ]  # fmt: skip
+
+
+def test_two_people_at_once_see_only_their_own(served):
+    url, folder = served
+    with browsing.browser(url) as one, browsing.browser(url) as two:
+        for page in (one, two):
+            page.click("#mode input[value=policy]")
+        one.say("wait for me")
+        one.wait_for_answer("policy read")
+        two.say("quick")
+        two.wait_for_answer("policy read 1 messages: quick")
+        assert not one.is_ready()
+        two.click("#left button[aria-label=like], #left button[title=like]")
+        two.wait(lambda: len(rows_of(folder)) == 1)
+        (folder / "open").touch()
+        one.wait_for_answer("policy read 1 messages: wait for me")
+        one.click("#left button[aria-label=dislike], #left button[title=dislike]")
+        one.wait(lambda: len(rows_of(folder)) == 2)
+        assert len(one.answers()) == len(two.answers()) == 1
+    rows = rows_of(folder)
+    assert len({row["conversation"] for row in rows}) == 2
+    assert read(folder) == [
+        ("policy read 1 messages: quick", True),
+        ("policy read 1 messages: wait for me", False),
+    ]
+    shown = subprocess.run(
+        [sys.executable, "-m", "kto_jax.inspect", "--config=configs/tiny.py", "--json", "--config.data.holdout=0",
+         f"--config.data.train={folder}/presses.jsonl"],
+        cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": str(folder)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(shown.stdout)
+    assert found["accepted"] == 2 and sorted(each["label"] for each in found["examples"]) == [False, True]
