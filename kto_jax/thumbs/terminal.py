@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TextIO
 
 from kto_jax.command import visible
@@ -125,7 +125,9 @@ class Terminal:
     def _stream(self, turns: Iterator[Turn]) -> None:
         """Writes answers as they come; of two, the second when the first one is whole."""
         written, turn = ["", ""], None
-        with contextlib.closing(turns) if hasattr(turns, "close") else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if isinstance(turns, Generator):
+                stack.callback(turns.close)
             for turn in turns:
                 if len(turn.answers) == 1:
                     self._write.write(visible(turn.answers[0].text[len(written[0]) :]))

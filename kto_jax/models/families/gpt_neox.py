@@ -10,7 +10,7 @@ from typing import Any
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.family import Family, Values
 from kto_jax.models.families.rotary import read_partial_rope, write_one_rope
-from kto_jax.models.families.tensors import Tensor
+from kto_jax.models.families.tensors import Fused, Tensor
 
 # "gelu_fast" and "gelu_new" are the tanh approximation.
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -61,7 +61,7 @@ def _tensors() -> dict[str, Tensor]:
         found[f"layers.{own}.scale"] = Tensor(f"{_LAYER}{theirs}.weight")
         found[f"layers.{own}.bias"] = Tensor(f"{_LAYER}{theirs}.bias")
     for own, theirs in _MATRICES.items():
-        fused = "heads" if theirs.endswith("query_key_value") else "no"
+        fused: Fused = "heads" if theirs.endswith("query_key_value") else "no"
         found[f"layers.{own}.weight"] = Tensor(f"{_LAYER}{theirs}.weight", transposed=True, fused=fused)
         found[f"layers.{own}.bias"] = Tensor(f"{_LAYER}{theirs}.bias", fused=fused)
     return found | {

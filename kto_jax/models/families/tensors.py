@@ -13,6 +13,10 @@ import numpy as np
 LAYER = "model.layers.{}."
 
 
+Fused = Literal["no", "blocks", "heads"]
+"""How a tensor of the file holds several matrices, if it does."""
+
+
 class Tensor(NamedTuple):
     """A tensor of a Hugging Face directory, and how its layout differs from the parameter's.
 
@@ -27,7 +31,7 @@ class Tensor(NamedTuple):
     name: str
     transposed: bool = False
     is_row: bool = False
-    fused: Literal["no", "blocks", "heads"] = "no"
+    fused: Fused = "no"
 
     @property
     def num_stacked(self) -> int:
