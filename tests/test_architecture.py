@@ -88,7 +88,7 @@ ORDER = {
     ],
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors value_head",
-        "adapter_folder",
+        "adapter_folder adapter_names grown",
         "classifier model_files stored_dtype",
         "load",
         "export",

@@ -43,6 +43,11 @@ class ModelConfig:
     base: str = ""
     """Model that the adapters of `path` belong to, if `path` is a folder of adapters. Empty takes the one that their
     adapter_config.json names."""
+    added_tokens: tuple[str, ...] = ()
+    """Control tokens that the tokenizer gets besides its own, with the next free ids."""
+    grow_vocab: Annotated[int, Range(at_least=0, zero="keep the model's size")] = 0
+    """Give embedding and output head a row for every token of the tokenizer, up to a multiple of this number: 1, or
+    128, which suits hardware. New rows are the mean of the others."""
     init: Literal["pretrained", "random"] = "pretrained"
     """"random" reads only config.json and the tokenizer from `path` and initialises the weights from `seed`."""
     dtype: Precision = "bfloat16"
@@ -105,15 +110,28 @@ class LoraConfig:
     alpha: Positive = 16.0
     """Scale: an adapter's output is multiplied by alpha / rank. Adapters take a higher learning rate than full
     fine-tuning; ten times is a usual start."""
-    targets: tuple[Matrix, ...] = LORA_MATRICES
-    """Which matrices of each layer have an adapter."""
+    rank_stabilised: bool = False
+    """Multiply by alpha / √rank instead (rsLoRA, arXiv 2312.03732), so that high ranks learn as fast as low ones."""
+    dora: bool = False
+    """Also train the norm of each output's weights (DoRA, arXiv 2402.09353)."""
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Share of the entries of an adapter's input that are dropped in the passes with gradient."""
+    targets: tuple[str, ...] = LORA_MATRICES
+    """Which matrices of each layer have an adapter: query, key, value, output, gate, up, down; a module's name in
+    transformers (`q_proj`); a regular expression for the whole name; or "all-linear"."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks for some matrices, `NAME=RANK` with names as in `targets`; the first that fits counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas for some matrices, `NAME=ALPHA`."""
+    modules_to_save: tuple[Literal["embedding", "head"], ...] = ()
+    """Parts of the model that are trained whole beside the adapters. A tied head is part of the embedding."""
     zero: Literal["a", "b"] = "b"
     """Which matrix of an adapter starts at 0, so that the policy starts equal to the reference. "b" is usual: behind a
     random projection of the input. "a": in front of a random projection to the output (arXiv 2406.08447)."""
     start: Literal["new", "continue"] = "new"
     """What LoRA does if `model.path` is a folder of adapters; the reference is the base plus these adapters either way.
-    "new": adds them to the base's weights and trains new ones. "continue": trains them further; `rank`, `alpha` and
-    `targets` must be theirs."""
+    "new": adds them to the base's weights and trains new ones. "continue": trains them further; ranks, alphas,
+    `targets`, `dora` and `modules_to_save` must be theirs."""
 
 
 @dataclasses.dataclass(frozen=True)

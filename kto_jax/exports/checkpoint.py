@@ -15,7 +15,8 @@ from typing import Any
 from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.data.tokens import tokenizer_files
 from kto_jax.models.weights.export import Rounding, save_hugging_face
-from kto_jax.models.weights.model_files import find_model
+from kto_jax.models.weights.load import is_multimodal
+from kto_jax.models.weights.model_files import ModelFiles, find_model
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.training.stored_policy import load_checkpoint
 
@@ -69,10 +70,11 @@ def export_checkpoint(
     card = _card(run, number, settings, is_adapter=is_adapter)
     if is_adapter:
         lora = LoraConfig(**settings["lora"])
-        base, merged = _base(settings)
+        base, files = _base(settings)
+        merged = files.adapter if settings["lora"].get("start", "new") == "new" else None
         save_adapters(
             folder, stored.model, stored.trained, lora=lora, base=base, merged=merged, tokenizer_dir=tokenizer,
-            model_card=card,
+            model_card=card, is_multimodal=is_multimodal(files.weights),
         )  # fmt: skip
         return Exported(folder, number, True, "float32", None)
     dtype = _dtype(settings) if dtype == "auto" else dtype
@@ -83,8 +85,8 @@ def export_checkpoint(
     return Exported(folder, number, False, dtype, rounding)
 
 
-def _base(settings: dict[str, Any]) -> tuple[str | None, Path | None]:
-    """The model that the run's adapters belong to, and the adapters that its frozen weights hold already."""
+def _base(settings: dict[str, Any]) -> tuple[str, ModelFiles]:
+    """The model that the run's adapters belong to, and the files that the run began with."""
     model = settings["model"]
     if model["init"] == "random":
         raise ConfigError(
@@ -94,7 +96,7 @@ def _base(settings: dict[str, Any]) -> tuple[str | None, Path | None]:
     files = find_model(model["path"], model.get("base", ""))
     base = model.get("base") or model["path"]
     base = str(Path(base).resolve()) if Path(base).exists() else base
-    return base, files.adapter if settings["lora"].get("start", "new") == "new" else None
+    return base, files
 
 
 def _dtype(settings: dict[str, Any]) -> str:

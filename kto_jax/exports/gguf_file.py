@@ -1,7 +1,7 @@
 """A model directory as one GGUF file with its tokenizer, in the layout that llama.cpp reads.
 
-Llama-type models with byte-level BPE tokenizers are supported; others are refused by name. Matrices get the
-chosen kind, norms stay float32. What is read of such files is in models/weights/gguf.py.
+Models of the Llama type, Qwen2, Qwen3 and Phi-3 with byte-level BPE tokenizers are written; others are refused by name.
+Matrices get the chosen kind, norms and biases stay float32. What is read of such files is in models/weights/gguf.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
 from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import LinearScaling, Llama3Scaling
-from kto_jax.models.weights.gguf import LAYER_NAMES, OTHER_NAMES, ROPE_FACTORS, row_order
+from kto_jax.models.weights.gguf import ROPE_FACTORS, row_order
 from kto_jax.models.weights.load import is_reward_model, read_config
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
 from kto_jax.models.weights.tensors import expected_shapes
@@ -28,6 +28,14 @@ from kto_jax.storage.atomic import new_file
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the kinds (general.file_type)."""
+_ARCHITECTURES: dict[str, tuple[str, frozenset[str]]] = {
+    "llama": ("llama", frozenset()),
+    "mistral": ("llama", frozenset()),
+    "qwen2": ("qwen2", frozenset({"qkv_bias"})),
+    "qwen3": ("qwen3", frozenset({"qk_norm"})),
+    "phi3": ("phi3", frozenset({"rotary_dim"})),
+}
+"""llama.cpp's name of each family that is written, and the fields in which it differs from Llama."""
 _SIZES = (
     "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
     "norm_eps", "rope_theta", "tied_head", "initializer_range", "bos_id", "eos_ids",
@@ -54,10 +62,10 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
     import gguf
 
     config = read_config(directory)
-    _check_architecture(config, directory)
+    architecture = _check_architecture(config, directory)
     fields = _tokenizer_fields(directory, config.vocab_size)
     with new_file(file) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
+        writer = gguf.GGUFWriter(partial, architecture)
         writer.add_name(name)
         writer.add_file_type(_FILE_TYPES[kind])
         _add_architecture(writer, config)
@@ -69,25 +77,30 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
         ):  # fmt: skip
             if fields.get(field) is not None:
                 add(fields[field])
-        _add_tensors(writer, config, directory, kind)
+        _add_tensors(writer, config, directory, kind, architecture)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _check_architecture(config: TransformerConfig, directory: Path) -> None:
-    usual, free = TransformerConfig(8, 8, 1, 1, 1, 8, 8), {*_SIZES, "family", "rope_scaling"}
+def _check_architecture(config: TransformerConfig, directory: Path) -> str:
+    """llama.cpp's name of the architecture."""
+    architecture, own = _ARCHITECTURES.get(config.family, ("", frozenset()))
+    usual, free = TransformerConfig(8, 8, 1, 1, 1, 8, 8), {*_SIZES, *own, "family", "rope_scaling"}
     names = [field.name for field in dataclasses.fields(config) if field.name not in free]
     other = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    if not isinstance(config.rope_scaling, Llama3Scaling | LinearScaling | None):
+    if config.rope_scaling is not None and not (
+        architecture == "llama" and isinstance(config.rope_scaling, Llama3Scaling | LinearScaling)
+    ):
         other.append(f"rope_scaling {config.rope_scaling.to_hugging_face()['rope_type']}")
-    if other or is_reward_model(directory):
+    if not architecture or other or is_reward_model(directory):
         what = ", ".join(other) or "a reward head"
         raise ConfigError(
             f"{directory} is a model of family {config.family!r} ({what}), which is not written as GGUF. Models of the "
-            f"Llama type are. {_OTHERWISE}"
+            f"Llama type are, and Qwen2, Qwen3 and Phi-3 without window and scaled rotary embedding. {_OTHERWISE}"
         )
+    return architecture
 
 
 def _add_architecture(writer: Any, config: TransformerConfig) -> None:
@@ -100,36 +113,30 @@ def _add_architecture(writer: Any, config: TransformerConfig) -> None:
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim if config.rotary_dim is None else config.rotary_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
 
 
-def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str) -> None:
+def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str, architecture: str) -> None:
     import gguf
     from gguf import quants
 
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, config.num_layers)
     weights = SafetensorsWeights(directory)
     for name, shape in expected_shapes(config).items():
         values = np.asarray(weights.read(name, (slice(None),) * len(shape)), np.float32)
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-        if heads:
+        if heads and architecture == "llama":
             values = values[np.argsort(row_order(len(values), heads))]
         own = "f32" if values.ndim == 1 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
         tensor_kind = gguf.GGMLQuantizationType[own.upper()]
-        writer.add_tensor(_gguf_name(name), quants.quantize(values, tensor_kind), raw_dtype=tensor_kind)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(stored, quants.quantize(values, tensor_kind), raw_dtype=tensor_kind)
     if config.rope_scaling is not None:
         plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
         writer.add_tensor(ROPE_FACTORS, (plain / rotary_frequencies(config)).astype(np.float32))
-
-
-def _gguf_name(name: str) -> str:
-    others = {theirs: own for own, theirs in OTHER_NAMES.items()}
-    if name in others:
-        return others[name]
-    _, _, layer, rest = name.split(".", 3)
-    layers = {theirs: own for own, theirs in LAYER_NAMES.items()}
-    return f"blk.{layer}.{layers[rest.removesuffix('.weight')]}.weight"
 
 
 def _tokenizer_fields(directory: Path, vocab_size: int) -> dict[str, Any]:

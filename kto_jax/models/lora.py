@@ -1,9 +1,13 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen matrix W plus a small trained product, W + α/r · A B.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen matrix W plus a small trained product, W + s · A B.
 
-The adapters are a separate parameter tree, with an `Adapter` for each adapted matrix:
+The scale s is α/r, or α/√r of a rank-stabilised adapter (rsLoRA, arXiv 2312.03732). DoRA (arXiv 2402.09353) also trains
+the norm of each output's weights: it multiplies the sum's columns by m / ‖W + s · A B‖, of which the norm has no
+gradient. The adapters are a separate parameter tree, with an `Adapter` for each adapted matrix:
 
     layers.attention.query, key, value, output .weight    a [layers, in, r], b [layers, r, out]
     layers.mlp.gate, up, down                  .weight    a, b; of every expert, [layers, E, in, r] and so on
+                                                          with DoRA also magnitude [layers, out]
+    embed.table, head.weight                              whole, if they are trained too
 
 Merging them into the frozen parameters replaces each such W, which may be in int8, by an `AdaptedMatrix`. Training
 starts with A B = 0, so that the policy equals the frozen model.
@@ -23,6 +27,8 @@ from kto_jax.config import ConfigError, LoraConfig
 
 # Where a matrix is among a layer's parameters.
 GROUPS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(("gate", "up", "down"), "mlp")
+WHOLE = {"embedding": "embed", "head": "head"}
+"""Parts of the parameters that may be trained whole, by their names in `lora.modules_to_save`."""
 
 
 @jax.tree_util.register_dataclass
@@ -41,13 +47,25 @@ class Adapter:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DoraAdapter(Adapter):
+    """Low-rank factors and a magnitude.
+
+    Attributes:
+      magnitude: m, [..., out].
+    """
+
+    magnitude: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AdaptedMatrix:
     """A frozen matrix and its adapter.
 
     Attributes:
       frozen: W, [..., in, out], an array or an `Int8Matrix`.
       adapter: A and B.
-      scale: α/r.
+      scale: s.
     """
 
     frozen: Any
@@ -65,41 +83,117 @@ class AdaptedMatrix:
 
     @property
     def scaled_b(self) -> Array:
-        """α/r · B."""
+        """The product s · B."""
         return self.scale * self.adapter.b
 
     def astype(self, dtype: Any) -> Array:
-        """The sum W + α/r · A B in `dtype`, computed in float32 or wider."""
+        """The matrix that the adapter makes of W, in `dtype`, computed in float32 or wider."""
         wide = jnp.promote_types(dtype, jnp.float32)
+        total = self._sum(wide)
+        if isinstance(self.adapter, DoraAdapter):
+            total = total * self._gain(total)[..., None, :]
+        return total.astype(dtype)
+
+    def gain(self) -> Array:
+        """What DoRA multiplies each output by, [out], in float32 or wider."""
+        return self._gain(self._sum(jnp.promote_types(self.adapter.b.dtype, jnp.float32)))
+
+    def dropped(self, x_TI: Array) -> Array:
+        """The adapter's input: x itself, without dropout."""
+        return x_TI
+
+    def _sum(self, wide: Any) -> Array:
         product = jnp.matmul(self.a.astype(wide), self.scaled_b.astype(wide), precision=jax.lax.Precision.HIGHEST)
-        return (self.frozen.astype(wide) + product).astype(dtype)
+        return self.frozen.astype(wide) + product
+
+    def _gain(self, total: Array) -> Array:
+        assert isinstance(self.adapter, DoraAdapter), "only DoRA has a magnitude"
+        return self.adapter.magnitude.astype(total.dtype) / jax.lax.stop_gradient(_norms(total))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DroppedMatrix(AdaptedMatrix):
+    """As `AdaptedMatrix`, while it is trained with dropout of the adapter's input.
+
+    Attributes:
+      rate: share of the entries that are dropped.
+      key: PRNG key of the mask; one for each layer.
+    """
+
+    rate: float = dataclasses.field(metadata={"static": True})
+    key: Any
+
+    def dropped(self, x_TI: Array) -> Array:
+        """The adapter's input: x with some entries 0 and the others scaled up."""
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x_TI.shape)
+        return jnp.where(kept, x_TI / jnp.asarray(1 - self.rate, x_TI.dtype), 0)
+
+
+def _norms(matrix: Array) -> Array:
+    """The norm of each output's weights."""
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-2))
+
+
+def rank_of(lora: LoraConfig, matrix: str) -> int:
+    """The rank of a matrix's adapter."""
+    return int(_of_pattern(lora.rank_pattern, matrix, lora.rank))
+
+
+def scale_of(lora: LoraConfig, matrix: str) -> float:
+    """The factor of the product of a matrix's adapter."""
+    rank = rank_of(lora, matrix)
+    return _of_pattern(lora.alpha_pattern, matrix, lora.alpha) / (rank**0.5 if lora.rank_stabilised else rank)
+
+
+def _of_pattern(pattern: Sequence[str], matrix: str, default: float) -> float:
+    for entry in pattern:
+        name, _, number = entry.rpartition("=")
+        if name == matrix:
+            return float(number)
+    return default
 
 
 def init_adapters(params: Any, lora: LoraConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Adapters in float32 whose product is 0.
 
-    The nonzero factor is uniform in ±1/√n, where n is its input size: "in" for A, r for B.
+    The nonzero factor is uniform in ±1/√n, where n is its input size: "in" for A, r for B. Magnitudes are 0:
+    `with_magnitudes` sets them.
 
     Args:
       params: the model's parameters or their shapes.
-      lora: which matrices, with which rank.
+      lora: which matrices, with which ranks; names are those of GROUPS (see `resolve_lora`).
       key: PRNG key.
     """
 
-    def draw(weight: Any, key: Array) -> Adapter:
+    def draw(name: str, weight: Any, key: Array) -> Adapter:
         *stacked, size_in, size_out = weight.shape
-        shapes = {"a": (*stacked, size_in, lora.rank), "b": (*stacked, lora.rank, size_out)}
+        rank = rank_of(lora, name)
+        shapes = {"a": (*stacked, size_in, rank), "b": (*stacked, rank, size_out)}
 
-        def factor(name: str) -> Array:
-            limit = shapes[name][-2] ** -0.5
-            drawn = jax.random.uniform(key, shapes[name], minval=-limit, maxval=limit)
-            return jnp.zeros(shapes[name]) if name == lora.zero else drawn
+        def factor(which: str) -> Array:
+            limit = shapes[which][-2] ** -0.5
+            drawn = jax.random.uniform(key, shapes[which], minval=-limit, maxval=limit)
+            return jnp.zeros(shapes[which]) if which == lora.zero else drawn
 
-        return Adapter(factor("a"), factor("b"))
+        factors = factor("a"), factor("b")
+        return DoraAdapter(*factors, jnp.zeros((*stacked, size_out))) if lora.dora else Adapter(*factors)
 
     keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS)), strict=True))
-    targets = _targets(params["layers"], lora)
-    return _map_targets(targets, lambda group, name: draw(params["layers"][group][name]["weight"], keys[name]))
+    layers = params["layers"]
+    return _map_targets(
+        _targets(layers, lora), lambda group, name: draw(name, layers[group][name]["weight"], keys[name])
+    )  # fmt: skip
+
+
+def with_magnitudes(adapters: Any, frozen: Any) -> Any:
+    """Adapters whose product is 0, with DoRA's magnitudes at which the policy equals the frozen model."""
+    if isinstance(adapters, DoraAdapter):
+        frozen = frozen.frozen if isinstance(frozen, AdaptedMatrix) else frozen
+        return dataclasses.replace(adapters, magnitude=_norms(frozen.astype(jnp.float32)))
+    if not isinstance(adapters, dict):
+        return adapters
+    return {name: with_magnitudes(part, frozen.get(name)) for name, part in adapters.items()}
 
 
 def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
@@ -107,7 +201,8 @@ def adapter_axes(axes: Any, lora: LoraConfig) -> dict[str, Any]:
 
     def split(group: str, name: str) -> Adapter:
         *stacked, axis_in, axis_out = axes["layers"][group][name]["weight"]
-        return Adapter((*stacked, axis_in, "adapter"), (*stacked, "adapter", axis_out))
+        factors = (*stacked, axis_in, "adapter"), (*stacked, "adapter", axis_out)
+        return DoraAdapter(*factors, (*stacked, axis_out)) if lora.dora else Adapter(*factors)
 
     return _map_targets(_targets(axes["layers"], lora), split)
 
@@ -135,28 +230,36 @@ def _map_targets(targets: Sequence[str], make: Any) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def merge_adapters(frozen: Any, trained: Any, scale: float) -> dict[str, Any]:
+def merge_adapters(frozen: Any, trained: Any, lora: LoraConfig, key: Key[Array, ""] | None = None) -> dict[str, Any]:
     """The policy's parameters, with an `AdaptedMatrix` in place of each matrix that has an adapter.
 
     Args:
       frozen: the parameters of a model, as arrays or in int8.
-      trained: adapters, and other trained parameters that `frozen` lacks.
-      scale: α/r.
+      trained: adapters, and other trained parameters, which take the place of those in `frozen`, if there are any.
+      lora: scales and dropout.
+      key: PRNG key of dropout; None for none.
     """
+    keys = dict(zip(GROUPS, jax.random.split(key, len(GROUPS)), strict=True)) if key is not None else {}
 
-    def merge(frozen: Any, trained: Any) -> Any:
+    def merge(frozen: Any, trained: Any, matrix: str) -> Any:
         if isinstance(trained, Adapter):
             # A reference of adapters that are trained further holds them as they were.
             frozen = frozen.frozen if isinstance(frozen, AdaptedMatrix) else frozen
+            scale = scale_of(lora, matrix)
+            if keys and lora.dropout:
+                per_layer = jax.random.split(keys[matrix], trained.a.shape[0])
+                return DroppedMatrix(frozen, trained, scale, lora.dropout, per_layer)
             return AdaptedMatrix(frozen, trained, scale)
         if not isinstance(trained, dict) or frozen is None:
             return trained
         return {
-            name: merge(frozen.get(name), trained[name]) if name in trained else frozen[name]
+            name: merge(frozen.get(name), trained[name], name if name in GROUPS else matrix)
+            if name in trained
+            else frozen[name]
             for name in {**frozen, **trained}
         }
 
-    return merge(frozen, trained)
+    return merge(frozen, trained, "")
 
 
 def without_adapters(params: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kto_jax.config import ConfigError
+from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
@@ -63,7 +63,8 @@ class Model:
       scalar_head: the head that maps a hidden state to one number: "none", "reward" or "value".
       graphdef: the structure of the NNX module, without output head and scalar head.
       layout: how activations are sharded.
-      adapter_scale: factor of the adapters' products, α/r; 0 if all parameters are trained.
+      lora: how adapters are trained, with matrices by their own names (see `resolve_lora`); None if all parameters are
+        trained.
     """
 
     config: TransformerConfig
@@ -72,7 +73,7 @@ class Model:
     scalar_head: str
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     layout: Layout = ONE_DEVICE
-    adapter_scale: float = 0.0
+    lora: LoraConfig | None = None
 
     @classmethod
     def create(
@@ -83,7 +84,7 @@ class Model:
         remat: Literal["none", "dots", "full", "offload"] = "full",
         scalar_head: Literal["none", "reward", "value"] = "none",
         layout: Layout = ONE_DEVICE,
-        adapter_scale: float = 0.0,
+        lora: LoraConfig | None = None,
     ) -> Model:
         """Builds a model.
 
@@ -93,7 +94,7 @@ class Model:
           remat: activation checkpointing of layers.
           scalar_head: a linear reward head, a value head of three layers, or none.
           layout: how activations are sharded.
-          adapter_scale: factor of the adapters' products; 0 for a model without adapters.
+          lora: how adapters are trained; None for a model without adapters.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scalar head, or a reward head on a family without one.
@@ -114,13 +115,19 @@ class Model:
                 "it, so the result could not be exported. Families with one: "
                 f"{', '.join(name for name, family in FAMILIES.items() if family.classifier)}. Choose another base."
             )
-        model = cls(config, dtype, remat, scalar_head, None, layout, adapter_scale)
+        model = cls(config, dtype, remat, scalar_head, None, layout, lora)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
-    def merge_adapters(self, trained: Params, frozen: Params) -> Params:
-        """The policy's parameters: `trained` itself, or the frozen parameters with the trained adapters."""
-        return merge_adapters(frozen, trained, self.adapter_scale) if self.adapter_scale else trained
+    def merge_adapters(self, trained: Params, frozen: Params, key: Key[Array, ""] | None = None) -> Params:
+        """The policy's parameters: `trained` itself, or the frozen parameters with the trained adapters.
+
+        Args:
+          trained: what is trained.
+          frozen: the parameters that adapters are added to.
+          key: PRNG key of the adapters' dropout; None for none.
+        """
+        return trained if self.lora is None else merge_adapters(frozen, trained, self.lora, key)
 
     def hidden_states(
         self,

@@ -28,7 +28,7 @@ from kto_jax.models.experts import ExpertFeedForward
 from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_product
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
-from kto_jax.models.lora import AdaptedMatrix
+from kto_jax.models.lora import AdaptedMatrix, DoraAdapter
 from kto_jax.models.rope import LengthDependent
 from kto_jax.models.unstacked import TransposedMatrix, product_with_transposed
 from kto_jax.shapes import RouterSums
@@ -87,12 +87,19 @@ class Linear(nnx.Module):
     def __call__(self, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """Projects every row of x."""
         weight = self.weight[...]
-        if isinstance(weight, AdaptedMatrix):
-            x_TO = self._product(x_TI, weight.frozen)
-            x_TO = x_TO + self._product(self._product(x_TI, weight.a), weight.scaled_b)
-        else:
-            x_TO = self._product(x_TI, weight)
+        x_TO = self._adapted(x_TI, weight) if isinstance(weight, AdaptedMatrix) else self._product(x_TI, weight)
         return x_TO if self.bias is None else x_TO + repeat_rows(self.bias[...], len(x_TO), self.dtype)
+
+    def _adapted(self, x_TI: Array, weight: AdaptedMatrix) -> Array:
+        whole_TO, dropped_TI = self._product(x_TI, weight.frozen), weight.dropped(x_TI)
+        added_TO = self._product(self._product(dropped_TI, weight.a), weight.scaled_b)
+        if not isinstance(weight.adapter, DoraAdapter):
+            return whole_TO + added_TO
+        # As in peft, the change of the norm applies to what is not dropped.
+        again_TO = whole_TO if dropped_TI is x_TI else self._product(dropped_TI, weight.frozen)
+        gain = weight.gain()
+        grown_TO = repeat_rows(gain - 1, len(x_TI), self.dtype) * again_TO
+        return whole_TO + grown_TO + repeat_rows(gain, len(x_TI), self.dtype) * added_TO
 
     def _product(self, x_TI: Array, weight: Array | Int8Matrix | TransposedMatrix) -> Array:
         if isinstance(weight, TransposedMatrix):

@@ -74,7 +74,14 @@ def _reference(config: Config) -> str:
 def _adapters(config: Config) -> str:
     lora, dtype = config.lora, config.reference.param_dtype
     rounded = f", rounded to {dtype} during training; policy/ has them rounded too" if dtype != "float32" else ""
+    named = [name for name, used in (("DoRA", lora.dora), ("rank-stabilised", lora.rank_stabilised)) if used]
+    kinds = f" ({', '.join(named)})" if named else ""
+    others = [f"other {name}s: {', '.join(pattern)}" for name, pattern in
+              (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)) if pattern]  # fmt: skip
+    others += [f"dropout {lora.dropout:g}"] if lora.dropout else []
+    others += [f"{' and '.join(lora.modules_to_save)} trained whole"] if lora.modules_to_save else []
     return (
-        f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; the base's "
-        f"weights are frozen{rounded}"
+        f"low-rank adapters{kinds} of rank {lora.rank}, alpha {lora.alpha:g}, "
+        f"on {', '.join(lora.targets)}{''.join(f'; {other}' for other in others)}; the base's weights are "
+        f"frozen{rounded}"
     )

@@ -22,6 +22,7 @@ from kto_jax.devices import processes
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.export import Rounding, save_hugging_face
+from kto_jax.models.weights.load import is_multimodal
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
 from kto_jax.models.weights.value_head import save_value_head
@@ -97,6 +98,7 @@ def write_results(
             lora=config.lora,
             base=None if config.model.init == "random" else _base(config.model.base or config.model.path),
             merged=inputs.policy_files.adapter if config.lora.start == "new" else None,
+            is_multimodal=is_multimodal(inputs.policy_files.weights),
             tokenizer_dir=run.tokenizer.directory,
             model_card=card.replace("library_name: transformers", "library_name: peft"),
         )

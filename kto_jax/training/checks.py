@@ -151,10 +151,11 @@ def _check_unused(config: Config, objective: Objective) -> None:
         ("reference.precompute", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_every", objective.uses_reference, f"{name} holds no reference"),
         ("reference.sync_mix", config.reference.sync_every > 0, "reference.sync_every is 0"),
-        ("lora.alpha", config.lora.rank > 0, "lora.rank is 0"),
-        ("lora.targets", config.lora.rank > 0, "lora.rank is 0"),
-        ("lora.zero", config.lora.rank > 0, "lora.rank is 0"),
-        ("lora.start", config.lora.rank > 0, "lora.rank is 0"),
+        *(
+            (f"lora.{field.name}", config.lora.rank > 0, "lora.rank is 0")
+            for field in dataclasses.fields(config.lora)
+            if field.name != "rank"
+        ),
         ("lora.zero", config.lora.start == "new", 'lora.start is "continue"'),
         ("reference.base", bool(config.reference.path), "reference.path is empty"),
         ("samples.num_prompts", objective.scalar_head != "reward", f"{name} writes no text"),
@@ -193,6 +194,12 @@ def _check_adapters(config: Config) -> None:
             "adapters are small and stored in float32; config.reference.param_dtype is the dtype of the frozen weights",
         ),
     }
+    if config.lora.rank and config.model.added_tokens and "embedding" not in config.lora.modules_to_save:
+        raise ConfigError(
+            f"config.model.added_tokens={config.model.added_tokens!r} cannot be used with config.lora.rank="
+            f"{config.lora.rank} alone: the embedding of new tokens would stay what it is at the start. It must be "
+            "trained. Set config.lora.modules_to_save=embedding (embedding,head if the head is not tied)."
+        )
     for field, (value, allowed, why) in conflicts.items():
         if config.lora.rank and value:
             raise ConfigError(

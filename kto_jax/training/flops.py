@@ -21,7 +21,7 @@ def tokens_and_flops(model: Model, objective: Objective, batch: FeedbackBatch) -
     """
     matched = _forward_flops(model, objective, batch.matched)
     unmatched = _forward_flops(model, objective, batch.unmatched)
-    backward = (1 if model.adapter_scale else 2) * matched["products"] + 2 * matched["attention"]
+    backward = (2 if model.lora is None else 1) * matched["products"] + 2 * matched["attention"]
     models = 2 if objective.uses_reference and batch.matched_reference is None else 1
     forward = matched["products"] + matched["attention"]
     first_pass = {

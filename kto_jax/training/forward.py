@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from kto_jax.losses import humanline_clamp, segment_sums
 from kto_jax.models.model import Model, Params
@@ -51,7 +51,13 @@ def _last_rewards(model: Model, params: Params, hidden_RCD: Array, rows: PackedR
 
 
 def read_completions(
-    model: Model, objective: Objective, policy: Params, reference: Params, labelled: LabelledRows
+    model: Model,
+    objective: Objective,
+    policy: Params,
+    reference: Params,
+    labelled: LabelledRows,
+    *,
+    key: Key[Array, ""] | None = None,
 ) -> Completions:
     """The objective's inputs for one microbatch.
 
@@ -62,10 +68,11 @@ def read_completions(
       reference: the frozen parameters. They are not used if `labelled` holds the reference's log-probabilities;
         humanline and value heads need per-token log-probabilities, and therefore the reference.
       labelled: the rows of the microbatch.
+      key: PRNG key of the adapters' dropout; None for none.
     """
     rows, reference_logps = labelled.rows, labelled.reference_logps
     desirable, scores = labelled.desirable, labelled.scores
-    policy = model.merge_adapters(policy, reference)
+    policy = model.merge_adapters(policy, reference, key)
     lengths = _slot_sums(jnp.ones(rows.targets.shape, jnp.promote_types(model.dtype, jnp.float32)), rows)
     if objective.scalar_head == "reward":
         hidden_RCD, routed = routed_states(model, policy, rows, offset=1)

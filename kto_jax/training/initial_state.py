@@ -12,15 +12,24 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import Config, ConfigError, LoraConfig
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import check_experts, check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8, cast_params
-from kto_jax.models.lora import adapter_axes, adapters_of, init_adapters, merge_adapters, without_adapters
+from kto_jax.models.lora import (
+    WHOLE,
+    adapter_axes,
+    adapters_of,
+    init_adapters,
+    merge_adapters,
+    with_magnitudes,
+    without_adapters,
+)
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.adapter_names import resolve_lora
 from kto_jax.models.weights.load import load_params
 from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.models.weights.peft import read_adapters
@@ -68,7 +77,7 @@ def make_model(config: Config, inputs: ModelInputs, devices: Sequence[jax.Device
         remat=config.model.remat,
         scalar_head=inputs.objective.scalar_head,
         layout=make_layout(mesh, config.model.attention, config.model.reduce_dtype, config.model.keep_logits),
-        adapter_scale=config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
+        lora=resolve_lora(config.lora, architecture) if config.lora.rank else None,
     )
 
 
@@ -118,6 +127,8 @@ def make_state(
     else:
         policy = _initial_weights(config, inputs, model, layout, key)
     reference = _initial_reference(config, inputs, model, abstract.reference, policy)
+    if config.lora.dora and config.lora.start == "new":
+        policy = jax.jit(with_magnitudes, out_shardings=layout)(policy, reference)
     return create_state(policy, reference, optimizer, abstract.step.sharding.mesh, inputs.objective.initial_state)
 
 
@@ -147,14 +158,14 @@ def _initial_weights(config: Config, inputs: Inputs, model: Model, layout: Any, 
 
 
 def _initial_adapters(config: Config, inputs: Inputs, model: Model, layout: Any, key: Array) -> Params:
-    """Adapters whose product is 0, or those that are trained further; and the initial weights of a scalar head."""
+    """Adapters whose product is 0, or those that are trained further; and the initial weights of all else."""
     layers, others = {"layers": layout["layers"]}, {name: layout[name] for name in layout if name != "layers"}
     if config.lora.start == "continue":
         adapters = _load_adapters(config, inputs, model, layers)
     else:
         # From a separate key, so that they do not change the other values.
         draw = jax.jit(
-            lambda key: init_adapters(model.abstract_params("float32"), config.lora, key), out_shardings=layers
+            lambda key: init_adapters(model.abstract_params("float32"), _lora(model), key), out_shardings=layers
         )
         adapters = draw(jax.random.fold_in(key, 2))
     return adapters | (_initial_weights(config, inputs, model, others, key) if others else {})
@@ -163,7 +174,8 @@ def _initial_adapters(config: Config, inputs: Inputs, model: Model, layout: Any,
 def _load_adapters(config: Config, inputs: Inputs, model: Model, layout: Any) -> Params:
     """The adapters that are trained further, as they were."""
     assert inputs.policy_files.adapter is not None, "check_start refuses this"
-    found = read_adapters(inputs.policy_files.adapter, model, config.lora)
+    del config
+    found = read_adapters(inputs.policy_files.adapter, model, _lora(model))
     place = lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, values.__getitem__)  # noqa: E731
     return jax.tree.map(place, found, layout)
 
@@ -180,9 +192,13 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
     if config.lora.start == "continue":
         base = ModelFiles(inputs.policy_files.weights)
         plain = without_adapters(layout)
+        whole = {WHOLE[name]: plain.pop(WHOLE[name]) for name in config.lora.modules_to_save}
         frozen = _load(model, base, param_dtype=config.reference.param_dtype, shardings=plain)
+        if whole:  # These the reference has as they were, too.
+            trained = _load(model, inputs.policy_files, param_dtype=config.reference.param_dtype, shardings=whole)
+            frozen |= trained
         adapters = _load_adapters(config, inputs, model, adapters_of(layout))
-        return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
+        return merge_adapters(frozen, adapters, _lora(model))
     if config.model.init == "random" and not config.reference.path:
 
         def draw(key: Array) -> Params:
@@ -208,10 +224,12 @@ def _cast_reference(config: Config, params: Params, layout: Any) -> Params:
 
 
 def _abstract_lora_params(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:
-    """The trained parameters of a LoRA run (adapters and an optional scalar head), and the frozen ones."""
+    """The trained parameters of a LoRA run (adapters, what is trained whole, a scalar head), and the frozen ones."""
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
-    adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
-    policy = _with_shardings(mesh, adapter_axes(axes, config.lora), adapters)
+    adapters = jax.eval_shape(lambda key: init_adapters(abstract, _lora(model), key), jax.random.key(0))
+    policy = _with_shardings(mesh, adapter_axes(axes, _lora(model)), adapters)
+    for part in (WHOLE[name] for name in _lora(model).modules_to_save):
+        policy |= _with_shardings(mesh, {part: axes[part]}, {part: abstract[part]})
     frozen = _abstract_reference(config, model, mesh)
     if model.scalar_head != "none":
         policy |= _with_shardings(mesh, {SCALAR_HEAD: axes[SCALAR_HEAD]}, {SCALAR_HEAD: abstract[SCALAR_HEAD]})
@@ -230,9 +248,14 @@ def _abstract_reference(config: Config, model: Model, mesh: Mesh) -> Params:
     if not (config.lora.rank and config.lora.start == "continue"):
         return frozen
     abstract, axes = model.abstract_params("float32"), model.logical_axes()
-    adapters = jax.eval_shape(lambda key: init_adapters(abstract, config.lora, key), jax.random.key(0))
-    adapters = _with_shardings(mesh, adapter_axes(axes, config.lora), adapters)
-    return merge_adapters(frozen, adapters, config.lora.alpha / config.lora.rank)
+    adapters = jax.eval_shape(lambda key: init_adapters(abstract, _lora(model), key), jax.random.key(0))
+    adapters = _with_shardings(mesh, adapter_axes(axes, _lora(model)), adapters)
+    return merge_adapters(frozen, adapters, _lora(model))
+
+
+def _lora(model: Model) -> LoraConfig:
+    assert model.lora is not None, "a run of adapters"
+    return model.lora
 
 
 def abstract_params(mesh: Mesh, model: Model, dtype: str) -> Params:

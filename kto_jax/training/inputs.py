@@ -89,6 +89,8 @@ def read_inputs(config: Config, scratch: Path) -> Inputs:
     checks.check_models(config, architecture, reference)
     checks.check_output_head(config, is_reward_model(policy_files))
     tokenizer, controls, index = read_feedback(config, policy_files, architecture.vocab_size, scratch)
+    vocab_size = grown_vocab(config, architecture.vocab_size, tokenizer)
+    architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
     checks.check_judges(config, index)
     checks.check_sampled(config, objective)
     num_desirable, num_undesirable = count_visits(index)
@@ -119,7 +121,7 @@ def read_feedback(
     Args:
       config: the run.
       files: files of the policy's initial weights.
-      vocab_size: of the model.
+      vocab_size: of the model's files.
       scratch: folder for the tokenizer; must exist as long as the tokenizer is used.
 
     Returns:
@@ -135,7 +137,9 @@ def read_feedback(
         chat_template=data.chat_template,
         eos_token=data.eos_token,
         rendering=rendering_of(data),
+        added_tokens=config.model.added_tokens,
     )
+    vocab_size = grown_vocab(config, vocab_size, tokenizer)
     # An adapter has a tokenizer, and no sampling defaults.
     defaults = files.weights / GENERATION
     if files.tokenizer == files.adapter and defaults.is_file() and not (files.tokenizer / GENERATION).is_file():
@@ -152,6 +156,29 @@ def read_feedback(
         builds=processes.is_first(),
     )
     return tokenizer, controls, index
+
+
+def grown_vocab(config: Config, vocab_size: int, tokenizer: TokenizerInfo) -> int:
+    """The size of the policy's vocabulary.
+
+    Args:
+      config: the run.
+      vocab_size: of the model's files.
+      tokenizer: the run's.
+
+    Raises:
+      ConfigError: tokens are added beyond it, and it may not grow.
+    """
+    multiple = config.model.grow_vocab
+    if multiple:
+        return -(-max(vocab_size, tokenizer.vocab_size) // multiple) * multiple
+    if config.model.added_tokens and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"config.model.added_tokens={config.model.added_tokens!r} get ids up to {tokenizer.vocab_size - 1}, and "
+            f"the model's vocabulary ends at {vocab_size - 1}. All ids must be in it. Set config.model.grow_vocab=1, "
+            "which gives them rows."
+        )
+    return vocab_size
 
 
 def count_visits(index: Index) -> tuple[int, int]:

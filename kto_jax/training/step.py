@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from kto_jax.config import Config, ReferenceConfig
 from kto_jax.models.model import Model, Params
@@ -54,6 +54,7 @@ class Recipe:
       learning_rate: the optimizer's schedule, by number of updates.
       sync: when the reference is synced.
       router: weights of the routers' losses of a mixture of experts.
+      seed: of the adapters' dropout.
     """
 
     model: Model
@@ -62,6 +63,7 @@ class Recipe:
     learning_rate: optax.Schedule
     sync: ReferenceConfig = _NO_SYNC
     router: RouterWeights = NO_ROUTERS
+    seed: int = 0
 
 
 def make_recipe(config: Config, objective: Objective, model: Model, num_steps: int) -> Recipe:
@@ -85,7 +87,7 @@ def make_recipe(config: Config, objective: Objective, model: Model, num_steps: i
         param_dtype=config.model.param_dtype,
         seed=config.seed,
     )
-    return Recipe(model, objective, optimizer, learning_rate, config.reference, router)
+    return Recipe(model, objective, optimizer, learning_rate, config.reference, router, config.seed)
 
 
 def _without_tokens(completions: Completions, objective: Objective | None = None) -> Completions:
@@ -179,13 +181,17 @@ def _first_pass(
 
 
 def _loss_of(
-    model: Model, objective: Objective, state: TrainState, point: Array
+    model: Model, objective: Objective, state: TrainState, point: Array, key: Key[Array, ""] | None = None
 ) -> Callable[[Params, tuple[LabelledRows, Array, Array]], tuple[Completions, Float[Array, ""]]]:
-    """The function (policy, matched microbatch) -> its completions, and Σ weight · loss of its examples."""
+    """The function (policy, matched microbatch) -> its completions, and Σ weight · loss of its examples.
+
+    `key` is that of the adapters' dropout in this step; None for none.
+    """
 
     def loss_sum(policy: Params, one: tuple[LabelledRows, Array, Array]) -> tuple[Completions, Float[Array, ""]]:
         rows, weights, index = one
-        completions = read_completions(model, objective, policy, state.reference, rows)
+        own = None if key is None else jax.random.fold_in(key, index)
+        completions = read_completions(model, objective, policy, state.reference, rows, key=own)
         losses = objective.loss(completions, point[index] if point.ndim else point, state.objective_state)
         counts = objective.counts(rows.rows.filled, rows.desirable)
         return completions, jnp.sum(jnp.where(counts, losses * weights, 0))
@@ -205,6 +211,7 @@ def loss_and_gradient(
     batch: FeedbackBatch,
     point: Array,
     router: RouterWeights = NO_ROUTERS,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Params, Completions]:
     """Weighted mean loss over the examples of the global batch, its gradient, and the completions [M, R, S].
 
@@ -217,7 +224,7 @@ def loss_and_gradient(
         counted = batch.matched.target_segments > 0
     divisor = jnp.maximum(jnp.sum(counted), 1)
     num_tokens = num_routed_tokens(model, _run_after([divisor], batch).matched)
-    loss_sum = _loss_of(model, objective, state, point)
+    loss_sum = _loss_of(model, objective, state, point, key)
 
     def share_of_loss(policy: Params, one: tuple[LabelledRows, Array, Array]) -> tuple[jax.Array, Completions]:
         completions, loss = loss_sum(policy, one)
@@ -279,7 +286,9 @@ def train_step(recipe: Recipe, state: TrainState, batch: FeedbackBatch) -> tuple
     model, objective = recipe.model, recipe.objective
     state = dataclasses.replace(state, reference=sync_reference(state.reference, state.policy, state.step, recipe.sync))
     point, figures, batch = reference_point(model, objective, state, batch)
-    loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point, recipe.router)
+    drops = model.lora is not None and model.lora.dropout > 0
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if drops else None
+    loss, gradient, completions = loss_and_gradient(model, objective, state, batch, point, recipe.router, key)
     batch = _run_after([loss], batch)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

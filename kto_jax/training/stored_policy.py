@@ -19,6 +19,7 @@ from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.int8 import INT8
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
+from kto_jax.models.weights.adapter_names import resolve_lora
 from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.checkpoint_reading import StoredTree, best_step, quiet_libraries
 from kto_jax.training.logs import console
@@ -160,7 +161,7 @@ def _load_trained(workdir: Path, step: int) -> tuple[Params, Params, dict[str, j
     kept = metadata["policy"]
     wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
     adapters: Params = {}
-    if "embed" not in kept:
+    if "final_norm" not in kept:  # adapters; embedding and head may be trained beside them
         draw = functools.partial(init_adapters, read_model(workdir).abstract_params("float32"), _lora(workdir))
         adapters = jax.eval_shape(draw, jax.random.key(0))
         kept = kept | adapters
@@ -184,7 +185,7 @@ def _as_policy(
         return StoredPolicy(model, trained, trained, objective_state)
     lora = _lora(workdir)
     frozen = _load_base(workdir, lora, adapters)
-    return StoredPolicy(model, merge_adapters(frozen, trained, lora.alpha / lora.rank), trained, objective_state)
+    return StoredPolicy(model, merge_adapters(frozen, trained, lora), trained, objective_state)
 
 
 def _read_settings(workdir: Path) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def _is_strict(workdir: Path) -> bool:
 
 
 def _lora(workdir: Path) -> LoraConfig:
-    return LoraConfig(**_read_settings(workdir)["lora"])
+    return resolve_lora(LoraConfig(**_read_settings(workdir)["lora"]), read_model(workdir).config)
 
 
 def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -213,7 +214,7 @@ def _load_base(workdir: Path, lora: LoraConfig, adapters: Params) -> Params:
     whole = read_model(workdir).abstract_params(INT8 if isinstance(table, dict) else table.dtype)
     frozen = {name: whole[name] for name in kept}
     if lora.start == "continue":
-        frozen = merge_adapters(frozen, adapters, lora.alpha / lora.rank)
+        frozen = merge_adapters(frozen, adapters, lora)
     return stored.read(jax.tree.map(_on_one_device, frozen))[0]
 
 

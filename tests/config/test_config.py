@@ -78,7 +78,7 @@ def test_a_comma_separated_string_fills_a_tuple():
     ("objective", "beta", 0.0, r"config.objective.beta=0.0 cannot be used. Allowed: a number above 0, or \"auto\""),
     ("lora", "rank", -1, r"config.lora.rank=-1 cannot be used. Allowed: an integer, 0 \(no adapters\) or more"),
     ("lora", "alpha", 0.0, r"config.lora.alpha=0.0 cannot be used. Allowed: a number above 0"),
-    ("lora", "targets", "query,keys", r"lora.targets='query,keys'.*mean \"key\"\? Allowed: a tuple of query, key"),
+    ("lora", "modules_to_save", "heads", r"mean \"head\"\? Allowed: a tuple of embedding, head"),
     ("lora", "targets", ("up", "up"), r"each once"),
     ("lora", "zero", "c", r"'c' cannot be used. Allowed: \"a\" or \"b\""),
     ("objective", "beta", "x", r"config.objective.beta='x' cannot be used. Allowed: a number"),

@@ -24,6 +24,8 @@ FREE = {
     "data.chat_template": "a file, or a word", "data.chat_template_kwargs": "names are the template's",
     "data.template_date": "a date, checked in rules.py", "data.assistant_tokens": "tokens of the tokenizer",
     "data.eos_token": "a token of the tokenizer",
+    "model.added_tokens": "any texts", "lora.targets": "names or expressions, checked with the model",
+    "lora.rank_pattern": "checked with the model", "lora.alpha_pattern": "checked with the model",
     "objective.name": "objectives may be added; checked with them", "objective.variant": "checked with the objective",
     "objective.f_divergence": "checked with the objective",
     "objective.good_control": "any text", "objective.bad_control": "any text",

@@ -152,11 +152,15 @@ def test_what_has_no_place_in_a_gguf_file_is_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="Byte-level BPE as in GPT-2"):
         write_gguf(tmp_path / "x.gguf", other, "f16", name="x")
     config = json.loads((policy / "config.json").read_text()) | {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
     }
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"family 'qwen3' \(qk_norm\), which is not written as GGUF"):
+    with pytest.raises(ConfigError, match=r"family 'olmo2' \(.*qk_norm.*\), which is not written as GGUF"):
+        write_gguf(tmp_path / "x.gguf", other, "f16", name="x")
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"family 'qwen2' \(rope_scaling llama3\)"):
         write_gguf(tmp_path / "x.gguf", other, "f16", name="x")
     assert not list(tmp_path.glob("*.gguf*"))
 

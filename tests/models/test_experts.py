@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kto_jax.config import LoraConfig
 from kto_jax.models.dispatch import run_experts
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.int8 import cast_params
@@ -140,7 +141,7 @@ def test_merged_adapters_give_the_policy_of_their_sum(mixture):
         jnp.asarray(random.normal(0, 0.1, (*shape[:-1], 2)), "f"),
         jnp.asarray(random.normal(0, 0.1, (*shape[:2], 2, shape[-1])), "f"),
     )
-    merged = merge_adapters(params, {"layers": {"mlp": {"gate": {"weight": pair}}}}, 2.0)
+    merged = merge_adapters(params, {"layers": {"mlp": {"gate": {"weight": pair}}}}, LoraConfig(rank=1, alpha=2.0))
     is_adapted = lambda node: isinstance(node, AdaptedMatrix)  # noqa: E731
     summed = jax.tree.map(lambda node: node.astype("float32") if is_adapted(node) else node, merged, is_leaf=is_adapted)
     tokens = draw_tokens(0, 1, 12)

@@ -1,5 +1,6 @@
 """Low-rank adapters: forward pass, gradients, and the directory for peft."""
 
+import dataclasses
 import json
 import zlib
 
@@ -7,12 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from kto_jax.config import LORA_MATRICES, LoraConfig
 from kto_jax.models.int8 import quantise_params
-from kto_jax.models.lora import AdaptedMatrix, Adapter, adapter_axes, init_adapters, merge_adapters
+from kto_jax.models.lora import (
+    AdaptedMatrix,
+    Adapter,
+    DoraAdapter,
+    DroppedMatrix,
+    adapter_axes,
+    init_adapters,
+    merge_adapters,
+    with_magnitudes,
+)
 from kto_jax.models.model import Model
+from kto_jax.models.transformer import Linear
 from kto_jax.models.weights.peft import save_adapters
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
 
@@ -28,13 +40,13 @@ def drawn(params, lora=LORA, size=0.3):
     return jax.tree_util.tree_map_with_path(noise, adapters)
 
 
-def merged(params, adapters):
+def merged(params, adapters, lora=LORA):
     """The merged parameters as arrays."""
 
     def one(node):
         return node.astype("float32") if isinstance(node, AdaptedMatrix) else node
 
-    laid = merge_adapters(params, adapters, SCALE)
+    laid = merge_adapters(params, adapters, lora)
     return jax.tree.map(one, laid, is_leaf=lambda node: isinstance(node, AdaptedMatrix))
 
 
@@ -42,12 +54,12 @@ def merged(params, adapters):
 def test_a_policy_starts_bitwise_equal_to_the_frozen_model_and_can_change(zero, model, params):
     lora = LoraConfig(rank=3, zero=zero)
     adapters = init_adapters(params, lora, jax.random.key(0))
-    laid, rows = merge_adapters(params, adapters, SCALE), whole_rows(TOKENS)
+    laid, rows = merge_adapters(params, adapters, LORA), whole_rows(TOKENS)
     np.testing.assert_array_equal(
         hidden_states(model, laid, TOKENS, *rows), hidden_states(model, params, TOKENS, *rows)
     )
     gradient = jax.grad(
-        lambda adapters: jnp.sum(hidden_states(model, merge_adapters(params, adapters, 1.0), TOKENS, *rows))
+        lambda adapters: jnp.sum(hidden_states(model, merge_adapters(params, adapters, LORA), TOKENS, *rows))
     )
     other = {"a": "b", "b": "a"}[zero]
     for group in gradient(adapters)["layers"].values():
@@ -56,11 +68,86 @@ def test_a_policy_starts_bitwise_equal_to_the_frozen_model_and_can_change(zero, 
             assert np.all(getattr(pair["weight"], other) == 0)  # until the first matrix has moved
 
 
+@pytest.mark.parametrize("zero", ["a", "b"])
+def test_a_policy_with_magnitudes_starts_as_the_frozen_model(zero, model, params):
+    lora, rows = LoraConfig(rank=3, zero=zero, dora=True), whole_rows(TOKENS)
+    adapters = with_magnitudes(init_adapters(params, lora, jax.random.key(0)), params)
+    got = hidden_states(model, merge_adapters(params, adapters, lora), TOKENS, *rows)
+    np.testing.assert_allclose(got, hidden_states(model, params, TOKENS, *rows), rtol=1e-4, atol=1e-4)
+    magnitude = adapters["layers"]["mlp"]["down"]["weight"].magnitude
+    np.testing.assert_allclose(
+        magnitude, np.linalg.norm(params["layers"]["mlp"]["down"]["weight"], axis=1), rtol=1e-6
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", ["float32", "int8"])
+def test_with_dora_the_weights_of_an_output_have_its_magnitude_as_their_norm(kept, model, params):
+    lora, rows = dataclasses.replace(LORA, dora=True), whole_rows(TOKENS)
+    frozen, adapters = quantise_params(params) if kept == "int8" else params, drawn(params, lora)
+    laid = merge_adapters(frozen, adapters, lora)
+    matrix, pair = laid["layers"]["attention"]["query"]["weight"].astype("float32"), None
+    pair = adapters["layers"]["attention"]["query"]["weight"]
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), np.abs(pair.magnitude), rtol=1e-5)
+    got = hidden_states(model, laid, TOKENS, *rows)
+    np.testing.assert_allclose(
+        got, hidden_states(model, merged(frozen, adapters, lora), TOKENS, *rows), rtol=1e-4, atol=1e-4
+    )  # fmt: skip
+
+
+def test_the_norm_in_dora_has_no_gradient():
+    """Of y = m / |w + ab| (w + ab) the gradient of b is that of the sum alone, times m / |w + ab|."""
+    linear = Linear((2, 1), ("embed", "mlp"), scale=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    graphdef, _ = nnx.split(linear)
+    weight = AdaptedMatrix(
+        jnp.array([[3.0], [0.0]]), DoraAdapter(jnp.array([[0.0], [1.0]]), jnp.array([[4.0]]), jnp.array([10.0])), 1.0
+    )  # fmt: skip
+
+    def output(weight):
+        linear = nnx.merge(graphdef, nnx.State({"weight": weight}))
+        return linear(jnp.array([[1.0, 1.0]]))[0, 0]
+
+    value, gradient = jax.value_and_grad(output)(weight)
+    assert value == pytest.approx(10 / 5 * 7)
+    assert gradient.adapter.b[0, 0] == pytest.approx(10 / 5)
+    assert gradient.adapter.magnitude[0] == pytest.approx(7 / 5)
+
+
+def test_dropout_falls_on_the_input_of_adapters_alone_and_only_with_a_key(model, params):
+    lora, rows = dataclasses.replace(LORA, dropout=0.5), whole_rows(TOKENS)
+    adapters = drawn(params)
+
+    def states(key, adapters=adapters):
+        return hidden_states(model, merge_adapters(params, adapters, lora, key), TOKENS, *rows)
+
+    np.testing.assert_array_equal(
+        states(None), hidden_states(model, merge_adapters(params, adapters, LORA), TOKENS, *rows)
+    )
+    first, second = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(states(first), states(first))
+    assert np.abs(states(first) - states(second)).max() > 0.1
+    empty = init_adapters(params, LORA, jax.random.key(0))
+    np.testing.assert_array_equal(states(first, empty), hidden_states(model, params, TOKENS, *rows))
+    matrix = DroppedMatrix(None, Adapter(None, None), 1.0, 0.25, first)
+    dropped = matrix.dropped(jnp.ones((100, 100)))
+    assert float(jnp.mean(dropped == 0)) == pytest.approx(0.25, abs=0.02)
+    assert float(jnp.max(dropped)) == pytest.approx(4 / 3)
+
+
+def test_each_matrix_has_its_own_rank_and_scale(params):
+    lora = LoraConfig(rank=4, alpha=8.0, rank_pattern=("value=2",), alpha_pattern=("down=3",), rank_stabilised=True)
+    adapters = init_adapters(params, lora, jax.random.key(0))["layers"]
+    assert adapters["attention"]["value"]["weight"].a.shape == (2, 32, 2)
+    assert adapters["attention"]["query"]["weight"].a.shape == (2, 32, 4)
+    laid = merge_adapters(params, {"layers": adapters}, lora)["layers"]
+    assert laid["attention"]["value"]["weight"].scale == 8 / 2**0.5
+    assert (laid["attention"]["query"]["weight"].scale, laid["mlp"]["down"]["weight"].scale) == (4.0, 1.5)
+
+
 @pytest.mark.parametrize("kept", ["float32", "int8"])
 def test_the_forward_pass_equals_that_of_the_merged_matrices(kept, model, params):
     frozen = quantise_params(params) if kept == "int8" else params
     adapters, rows = drawn(params), whole_rows(TOKENS)
-    got = hidden_states(model, merge_adapters(frozen, adapters, SCALE), TOKENS, *rows)
+    got = hidden_states(model, merge_adapters(frozen, adapters, LORA), TOKENS, *rows)
     expected = hidden_states(model, merged(frozen, adapters), TOKENS, *rows)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *rows))) > 0.1
@@ -89,7 +176,7 @@ def test_gradients_are_the_merged_matrixs_gradient_times_the_other_factor(config
                 a, b = pair["weight"].a, pair["weight"].b
                 whole["layers"][group][name]["weight"] += SCALE * (a @ b)
         of_whole = jax.device_get(jax.jit(jax.grad(loss))(whole))
-        of_adapters = jax.jit(jax.grad(lambda adapters: loss(merge_adapters(params, adapters, SCALE))))(adapters)
+        of_adapters = jax.jit(jax.grad(lambda adapters: loss(merge_adapters(params, adapters, LORA))))(adapters)
         of_adapters = jax.device_get(of_adapters)
         for group, names in jax.device_get(adapters)["layers"].items():
             for name, pair in names.items():

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 
 from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.export import main as export
+from kto_jax.exports.gguf_file import write_gguf
+from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params, read_config
@@ -20,6 +22,7 @@ from kto_jax.sampling.sample import Sampling, sample
 from kto_jax.train import main as train
 from kto_jax.training.stored_policy import load_policy
 from tests import ROOT, TINY_MODEL
+from tests.models.families.family_files import FILES
 from tests.parity.test_families import close
 from tests.parity.test_transformers import our_logits, their_logits
 
@@ -176,3 +179,38 @@ def test_every_export_of_a_run_writes_the_same_in_transformers(torch, transforme
     config = transformers.AutoConfig.from_pretrained(full / "policy")
     model = load(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
     assert_writes_as_we_do(torch, model, tokenizer, file)
+
+
+def test_a_run_with_new_tokens_opens_in_transformers(torch, transformers, base, run, tmp_path):
+    settings = ["--config.model.added_tokens=<good>,<bad>", "--config.model.grow_vocab=64"]
+    folder = run(base, tmp_path / "run", *settings, "--config.max_steps=2", "--config.optimizer.learning_rate=0.01")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
+    own = read_config(base).vocab_size
+    assert theirs.config.vocab_size == theirs.get_input_embeddings().weight.shape[0] == own + 64
+    assert tokenizer("<bad>", add_special_tokens=False).input_ids == [len(tokenizer) - 1]
+    tokens = np.array([[5, len(tokenizer) - 1, 7, own + 63]])
+    close(our_logits(*load_policy(folder)[:2], tokens), their_logits(torch, theirs, tokens))
+    # The embedding of the base without the new rows was trained further; the new rows began at its mean.
+    before, after = (here_embedding(path) for path in (base, folder / "policy"))
+    assert np.abs(after[:own] - before).max() < 0.1
+    assert np.abs(after[own:] - before.mean(axis=0)).max() < 0.1
+
+
+def here_embedding(path):
+    return load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3"])
+def test_a_gguf_file_of_other_families_computes_the_same_in_transformers(torch, transformers, name, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": read_config(TINY_MODEL).vocab_size}
+    model = Model.create(read_config_json(FILES[name] | sizes | {"sliding_window": None}))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, model.init_params(jax.random.key(0), "float32"))
+    save_hugging_face(tmp_path / "ours", model, params, tokenizer_dir=TINY_MODEL, model_card="")
+    write_gguf(tmp_path / "model.gguf", tmp_path / "ours", "f32", name=name)
+    # transformers reads no size of heads from a GGUF file.
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    close(our_logits(model, params, TOKENS), their_logits(torch, theirs, TOKENS))

@@ -170,7 +170,7 @@ def test_adapters_and_int8_matrices_that_were_saved_as_dictionaries_are_restored
     write_json(tmp_path / "model.json", write_config_json(ARCHITECTURE))
     write_json(tmp_path / "config.json", {"lora": dataclasses.asdict(lora)})
     _, policy, _ = load_policy(tmp_path)
-    expected = merge_adapters(frozen, adapters, lora.alpha / lora.rank)
+    expected = merge_adapters(frozen, adapters, lora)
     assert jax.tree.structure(policy) == jax.tree.structure(expected) and equal(policy, expected)
 
 

@@ -22,8 +22,10 @@ from kto_jax.training.checks import check_conflicts, check_judges, check_models
 from kto_jax.training.inputs import (
     _encode_controls,
     count_visits,
+    grown_vocab,
     make_schedules,
 )
+from tests import TINY_MODEL
 from tests.synthetic import make_index
 
 ARCHITECTURE = TransformerConfig(
@@ -240,10 +242,33 @@ def test_settings_that_conflict_with_adapters_are_refused(elsewhere, message):
         check_conflicts(config(**adapters, **elsewhere), KTO)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"targets": ("query",)}, {"zero": "a"}])
+@pytest.mark.parametrize("options", [
+    {"alpha": 8.0}, {"targets": ("query",)}, {"zero": "a"}, {"dora": True}, {"rank_pattern": ("query=2",)},
+])  # fmt: skip
 def test_settings_of_adapters_without_a_rank_are_refused(options):
     with pytest.raises(ConfigError, match=r"has no use: lora\.rank is 0"):
         check_conflicts(config(lora=LoraConfig(**options)), KTO)
+
+
+def test_the_vocabulary_grows_to_the_tokenizer_s_only_on_request(tmp_path):
+    tokenizer = prepare_tokenizer(TINY_MODEL, tmp_path / "t", chat_template="none", added_tokens=("<a>", "<b>"))
+    size = tokenizer.vocab_size
+    asked = lambda **model: config(model=ModelConfig(path="x", **model))  # noqa: E731
+    assert grown_vocab(asked(), size - 2, tokenizer) == size - 2
+    assert grown_vocab(asked(grow_vocab=1), size - 2, tokenizer) == size
+    assert grown_vocab(asked(grow_vocab=1), size + 7, tokenizer) == size + 7
+    assert grown_vocab(asked(grow_vocab=128), size - 2, tokenizer) == -(-size // 128) * 128
+    assert grown_vocab(asked(added_tokens=("<a>",)), size, tokenizer) == size  # they fit into the padding
+    with pytest.raises(ConfigError, match=rf"ids up to {size - 1}.*ends at {size - 3}.*Set config.model.grow_vocab=1"):
+        grown_vocab(asked(added_tokens=("<a>", "<b>")), size - 2, tokenizer)
+
+
+def test_new_tokens_need_a_trained_embedding():
+    model = ModelConfig(path="x", added_tokens=("<a>",), grow_vocab=1)
+    check_conflicts(config(model=model), KTO)
+    check_conflicts(config(model=model, lora=LoraConfig(rank=4, modules_to_save=("embedding",))), KTO)
+    with pytest.raises(ConfigError, match=r"added_tokens.*rank=4 alone.*modules_to_save=embedding"):
+        check_conflicts(config(model=model, lora=LoraConfig(rank=4)), KTO)
 
 
 def test_a_reference_in_int8_does_not_move():

@@ -34,7 +34,7 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     """Metrics of three steps from adapters far from 0 on a frozen model, and the adapters after them."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     model = Model.create(
-        CONFIG, dtype="float64", layout=make_layout(mesh), adapter_scale=LORA.alpha / LORA.rank,
+        CONFIG, dtype="float64", layout=make_layout(mesh), lora=LORA,
     )  # fmt: skip
     frozen = parameters("float64")[1]
     adapters = init_adapters(frozen, LORA, jax.random.key(2))
@@ -158,6 +158,8 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_pa
 @pytest.mark.parametrize("arguments", [
     ["--config.reference.param_dtype=int8", "--config.reference.precompute=True", "--config.lora.zero=a"],
     ["--config.objective.name=ppo_offline"],
+    ["--config.lora.dora=True", "--config.lora.dropout=0.1", "--config.lora.rank_stabilised=True",
+     "--config.lora.rank_pattern=q_proj=2", "--config.lora.modules_to_save=embedding"],
     *(pytest.param(arguments, marks=pytest.mark.exhaustive) for arguments in (
         ["--config.reference.param_dtype=bfloat16", "--config.lora.targets=query,value"],
         ["--config.objective.name=reward"], ["--config.objective.name=orpo"],

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def prepare_tokenizer(
     chat_template: str,
     eos_token: str = "auto",
     rendering: Rendering | None = None,
+    added_tokens: Sequence[str] = (),
     workers: Workers | None = None,
 ) -> TokenizerInfo:
     """Copies the tokenizer of a model into a folder, in a worker process; the files are copied byte for byte.
@@ -36,6 +38,7 @@ def prepare_tokenizer(
       eos_token: what completions end in, which becomes the tokenizer's EOS; "auto" for what the chat template ends the
         assistant's turn in where that is a control token, and for the tokenizer's EOS otherwise.
       rendering: how the template is used.
+      added_tokens: control tokens to add to it.
       workers: from `tokenizing_worker`, to be used again; None starts a process for this call.
 
     Returns:
@@ -45,7 +48,7 @@ def prepare_tokenizer(
       ConfigError: no fast tokenizer is there, it has no EOS or not the one asked for, or the chat template cannot be
         used.
     """
-    arguments = (Path(model_path), Path(directory), chat_template, eos_token, rendering or Rendering())
+    arguments = (Path(model_path), Path(directory), chat_template, eos_token, rendering or Rendering(), added_tokens)
     with contextlib.nullcontext(workers) if workers else tokenizing_worker() as ready:
         return ready.submit(_prepare, *arguments).result()
 
@@ -59,9 +62,12 @@ def _prepare(
     chat_template: str,
     eos_token: str = "auto",
     rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
+    added_tokens: Sequence[str] = (),
 ) -> TokenizerInfo:
     with new_folder(directory) as partial:
         changes = _write_files(model_path, partial)
+        if added_tokens and (ids := tokenizer_files.add_tokens(partial, added_tokens)):
+            changes.append(f"it has the control tokens {', '.join(f'{name} ({i})' for name, i in ids.items())} too")
         special_tokens = tokenizer_files.read_special_tokens(partial)
         backend = _open(partial, model_path)
         vocab = backend.get_vocab(with_added_tokens=True)

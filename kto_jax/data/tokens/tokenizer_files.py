@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,21 @@ def set_eos(directory: Path, token: str) -> None:
         path = directory / name
         if path.is_file() and (name == CONFIG or "eos_token" in _read_json(path)):
             path.write_text(json.dumps({**_read_json(path), "eos_token": token}, indent=2, ensure_ascii=False) + "\n")
+
+
+def add_tokens(directory: Path, tokens: Sequence[str]) -> dict[str, int]:
+    """Adds control tokens to the tokenizer in a folder, with the next free ids; returns those that it lacked."""
+    import tokenizers
+
+    path = directory / TOKENIZER
+    vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    new = [token for token in dict.fromkeys(tokens) if token not in vocab]
+    ids = {token: max(vocab.values()) + place for place, token in enumerate(new, start=1)}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    values = _read_json(path)
+    values["added_tokens"] += [{"id": number, "content": token, **plain} for token, number in ids.items()]
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    return ids
 
 
 def set_portable_class(directory: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 LAYER = "model.layers.{}."
+Fused = Literal["no", "blocks", "heads"]
 
 
 Fused = Literal["no", "blocks", "heads"]

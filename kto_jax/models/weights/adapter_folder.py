@@ -25,12 +25,13 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 _WHOLE = re.compile(r"(?!.*lora_)(.+\.(?:weight|bias))")
-# What peft may add to an adapter, and the values under which it is the plain sum W + scale · B A.
+# What peft may add to an adapter, and the values under which it is W + scale · B A, or DoRA of that.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
+    "use_dora": (True, False, None),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     # Others change the base's own weights when they begin.
@@ -40,17 +41,19 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """The adapter of one matrix, [out, in]: scale · B A.
+    """The adapter of one matrix, [out, in]: scale · B A; with DoRA, rows of the sum then have the norm m.
 
     Attributes:
       a: A, [r, in], float32.
       b: B, [out, r], float32.
       scale: α/r, or α/√r of a rank-stabilised adapter.
+      magnitude: DoRA's m, [out]; None without.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,13 @@ class AdapterFolder:
       path: the folder.
       adapters: by the name of the matrix, such as "model.layers.0.self_attn.q_proj.weight".
       whole: tensors that were trained whole, by name.
+      rank_stabilised: whether scales are α/√r.
     """
 
     path: Path
     adapters: Mapping[str, LowRank]
     whole: Mapping[str, np.ndarray]
+    rank_stabilised: bool = False
 
 
 class AdaptedWeights:
@@ -92,7 +97,12 @@ class AdaptedWeights:
         if pair is None:
             return values
         rows, columns = index
-        return values.astype(np.float32) + pair.scale * (pair.b[rows] @ pair.a[:, columns])
+        if pair.magnitude is None:
+            return values.astype(np.float32) + pair.scale * (pair.b[rows] @ pair.a[:, columns])
+        # The norm is that of whole rows.
+        values = self._base.read(name, (rows, slice(0, pair.a.shape[1])))
+        total = values.astype(np.float32) + pair.scale * (pair.b[rows] @ pair.a)
+        return (total * (pair.magnitude[rows] / np.linalg.norm(total, axis=1))[:, None])[:, columns]
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -144,6 +154,7 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     check_export(path, weights=True)
     weights = SafetensorsWeights(path, WEIGHTS)
     factors: dict[str, dict[str, np.ndarray]] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     whole, unknown = {}, []
     for name, shape in weights.shapes.items():
         plain = name.removeprefix(PREFIX)
@@ -151,22 +162,48 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
         values = weights.read(name, (slice(None),) * len(shape))
         if (match := _FACTOR.fullmatch(plain)) and len(shape) == 2:
             factors.setdefault(match[1], {})[match[2]] = values.astype(np.float32)
+        elif (match := _MAGNITUDE.fullmatch(plain)) and len(shape) == 1:
+            magnitudes[match[1]] = values.astype(np.float32)
         elif match := _WHOLE.fullmatch(plain):
             whole[plain] = values
         else:
             unknown.append(plain)
+    without = factors.keys() - magnitudes.keys() if settings.get("use_dora") else set()
+    unknown += [f"{name}.lora_magnitude_vector" for name in magnitudes.keys() - factors.keys()]
+    unknown += [f"{name} without lora_magnitude_vector" for name in without]
     unknown += [module for module, pair in factors.items() if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]]
     if unknown:
         raise ConfigError(
             f"{path}/{WEIGHTS} holds tensors that are not read: {listed(unknown)}. Adapters are read that add "
-            "scale · B A to a matrix: lora_A [r, in] and lora_B [out, r]. Merge these into their base with peft "
-            "(merge_and_unload), and set model.path to the merged model."
+            "scale · B A to a matrix: lora_A [r, in] and lora_B [out, r], and DoRA's magnitude [out]. Merge these into "
+            "their base with peft (merge_and_unload), and set model.path to the merged model."
         )
     adapters = {
-        f"{module}.weight": LowRank(pair["A"], pair["B"], _scale(settings, module, len(pair["A"]), path))
+        f"{module}.weight": LowRank(
+            pair["A"], pair["B"], _scale(settings, module, len(pair["A"]), path), magnitudes.get(module)
+        )
         for module, pair in factors.items()
     }
-    return AdapterFolder(path, adapters, whole)
+    return AdapterFolder(path, adapters, whole, bool(settings.get("use_rslora")))
+
+
+def without_tied_head(folder: AdapterFolder, embedding: str, head: str) -> AdapterFolder:
+    """The folder for a base whose head is its embedding, without the copy of the head that peft keeps beside it.
+
+    Raises:
+      ConfigError: head and embedding differ in the folder, which no tied model can express.
+    """
+    saved = [name for name in (embedding, head) if name in folder.whole]
+    if not saved:
+        return folder
+    if len(saved) == 1 or not np.array_equal(folder.whole[embedding], folder.whole[head]):
+        what = f"only {saved[0]}" if len(saved) == 1 else "an embedding and a head that differ"
+        raise ConfigError(
+            f"{folder.path} holds {what}, and the head of the base is its embedding. Both must be there and equal. "
+            "Merge these adapters into their base with peft (merge_and_unload), save it with "
+            "tie_word_embeddings=false, and set model.path to it."
+        )
+    return dataclasses.replace(folder, whole={name: value for name, value in folder.whole.items() if name != head})
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int, path: Path) -> float:

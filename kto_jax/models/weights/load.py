@@ -24,8 +24,9 @@ from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
 from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights import adapter_folder
-from kto_jax.models.weights.adapter_folder import AdaptedWeights, read_adapter_folder
+from kto_jax.models.weights.adapter_folder import AdaptedWeights, read_adapter_folder, without_tied_head
 from kto_jax.models.weights.gguf import open_gguf
+from kto_jax.models.weights.grown import GrownWeights
 from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.models.weights.safetensors_files import (
     RenamedWeights,
@@ -99,7 +100,8 @@ def load_params(
     A scalar head is initialised at random, unless both the model and `path` are reward models.
 
     Args:
-      model: the model; its config must be that of `path`.
+      model: the model; its config must be that of `path`. If its vocabulary is larger, embedding and output head get
+        more rows, each the mean of those of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file; or files whose adapters are added to the weights.
       param_dtype: dtype of the parameters; values are converted while reading, to int8 matrix by matrix.
       shardings: nested dictionary of shardings, as the parameters; None places all on the first local device. Whole
@@ -113,9 +115,15 @@ def load_params(
     files = path if isinstance(path, ModelFiles) else ModelFiles(Path(path))
     if files.weights.is_dir():
         check_export(files.weights, weights=True)
-    weights = open_weights(files.weights)
+    weights, tensors = open_weights(files.weights), FAMILIES[model.config.family].tensors
+    vocabulary = tensors["embed.table"].name, tensors["head.weight"].name
     if files.adapter is not None:
-        weights = AdaptedWeights(weights, files.weights, read_adapter_folder(files.adapter))
+        folder = read_adapter_folder(files.adapter)
+        if model.config.tied_head:
+            folder = without_tied_head(folder, *vocabulary)
+        weights = AdaptedWeights(weights, files.weights, folder)
+    if model.config.vocab_size > read_config(files.weights).vocab_size:
+        weights = GrownWeights(weights, vocabulary, model.config.vocab_size)
     check_names(weights, model, str(files))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

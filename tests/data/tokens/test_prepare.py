@@ -8,7 +8,7 @@ import pytest
 
 from kto_jax.config import ConfigError
 from kto_jax.data.tokens.prepare import _prepare
-from kto_jax.data.tokens.tokenizer import decode, make_encoder
+from kto_jax.data.tokens.tokenizer import decode, encode_text, make_encoder
 from tests.data.conftest import TINY_MODEL
 from tests.data.tokens.chat_models import CHATML, EOS, chat_model, raw
 
@@ -135,3 +135,15 @@ def test_an_unusable_tokenizer_is_refused_and_nothing_is_written(tmp_path, chang
 def test_a_template_file_that_is_missing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data.chat_template="):
         _prepare(TINY_MODEL, tmp_path / "out", str(tmp_path / "missing.jinja"))
+
+
+def test_added_tokens_get_the_next_ids_and_are_control_tokens(tokenizer, tmp_path):
+    names = ("<good>", "<|im_end|>", "<bad>")
+    info = _prepare(TINY_MODEL, tmp_path / "out", "auto", added_tokens=names)
+    size = tokenizer.vocab_size
+    assert (info.vocab_size, info.eos_id, info.stop_ids) == (size + 2, tokenizer.eos_id, tokenizer.stop_ids)
+    assert info.changes == (f"it has the control tokens <good> ({size}), <bad> ({size + 1}) too",)
+    assert encode_text(info, "x<bad><good>").tolist()[-2:] == [size + 1, size]
+    assert info.sha256 != tokenizer.sha256
+    # In a user's text they are spelt out, like all control tokens.
+    assert size not in make_encoder(info).encode_prompt("<good>").tolist()

@@ -125,7 +125,7 @@ FILES = {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,
         "residual_multiplier": 0.5,
-        "logits_scaling": 4.0,
+        "logits_scaling": 0.5,
         "tie_word_embeddings": True,
     },
     "llama_yarn": LLAMA

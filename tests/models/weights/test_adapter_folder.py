@@ -1,5 +1,6 @@
 """Adapters that peft wrote: added to the weights of their base, or refused with what differs."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.lora import init_adapters, merge_adapters
+from kto_jax.models.lora import init_adapters, merge_adapters, with_magnitudes
 from kto_jax.models.model import Model
 from kto_jax.models.weights.adapter_folder import PREFIX, named_base, read_adapter_folder
 from kto_jax.models.weights.export import save_hugging_face
@@ -87,7 +88,7 @@ def test_adapters_for_another_base_are_refused_with_what_differs(config, directo
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"peft_type": "IA3"}, "has peft_type='IA3'"), ({"use_dora": True}, "has use_dora=True"),
+    ({"peft_type": "IA3"}, "has peft_type='IA3'"), ({"use_dora": True}, "q_proj without lora_magnitude_vector"),
     ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa'"), ({"bias": "all"}, "has bias='all'"),
     ({"lora_alpha": None}, "has lora_alpha=None"),
     ({"tensors": {f"{PREFIX}model.embed_tokens.lora_embedding_A": np.ones((2, 4), np.float32)}}, "lora_embedding_A"),
@@ -178,10 +179,64 @@ def test_adapters_of_experts_have_the_names_of_their_matrices_and_are_read_back(
     np.testing.assert_array_equal(stored[name], adapters["layers"]["mlp"]["down"]["weight"].a[2, 3].T)
     assert_equal(read_adapters(tmp_path / "adapter", model, lora), adapters)
     summed = jax.tree.map(
-        lambda leaf: leaf.astype("float32"), merge_adapters(params, adapters, 2.0),
+        lambda leaf: leaf.astype("float32"), merge_adapters(params, adapters, lora),
         is_leaf=lambda node: hasattr(node, "frozen"),
     )  # fmt: skip
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), load_files(tmp_path / "adapter"), summed)
+
+
+def test_written_adapters_of_every_kind_are_read_back(config, directory, tmp_path):
+    model = Model.create(config)
+    lora = LoraConfig(
+        rank=3, alpha=6.0, targets=("query", "down"), rank_pattern=("down=2",), alpha_pattern=("query=5",),
+        rank_stabilised=True, dora=True, modules_to_save=("embedding",),
+    )  # fmt: skip
+    params = load(directory)
+    adapters = with_magnitudes(init_adapters(params, lora, jax.random.key(1)), params)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    trained = adapters | {"embed": {"table": params["embed"]["table"] + 1}}
+    options = {"lora": lora, "base": str(directory), "tokenizer_dir": None, "model_card": ""}
+    save_adapters(tmp_path / "adapter", model, trained, **options)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["use_rslora"], settings["use_dora"]) == (True, True)
+    assert (settings["rank_pattern"], settings["alpha_pattern"]) == ({"down_proj": 2}, {"q_proj": 5.0})
+    assert settings["modules_to_save"] == (["embed_tokens", "lm_head"] if config.tied_head else ["embed_tokens"])
+    assert_equal(read_adapters(tmp_path / "adapter", model, lora), adapters)
+    laid = jax.tree.map(
+        lambda leaf: leaf.astype("float32"), merge_adapters(params, trained, lora),
+        is_leaf=lambda node: hasattr(node, "frozen"),
+    )  # fmt: skip
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), load_files(tmp_path / "adapter"), laid)
+    message = r"Set .*--config.lora.rank_stabilised=True --config.lora.dora=True --config.lora.rank_pattern=down=2"
+    with pytest.raises(ConfigError, match=message):
+        read_adapters(tmp_path / "adapter", model, LoraConfig(rank=3, alpha=6.0, targets=("query", "down")))
+
+
+def test_dora_cannot_be_added_to_other_adapters(config, directory, tmp_path):
+    write_adapter(tmp_path / "adapter", config)
+    lora = LoraConfig(rank=3, dora=True, targets=("up",))
+    adapters = init_adapters(load(directory), lora, jax.random.key(1))
+    options = {"base": str(directory), "tokenizer_dir": None, "model_card": "", "merged": tmp_path / "adapter"}
+    with pytest.raises(ConfigError, match=r"DoRA is no sum.*\"continue\", or merge"):
+        save_adapters(tmp_path / "both", Model.create(config), adapters, lora=lora, **options)
+
+
+@pytest.mark.parametrize(("saved", "message"), [
+    ({"model.embed_tokens": 1.0}, "holds only model.embed_tokens.weight"),
+    ({"model.embed_tokens": 1.0, "lm_head": 2.0}, "an embedding and a head that differ"),
+    ({"model.embed_tokens": 1.0, "lm_head": 1.0}, None),
+])  # fmt: skip
+def test_a_tied_base_takes_only_an_embedding_and_a_head_that_are_equal(config, tmp_path, saved, message):
+    tied = dataclasses.replace(config, tied_head=True)
+    write_model(tmp_path / "model", tied)
+    shape = (config.vocab_size, config.embed_dim)
+    held = {f"{PREFIX}{name}.weight": np.full(shape, value, np.float32) for name, value in saved.items()}
+    write_adapter(tmp_path / "adapter", tied, tensors=held)
+    if message is None:
+        assert (load_files(tmp_path / "adapter")["embed"]["table"] == 1).all()
+    else:
+        with pytest.raises(ConfigError, match=rf"{message}.*Both must be there and equal"):
+            load_files(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("options", [
@@ -205,7 +260,7 @@ def test_new_adapters_are_written_together_with_those_that_the_frozen_weights_ho
     settings = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], sorted(settings["target_modules"])) == (5, 5, ["q_proj", "up_proj"])
     summed = jax.tree.map(
-        lambda leaf: leaf.astype("float32"), merge_adapters(frozen, adapters, 4 / 3),
+        lambda leaf: leaf.astype("float32"), merge_adapters(frozen, adapters, lora),
         is_leaf=lambda node: hasattr(node, "frozen"),
     )  # fmt: skip
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), load_files(tmp_path / "both"), summed)
