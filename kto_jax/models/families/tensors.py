@@ -14,10 +14,6 @@ LAYER = "model.layers.{}."
 Fused = Literal["no", "blocks", "heads"]
 
 
-Fused = Literal["no", "blocks", "heads"]
-"""How a tensor of the file holds several matrices, if it does."""
-
-
 class Tensor(NamedTuple):
     """A tensor of a Hugging Face directory, and how its layout differs from the parameter's.
 
