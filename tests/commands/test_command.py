@@ -70,7 +70,7 @@ def test_a_flag_that_cannot_be_used_is_refused_in_three_parts(arguments, message
 
 @pytest.mark.parametrize("arguments, message", [
     (["--config=quickstrat"], r"--config=quickstrat does not exist\. Did you mean 'quickstart'\?"),
-    (["--config=kto"], r"Did you mean 'kto_gemma'\? Allowed: .*kto_llama"),
+    (["--config=kto"], r"Did you mean 'kto_chat'\? Allowed: .*kto_llama"),
     ([TINY, "--workdri=x"], r"--workdri is not a flag\. Did you mean '--workdir'\?"),
     ([TINY, "--lr=1"], r"--lr is not a flag\. Did you mean --config\.optimizer\.learning_rate\? Correct"),
     ([TINY, "--config.lr=1"], r"config\.lr is not a field.* Did you mean config\.optimizer\.learning_rate\? Correct"),

@@ -218,6 +218,8 @@ def _limits() -> Iterator[None]:
     import resource
 
     def expire(signum: int, frame: Any) -> None:
+        # Again soon: Python drops an exception that is raised in a callback of the garbage collector.
+        signal.setitimer(signal.ITIMER_PROF, _RENDER_SECONDS / 10)
         raise TimeoutError(f"took more than {_RENDER_SECONDS:g} s of CPU time")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
