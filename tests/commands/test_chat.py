@@ -66,7 +66,8 @@ def test_a_conversation_in_a_terminal_is_pressed_and_trained_on(tmp_path):
     (tmp_path / "presses.jsonl").write_text(whole)
     done = run(
         "train", "--config=kto_chat", f"--config.data.train={tmp_path}/presses.jsonl", f"--config.model.path={model}",
-        f"--workdir={tmp_path}/run", "--config.batch_size=2", "--config.data.max_length=128", "--config.epochs=1",
+        f"--workdir={tmp_path}/run", "--config.batch_size=2", "--config.data.max_length=128",
+        "--config.data.max_prompt_length=96", "--config.epochs=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
