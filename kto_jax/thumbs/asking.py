@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from kto_jax.thumbs.conversation import Answer, Conversation, Turn
 from kto_jax.thumbs.models import Answering, Settings
@@ -28,7 +28,7 @@ class Models:
         roles = list(self.by_role)
         return [*roles, BOTH] if len(roles) == 2 else roles
 
-    def ask(self, conversation: Conversation, said: str, mode: str, settings: Settings) -> Iterator[Turn]:
+    def ask(self, conversation: Conversation, said: str, mode: str, settings: Settings) -> Generator[Turn, None, None]:
         """Adds a turn to a conversation and streams its answers into it.
 
         Args:
@@ -66,7 +66,9 @@ class Models:
             if not all(answer.text for answer in answers) and turn in conversation.turns:
                 conversation.cut(conversation.turns.index(turn))
 
-    def again(self, conversation: Conversation, number: int, mode: str, settings: Settings) -> Iterator[Turn]:
+    def again(
+        self, conversation: Conversation, number: int, mode: str, settings: Settings
+    ) -> Generator[Turn, None, None]:
         """Asks for another answer to a turn; those behind it are dropped. Presses on the first answer stay."""
         said = conversation.turns[number].said
         conversation.cut(number)

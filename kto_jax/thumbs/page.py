@@ -27,15 +27,18 @@ from kto_jax.thumbs.training import Training
 
 CSS = """
 footer {display: none !important}
-.gradio-container {max-width: 1100px !important; margin: 0 auto !important}
+.gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
 #title h1 {margin-bottom: 0}
-#status p {color: var(--body-text-color-subdued); min-height: 1.5em}
+#status p {min-height: 1.5em}
+.edit-textarea {min-width: min(420px, 60vw); min-height: 6em !important; field-sizing: content}
 progress {width: 100%}
 """
 _MODES = {"policy": "Policy", "reference": "Reference", "endpoint": "Endpoint", BOTH: "Side by side, blind"}
 _THUMBS = {"up": "Like", "down": "Dislike", None: None}
 _SHOWN_SECONDS = 0.05
 """Least time between two views of an answer that grows: a browser shows no more, and each is sent whole."""
+_PRESS: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple"}
+"""Gradio drops what is pressed while the press before it is being saved, unless it is told otherwise."""
 _PEOPLE = 256
 """Calls that run at once; nearly all of them wait for their turn on the device."""
 
@@ -101,16 +104,16 @@ class ChatPage:
             shown = [left, right, choices, status]
             drawn = [person, mode, temperature, longest]
             page.load(self._title, None, title)
-            new.click(self._reset, [system], [person, *shown])
+            gr.on([new.click, left.clear, right.clear], self._reset, [system], [person, *shown])
             asking = text.submit(self._ask, [text, *drawn], [*shown, text], trigger_mode="once")
             text.stop(self._stopped, [person], [*shown, text], cancels=[asking])
             for side, chat in enumerate((left, right)):
-                chat.like(self._on_like(side), [person], shown, show_progress="hidden")
-                editing = chat.edit(self._on_edit(side), drawn, [*shown, text])
+                chat.like(self._on_like(side), [person], shown, **_PRESS)
+                editing = chat.edit(self._on_edit(side), drawn, [*shown, text], trigger_mode="multiple")
                 retrying = chat.retry(self._on_retry(), drawn, [*shown, text])
                 text.stop(None, cancels=[editing, retrying])
             for choice, button in zip((0, "tie", 1), better, strict=True):
-                button.click(self._on_choice(choice), [person], shown, show_progress="hidden")
+                button.click(self._on_choice(choice), [person], shown, **_PRESS)
             if self._training is not None:
                 self._add_training(page, title)
         page.max_threads = _PEOPLE
@@ -221,9 +224,9 @@ class ChatPage:
         yield *_view(person), gr.Textbox("", submit_btn=False, stop_btn="Stop")
         try:
             for turn in begin():
-                now = time.perf_counter()
-                first = first or (now if any(answer.text for answer in turn.answers) else 0.0)
-                if now - shown >= _SHOWN_SECONDS:
+                now, is_first = time.perf_counter(), not first and any(answer.text for answer in turn.answers)
+                first = now if is_first else first
+                if is_first or now - shown >= _SHOWN_SECONDS:
                     shown = now
                     yield *_view(person, _figures(turn.answers, started, first)), gr.skip()
         except (ConfigError, TransientError) as error:
@@ -264,7 +267,8 @@ def _view(person: Conversation, note: str = "") -> tuple[Any, ...]:
     two = bool(turns) and len(turns[-1].answers) == 2
     chats = []
     for side in range(2):
-        messages, thumbs = [], []
+        messages: list[Any] = []
+        thumbs = []
         for number, turn in enumerate(turns):
             answer = turn.answers[_side(person, number, side)]
             messages.append({"role": "user", "content": turn.said})

@@ -122,12 +122,10 @@ class Terminal:
             names = (f"{label}: {answer.role}" for label, answer in zip(_LABELS, turn.answers, strict=True))
             self._say(f"({', '.join(names)})")
 
-    def _stream(self, turns: Iterator[Turn]) -> None:
+    def _stream(self, turns: Generator[Turn, None, None]) -> None:
         """Writes answers as they come; of two, the second when the first one is whole."""
         written, turn = ["", ""], None
-        with contextlib.ExitStack() as stack:
-            if isinstance(turns, Generator):
-                stack.callback(turns.close)
+        with contextlib.closing(turns):
             for turn in turns:
                 if len(turn.answers) == 1:
                     self._write.write(visible(turn.answers[0].text[len(written[0]) :]))

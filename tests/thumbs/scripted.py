@@ -10,7 +10,7 @@ from kto_jax.thumbs.models import Piece
 
 
 class Scripted:
-    """Says its name, the number of messages and what was said last, word by word; waits in the middle if told to."""
+    """Says its name, the number of messages and what was said last, word by word; waits after the first if told to."""
 
     def __init__(self, name, gate=None):
         self.name, self.gate = name, gate
@@ -20,7 +20,7 @@ class Scripted:
         words = f"{self.name} read {len(messages)} messages: {last}".split()
         limit = settings.max_new_tokens
         for number in range(1, min(len(words), limit) + 1):
-            if self.gate is not None and number == 3:
+            if self.gate is not None and number == 2:
                 self.gate(last)
             yield Piece(" ".join(words[:number]), number, number == len(words))
 

@@ -12,6 +12,8 @@ import pytest
 from kto_jax.thumbs.presses import Presses
 from tests import ROOT
 
+pytest.importorskip("gradio", reason='needs pip install ".[chat]"')
+
 NUM_PEOPLE, NUM_PRESSES = 50, 300
 
 
@@ -80,7 +82,8 @@ async def live_until_killed(url, server):
     return acknowledged
 
 
-@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_press_that_fifty_people_were_told_is_saved_is_in_the_file(tmp_path):
     command = [sys.executable, "-m", "tests.thumbs.scripted", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True) as server:
