@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from kto_jax.models.gather import gather
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import PackedRows
 from kto_jax.training.forward import packed_logps
@@ -32,7 +33,7 @@ def completion_logps(
     found = np.zeros(len(prompts))
     for start in range(0, len(prompts), _ROWS):
         batch = list(zip(prompts, completions, strict=True))[start : start + _ROWS]
-        found[start : start + len(batch)] = np.asarray(score(params, _one_per_row(batch, length)))[: len(batch), 0]
+        found[start : start + len(batch)] = gather(score(params, _one_per_row(batch, length)))[: len(batch), 0]
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import kto_jax.training.precompute
-from kto_jax.data.batches.reference_logps import ReferenceLogps
+from kto_jax.data.batches.reference_logps import ReferenceLogps, _numbers
 from kto_jax.train import main
 from kto_jax.training.logs import read_metrics
 from tests import ROOT, SAME_PROGRAMS
@@ -176,7 +176,7 @@ def test_an_interrupted_precomputation_is_resumed(tmp_path, held, monkeypatch, c
     while done < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
         new = [path / "unmatched.npy" for path in stores(cache) if (path / "unmatched.npy").exists()]
-        done = max([int(np.sum(~np.isnan(np.load(path)[:, 0]))) for path in new], default=0)
+        done = max([int(np.sum(~np.isnan(_numbers(np.load(path))[:, 0]))) for path in new], default=0)
     process.send_signal(number)
     message = process.communicate()[1]
     assert 3 <= done < 500, message
