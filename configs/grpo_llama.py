@@ -12,19 +12,14 @@ Expect: the mean reward of the rounds rises, and `no_spread` stays well below 1.
 round's four updates. Other variants: --config.objective.variant=dapo, and so on.
 """
 
-from kto_jax.config import one_host_config
+from kto_jax.config import online_config
 
 
 def get_config():
-    config = one_host_config()
-    config.data.train = "prompts.jsonl"
-    config.batch_size = 128
+    config = online_config()
     config.objective.name = "grpo"
     config.objective.old_logps = "sampled"
     config.objective.variant = "dr_grpo"
     config.objective.length_scale = 1024.0
     config.objective.kl_weight = 0.01
-    config.optimizer.learning_rate = 1e-6
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 10
     return config

@@ -12,16 +12,13 @@ prompts.jsonl holds rows of {"prompt": ...}; every other column is handed to the
 Expect: the loss starts every round near ln 2 = 0.693, and the mean reward of the rounds rises.
 """
 
-from kto_jax.config import one_host_config
+from kto_jax.config import online_config
 
 
 def get_config():
-    config = one_host_config()
-    config.data.train = "prompts.jsonl"
-    config.batch_size = 128
+    config = online_config()
     config.objective.name = "dpo"
     config.objective.beta = 0.1
     config.optimizer.learning_rate = 5e-7
-    config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 2
     return config

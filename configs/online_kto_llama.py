@@ -12,15 +12,11 @@ prompts.jsonl holds rows of {"prompt": ...}; every other column is handed to the
 Expect: the mean reward of the rounds rises. z0 leaves 0, because the policy wrote the completions itself.
 """
 
-from kto_jax.config import one_host_config
+from kto_jax.config import online_config
 
 
 def get_config():
-    config = one_host_config()
-    config.data.train = "prompts.jsonl"
-    config.batch_size = 128
+    config = online_config()
     config.objective.beta = 0.1
-    config.optimizer.learning_rate = 1e-6
-    config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 2
     return config

@@ -12,18 +12,13 @@ Expect: `explained_variance` is 0 in the first round and rises; the mean reward 
 updates train only the value head.
 """
 
-from kto_jax.config import one_host_config
+from kto_jax.config import online_config
 
 
 def get_config():
-    config = one_host_config()
-    config.data.train = "prompts.jsonl"
-    config.batch_size = 128
+    config = online_config()
     config.objective.name = "ppo"
     config.objective.kl_weight = 0.05
     config.objective.value_warmup = 16
     config.epochs = 2
-    config.optimizer.learning_rate = 1e-6
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 10
     return config

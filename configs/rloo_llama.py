@@ -12,13 +12,11 @@ Expect: the mean reward of the rounds rises. The KL to the initial model is subt
 arXiv 2402.14740.
 """
 
-from kto_jax.config import one_host_config
+from kto_jax.config import online_config
 
 
 def get_config():
-    config = one_host_config()
-    config.data.train = "prompts.jsonl"
-    config.batch_size = 128
+    config = online_config()
     config.objective.name = "grpo"
     config.objective.old_logps = "sampled"
     config.objective.variant = "rloo"
@@ -26,7 +24,4 @@ def get_config():
     config.objective.kl_in = "reward"
     config.objective.kl_estimator = "k1"
     config.objective.kl_weight = 0.05
-    config.optimizer.learning_rate = 1e-6
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_steps = 10
     return config

@@ -25,7 +25,7 @@ from kto_jax.config.fields import (
     WatchConfig,
 )
 from kto_jax.config.names import nearest
-from kto_jax.config.resolve import check_overrides, default_config, one_host_config, resolve, to_dict
+from kto_jax.config.resolve import check_overrides, default_config, one_host_config, online_config, resolve, to_dict
 
 __all__ = [
     "LORA_MATRICES",
@@ -53,6 +53,7 @@ __all__ = [
     "default_config",
     "nearest",
     "one_host_config",
+    "online_config",
     "resolve",
     "to_dict",
 ]

@@ -58,6 +58,17 @@ def one_host_config() -> ml_collections.ConfigDict:
     return config
 
 
+def online_config() -> ml_collections.ConfigDict:
+    """What the recipes of online training start from: `one_host_config` on prompts, at a constant learning rate."""
+    config = one_host_config()
+    config.data.train = "prompts.jsonl"
+    config.batch_size = 128
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 10
+    return config
+
+
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Turns a `ConfigDict` (or nested mapping) into a checked, frozen `Config`; touches no device and no file.
 
