@@ -32,8 +32,6 @@ def feed(name, count, number=0):
     return counts
 
 
-# The time limit of a template may strike in hypothesis' own callback of the garbage collector; it strikes again.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", TARGETS)
 def test_readers_read_or_refuse_mutated_inputs(name):
     counts = feed(name, 200)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import json
 import signal
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,10 +219,11 @@ def _limits() -> Iterator[None]:
     """Limits the time and memory of a chat template; a template can loop or build a huge string in one line."""
     import resource
 
-    def expire(signum: int, frame: Any) -> None:
-        # Again soon: Python drops an exception that is raised in a callback of the garbage collector.
-        signal.setitimer(signal.ITIMER_PROF, _RENDER_SECONDS / 10)
-        raise TimeoutError(f"took more than {_RENDER_SECONDS:g} s of CPU time")
+    def expire(signum: int, frame: types.FrameType | None) -> None:
+        # Again soon: the template may catch the exception, and a callback of the garbage collector has to end first.
+        signal.setitimer(signal.ITIMER_PROF, _RENDER_SECONDS / 100)
+        if not _in_callback(frame):
+            raise TimeoutError(f"took more than {_RENDER_SECONDS:g} s of CPU time")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bound = _data_bytes() + _RENDER_BYTES
@@ -235,6 +238,18 @@ def _limits() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         signal.signal(signal.SIGPROF, previous)
+
+
+def _in_callback(frame: types.FrameType | None) -> bool:
+    """Whether the garbage collector called this code; Python prints an exception raised there, and drops it."""
+    collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in collecting or frame.f_code.co_name == "__del__":
+            return True
+        if frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _data_bytes() -> int:
