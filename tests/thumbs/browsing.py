@@ -6,7 +6,8 @@ import shutil
 from urllib.parse import urlsplit
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-_WAIT_SECONDS = 60
+_WAIT_SECONDS, _TRIES = 600, 3
+"""Long enough for any machine: what never happens is shown by the end of the wait, with what was waited for."""
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-proxy-server", "--disable-gpu"),
     *("--disable-background-networking", "--disable-component-update", "--no-first-run", "--hide-scrollbars"),
@@ -16,6 +17,26 @@ _FLAGS = (
 def is_installed():
     """Whether Debian's chromium and chromium-driver are there."""
     return bool(shutil.which(CHROMIUM) and shutil.which(DRIVER))
+
+
+def _start(open_browser):
+    """Opens a browser; once more if a slow machine did not start it in the minute that chromedriver allows.
+
+    Chromedriver's path is given, so that Selenium does not look for a driver in the network.
+    """
+    from selenium.common.exceptions import WebDriverException
+
+    for attempt in range(1, _TRIES + 1):
+        try:
+            driver = open_browser()
+            break
+        except WebDriverException:
+            if attempt == _TRIES:
+                raise
+    driver.command_executor.client_config.timeout = _WAIT_SECONDS
+    driver.set_page_load_timeout(_WAIT_SECONDS)
+    driver.set_script_timeout(_WAIT_SECONDS)
+    return driver
 
 
 class Browser:
@@ -30,8 +51,7 @@ class Browser:
         for flag in (*_FLAGS, f"--window-size={size[0]},{size[1]}", *flags):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        # The path is given, so that Selenium does not look for a driver in the network.
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.driver = _start(lambda: webdriver.Chrome(options=options, service=Service(DRIVER)))
         self._messages = []
         self.url = url
         self.driver.get(url)
