@@ -34,9 +34,12 @@ from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
 from kto_jax.models.weights.value_head import load_value_head
 from kto_jax.objectives import Objective
+from kto_jax.objectives.record import Advantages
 from kto_jax.rewards.functions import open_rewards
 from kto_jax.rollouts.advantages import advantages, has_spread
 from kto_jax.rollouts.figures import explained_variance, figures_of, token_figures, warnings_of
+from kto_jax.rollouts.hand_over import check_gap, hand_over
+from kto_jax.rollouts.kl_weight import rule_of_round
 from kto_jax.rollouts.labels import Labelled, by_prompt, check_rule, label
 from kto_jax.rollouts.measure import measure, read_figures, write_figures
 from kto_jax.rollouts.options import Options, check_names, check_options, objective_config, open_folder
@@ -44,6 +47,7 @@ from kto_jax.rollouts.policies import Policies, open_policies
 from kto_jax.rollouts.prompts import PromptRow, prompts_of_round, read_prompts
 from kto_jax.rollouts.rounds import Rollout, Row, check_feedback, sample_round
 from kto_jax.sampling.complete import LanguageModel
+from kto_jax.sampling.endpoint import SamplingEndpoint
 from kto_jax.sampling.sample import Sampling
 from kto_jax.sampling.slots import place
 from kto_jax.storage.atomic import write_json, write_text
@@ -88,7 +92,9 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
         processes.on_first(lambda: stack.enter_context(open_folder(folder, options)))
         sampling = Sampling(options.temperature, 1.0, 0, options.max_new_tokens)
         policies = open_policies(options.config, options.sample_on)
-        rollout = Rollout(sampling, options.num_samples, options.batch_size, rewards, options.reward_timeout)
+        endpoint = SamplingEndpoint(options.sample_from, options.sample_model) if options.sample_from else None
+        limits = (options.num_samples, options.batch_size)
+        rollout = Rollout(sampling, *limits, rewards, options.reward_timeout, endpoint)
         online = _Online(options, objective, policies, folder, prompts, held_out[: options.held_out], rollout, command)
         console.print(
             f"{len(prompts)} prompts to train on, {len(online.held_out)} of {len(held_out)} held-out ones measured"
@@ -129,8 +135,8 @@ class _Online:
         exit_code = self._train(number, preemption)
         if exit_code == FINISHED:
             ended = time.monotonic()
-            figures["training_seconds"] = ended - trained
-            figures["sampling_share"] = figures.get("sampling_seconds", 0.0) / (ended - started)
+            figures["training_seconds"], figures["seconds"] = ended - trained, ended - started
+            figures["sampling_share"] = figures.get("sampling_seconds", 0.0) / figures["seconds"]
             processes.on_first(lambda: self._record(number, figures, dropped))
         return exit_code
 
@@ -138,12 +144,17 @@ class _Online:
         """Samples, scores and labels a round's completions; returns its figures and what is not trained on."""
         rows, sampling_seconds = self._sample(number)
         by_token = self._measure_tokens(number, rows)
+        if self.options.sample_from:
+            check_gap(by_token, self.options.max_gap, self.options.sample_from)
         labelled = processes.on_first(lambda: self._write_feedback(number, rows, by_token))
         if labelled is None:
             return {}, {}
-        figures = figures_of(rows) | token_figures(by_token, temperature=self.options.temperature)
+        figures = figures_of(rows) | token_figures(by_token, self.options.temperature, self._weight_cap)
         if self.objective.scalar_head == "value":
             figures["explained_variance"] = explained_variance(labelled.rows)
+        rule = self._rule()
+        if rule is not None and rule.kl_target:
+            figures["kl_weight"] = rule.kl_weight
         return figures | {"sampling_seconds": sampling_seconds}, labelled.dropped
 
     def _write_feedback(self, number: int, rows: Sequence[Row], by_token: dict[str, list[np.ndarray]]) -> Labelled:
@@ -184,18 +195,29 @@ class _Online:
         return "pairs" if self.objective.reads == "pairs" else "thumbs"
 
     def _label(self, rows: Sequence[Row], by_token: dict[str, list[np.ndarray]]) -> Labelled:
-        objective, keep_cut = self.objective, self.options.trains_cut(self.objective)
-        if objective.advantages:
+        keep_cut, advantage_rule = self.options.trains_cut(self.objective), self._rule()
+        if advantage_rule is not None:
             reference = by_token.get("reference_logps", by_token["old_logps"])
             return advantages(
                 rows,
                 by_token | {"reference_logps": reference},
-                objective.advantages,
+                advantage_rule,
                 keep_cut=keep_cut,
                 spread_of=self.options.spread_of,
+                weight_cap=self._weight_cap,
             )
         rule = check_rule(self.options.label)
-        return label(rows, pairs=objective.reads == "pairs", rule=rule, keep_cut=keep_cut)
+        return label(rows, pairs=self.objective.reads == "pairs", rule=rule, keep_cut=keep_cut)
+
+    @property
+    def _weight_cap(self) -> float:
+        """Largest importance weight; 0 if the policy samples itself, and tokens have no weights."""
+        return self.options.weight_cap if self.options.sample_from else 0.0
+
+    def _rule(self) -> Advantages | None:
+        """How the next round's rewards become advantages."""
+        rule = self.objective.advantages
+        return rule and rule_of_round(rule, self._log())
 
     def _sample(self, number: int) -> tuple[list[Row], float]:
         """The round's completions with their rewards, and the seconds that they took.
@@ -207,6 +229,8 @@ class _Online:
         chosen = prompts_of_round(self.prompts, number, window, seed)
         chosen, spare = chosen[: options.prompts_per_round], chosen[options.prompts_per_round :]
         with self._open_policy(number) as model:
+            if number and number % options.hand_over_every == 0:
+                self._hand_over(number)
             if number == 0:
                 processes.on_first(lambda: self._check_lengths(model))
                 self._measure(model, 0)
@@ -221,6 +245,13 @@ class _Online:
                 if not chosen:
                     break
             return rows, time.monotonic() - started
+
+    def _hand_over(self, number: int) -> None:
+        """Makes the server sample from the policy before a round, unless the round is sampled already."""
+        options, sampled = self.options, (self._folder_of(number) / "rollout.jsonl").exists()
+        if options.sample_from and not processes.broadcast_bool(sampled):
+            folder = Path(self._policy_before(number))
+            processes.on_first(lambda: hand_over(options.hand_over, folder))
 
     def _check_lengths(self, model: LanguageModel | None) -> None:
         """Refuses prompts that leave no room for a whole completion: training cuts no sampled token.
@@ -309,11 +340,11 @@ class _Online:
 
     def _config_of(self, number: int) -> Config:
         config, feedback = self.options.config, self._folder_of(number) / "feedback.jsonl"
-        model = dataclasses.replace(config.model, path=self._policy_before(number))
-        if number:
-            model = dataclasses.replace(model, base="", init="pretrained")
-        reference = config.reference
-        if self.objective.uses_reference and self.options.reference == "initial" and number:
+        model, reference = config.model, config.reference
+        # Adapters that are kept lie beside the initial weights in every round.
+        if number and not (config.lora.rank and self.options.keeps_optimizer(self.objective)):
+            model = dataclasses.replace(model, path=self._policy_before(number), base="", init="pretrained")
+        if self.objective.uses_reference and self.options.reference == "initial" and number and not config.lora.rank:
             reference = dataclasses.replace(reference, path=self._initial(), base=config.model.base)
         data = dataclasses.replace(
             config.data, train=str(feedback), eval="", layout="halos", rename={}, prompt_template="",
@@ -367,6 +398,7 @@ class _Online:
         """Measures the held-out prompts with the last policy and prints what changed."""
         rounds = self.options.rounds
         if self.held_out:
+            self._hand_over(rounds)
             with self._open_policy(rounds) as model:
                 before, after = self._measure(model, 0), self._measure(model, rounds)
             processes.on_first(lambda: write_json(self.folder / "held_out.json", {"before": before, "after": after}))

@@ -109,10 +109,10 @@ ORDER = {
         "results",
     ],
     "kto_jax.rewards": ["endpoint messages reward_model", "checkers", "functions"],
-    "kto_jax.rollouts": ["figures labels measure policies prompts", "advantages options", "rounds"],
-    "kto_jax.sampling": ["choose logps", "slots", "sample", "complete"],
+    "kto_jax.rollouts": ["figures hand_over kl_weight labels measure policies prompts", "advantages options", "rounds"],
+    "kto_jax.sampling": ["choose logps", "slots", "sample", "complete", "endpoint"],
     "kto_jax.storage": [
-        "gguf_files atomic bucket bucket_watch folders locks repeated",
+        "gguf_files answers atomic bucket bucket_watch folders http_post locks repeated",
         "digests hub lease",
         "run_place sums",
         "fetch",

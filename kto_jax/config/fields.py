@@ -201,6 +201,11 @@ class ObjectiveConfig:
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
     """grpo and ppo: estimator of a token's KL, of d = log π − log π_reference: k1 = d, k2 = d²/2, k3 = e^−d + d − 1. In
     the loss, k2 has the KL's gradient on tokens that the policy sampled; k1 has none on average."""
+    kl_target: Annotated[float, Range(at_least=0, zero="none")] = 0.0
+    """grpo and ppo with kl_in "reward": KL to the reference, in nats per completion, that `kl_weight` is adapted to
+    after each round (arXiv 1909.08593)."""
+    kl_horizon: Positive = 10_000.0
+    """With `kl_target`: completions over which the weight may change by a fifth of itself."""
     clip_low: Annotated[float, Range(above=0, below=1)] | Auto = "auto"
     """The probability ratio is clipped to at least 1 − clip_low; "auto" is 0.75 for ppo_offline, 0.2 for ppo, and the
     variant's for grpo."""

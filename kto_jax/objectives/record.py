@@ -40,6 +40,8 @@ class Advantages:
         round ("batch": of its rewards, or for "gae" of its tokens' advantages, which are centred too), or "none".
       kl_weight: weight of the KL to the reference that is subtracted from the rewards.
       kl_estimator: how it is estimated.
+      kl_target: nats per completion that the weight is adapted to after each round; 0 keeps the weight.
+      kl_horizon: completions over which the weight may change by a fifth.
       discount: γ of "gae".
       trace: λ of "gae".
       drop_equal: leave out prompts all of whose completions have the same reward, as DAPO does.
@@ -49,6 +51,8 @@ class Advantages:
     scale: Literal["group", "batch", "none"] = "none"
     kl_weight: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float = 0.0
+    kl_horizon: float = 10_000.0
     discount: float = 1.0
     trace: float = 0.95
     drop_equal: bool = False

@@ -86,6 +86,8 @@ class _Terms:
     kl_weight: float
     kl_in: Literal["reward", "loss"]
     kl_estimator: Literal["k1", "k2", "k3"]
+    kl_target: float
+    kl_horizon: float
     entropy_weight: float
     dual_clip: float
 
@@ -105,6 +107,8 @@ def grpo(
     kl_weight: float = 0.0,
     kl_in: str = "loss",
     kl_estimator: str = "k3",
+    kl_target: float = 0.0,
+    kl_horizon: float = 10_000.0,
     entropy_weight: float = 0.0,
     length_scale: float = 64.0,
 ) -> Objective:
@@ -120,7 +124,7 @@ def grpo(
         "clip_low": clip_low, "clip_high": clip_high,
     }  # fmt: skip
     preset = dataclasses.replace(GRPO_VARIANTS[variant], **{name: x for name, x in given.items() if x is not None})
-    terms = _Terms(kl_weight, kl_in, kl_estimator, entropy_weight, dual_clip)  # type: ignore[arg-type]
+    terms = _Terms(kl_weight, kl_in, kl_estimator, kl_target, kl_horizon, entropy_weight, dual_clip)  # type: ignore[arg-type]
     _check_terms(terms, preset, length_scale, sampled=old_logps == "sampled")
     objective = _policy_gradient(preset, terms, length_scale, sampled=old_logps == "sampled")
     assert objective.advantages is not None
@@ -138,6 +142,8 @@ def ppo(
     kl_weight: float = 0.05,
     kl_in: str = "reward",
     kl_estimator: str = "k1",
+    kl_target: float = 0.0,
+    kl_horizon: float = 10_000.0,
     entropy_weight: float = 0.0,
     length_scale: float = 64.0,
     value_weight: float = 0.5,
@@ -155,7 +161,7 @@ def ppo(
     """
     chosen: dict[str, Any] = {"scale": scale, "normalise": normalise, "clip_low": clip_low, "clip_high": clip_high}
     preset = dataclasses.replace(_PPO, **chosen)
-    terms = _Terms(kl_weight, kl_in, kl_estimator, entropy_weight, dual_clip)  # type: ignore[arg-type]
+    terms = _Terms(kl_weight, kl_in, kl_estimator, kl_target, kl_horizon, entropy_weight, dual_clip)  # type: ignore[arg-type]
     _check_terms(terms, preset, length_scale, sampled=True)
     objective = _policy_gradient(preset, terms, length_scale, sampled=True)
     assert objective.advantages is not None
@@ -211,6 +217,16 @@ def _check_terms(terms: _Terms, preset: _Preset, length_scale: float, *, sampled
         raise ValueError(
             f'kl_weight={terms.kl_weight} with old_logps="reference", whose reference stands for the policy that '
             "sampled. A KL needs a reference besides. Train online, which sets old_logps, or remove kl_weight."
+        )
+    if terms.kl_target and not (terms.kl_weight and terms.kl_in == "reward"):
+        raise ValueError(
+            f"kl_target={terms.kl_target} with kl_weight={terms.kl_weight} and kl_in={terms.kl_in!r}: only a positive "
+            'weight of the KL in the rewards is adapted. Set kl_weight and kl_in="reward", or kl_target=0.'
+        )
+    if terms.kl_horizon != 10_000.0 and not terms.kl_target:
+        raise ValueError(
+            f"kl_horizon={terms.kl_horizon} without kl_target; only a weight that is adapted has a horizon. Set "
+            "kl_target, or remove kl_horizon."
         )
     if preset.advantage == "gae" and preset.scale == "group":
         raise ValueError('scale="group" with a value head, which needs no groups. Set scale to "batch" or "none".')
@@ -268,7 +284,9 @@ def _policy_gradient(preset: _Preset, terms: _Terms, length_scale: float, *, sam
         reads_sampled=sampled,
         figures=figures,
         mean_over="tokens" if preset.normalise == "tokens" else "examples",
-        advantages=Advantages(preset.advantage, preset.scale, in_reward, terms.kl_estimator),
+        advantages=Advantages(
+            preset.advantage, preset.scale, in_reward, terms.kl_estimator, terms.kl_target, terms.kl_horizon
+        ),
     )
 
 

@@ -8,29 +8,23 @@ Answers are kept in a file as they come: a run that is resumed asks for none twi
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import hashlib
 import json
 import math
-import os
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kto_jax.config import ConfigError, TransientError
+from kto_jax.storage.answers import Answers, ask_all
+from kto_jax.storage.http_post import TRIES, PostError, post_json
 
 TOKEN = "KTO_JAX_REWARD_TOKEN"
 """Environment variable whose value is sent as a bearer token."""
 _ROWS = 16
 _AT_ONCE = 4
-_TRIES = 5
 _SECONDS = 60.0
-_MAY_PASS = (408, 425, 429)
 
 Row = dict[str, Any]
 """prompt, completion, ended, num_tokens and columns of one completion."""
@@ -59,22 +53,11 @@ class Endpoint:
           TransientError: it cannot be reached, or fails.
         """
         keys = [self._key(row) for row in rows]
-        answers = _Answers(record)
+        answers = Answers(record)
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in answers.known}
         unknown = list(missing)
         parts = [unknown[start : start + _ROWS] for start in range(0, len(unknown), _ROWS)]
-
-        def ask(part: list[str]) -> None:
-            answers.add(dict(zip(part, self._ask([missing[key] for key in part]), strict=True)))
-
-        with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-            asked = [pool.submit(ask, part) for part in parts]
-            try:
-                for future in asked:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        ask_all(answers, parts, lambda part: self._ask([missing[key] for key in part]), at_once=_AT_ONCE)
         return [answers.known[key] for key in keys]
 
     def _key(self, row: Row) -> str:
@@ -91,30 +74,16 @@ class Endpoint:
             "columns": {name: [row["columns"].get(name) for row in rows] for name in names},
         }
         content = json.dumps(body, default=str).encode("utf-8", "surrogatepass")
-        for attempt in range(_TRIES):
-            try:
-                return self._checked(self._send(content), len(rows))
-            except urllib.error.HTTPError as error:
-                error.close()
-                failure = f"answered {error.code} {error.reason}"
-                if error.code < 500 and error.code not in _MAY_PASS:
-                    raise self._refusal(failure) from None
-            except (OSError, TimeoutError) as error:  # URLError is one
-                failure = f"cannot be reached: {getattr(error, 'reason', error)}"
-            if attempt + 1 < _TRIES:
-                self._wait(2.0**attempt)
-        raise TransientError(
-            f"the reward {self._url} {failure}; it was asked {_TRIES} times. The completions that were sampled and the "
-            "answers so far are kept. Run the same command again once the server is up."
-        )
-
-    def _send(self, content: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(TOKEN):
-            headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
-        request = urllib.request.Request(self._url, content, headers)
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            return answer.read()
+        try:
+            answer = post_json(self._url, content, token=TOKEN, seconds=_SECONDS, wait=self._wait)
+        except PostError as error:
+            if not error.may_pass:
+                raise self._refusal(str(error)) from None
+            raise TransientError(
+                f"the reward {self._url} {error}; it was asked {TRIES} times. The completions that were sampled and "
+                "the answers so far are kept. Run the same command again once the server is up."
+            ) from None
+        return self._checked(answer, len(rows))
 
     def _checked(self, content: bytes, count: int) -> list[float | None]:
         try:
@@ -136,27 +105,3 @@ class Endpoint:
             f'the reward {self._url} {what}. An answer is {{"rewards": [...]}} with one finite number, or null, for '
             "each completion. Correct the server, or take it out of --reward. Completions and answers so far are kept."
         )
-
-
-class _Answers:
-    """The answers so far, by key, and the file that keeps them."""
-
-    def __init__(self, record: Path | None) -> None:
-        self._record, self._lock = record, threading.Lock()
-        self.known: dict[str, float | None] = {}
-        if record is not None and record.exists():
-            for line in record.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a run that was killed
-                    self.known |= json.loads(line)
-
-    def add(self, answers: dict[str, float | None]) -> None:
-        """Keeps some more."""
-        with self._lock:
-            self.known |= answers
-            if self._record is not None:
-                self._record.parent.mkdir(parents=True, exist_ok=True)
-                with self._record.open("a", encoding="utf-8") as file:
-                    # On a line of its own, also after one that was not finished.
-                    file.write("\n" + json.dumps(answers) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())

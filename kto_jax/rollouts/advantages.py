@@ -12,6 +12,7 @@ import numpy as np
 
 from kto_jax import losses
 from kto_jax.objectives.record import Advantages
+from kto_jax.rollouts.figures import importance_weights
 from kto_jax.rollouts.labels import Labelled, Row, beside, by_prompt, ids_of, rewarded, usable_rows
 
 Figures = Mapping[str, Sequence[np.ndarray]]
@@ -19,7 +20,13 @@ Figures = Mapping[str, Sequence[np.ndarray]]
 
 
 def advantages(
-    rollout: Sequence[Row], figures: Figures, rule: Advantages, *, keep_cut: bool, spread_of: str = ""
+    rollout: Sequence[Row],
+    figures: Figures,
+    rule: Advantages,
+    *,
+    keep_cut: bool,
+    spread_of: str = "",
+    weight_cap: float = 0.0,
 ) -> Labelled:
     """Turns completions and their rewards into rows of tokens with advantages.
 
@@ -32,6 +39,8 @@ def advantages(
       keep_cut: as for `label`.
       spread_of: the reward that must differ between the completions of a prompt, if `rule` drops equal ones; empty for
         the sum.
+      weight_cap: largest weight of a token of a policy other than the trained one, by which its advantage, and with it
+        its loss, is multiplied; 0 weighs none. `figures` then holds sampled_logps.
     """
     dropped: collections.Counter[str] = collections.Counter()
     numbered = [{**row, "number": number} for number, row in enumerate(rollout)]
@@ -45,7 +54,7 @@ def advantages(
     by_row = _by_token(kept, figures, rule)
     usable = usable_rows(kept, dropped, keep_cut, allow_empty=True)
     found = [
-        _row(row, figures, tokens)
+        _row(row, figures, _weighted(tokens, row["number"], figures, weight_cap))
         for row, tokens in zip(usable, _scaled(by_row, kept, rule), strict=True)
         if row is not None
     ]
@@ -121,6 +130,14 @@ def _scaled(tokens: Sequence[_Tokens], rows: Sequence[Row], rule: Advantages) ->
     else:
         mean, deviation = 0.0, np.std([row["reward"] for row in rows]) + 1e-4
     return [dataclasses.replace(each, advantages=(each.advantages - mean) / deviation) for each in tokens]
+
+
+def _weighted(tokens: _Tokens, number: int, figures: Figures, cap: float) -> _Tokens:
+    """Every surrogate is linear in the advantage, so that weights of the loss are weights of the advantage."""
+    if not cap:
+        return tokens
+    weights = importance_weights(figures["old_logps"][number], figures["sampled_logps"][number], cap)
+    return dataclasses.replace(tokens, advantages=tokens.advantages * weights)
 
 
 def _row(row: Row, figures: Figures, tokens: _Tokens) -> dict[str, Any]:

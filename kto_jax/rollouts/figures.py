@@ -44,24 +44,32 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
     return figures
 
 
-def token_figures(figures: Mapping[str, Sequence[np.ndarray]], *, temperature: float) -> dict[str, float]:
+def token_figures(
+    figures: Mapping[str, Sequence[np.ndarray]], temperature: float, weight_cap: float = 0.0
+) -> dict[str, float]:
     """Figures of the sampled tokens, per token and in nats.
 
     Args:
       figures: of each completion, one array [completion] for each of sampled_logps (the sampler's), old_logps (the
         trainer's) and, if there is a reference besides, reference_logps.
       temperature: of the sampling.
+      weight_cap: largest importance weight; 0 if the policy sampled itself.
 
     Returns:
       gap_mean and gap_max, absolute differences of the sampler's and the trainer's log-probabilities; entropy of the
       policy, estimated from its samples, at temperature 1 only; kl_k1 and kl_k3, estimates of the KL to the reference,
-      and kl_completion, k1 summed over a completion.
+      and kl_completion, k1 summed over a completion; with a cap weight, the mean importance weight, and weights_cut,
+      the share that the cap cuts.
     """
     old = np.concatenate(figures["old_logps"]).astype(np.float64)
     gap = np.abs(old - np.concatenate(figures["sampled_logps"]))
     found = {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
     if temperature == 1:
         found["entropy"] = float(-old.mean())
+    if weight_cap:
+        sampled = np.concatenate(figures["sampled_logps"])
+        found["weight"] = float(importance_weights(old, sampled, weight_cap).mean())
+        found["weights_cut"] = float(np.mean(old - sampled > np.log(weight_cap)))
     if "reference_logps" in figures:
         reference = jnp.asarray(np.concatenate(figures["reference_logps"]))
         for name in ("k1", "k3"):
@@ -69,6 +77,17 @@ def token_figures(figures: Mapping[str, Sequence[np.ndarray]], *, temperature: f
             found[f"kl_{name}"] = float(jnp.mean(estimate))
         found["kl_completion"] = found["kl_k1"] * len(old) / len(figures["old_logps"])
     return found
+
+
+def importance_weights(old: np.ndarray, sampled: np.ndarray, cap: float) -> np.ndarray:
+    """Truncated importance weights of tokens: min(π_trained / π_sampled, cap), in float64.
+
+    Args:
+      old: log-probabilities under the policy that is trained, before the update [tokens].
+      sampled: under the policy that sampled [tokens].
+      cap: the largest weight.
+    """
+    return np.exp(np.minimum(old.astype(np.float64) - sampled, np.log(cap)))
 
 
 def explained_variance(rows: Sequence[Row]) -> float:

@@ -15,7 +15,7 @@ from kto_jax.rollouts.labels import check_rule
 from kto_jax.storage.atomic import write_json
 from kto_jax.storage.locks import lock_file
 
-_MAY_CHANGE = ("rounds", "keep", "batch_size", "reward_timeout")
+_MAY_CHANGE = ("rounds", "keep", "batch_size", "reward_timeout", "sample_from", "sample_model", "hand_over", "max_gap")
 """Flags with which a run may be resumed though it was begun with others."""
 
 
@@ -61,6 +61,21 @@ class Options:
     sample_on: Literal["auto", "first", "mesh"] = "auto"
     """Where completions are sampled: on the "first" device, or over the "mesh" of training, by all processes. "auto":
     the mesh, if there are several devices other than CPUs."""
+    sample_from: str = ""
+    """Base of a server that samples as vLLM does, such as http://127.0.0.1:8000/v1; empty samples here."""
+    sample_model: str = ""
+    """What that server calls the model."""
+    hand_over: str = ""
+    """Program, with arguments, that makes the server sample from another policy; it gets the policy's folder besides,
+    and ends when the server has taken it. Required with sample_from."""
+    hand_over_every: Count = 1
+    """Rounds after which the policy is handed over; rounds in between are sampled from an older one."""
+    weight_cap: Positive = 2.0
+    """With sample_from, grpo and ppo: largest weight of a token, by which its probability under the policy that is
+    trained differs from that under the one that sampled."""
+    max_gap: Positive = 0.1
+    """With sample_from: mean distance of the server's and the trainer's log-probabilities, in nats per token, above
+    which the run ends."""
     reward_timeout: Positive = 600.0
     """Seconds after which a reward counts as hung."""
     keep: Count = 2
@@ -109,12 +124,8 @@ def check_options(options: Options) -> Objective:
             'config.model.init="random" cannot be used: random weights write nothing that a reward could tell apart. '
             'Allowed: "pretrained". Set config.model.init.'
         )
-    if config.lora.rank and options.reference == "initial" and objective.uses_reference:
-        raise ConfigError(
-            f"config.lora.rank={config.lora.rank} with --reference=initial cannot be used: adapters are trained beside "
-            "the weights of the reference, which are those of the policy before the round. Set --reference=previous, "
-            "or config.lora.rank=0."
-        )
+    _check_adapters(options, objective)
+    _check_endpoint(options)
     _check_policy_gradient(options, objective)
     if options.resample and options.num_samples == 1:
         raise ConfigError(
@@ -143,15 +154,10 @@ def _check_policy_gradient(options: Options, objective: Objective) -> None:
             f"--temperature={options.temperature} cannot be used with config.objective.name={config.objective.name!r}: "
             "its ratios are of log-probabilities at temperature 1. Set --temperature=1."
         )
-    if keeps and config.lora.rank:
+    if objective.advantages and objective.advantages.kl_target and options.reference == "previous":
         raise ConfigError(
-            f"config.lora.rank={config.lora.rank} cannot keep the optimizer of the round before: every round adds new "
-            "adapters to the weights. "
-            + (
-                "Set config.lora.rank=0."
-                if objective.scalar_head == "value"
-                else "Set --optimizer=new, or config.lora.rank=0."
-            )
+            f"config.objective.kl_target={objective.advantages.kl_target} with --reference=previous cannot be used: "
+            "the KL to the policy that sampled is 0. Set --reference=initial, or kl_target=0."
         )
     if objective.scalar_head == "value" and not keeps:
         raise ConfigError(
@@ -163,6 +169,47 @@ def _check_policy_gradient(options: Options, objective: Objective) -> None:
             f"config.optimizer.schedule={config.optimizer.schedule!r} ends with the first round, and later rounds keep "
             'its optimizer. Allowed: "constant". Set config.optimizer.schedule, or --optimizer=new.'
         )
+
+
+def _check_endpoint(options: Options) -> None:
+    flags = ("sample_model", "hand_over", "hand_over_every", "weight_cap", "max_gap")
+    usual = {field.name: field.default for field in dataclasses.fields(Options)}
+    changed = [name for name in flags if getattr(options, name) != usual[name]]
+    if not options.sample_from and changed:
+        raise ConfigError(
+            f"--{changed[0]}={getattr(options, changed[0])} without --sample_from has no effect. Set --sample_from, or "
+            f"remove --{changed[0]}."
+        )
+    if options.sample_from and not options.sample_from.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--sample_from={options.sample_from} is no address. Allowed: the base of a server, such as "
+            "http://127.0.0.1:8000/v1. Set --sample_from."
+        )
+    missing = [name for name in ("sample_model", "hand_over") if not getattr(options, name)]
+    if options.sample_from and missing:
+        raise ConfigError(
+            f"--sample_from={options.sample_from} without --{missing[0]}. A server needs the name of its model, and a "
+            f"program that makes it take the policy of a round. Set --{missing[0]}."
+        )
+
+
+def _check_adapters(options: Options, objective: Objective) -> None:
+    """Refuses adapters beside the weights of another reference: they are trained beside the reference's own.
+
+    Adapters that are kept with the optimizer lie beside the initial weights; new ones beside the policy before a round.
+    """
+    rank, keeps = options.config.lora.rank, options.keeps_optimizer(objective)
+    if not rank or not objective.uses_reference or options.reference == ("initial" if keeps else "previous"):
+        return
+    if keeps:
+        where, what = "the initial model, as adapters and optimizer are kept", "--reference=initial, or --optimizer=new"
+    else:
+        where = "the policy before the round, as every round has new ones"
+        what = "--reference=previous, --optimizer=kept, or config.lora.rank=0"
+    raise ConfigError(
+        f"config.lora.rank={rank} with --reference={options.reference} cannot be used: adapters are trained beside the "
+        f"weights of the reference, which are those of {where}. Set {what}."
+    )
 
 
 def open_folder(folder: Path, options: Options) -> Any:

@@ -21,6 +21,7 @@ from kto_jax.rewards.messages import as_completion
 from kto_jax.rollouts.advantages import as_numbers
 from kto_jax.rollouts.prompts import PromptRow
 from kto_jax.sampling.complete import Completion, LanguageModel, complete
+from kto_jax.sampling.endpoint import SamplingEndpoint
 from kto_jax.sampling.sample import Sampling
 from kto_jax.storage.atomic import write_text
 
@@ -37,6 +38,7 @@ class Rollout:
       batch_size: completions sampled at once.
       rewards: what scores them.
       timeout: seconds that each reward may take.
+      endpoint: a server that samples; None samples here.
     """
 
     sampling: Sampling
@@ -44,6 +46,7 @@ class Rollout:
     batch_size: int
     rewards: Sequence[RewardFunction]
     timeout: float
+    endpoint: SamplingEndpoint | None = None
 
 
 def sample_round(
@@ -81,8 +84,8 @@ def sample_round(
       TransientError: a reward does not return in time.
     """
     if not processes.broadcast_bool(path.exists()):
-        sampled = _sample(model, prompts, rollout, number, _seed_of(seed, number, part)) if model is not None else []
-        processes.on_first(lambda: _write(path, sampled))
+        drawn = _draw(model, prompts, rollout, _seed_of(seed, number, part), path)
+        processes.on_first(lambda: _write(path, _rows_of(drawn or [], prompts, rollout, number)))
     processes.on_first(lambda: _score(path, prompts, rollout))
     return _read(path)
 
@@ -103,15 +106,34 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _sample(model: LanguageModel, prompts: Sequence[PromptRow], rollout: Rollout, number: int, seed: int) -> list[Row]:
-    completions = complete(
+def _draw(
+    model: LanguageModel | None, prompts: Sequence[PromptRow], rollout: Rollout, seed: int, path: Path
+) -> list[Completion] | None:
+    """The completions; None on a process that has none."""
+    asked, endpoint = [row.prompt for row in prompts], rollout.endpoint
+    if endpoint is not None:
+        record = path.with_suffix(".sampled.jsonl")
+
+        def ask() -> list[Completion]:
+            assert model is not None, "the first process opens the model"
+            return endpoint.complete(model, asked, rollout.sampling, num_samples=rollout.num_samples, record=record)
+
+        return processes.on_first(ask)
+    if model is None:
+        return None
+    return complete(
         model,
-        [row.prompt for row in prompts],
+        asked,
         rollout.sampling,
         num_samples=rollout.num_samples,
         seed=seed,
         batch_size=rollout.batch_size,
     )
+
+
+def _rows_of(
+    completions: Sequence[Completion], prompts: Sequence[PromptRow], rollout: Rollout, number: int
+) -> list[Row]:
     return [
         {
             **_shown(completion),

@@ -97,6 +97,7 @@ EPOCHS = ["--config.batch_size=4", "--config.epochs=2"]
 @pytest.mark.parametrize("name, options", [
     ("grpo", ["--config.objective.variant=dapo", "--config.objective.kl_weight=0.1"]),
     ("ppo", ["--config.objective.value_warmup=2", "--config.objective.value_detached=False"]),
+    ("ppo", ["--config.lora.rank=4", "--config.optimizer.learning_rate=0.01"]),
 ])  # fmt: skip
 def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, tmp_path, name, options):
     run = tmp_path / "run"
@@ -118,18 +119,24 @@ def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, 
         assert row["entropy"] > 0 and 0 < row["sampling_share"] < 1
     assert log[0]["kl_completion"] == 0 and log[1]["kl_completion"] != 0
     if name == "ppo":
-        warmed = read(run / "round_001" / "run" / "metrics.jsonl")
-        assert warmed[0]["updates"] > len(read(run / "round_000" / "run" / "metrics.jsonl")), "kept from round 0"
+        assert (run / "round_001" / "run" / "adapter").is_dir() == any("lora" in option for option in options)
+        if any("value_warmup" in option for option in options):
+            warmed = [read(run / f"round_{number:03}" / "run" / "metrics.jsonl") for number in (0, 1)]
+            assert warmed[1][0]["updates"] > len(warmed[0]), "kept from round 0"
         assert "explained_variance" in log[1] and log[0]["value_loss"] > 0
 
 
 @pytest.mark.parametrize("change, why", [
     (["--config.objective.name=grpo", "--temperature=0.7"], "its ratios are of log-probabilities at temperature 1"),
     (["--config.objective.name=ppo", "--optimizer=new"], "would start every round with a new value head"),
-    (["--config.objective.name=ppo", "--config.lora.rank=4"], "cannot keep the optimizer of the round before"),
+    (["--config.lora.rank=4", "--optimizer=kept", "--reference=previous"], "Set --reference=initial"),
+    (["--config.objective.name=ppo", "--config.objective.kl_target=6", "--reference=previous"], "that sampled is 0"),
     (["--resample=1", "--num_samples=1"], "Set --num_samples to at least 2"),
     (["--spread_of=letters"], "is none of the rewards. Allowed: "),
     (["--optimizer=kept", "--config.optimizer.schedule=linear"], "ends with the first round"),
+    (["--sample_from=here:80", "--sample_model=a", "--hand_over=b"], "--sample_from=here:80 is no address"),
+    (["--sample_from=http://here:80/v1", "--sample_model=a"], "Set --hand_over."),
+    (["--max_gap=0.5"], "--max_gap=0.5 without --sample_from has no effect"),
     (["--label=best"], "--label='best' is no rule"),
     (["--config.model.init=random"], 'config.model.init="random" cannot be used'),
     (["--config.objective.name=ppo_offline"], "config.objective.name='ppo_offline' cannot be trained online"),
@@ -145,7 +152,8 @@ def test_what_cannot_be_trained_online_is_refused_before_anything_is_written(fla
 @pytest.fixture
 def ppo(flags):
     # Four slots for 16 completions: sampling is several calls.
-    settings = ["--config.checkpoint.every=1", "--rounds=3", "--keep=3", "--batch_size=4"]
+    settings = ["--config.checkpoint.every=1", "--rounds=3", "--keep=3", "--batch_size=4",
+                "--config.objective.kl_target=0.5", "--config.objective.kl_horizon=20"]  # fmt: skip
     return [*flags, "--config.objective.name=ppo", *EPOCHS, *settings]
 
 
@@ -154,6 +162,8 @@ def test_a_run_killed_anywhere_in_a_round_ends_bitwise_as_one_that_was_not(ppo, 
     whole = tmp_path / "whole"
     assert main([*ppo, f"--workdir={whole}"]) == 0
     steps = len(read(whole / "round_001" / "run" / "metrics.jsonl"))
+    weights = [row["kl_weight"] for row in read(whole / "rounds.jsonl")]
+    assert len(set(weights)) == 3, "adapted to the KL of each round"
     assert 5 < steps < 10, "so that the third kill is in the second epoch"
     for point in ("sampling", "update", "epochs"):
         killed = tmp_path / point
@@ -164,6 +174,7 @@ def test_a_run_killed_anywhere_in_a_round_ends_bitwise_as_one_that_was_not(ppo, 
         assert (folder / "rollout.jsonl").exists() == (point != "sampling")
         assert (folder / "run" / "checkpoints" / "5").exists() == (point == "epochs")
         assert main([*ppo, f"--workdir={killed}"]) == 0
+        assert [row["kl_weight"] for row in read(killed / "rounds.jsonl")] == weights
         for number in (1, 2):
             for name in ("rollout.jsonl", "feedback.jsonl"):
                 own, expected = (run / f"round_{number:03}" / name for run in (killed, whole))

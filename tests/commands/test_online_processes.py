@@ -1,6 +1,7 @@
-"""Online rounds in two processes on loopback."""
+"""Online rounds in two processes on loopback, and on another number of devices than they began on."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,12 +15,12 @@ from tests.commands.test_online import EPOCHS, flags, policy, read  # noqa: F401
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def run(count, *arguments):
-    """Runs the command in `count` processes that share four fake devices."""
+def run(count, *arguments, devices=4, module="kto_jax.online", exit_code=0):
+    """Runs the command in `count` processes that share fake devices."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    device_flags = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count={4 // count}"
-    command = [sys.executable, "-m", "kto_jax.online", *arguments]
+    device_flags = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count={devices // count}"
+    command = [sys.executable, "-m", *module.split(), *arguments]
     started = []
     for number in range(count):
         own = dict(zip(NAMES, (address, str(count), str(number)), strict=True)) if count > 1 else {}
@@ -31,7 +32,7 @@ def run(count, *arguments):
         for process in started:
             process.kill()
             process.wait()
-    assert [process.returncode for process in started] == [0] * count, "\n".join(messages)
+    assert [process.returncode for process in started] == [exit_code] * count, "\n".join(messages)
 
 
 @pytest.mark.slow
@@ -51,3 +52,24 @@ def test_two_processes_sample_score_and_train_as_one_does(flags, tmp_path, name,
     tokens = [[row["completion_ids"] for row in read(folder / "round_001" / "rollout.jsonl")] for folder in (one, two)]
     assert tokens[0] == tokens[1]
     assert len(read(two / "rounds.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_on_other_devices_differs_by_rounding(flags, tmp_path):  # noqa: F811
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    settings = ["--config.objective.name=ppo", "--config.checkpoint.every=1", "--rounds=3", "--keep=3"]
+    run(1, *flags, *EPOCHS, *settings, f"--workdir={whole}")
+    killed = "tests.commands.killed_online epochs"
+    run(1, *flags, *EPOCHS, *settings, f"--workdir={moved}", module=killed, exit_code=-signal.SIGKILL)
+    assert (moved / "round_001" / "run" / "checkpoints" / "5").exists()
+    run(1, *flags, *EPOCHS, *settings, f"--workdir={moved}", devices=2)
+
+    # What the first devices had done is kept; tokens and labels of later rounds are the same too.
+    assert read(moved / "round_001" / "feedback.jsonl") == read(whole / "round_001" / "feedback.jsonl")
+    tokens = [
+        [row["completion_ids"] for row in read(folder / "round_002" / "rollout.jsonl")] for folder in (whole, moved)
+    ]
+    assert tokens[0] == tokens[1]
+    for number in (0, 1, 2):
+        for key, values in policy(whole, number).items():
+            np.testing.assert_allclose(policy(moved, number)[key], values, atol=1e-5 if number else 0)

@@ -113,6 +113,15 @@ def test_a_prompt_of_one_completion_is_enough_for_a_value_head():
     assert len(found(rows(1), Advantages("gae")).rows) == 1
 
 
+def test_tokens_of_another_policy_weigh_as_their_probabilities_differ_up_to_the_cap():
+    rollout, rule = rows(0, 2), Advantages("group")
+    given = figures(rollout)
+    given["sampled_logps"] = [np.array([-1.0, -0.5, -3.0], np.float32), np.array([-1.5], np.float32)]
+    first, second = (row["advantages"] for row in advantages(rollout, given, rule, keep_cut=True, weight_cap=2.0).rows)
+    np.testing.assert_allclose(first, [-1, -np.exp(-0.5), -2], rtol=1e-6)  # exp(2) is cut
+    np.testing.assert_allclose(second, [np.exp(0.5)], rtol=1e-6)
+
+
 def test_the_rows_are_read_back_with_every_float32():
     rollout = rows(0, 1)
     given = figures(rollout)

@@ -34,6 +34,9 @@ def test_figures_of_tokens():
     assert found["kl_k3"] == pytest.approx(np.mean(np.exp(-d) - 1 + d), rel=1e-6)
     del figures["reference_logps"]
     assert token_figures(figures, temperature=0.7).keys() == {"gap_mean", "gap_max"}
+    weighted = token_figures(figures, temperature=0.7, weight_cap=1.5)
+    assert weighted["weight"] == pytest.approx((1 + np.exp(0.25) + 1.5) / 3)
+    assert weighted["weights_cut"] == pytest.approx(1 / 3)  # exp(0.5) is 1.65
 
 
 def test_explained_variance():
