@@ -11,6 +11,8 @@ end when the model ends them. Contenders:
     static         `sample` over 16 prompts at a time, each waiting for its longest completion
     transformers   `generate` with its defaults and its KV cache, 16 prompts at a time, padded on the left
 
+With --samples-per-prompt=8, 64 completions are 8 of each of 8 prompts.
+
 They alternate: in each round every contender runs in a new process, with a warm-up before the timed calls. Tokens are
 those of completions, EOS included; a call's time includes its prefill.
 """
@@ -71,6 +73,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--contenders", nargs="+", choices=list(MODULES), default=list(MODULES))
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--samples-per-prompt", type=int, default=1, help="of fewer prompts, as online training asks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", default=SMOLLM2, help="a path, wheel: or Hub id")
@@ -90,6 +93,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, An
     """
     job = make_job(options, scratch)
     settings = {"model": Path(options.model).name, "dtype": options.dtype, "slots": SLOTS, "workloads": WORKLOADS}
+    settings |= {"samples_per_prompt": options.samples_per_prompt}
     turns: dict[str, dict[str, list[dict[str, Any]]]] = {
         name: {contender: [] for contender in options.contenders} for name in options.workloads
     }
@@ -121,19 +125,27 @@ def _rate(turn: dict[str, Any], unit: str = "seconds") -> float:
 def make_job(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The job of every contender: the model as a Hugging Face directory, and prompts of token ids."""
     asked = [ask.format(topic) for topic in TOPICS.split() for ask in ASKED]
+    directory = export_for_peers(options.model, options.dtype)
     with open_language_model(options.model, dtype=options.dtype) as opened:
-        directory = cache_directory() / "benchmarks" / f"decode-{Path(options.model).stem}-{options.dtype}"
-        if not directory.exists():
+        eos_ids = sorted({*opened.tokenizer.stop_ids, *opened.model.config.eos_ids})
+        prompts = [ids.tolist() for ids in encode_prompts(opened.tokenizer, asked)]
+    repeated = [ids for ids in prompts for _ in range(options.samples_per_prompt)]
+    return {
+        "model": str(directory), "dtype": options.dtype, "threads": options.threads, "slots": SLOTS,
+        "prompts": repeated, "eos_ids": eos_ids, "result": str(scratch / "result.json"),
+    }  # fmt: skip
+
+
+def export_for_peers(path: str, dtype: str) -> Path:
+    """The model as a Hugging Face directory, which every contender reads; written on first use."""
+    directory = cache_directory() / "benchmarks" / f"decode-{Path(path).stem}-{dtype}"
+    if not directory.exists():
+        with open_language_model(path, dtype=dtype) as opened:
             save_hugging_face(
                 directory, opened.model, opened.params, tokenizer_dir=opened.tokenizer.directory,
                 model_card="For benchmarks.generation.\n",
             )  # fmt: skip
-        eos_ids = sorted({*opened.tokenizer.stop_ids, *opened.model.config.eos_ids})
-        prompts = [ids.tolist() for ids in encode_prompts(opened.tokenizer, asked)]
-    return {
-        "model": str(directory), "dtype": options.dtype, "threads": options.threads, "slots": SLOTS,
-        "prompts": prompts, "eos_ids": eos_ids, "result": str(scratch / "result.json"),
-    }  # fmt: skip
+    return directory
 
 
 def take_turn(name: str, job: dict[str, Any], scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
