@@ -27,13 +27,14 @@ from kto_jax.config.packages import is_installed, require
 from kto_jax.config.ranges import Count, NotNegative, Positive, Precision, Range, Seed
 from kto_jax.data.tokens.transcript import read_turns
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.inference import Devices, report_devices
 from kto_jax.evaluation.alpaca_eval import align, is_outputs, read_outputs, write_annotations, write_outputs
 from kto_jax.evaluation.completions import Answer, Task, answer, measure_divergence, same_tokens
 from kto_jax.evaluation.contest import Contest, conclusion, finite, hold_contest, to_json
 from kto_jax.evaluation.llm_judge import INSTRUCTIONS, Endpoint, estimate_cost
 from kto_jax.evaluation.pair_judges import PairJudge, open_judges
 from kto_jax.evaluation.runs import HeldOut, OpenRun, open_run
-from kto_jax.progress import ProgressBar, report_unused_devices, show_progress
+from kto_jax.progress import ProgressBar, show_progress
 from kto_jax.rollouts.prompts import PromptRow, read_prompts
 from kto_jax.sampling.complete import LanguageModel, open_language_model
 from kto_jax.sampling.sample import Sampling
@@ -89,6 +90,9 @@ class Options:
     """Seed of the sampling."""
     batch_size: Count = 16
     """Completions sampled at once."""
+    devices: Devices = "auto"
+    """The devices that hold --model and --against: "one", "all" of this machine, or "auto": all if they are no CPUs. A
+    run's own checkpoints are read on one device; give a larger policy as --model=RUN/policy."""
     dtype: Precision = "float32"
     """Dtype of the computation of --model, --against and reward models."""
     chat_template: str = "auto"
@@ -113,7 +117,6 @@ def evaluate(options: Options) -> int:
     out = Path(options.out or (Path(options.run) / "evaluation" if options.run else "evaluation"))
     keep_compiled()
     with contextlib.ExitStack() as stack:
-        report_unused_devices()
         progress = stack.enter_context(show_progress())
         progress.start("reading the models and the feedback")
         run = stack.enter_context(open_run(options.run)) if options.run else None
@@ -255,11 +258,13 @@ class _Evaluation:
                 "with held-out prompts, or files of outputs on both sides. Set --prompts."
             )
         template = self.options.chat_template if flag == "--model" else "auto"
-        model = stack.enter_context(open_language_model(path, dtype=self.options.dtype, chat_template=template))
+        how: dict[str, Any] = {"dtype": self.options.dtype, "devices": self.options.devices}
+        model = stack.enter_context(open_language_model(path, chat_template=template, **how))
         own = dataclasses.replace(task, ids=())  # another tokenizer may have another vocabulary
         return self._complete(model, own, Path(path).name if Path(path).exists() else path)
 
     def _complete(self, model: LanguageModel, task: Task, name: str) -> _Side:
+        report_devices(model.placed)
         self.progress.start(f"completing prompts by {name}", total=len(task.rows) * task.num_samples)
         return _Side(answer(model, task, on_batch=self.progress.advance), name, model)
 

@@ -2,8 +2,6 @@
 
 python -m kto_jax.generate --model=runs/quickstart --prompt="Write a one-sentence review of the movie Heat."
 python -m kto_jax.generate --model=model.gguf --prompts=prompts.jsonl --json > completions.jsonl
-
-One device is used.
 """
 
 from __future__ import annotations
@@ -26,7 +24,8 @@ from kto_jax.command import FINISHED, run_command, visible
 from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
-from kto_jax.progress import report_unused_devices, show_progress
+from kto_jax.devices.inference import Devices, report_devices
+from kto_jax.progress import show_progress
 from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model
 from kto_jax.sampling.sample import Sampling
 
@@ -125,6 +124,9 @@ class Options:
     """Completions sampled at once."""
     dtype: Precision = "float32"
     """Dtype of the computation."""
+    devices: Devices = "auto"
+    """The devices that hold the model: "one", "all" of this machine, or "auto": all if they are no CPUs. Heads and
+    vocabulary are divided by as many as can share them equally, and rows by the others."""
     chat_template: str = "auto"
     """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
     strict: bool = False
@@ -154,11 +156,12 @@ def generate(options: Options) -> int:
     keep_compiled()
     # Standard output is for completions; messages go to standard error.
     with contextlib.redirect_stdout(sys.stderr), show_progress() as progress:
-        report_unused_devices()
         progress.start("reading the model")
         with open_language_model(
-            options.model, dtype=options.dtype, chat_template=options.chat_template, strict=options.strict
-        ) as model:
+            options.model, dtype=options.dtype, chat_template=options.chat_template, strict=options.strict,
+            devices=options.devices,
+        ) as model:  # fmt: skip
+            report_devices(model.placed)
             progress.start("completing prompts", total=len(prompts) * options.num_samples)
             start = time.perf_counter()
             completions = complete(

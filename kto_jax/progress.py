@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -41,9 +39,3 @@ def show_progress(console: Console | None = None) -> Iterator[ProgressBar]:
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield ProgressBar(bar)
-
-
-def report_unused_devices() -> None:
-    """Says on standard error that the command uses one device, if there are more."""
-    if jax.device_count() > 1:
-        print(f"uses 1 of {jax.device_count()} devices", file=sys.stderr)

@@ -5,7 +5,7 @@ python -m kto_jax.score --model=runs/reward --config=configs/kto_llama.py --out=
 
 Every row of --out is the row of --data with a field "score" added: train on it with config.data.format=scores. With
 --config in place of --data, config.data.train is scored as training reads it, in any format, layout or mixture; each of
-its completions becomes a row of its own, {prompt, completion, label, score}. One device is used.
+its completions becomes a row of its own, {prompt, completion, label, score}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from kto_jax.data.rows import files
 from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.devices.compilation import keep_compiled
-from kto_jax.progress import report_unused_devices, show_progress
+from kto_jax.devices.inference import Devices, report_devices
+from kto_jax.progress import show_progress
 from kto_jax.rewards.reward_model import completions_to_score, open_reward_model, score_records, score_rows
 from kto_jax.storage.atomic import new_file
 
@@ -60,6 +61,9 @@ class Options:
     """Completions scored at once."""
     dtype: Precision = "float32"
     """Dtype of the computation."""
+    devices: Devices = "auto"
+    """The devices that hold the model: "one", "all" of this machine, or "auto": all if they are no CPUs. Heads and
+    vocabulary are divided by as many as can share them equally, and rows by the others."""
     chat_template: str = "auto"
     """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
     eos_token: str = ""
@@ -100,7 +104,6 @@ def score(options: Options) -> int:
     feedback = options.config.data if options.config else None
     found, out = _check_files(options, feedback), Path(options.out)
     keep_compiled()
-    report_unused_devices()
     counts = {"scored": 0, "rejected": 0}
     with show_progress() as progress:
         progress.start("reading the model")
@@ -111,7 +114,9 @@ def score(options: Options) -> int:
             eos_token=options.eos_token,
             max_length=options.max_length,
             max_prompt_length=options.max_prompt_length,
+            devices=options.devices,
         ) as model:
+            report_devices(model.placed)
             progress.start("scoring completions")
             how: dict[str, Any] = {
                 "batch_size": options.batch_size, "score_field": options.score_field, "on_batch": progress.advance,

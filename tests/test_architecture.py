@@ -54,7 +54,7 @@ ORDER = {
         "tokenizer",
         "encoded_rows prepare transcript",
     ],
-    "kto_jax.devices": ["chips compilation processes sharding", "experts_on_mesh", "attention_on_mesh"],
+    "kto_jax.devices": ["chips compilation processes sharding", "experts_on_mesh", "attention_on_mesh", "inference"],
     "kto_jax.evaluation": [
         "intervals texts",
         "calibration completions length_control verdicts",

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kto_jax.config import ConfigError, DataConfig, MeshConfig
+from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows import records
 from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
@@ -33,9 +33,7 @@ from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.tokens.tokenizer import TokenizerInfo, token_of
 from kto_jax.data.truncation import cut_prompt, fit_lengths
 from kto_jax.data.workers import Workers
-from kto_jax.devices.attention_on_mesh import choose_attention
-from kto_jax.devices.sharding import make_mesh
-from kto_jax.models.layout import Layout
+from kto_jax.devices.inference import Devices, Placed, place_model, whole_parts
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import ModelFiles, find_model
@@ -60,6 +58,7 @@ class RewardModel:
       tokenizer: its tokenizer, while the scratch folder of `open_reward_model` exists.
       max_length: most tokens of prompt and completion.
       max_prompt_length: most tokens of a prompt; a longer one is cut as in training.
+      placed: the devices that hold it; None if that is one.
     """
 
     model: Model
@@ -67,6 +66,7 @@ class RewardModel:
     tokenizer: TokenizerInfo
     max_length: int = DataConfig.max_length
     max_prompt_length: int = DataConfig.max_prompt_length
+    placed: Placed | None = None
 
 
 @contextlib.contextmanager
@@ -78,8 +78,9 @@ def open_reward_model(
     eos_token: str = "",
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    devices: Devices = "one",
 ) -> Iterator[RewardModel]:
-    """Opens a reward model, on one device.
+    """Opens a reward model.
 
     Args:
       path: the folder of a run that trained a reward model, or a sequence classification model of one label, such as a
@@ -89,6 +90,7 @@ def open_reward_model(
       eos_token: what completions end in, as data.eos_token; empty for what the run trained with.
       max_length: most tokens of prompt and completion; None for what the run trained with.
       max_prompt_length: most tokens of a prompt; None likewise.
+      devices: which devices of this process hold it, as `place_model` takes it.
 
     Yields:
       The model.
@@ -107,8 +109,7 @@ def open_reward_model(
             f"--max_length={max_length} is beyond the model's context of {config.max_length} tokens. Allowed: up to "
             f"{config.max_length}. Set --max_length."
         )
-    attention = choose_attention("auto", make_mesh(MeshConfig(), jax.devices()[:1]))
-    model = Model.create(config, dtype=dtype, remat="none", scalar_head="reward", layout=Layout(attention=attention))
+    placed = place_model(config, dtype=dtype, devices=devices, scalar_head="reward")
     with scratch_folder() as scratch:
         tokenizer = prepare_tokenizer(
             files.tokenizer,
@@ -117,8 +118,9 @@ def open_reward_model(
             eos_token=eos_token or trained_with["eos_token"],
             rendering=rendering_of_run(Path(path)),
         )
-        params = load_params(model, files, param_dtype=dtype)
-        yield RewardModel(model, params, tokenizer, max_length, max_prompt_length or trained_with["max_prompt_length"])
+        params = load_params(placed.model, files, param_dtype=dtype, shardings=placed.shardings)
+        max_prompt_length = max_prompt_length or trained_with["max_prompt_length"]
+        yield RewardModel(placed.model, params, tokenizer, max_length, max_prompt_length, placed)
 
 
 def _find_reward_model(path: str) -> ModelFiles:
@@ -199,13 +201,15 @@ def score_sequences(
     Args:
       model: from `open_reward_model`.
       sequences: token ids of prompt and completion, at least one token each.
-      batch_size: sequences scored at once.
+      batch_size: sequences scored at once. Over several devices it is raised to the next multiple of the parts into
+        which they divide rows.
       on_batch: called after each batch with the number of its sequences.
 
     Returns:
       Rewards in the sequences' order, float32 or wider.
     """
     found = np.zeros(len(sequences), jnp.promote_types(model.model.dtype, jnp.float32))
+    batch_size = whole_parts(batch_size, model.params)
     groups: dict[int, list[int]] = {}
     for row, ids in enumerate(sequences):
         groups.setdefault(max(_SHORTEST, power_of_two(len(ids))), []).append(row)

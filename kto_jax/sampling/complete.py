@@ -23,6 +23,7 @@ from kto_jax.config import ConfigError
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.workers import Workers
+from kto_jax.devices.inference import Devices, Placed, place_model
 from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import transpose_layers
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
@@ -46,12 +47,14 @@ class LanguageModel:
       tokenizer: its tokenizer, while the scratch folder of `open_language_model` exists.
       load: reads the parameters.
       workers: the process that encodes prompts; None starts one for every call of `complete`.
+      placed: the devices that hold it; None if that is one.
     """
 
     model: Model
     tokenizer: tokenize.TokenizerInfo
     load: Callable[[], Params]
     workers: Workers | None = None
+    placed: Placed | None = None
 
     @functools.cached_property
     def params(self) -> Params:
@@ -101,7 +104,7 @@ def complete(
     batch_size: int = 16,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """Samples completions of prompts, on one device.
+    """Samples completions of prompts, on the devices that hold the model; on one if it is given by its path.
 
     Args:
       model: from `open_language_model`, or a path that it takes.
@@ -176,7 +179,12 @@ def is_prompt(value: Any) -> bool:
 
 @contextlib.contextmanager
 def open_language_model(
-    path: str, *, dtype: str = "float32", chat_template: str = "auto", strict: bool = False
+    path: str,
+    *,
+    dtype: str = "float32",
+    chat_template: str = "auto",
+    strict: bool = False,
+    devices: Devices = "one",
 ) -> Iterator[LanguageModel]:
     """Opens a model that completes prompts.
 
@@ -187,6 +195,8 @@ def open_language_model(
       dtype: what to compute in.
       chat_template: "auto" for the tokenizer's own, "none" for plain text, or the path of a Jinja file.
       strict: refuse a damaged newest checkpoint. Otherwise the one before it is read, with a warning.
+      devices: which devices of this process hold the model, as `place_model` takes it. A checkpoint is read by one of
+        them and divided then.
 
     Yields:
       The model.
@@ -196,7 +206,7 @@ def open_language_model(
       TransientError: the Hub cannot be reached.
     """
     path = fetched(path)
-    model, load, tokenizer_path = _find_model(path, dtype, strict)
+    placed, load, tokenizer_path = _find_model(path, dtype, strict, devices)
     with scratch_folder() as scratch, tokenize.tokenizing_worker() as workers:
         tokenizer = prepare_tokenizer(
             tokenizer_path,
@@ -205,25 +215,30 @@ def open_language_model(
             rendering=rendering_of_run(Path(path)),
             workers=workers,
         )
-        yield LanguageModel(model, tokenizer, load, workers)
+        yield LanguageModel(placed.model, tokenizer, load, workers, placed)
 
 
-def _find_model(path: str, dtype: str, strict: bool) -> tuple[Model, Callable[[], Params], Path]:
+def _find_model(path: str, dtype: str, strict: bool, devices: Devices) -> tuple[Placed, Callable[[], Params], Path]:
     """The model, what reads its parameters, and the path of its tokenizer."""
     files = find_model(path)
     source = files.weights
     if (source / "policy" / "config.json").is_file():
         source, files = source / "policy", find_model(str(source / "policy"))
     elif (source / "checkpoints").is_dir():
-        return (
-            read_model(source, dtype=dtype),
-            lambda: load_policy(source, dtype=dtype, strict=strict)[1],
-            source / "tokenizer",
-        )
+        stored = place_model(read_model(source).config, dtype=dtype, devices=devices)
+
+        def load_stored() -> Params:
+            params = load_policy(source, dtype=dtype, strict=strict)[1]
+            if stored.shardings is None:
+                return params
+            return {name: jax.device_put(params[name], stored.shardings[name]) for name in stored.shardings}
+
+        return stored, load_stored, source / "tokenizer"
     if is_reward_model(files):
         raise ConfigError(
             f"{files} is a reward model, which scores completions and writes none. A language model is needed here. "
             "Choose another --model, or score completions with python -m kto_jax.score."
         )
-    model = Model.create(read_config(source), dtype=dtype, remat="none")
-    return model, lambda: load_params(model, files, param_dtype=dtype), files.tokenizer
+    placed = place_model(read_config(source), dtype=dtype, devices=devices)
+    load = lambda: load_params(placed.model, files, param_dtype=dtype, shardings=placed.shardings)  # noqa: E731
+    return placed, load, files.tokenizer

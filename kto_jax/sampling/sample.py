@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from kto_jax.config import ConfigError
-from kto_jax.devices.sharding import ACTIVATION_RULES, num_parts
+from kto_jax.devices.inference import parts_of_rows, whole_parts
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import unstack_layers
@@ -92,12 +92,11 @@ def sample_with_logps(
     check_prompts(model.config, ids, max_new_tokens)
     if not ids:
         return []
-    mesh_wide = _replicated(params)
-    parts = 1 if mesh_wide is None else num_parts(mesh_wide.mesh, ACTIVATION_RULES["rows"])
+    mesh_wide, parts = _replicated(params), parts_of_rows(params)
     slots = Slots(
         model,
         unstack_layers(params),
-        num_slots=-(-batch_size // parts) * parts,
+        num_slots=whole_parts(batch_size, params),
         parts=parts,
         # The last token of a completion is never fed back.
         max_length=max(map(len, ids)) + max_new_tokens - 1,

@@ -1,9 +1,8 @@
 import io
 
-import jax
 from rich.console import Console
 
-from kto_jax.progress import report_unused_devices, show_progress
+from kto_jax.progress import show_progress
 
 
 def shown(*, terminal):
@@ -21,11 +20,3 @@ def test_a_terminal_shows_what_is_being_done_and_how_far_it_is():
 
 def test_elsewhere_nothing_is_shown():
     assert shown(terminal=False) == ""
-
-
-def test_a_command_reports_that_it_uses_one_of_several_devices(capsys, monkeypatch):
-    report_unused_devices()
-    assert capsys.readouterr().err == "uses 1 of 8 devices\n"
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    report_unused_devices()
-    assert capsys.readouterr().err == ""

@@ -114,7 +114,7 @@ def test_an_unusable_command_is_refused_in_one_line_with_exit_code_2(exported, t
     data = write(tmp_path / "data.jsonl", ROWS)
     values = {"model": exported[0], "data": data, "directory": tmp_path}
     code, said = command(*(argument.format(**values) for argument in arguments))
-    assert code == 2 and said.removeprefix("uses 1 of 8 devices\n").startswith("error: ") and message in said
+    assert code == 2 and said.splitlines()[-1].startswith("error: ") and message in said
     assert len(data.read_text().splitlines()) == len(ROWS)
 
 

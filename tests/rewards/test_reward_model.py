@@ -46,6 +46,16 @@ def test_scores_do_not_depend_on_the_batch_and_few_shapes_are_compiled(exported)
     assert score_sequences(RewardModel(model, params, tokenizer), [], batch_size=2).shape == (0,)
 
 
+def test_all_devices_score_as_one_does(exported):
+    run = exported[0]
+    completions = ["Jaws.", "Heat, of course.", "Fine."]
+    with open_reward_model(str(run)) as one, open_reward_model(str(run), devices="all") as all_devices:
+        assert all_devices.placed.shardings is not None
+        expected = reward(one, ["Name a film."] * 3, completions, batch_size=3)
+        found = reward(all_devices, ["Name a film."] * 3, completions, batch_size=3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_a_long_prompt_is_cut_from_the_left_as_in_training(exported):
     _, model, params, tokenizer = exported
     data = DataConfig(max_length=40, max_prompt_length=20)

@@ -17,6 +17,7 @@ from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import read_config
 from kto_jax.sampling import complete as complete_module
 from kto_jax.sampling.complete import LanguageModel, complete, open_language_model
+from kto_jax.sampling.logps import completion_logps
 from kto_jax.sampling.sample import Sampled, Sampling
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.run_folder import write_json
@@ -56,12 +57,29 @@ def test_a_completion_that_ends_says_so_and_every_eos_of_the_model_ends_it(expor
     assert asked["batch_size"] == 3
 
 
+def test_all_devices_complete_and_measure_as_one_does(exported):
+    run, found, measured = str(exported[0]), [], []
+    for devices in ("one", "all"):
+        with open_language_model(run, devices=devices) as model:
+            assert (model.placed.shardings is None) == (devices == "one")
+            completions = complete(model, ["Name a film.", "Say it.", "Why?"], Sampling(max_new_tokens=8), batch_size=3)
+            found.append(completions)
+            ids = [[np.asarray(ids, np.int32) for ids in (c.prompt_ids, c.ids)] for c in completions]
+            measured.append(completion_logps(model.model, model.params, *zip(*ids, strict=True)))
+    one, several = found
+    assert [completion.ids for completion in one] == [completion.ids for completion in several]
+    np.testing.assert_allclose(measured[1], measured[0], atol=1e-4)
+    np.testing.assert_allclose([sum(completion.logps) for completion in several], measured[0], atol=1e-4)
+
+
 def test_a_runs_newest_checkpoint_is_taken_until_its_policy_is_exported(exported, tmp_path):
     run, _, params, _ = exported
     save_checkpoint(tmp_path, params)
     shutil.copytree(TINY, tmp_path / "tokenizer")
-    with open_language_model(str(tmp_path)) as found:
-        assert jax.tree.all(jax.tree.map(np.array_equal, found.params, params))
+    for devices in ("one", "all"):
+        with open_language_model(str(tmp_path), devices=devices) as found:
+            assert jax.tree.all(jax.tree.map(np.array_equal, found.params, params))
+            assert len(found.params["embed"]["table"].devices()) == (1 if devices == "one" else 8)
     shutil.copytree(run / "policy", tmp_path / "policy")
     shutil.rmtree(tmp_path / "checkpoints")
     with open_language_model(str(tmp_path)) as found:
