@@ -46,7 +46,7 @@ def test_a_perfect_fit_is_finite():
     assert 0.2 < found.rate.value < 0.8 and np.isfinite(found.effect)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_intervals_at_equal_lengths_cover_in_500_draws():
     def holds(seed):
         shares, extra, prompts = planted(seed, 0.3, 1.0, num_prompts=200)
