@@ -119,6 +119,13 @@ def mutated_line(draw, rows):
     return line
 
 
+def apart(row, number):
+    """A press on an answer of its own, so that later lines do not replace it; other rows as they are."""
+    if "press" not in row:
+        return row
+    return row | {name: f"{row[name]}-{number}" for name in ("id", "answer", "comparison") if name in row}
+
+
 def mutated_files(layout, count):
     """Files of one layout, in any of its formats."""
     kinds = [kind for kind in GOOD if kind[0] == layout]
@@ -126,7 +133,7 @@ def mutated_files(layout, count):
     @st.composite
     def drawn(draw):
         kind = draw(st.sampled_from(kinds))
-        lines = [draw(mutated_line(GOOD[kind])) for _ in range(count)]
+        lines = [draw(mutated_line([apart(row, number) for row in GOOD[kind]])) for number in range(count)]
         return kind, draw(st.sampled_from([".jsonl", ".json"])), lines
 
     return drawn()
