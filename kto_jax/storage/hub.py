@@ -23,8 +23,8 @@ from kto_jax.config import ConfigError, TransientError
 from kto_jax.storage import atomic
 from kto_jax.storage.folders import cache_directory
 
-MODEL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
-"""What is fetched of a model beside its weights, from the top folder of its repository."""
+MODEL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "SHA256SUMS")
+"""What is fetched of a model beside its weights, from the top folder of its repository; see `sums` for the last one."""
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = WEIGHTS + ".index.json"
 """Lists the files of a model whose weights are split over several."""

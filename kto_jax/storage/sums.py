@@ -43,7 +43,7 @@ def has_sums(folder: Path) -> bool:
     return (folder / SUMS).is_file()
 
 
-def damage_of(folder: Path, is_read: Callable[[str], bool] = lambda name: True) -> str:
+def damage_of(folder: Path, is_read: Callable[[str], bool] = lambda name: True, *, partial: bool = False) -> str:
     """What is wrong with a folder, such as "model.safetensors differs from SHA256SUMS"; "" if nothing is.
 
     A folder without SHA256SUMS counts as whole, see `has_sums`.
@@ -51,6 +51,8 @@ def damage_of(folder: Path, is_read: Callable[[str], bool] = lambda name: True) 
     Args:
       folder: the folder.
       is_read: whether a file is compared; each is read once.
+      partial: whether files may be missing, and lines of SHA256SUMS have another format: a model of the Hub is fetched
+        in part, and may be anybody's.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -59,11 +61,13 @@ def damage_of(folder: Path, is_read: Callable[[str], bool] = lambda name: True) 
     except (OSError, UnicodeDecodeError) as error:
         return f"{SUMS} cannot be read ({error})"
     matches = [_LINE.fullmatch(line) for line in lines]
-    if None in matches or not matches:
+    if (None in matches or not matches) and not partial:
         return f"{SUMS} is damaged in line {matches.index(None) + 1 if matches else 1}"
     recorded = {match[2]: match[1] for match in matches if match and is_read(match[2])}
     if outside := [name for name in recorded if Path(name).is_absolute() or ".." in Path(name).parts]:
         return f"{SUMS} names {outside[0]!r}, which is no file of the folder"
+    if partial:
+        recorded = {name: digest for name, digest in recorded.items() if (folder / name).is_file()}
     if missing := [name for name in recorded if not (folder / name).is_file()]:
         return f"{_listed(missing)} {'are' if len(missing) > 1 else 'is'} missing"
     try:
@@ -79,23 +83,35 @@ def check_export(folder: Path, *, weights: bool) -> None:
     """Refuses an exported model, or adapters, whose files differ from their digests; reads unchanged ones once.
 
     Args:
-      folder: the folder; one without SHA256SUMS is not checked.
+      folder: the folder, also one in the Hub's cache; one without SHA256SUMS is not checked.
       weights: whether to compare the weights, or all other files.
 
     Raises:
       ConfigError: naming the files.
     """
-    if has_sums(folder) and (damage := _damage_once(folder, weights, _identity(folder))):
+    if not has_sums(folder) or not (damage := _damage_once(folder, weights, _identity(folder))):
+        return
+    if _is_of_hub(folder):
         raise ConfigError(
-            f"{folder} is damaged: {damage}. Its files must be those that were exported. Copy or export it again; if "
-            f"you have changed them yourself, remove {folder / SUMS}."
+            f"{folder}, which was fetched from the Hub, is damaged: {damage}. Its files must be those that {SUMS} of "
+            f"its repository names. Remove {folder.parent.parent} and start again; if they still differ, choose "
+            "another revision."
         )
+    raise ConfigError(
+        f"{folder} is damaged: {damage}. Its files must be those that were exported. Copy or export it again; if "
+        f"you have changed them yourself, remove {folder / SUMS}."
+    )
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether a folder is a commit in the Hub's own cache."""
+    return folder.parent.name == "snapshots"
 
 
 @functools.lru_cache(maxsize=64)
 def _damage_once(folder: Path, weights: bool, identity: object) -> str:
     del identity  # another one is another content
-    return damage_of(folder, lambda name: name.endswith(".safetensors") == weights)
+    return damage_of(folder, lambda name: name.endswith(".safetensors") == weights, partial=_is_of_hub(folder))
 
 
 def _identity(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

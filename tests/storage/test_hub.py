@@ -1,3 +1,4 @@
+import hashlib
 import socket
 import time
 from pathlib import Path
@@ -7,9 +8,11 @@ from huggingface_hub import constants
 
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.data.rows.files import fetch_hub
+from kto_jax.models.weights.model_files import find_model
 from kto_jax.storage import hub as hub_module
 from kto_jax.storage.fetch import local_path
 from kto_jax.storage.hub import HubSource, parse, pinned
+from kto_jax.storage.sums import check_export
 from tests.storage.hub_server import serve_hub
 
 SMALL = ["config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model"]
@@ -101,6 +104,19 @@ def test_a_model_at_a_commit_is_the_same_after_its_branch_has_moved(hub):
 def test_only_what_is_read_of_a_model_is_fetched(hub, weights):
     hub.commit(dict.fromkeys([*SMALL, *LEFT, "adapter_model.safetensors", "fp32/model.safetensors"], "") | weights)
     assert files_in(local_path("org/name")) == sorted([*SMALL, *weights])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_digests_are_fetched_and_compared_with_the_files_that_are_read(hub, name):
+    files = {"config.json": "{}", "model.safetensors": "w"}
+    lines = [f"{hashlib.sha256(text.encode()).hexdigest()}  {file}" for file, text in files.items()]
+    sums = "\n".join([*lines, f"{'0' * 64}  not_read.bin", "# a line of another format"])
+    hub.commit(files | {"SHA256SUMS": sums, "not_read.bin": "x"})
+    folder = find_model("org/name").weights
+    check_export(folder, weights=True)
+    hub.commit(files | {"SHA256SUMS": sums, name: "changed"})
+    with pytest.raises(ConfigError, match=rf"fetched from the Hub, is damaged: {name} differs .* Remove .*org--name"):
+        check_export(find_model("org/name").weights, weights=True)
 
 
 def test_the_requested_files_are_fetched_and_no_weights(hub):
