@@ -14,18 +14,24 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from kto_jax.command import FINISHED, PREEMPTED, run_command
+
+if __name__ == "__main__":  # The imports below take seconds, and launch scripts restart no run that a signal ends.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
+
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kto_jax.command import FINISHED, run_command
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.devices import processes
@@ -52,6 +58,7 @@ from kto_jax.sampling.sample import Sampling
 from kto_jax.sampling.slots import place
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.train import train
+from kto_jax.training.ending import run_to_end
 from kto_jax.training.logs import console, read_metrics
 from kto_jax.training.preemption import Preemption
 
@@ -413,4 +420,4 @@ class _Online:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_end(main)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kto_jax.command import FAILED, PREEMPTED, TrainOptions, answer_help, run_command
+from kto_jax.command import PREEMPTED, TrainOptions, answer_help, run_command
 
 if __name__ == "__main__":  # The imports below take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,7 +47,8 @@ from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
 from kto_jax.training.carry import carry_state
-from kto_jax.training.checkpoints import Checkpoints, end_process
+from kto_jax.training.checkpoints import Checkpoints
+from kto_jax.training.ending import run_to_end
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
@@ -278,13 +279,4 @@ def _print_next_steps(place: RunPlace, config: Config, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    exit_code = FAILED
-    try:
-        exit_code = main()
-    except SystemExit as ending:  # by a signal outside the steps
-        exit_code = int(ending.code or 0)
-        raise
-    finally:
-        # The exit code is decided, but Python takes seconds to end, or longer if a library's thread hangs.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
-    end_process(exit_code)
+    run_to_end(main)

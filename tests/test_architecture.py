@@ -125,7 +125,7 @@ ORDER = {
         "serve",
     ],
     "kto_jax.training": [
-        "checks flops",
+        "checks ending flops",
         "forward inputs metrics microbatches pinning preemption reference resume rounding save_timer state trackers",
         "accumulate agreement initial_state leaf_digests logs optimizer routers run_folder sync",
         "checkpoint_reading",

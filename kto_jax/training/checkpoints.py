@@ -17,11 +17,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -43,6 +41,7 @@ from kto_jax.training.checkpoint_reading import (
     reason_of,
     shown,
 )
+from kto_jax.training.ending import note_failed_write
 from kto_jax.training.leaf_digests import differing, digest_leaves, named_leaves
 from kto_jax.training.logs import console
 from kto_jax.training.state import TrainState
@@ -51,21 +50,6 @@ from kto_jax.training.state import TrainState
 _STATE_FIELDS = ("step", "policy", "opt_state", "objective_state", "num_bad_steps")
 # Each replica of an array writes a part of it. Slicing a part compiles a program, so small arrays stay whole.
 _MIN_PART_BYTES = 2**20
-
-
-_failed_writes: list[int] = []
-
-
-def end_process(exit_code: int) -> NoReturn:
-    """Ends this process, at once if a write has failed in it.
-
-    Orbax leaves threads then that wait for minutes for what was never written, and Python waits for its threads.
-    """
-    if _failed_writes:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +89,7 @@ class Checkpoints:
         self._context = ocp.Context()
         self._context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_PART_BYTES
         self._checkpointer = self._open()
+        self._held = list(map(str, self._steps))
 
     def _open(self) -> ocp.training.Checkpointer:
         """Orbax's view of the folder; removes what killed or failed saves left."""
@@ -161,6 +146,22 @@ class Checkpoints:
         return int(answer) if answer else None
 
     # ------------------------------------------------------------------------------------------------ saving
+    def _check_in_place(self) -> None:
+        """Refuses to go on in a folder that holds nothing of what this process has read or written there.
+
+        Raises:
+          ConfigError: the folder has been removed, renamed or replaced.
+        """
+        # A bucket has no folders that are replaced, and every question takes time.
+        if is_bucket(str(self._directory)) or not processes.is_first():
+            return
+        if self._held and not any((self._directory / name).is_dir() for name in self._held):
+            raise ConfigError(
+                f"{self._directory} was removed, renamed or replaced while the run was writing to it: it held "
+                f"{', '.join(self._held)}. A resumed run needs them. Put the folder back and run the same command "
+                "again, or start in another --workdir."
+            )
+
     def save(self, step: int, state: TrainState, figures: Mapping[str, float] | None) -> None:
         """Starts writing a checkpoint; returns when the state's buffers may be donated.
 
@@ -171,8 +172,12 @@ class Checkpoints:
           state: what to save.
           figures: held-out figures at this step, if they were measured; the checkpoint with the best one is kept. A
             non-finite figure counts as not measured, because NaN is not ordered.
+
+        Raises:
+          ConfigError: the folder has been removed, renamed or replaced.
         """
         self._finish()
+        self._check_in_place()
         self._last_given = step, figures
         if step in self._steps:
             return
@@ -208,7 +213,12 @@ class Checkpoints:
         self.save(step, state, figures)
 
     def poll(self) -> None:
-        """Verifies the last save if it has been written by now; every process must call this at the same steps."""
+        """Verifies the last save if it has been written by now; every process must call this at the same steps.
+
+        Raises:
+          ConfigError: the folder has been removed, renamed or replaced.
+        """
+        self._check_in_place()
         if self._pending and processes.broadcast_int(int(not self._checkpointer.is_saving_in_progress())):
             self._finish()
 
@@ -264,6 +274,7 @@ class Checkpoints:
         kept = set(self._steps[-self._config.keep :])
         if figures := self._figures():
             kept.add(best_step(figures, self._metric))
+        self._held = [*(["reference"] if self._reference else []), *map(str, sorted(kept))]
         if old := [step for step in self._steps if step not in kept]:
             if processes.is_first():
                 for step in old:
@@ -311,7 +322,7 @@ class Checkpoints:
 
     def _recover(self, step: int, reason: str) -> None:
         """After a failed write: a new writer, because Orbax's raises the same error again; removes what was written."""
-        _failed_writes.append(step)
+        note_failed_write()
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         self._checkpointer = self._open()
@@ -336,6 +347,7 @@ class Checkpoints:
             with self._context:
                 ocp.save(self._directory / "reference", reference, overwrite=True, custom_metadata={"digests": digests})
             self._reference = combined(digests)
+            self._held.append("reference")
 
     def _saved_fields(self, state: TrainState) -> dict[str, Any]:
         parts = {name: getattr(state, name) for name in self._fields}

@@ -1,6 +1,7 @@
 """A save that fails in the middle: the run says so and goes on, ends without waiting for Orbax, and is resumed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,10 @@ def save_with_a_fault(self, step, *given):
 Checkpoints.save, loop._RETRY_SECONDS = save_with_a_fault, 0.1
 runpy.run_module("kto_jax.train", run_name="__main__", alter_sys=True)
 """
+# Orbax and TensorStore write at once; the error is that of the first to fail.
+NOT_SAVED = (
+    r"the checkpoint of step {step} is not saved: (OSError: \[Errno 27\]|ValueError: OUT_OF_RANGE: Failed writing)"
+)
 TINY = [
     "--config=configs/tiny.py",
     "--config.max_steps=5",
@@ -54,7 +59,7 @@ def run(tmp_path):
 @pytest.mark.slow
 def test_a_run_whose_last_save_failed_ends_soon_with_1_and_is_resumed(run, tmp_path):
     code, said = run("5")
-    assert code == 1 and "the checkpoint of step 5 is not saved: OSError: [Errno 27]" in said
+    assert code == 1 and re.search(NOT_SAVED.format(step=5), said), said
     assert "error: the last checkpoint is not saved" in said and not (tmp_path / "run" / "policy").exists()
     code, said = run("0")
     assert code == 0 and "continuing after step 4" in said
@@ -66,5 +71,5 @@ def test_a_run_whose_last_save_failed_ends_soon_with_1_and_is_resumed(run, tmp_p
 @pytest.mark.slow
 def test_a_save_that_failed_is_followed_by_one_after_the_next_step(run):
     code, said = run("2")
-    assert code == 0 and said.count("the checkpoint of step 2 is not saved: OSError: [Errno 27]") == 1
+    assert code == 0 and len(re.findall(NOT_SAVED.format(step=2), said)) == 1, said
     assert "the checkpoint of step 3 is saved; the one before had failed" in said

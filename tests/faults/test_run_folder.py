@@ -126,13 +126,21 @@ def hang(*arguments):
     {ending}
 
 kto_jax.command.run_command = hang
-runpy.run_module("kto_jax.train", run_name="__main__")
+runpy.run_module("kto_jax.{command}", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("return 75", 75), ("raise RuntimeError", 1), ("sys.exit(75)", 75)])
-def test_a_run_that_hangs_at_its_end_is_ended_by_sigterm_with_its_own_code(ending, code):
-    program = [sys.executable, "-c", HANGING.format(ending=ending)]
+@pytest.mark.parametrize(
+    ("command", "ending", "code"),
+    [
+        ("train", "return 75", 75),
+        ("train", "raise RuntimeError", 1),
+        ("train", "sys.exit(75)", 75),
+        ("online", "return 75", 75),
+    ],
+)
+def test_a_run_that_hangs_at_its_end_is_ended_by_sigterm_with_its_own_code(command, ending, code):
+    program = [sys.executable, "-c", HANGING.format(command=command, ending=ending)]
     process = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while "hanging" not in process.stderr.readline():  # perhaps in the middle of a traceback
         assert process.poll() is None

@@ -286,3 +286,38 @@ def test_an_error_of_the_writer_is_said_in_one_line_and_the_same_step_can_be_sav
         checkpoints.wait()
         assert not checkpoints.failure and steps_in(tmp_path) == [1, 2]
     assert np.all([len(line.splitlines()) == 1 for line in said])
+
+
+def replace_by_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def replace_by_empty_folder(folder):
+    folder.rename(folder.with_name("moved"))
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, replace_by_file, replace_by_empty_folder])
+@pytest.mark.parametrize("call", ["poll", "save"])
+def test_a_folder_of_checkpoints_that_is_gone_or_replaced_ends_the_run(tmp_path, change, call):
+    state = make_state(make_mesh(MESH))
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
+        checkpoints.poll()
+        checkpoints.save_reference(state.reference)
+        checkpoints.poll()
+        change(tmp_path / "checkpoints")
+        with pytest.raises(ConfigError, match=r"checkpoints was removed, renamed or replaced .* it held reference\."):
+            checkpoints.poll() if call == "poll" else checkpoints.save(1, state, None)
+
+
+def test_of_what_a_folder_held_one_checkpoint_is_enough_to_go_on(tmp_path):
+    state = advance(make_state(make_mesh(MESH)))
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
+        checkpoints.save(1, state, None)
+        checkpoints.save(2, advance(state), None)
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+        checkpoints.poll()
+        shutil.rmtree(tmp_path / "checkpoints" / "2")
+        with pytest.raises(ConfigError, match="it held 1, 2"):
+            checkpoints.poll()
