@@ -28,6 +28,8 @@ from kto_jax.models.gather import gather as gather_array
 T = TypeVar("T")
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _FAILED, _FAILED_FOR_NOW = "failed", "failed for now"
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+"""The key under which JAX's preemption service tells all processes of a SIGTERM to one."""
 _TURNS = itertools.count()
 """All processes exchange strings in the same order; the number of an exchange identifies it."""
 
@@ -199,6 +201,16 @@ def _get(turn: int, number: int) -> str:
 
 def _service() -> Any:
     return distributed.global_state.client
+
+
+def any_was_told_to_stop() -> bool:
+    """Whether any process of several has received SIGTERM by now, which JAX's preemption service takes; does not wait.
+
+    Processes see this within a second of each other, not at the same call.
+    """
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no such notice
+        return bool(_service().key_value_try_get(_NOTICE))
+    return False
 
 
 def broadcast_bool(value: bool) -> bool:

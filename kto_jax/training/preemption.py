@@ -16,6 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from kto_jax.config.errors import INTERRUPTED, PREEMPTED
+from kto_jax.devices import processes
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SYNC_POINTS = itertools.count()
@@ -104,8 +105,8 @@ class Preemption:
         return reached_sync_point() if _several_processes() else self._signal is not None
 
     def was_signalled(self) -> bool:
-        """Whether this process has seen a signal. Not so with several processes: JAX's service receives theirs."""
-        return self._signal is not None
+        """Whether this process, or any of several, has seen a signal to stop; unlike `requested`, at any time."""
+        return self._signal is not None or (_several_processes() and processes.any_was_told_to_stop())
 
     @property
     def exit_code(self) -> int:

@@ -177,7 +177,7 @@ def test_a_bucket_that_is_away_is_reported_and_waited_for(on_disk, tmp_path):
     assert (run / policy).read_bytes() == (on_disk / policy).read_bytes()
 
 
-def start_processes(run, tmp_path, count, *arguments):
+def start_processes(run, tmp_path, count, *arguments, **given):
     """Starts the processes of one run, each with empty folders of its own."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -193,6 +193,7 @@ def start_processes(run, tmp_path, count, *arguments):
             run,
             tmp_path / f"host{number}",
             *flags,
+            **given,
             **settings,
             **({"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
         )

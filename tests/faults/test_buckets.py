@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kto_jax.storage.bucket import Bucket
-from tests.commands.test_train_in_bucket import cache, figures, here, on_disk, start  # noqa: F401
+from tests.commands.test_train_in_bucket import cache, figures, finish, here, on_disk, start, start_processes  # noqa: F401
 from tests.fake_buckets import environment, serve_gcs
 from tests.unsteady_proxy import UnsteadyProxy
 
@@ -129,6 +129,23 @@ def test_a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon(mode, place, o
     process = place.start()
     assert process.communicate() and process.returncode == 0
     assert_equal_to(on_disk, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
+def test_a_signal_to_one_of_two_processes_that_wait_for_their_bucket_ends_both_soon(number, place):
+    given = {"program": ("-c", IMPATIENT.format(patience=40)), **environment(place.proxy.url)}
+    arguments = ("--config.checkpoint.every=1", "--config.watch.heartbeat_seconds=0")
+    processes = start_processes(Bucket("gs://runs/mine"), place._folder, 2, *arguments, **given)
+    place.wait_for_step(2, processes[0])
+    place.proxy.set("silent")
+    assert place.proxy.wait_for_failures(8)
+    processes[number].send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    codes, messages = finish(processes)
+    assert codes[0] == 75 and codes[1] in (75, -signal.SIGABRT), "\n".join(messages)
+    assert "error: gs://runs/mine has not answered for" in messages[0] and "after a signal to stop" in messages[0]
+    assert time.monotonic() - signalled < 90  # the other process misses its heartbeat
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
+import jax
 import pytest
 
 from kto_jax.training import preemption
@@ -89,6 +91,20 @@ def test_the_previous_handlers_and_threads_are_restored():
     assert [signal.getsignal(number) for number in numbers] == before
     assert signal.set_wakeup_fd(-1) == -1
     assert "signals" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_with_several_processes_a_signal_to_any_of_them_is_seen(told, monkeypatch):
+    def try_get(key):
+        if not told:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
+        return "2026-01-01T00:00:00+00:00"
+
+    service = types.SimpleNamespace(key_value_try_get=try_get)
+    monkeypatch.setattr(preemption.processes, "_service", lambda: service)
+    assert not Preemption().was_signalled()
+    monkeypatch.setattr(preemption, "_several_processes", lambda: True)
+    assert Preemption().was_signalled() == told
 
 
 def test_calls_of_the_preemption_service_are_numbered_without_gaps_over_a_processs_life(monkeypatch):
