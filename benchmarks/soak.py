@@ -1,0 +1,201 @@
+"""Trains the tiny model while everything fails at random, and compares the result with an undisturbed run.
+
+    python -m benchmarks.soak                 # an hour
+    python -m benchmarks.soak --minutes=10
+
+Half of the time the run is on a disk, half in a bucket of a server on this machine. Its length grows until the time is
+up. Injected are, at random moments: SIGKILL; SIGTERM; a flipped bit in the newest checkpoint of a run that was just
+killed; a full disk, which is a limit to the size of files for a second or two that checkpoints exceed; and a bucket
+that answers with 429 or 503, closes connections or does not answer, for up to 20 s. In calm stretches of up to a minute
+only the last two are injected, which a process survives; memory and open files are compared between their start and
+their end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.faults import PAGE, replace_part
+from benchmarks.tiny_run import BucketRun, TinyRun, opened
+
+BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
+ROUND = 100
+"""Steps that a life may take at least."""
+CALM = 300
+"""The same before a calm stretch."""
+_STRETCH_SECONDS = 60.0
+_ROOM = 100_000
+"""Bytes by which metrics may grow while the disk is full; a checkpoint is larger."""
+_NOTED = ("is not saved", "the one before had failed", "trying again in", "has not answered", "moved to")
+"""What is counted in the output of the processes."""
+
+
+class Use(NamedTuple):
+    """What a process holds: resident memory in MB, and open files."""
+
+    memory: float
+    files: int
+
+
+def use_of(process: subprocess.Popen[bytes]) -> Use:
+    """Reads what a process holds."""
+    place = Path(f"/proc/{process.pid}")
+    pages = int((place / "statm").read_text().split()[1])
+    return Use(pages * resource.getpagesize() / 1e6, len(list((place / "fd").iterdir())))
+
+
+class Soak:
+    """A run and what is done to it.
+
+    Attributes:
+      counts: how often each fault was injected, and how processes ended.
+      growth: of memory and open files, in each calm stretch.
+    """
+
+    def __init__(self, run: TinyRun, chance: random.Random) -> None:
+        self.run, self.chance = run, chance
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.growth: list[Use] = []
+        self._is_calm = False
+
+    def last(self, seconds: float) -> None:
+        """Disturbs the run for this long, then lets it end its round."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            before, is_calm = self.run.num_rows(), not self._is_calm
+            # No longer than the next life may need, because all that is left is trained when the time is up.
+            self.run.num_steps = max(self.run.num_steps, before + (CALM if is_calm else ROUND))
+            process = self.run.start()
+            if self.run.wait_for_rows(before + 1, process):
+                self._disturb(process, end)
+            self.counts[f"exit code {process.wait()}"] += 1
+            steps = f"step {self.run.num_rows()} of {self.run.num_steps}, checkpoints {self.run.steps()}"
+            print(f"{self.run.workdir}: exit code {process.returncode} after {steps}; {dict(self.counts)}", flush=True)
+            if process.returncode not in (0, 1, 75, -signal.SIGKILL):
+                raise RuntimeError(f"exit code {process.returncode}: {self.run.tail()}")
+        self.run.finish()
+
+    def _disturb(self, process: subprocess.Popen[bytes], end: float) -> None:
+        self._is_calm = not self._is_calm
+        if self._is_calm:
+            self._calm_stretch(process, min(end, time.monotonic() + _STRETCH_SECONDS))
+            return
+        time.sleep(self.chance.uniform(0, 3))
+        match self.chance.choice(["kill", "kill and flip", "term"]):
+            case "term":
+                self.counts["SIGTERM"] += process.poll() is None
+                process.terminate()
+            case what:
+                self.counts["SIGKILL"] += process.poll() is None
+                process.kill()
+                process.wait()
+                if what == "kill and flip":
+                    self._flip()
+
+    def _flip(self) -> None:
+        """Flips a bit of the newest checkpoint, if there is one to fall back to."""
+        steps = self.run.steps()
+        if len(steps) < 2:
+            return
+        files = sorted(
+            path for path in (self.run.path / f"checkpoints/{steps[-1]}/state/d").iterdir() if path.is_file()
+        )
+        path = self.chance.choice(files)
+        data = bytearray(path.read_bytes())
+        data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
+        path.write_bytes(bytes(data))
+        self.counts["flipped bit"] += 1
+
+    def _calm_stretch(self, process: subprocess.Popen[bytes], end: float) -> None:
+        """Injects what a process survives; notes how its memory and open files grow."""
+        time.sleep(5)  # for the first checkpoint, which loads what saves need
+        first = latest = use_of(process) if process.poll() is None else None
+        while process.poll() is None and time.monotonic() < end:
+            if isinstance(self.run, BucketRun) and self.chance.random() < 0.7:
+                self._outage(self.run)
+            else:
+                self._full_disk(process)
+            time.sleep(self.chance.uniform(1, 5))
+            if process.poll() is None:
+                latest = use_of(process)
+        if first and latest:
+            self.growth.append(Use(latest.memory - first.memory, latest.files - first.files))
+        if process.poll() is None:
+            process.terminate()
+            self.counts["SIGTERM"] += 1
+
+    def _outage(self, run: BucketRun) -> None:
+        mode = self.chance.choice([429, 503, "reset", "silent"])
+        run.proxy.set(mode)
+        time.sleep(self.chance.uniform(1, 20))
+        run.proxy.set("pass")
+        self.counts[f"bucket: {mode}"] += 1
+
+    def _full_disk(self, process: subprocess.Popen[bytes]) -> None:
+        before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        logs = [path for copy in self.run.copies() for path in (copy / "metrics.jsonl", *copy.glob("tensorboard/*"))]
+        largest = max((path.stat().st_size for path in logs if path.exists()), default=0)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest + _ROOM, before[1]))
+        time.sleep(self.chance.uniform(0.5, 2))
+        if process.poll() is None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+        self.counts["full disk"] += 1
+
+
+def soak(folder: Path, minutes: float, seed: int) -> tuple[list[str], bool]:
+    """Disturbs a run in each place for half of the time.
+
+    Returns:
+      A row of the table for each place, and whether both results are those of undisturbed runs.
+    """
+    rows, all_equal = [], True
+    for kind in ("disk", "bucket"):
+        with opened(kind, folder / kind, ROUND) as run:
+            soaked = Soak(run, random.Random(seed))
+            soaked.last(30 * minutes)
+            undisturbed = TinyRun(folder / f"undisturbed_{kind}", run.num_steps, every=100)
+            undisturbed.finish()
+            is_equal = run.is_equal_to(undisturbed)
+        all_equal &= is_equal
+        injected = ", ".join(f"{count} × {name}" for name, count in sorted(soaked.counts.items()) if "exit" not in name)
+        ends = ", ".join(f"{count} × {name[10:]}" for name, count in sorted(soaked.counts.items()) if "exit" in name)
+        memory = ", ".join(f"{use.memory:+.0f}" for use in soaked.growth) or "no stretch"
+        files = ", ".join(f"{use.files:+d}" for use in soaked.growth) or "no stretch"
+        said = run.log.read_text(errors="replace")
+        noted = ", ".join(f"{said.count(text)} × “{text}”" for text in _NOTED if text in said)
+        result = "bitwise equal" if is_equal else "NOT EQUAL"
+        rows.append(f"| {kind} | {run.num_steps} | {injected} | {ends} | {noted} | {result} | {memory} | {files} |\n")
+        print(rows[-1], flush=True)
+    return rows, all_equal
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kto_jax-soak-") as folder:
+        rows, all_equal = soak(Path(folder), options.minutes, options.seed)
+    head = (
+        "| where | steps | injected | exit codes | said | metrics and policy | memory in calm stretches, MB | open "
+        "files |\n|---|---|---|---|---|---|---|---|\n"
+    )
+    summary = f"Last run: {datetime.date.today()}, `python -m benchmarks.soak --minutes={options.minutes:g}`."
+    replace_part(PAGE, BEGIN, END, f"{summary}\n\n{head}{''.join(rows)}")
+    return int(not all_equal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
