@@ -103,7 +103,7 @@ FAULTS = {
     ),
     "F7": Fault(
         "no space for a checkpoint, the cache, an export or temporary files",
-        "one line that names the path; earlier files stay whole",
+        "one line that names the path; earlier files stay whole; the next step is saved instead, the last one again",
         _tests(
             storage__test_folders="""
                 a_full_disk_under_the_cache_is_refused_in_one_line
@@ -121,13 +121,18 @@ FAULTS = {
                 a_run_whose_last_save_failed_ends_soon_with_1_and_is_resumed
                 a_save_that_failed_is_followed_by_one_after_the_next_step""",
         ),
-        "only the last step is saved again; after others the next step is saved",
     ),
     "F8": Fault(
-        "the run's folder removed, renamed, replaced or read-only in mid-run; damaged files in it",
-        "the run ends after the step, with one line and exit code 2",
+        "the run's folder or `checkpoints/` removed, renamed, replaced or read-only in mid-run; damaged files in it",
+        "the run ends after the step, with one line and exit code 2; 1 or 2 if it is read-only",
         _tests(
             training__test_logs="a_folder_that_is_gone_ends_the_run",
+            training__test_verified_checkpoints="""
+                a_folder_of_checkpoints_that_is_gone_or_replaced_ends_the_run
+                of_what_a_folder_held_one_checkpoint_is_enough_to_go_on""",
+            faults__test_checkpoints_folder="""
+                a_run_whose_checkpoints_are_gone_ends_with_one_line
+                a_run_whose_checkpoints_become_read_only_says_so_and_ends""",
             commands__test_train="a_workdir_that_holds_something_else_is_refused_and_left_alone",
             faults__test_run_folder="""
                 a_damaged_file_of_the_run_is_refused_in_one_line
@@ -135,7 +140,6 @@ FAULTS = {
                 a_damaged_history_is_named
                 a_run_that_hangs_at_its_end_is_ended_by_sigterm_with_its_own_code""",
         ),
-        "no test makes checkpoints/ read-only or replaces it",
     ),
     "F9": Fault(
         "the run killed at chosen and at random steps",
@@ -465,13 +469,14 @@ FAULTS = {
         ),
     ),
     "B3": Fault(
-        "SIGTERM to a run in a bucket, also while it waits for a bucket that is away",
+        "SIGTERM to a run in a bucket, also while it waits for a bucket that is away, and to one of two processes",
         "the step is saved and the exit code is 75; a bucket that is away is waited for 20 s",
         _tests(
             storage__test_bucket_watch="after_a_signal_the_process_waits_20_s_for_an_answer",
             faults__test_buckets="""
                 signals_to_a_run_in_a_bucket_leave_a_whole_checkpoint_of_the_last_step
-                a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon""",
+                a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon
+                a_signal_to_one_of_two_processes_that_wait_for_their_bucket_ends_both_soon""",
         ),
     ),
 }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.kills              # 20 kills and 10 storms of SIGTERM in each place: about 20 minutes
     python -m benchmarks.kills --kills=8 --storms=2 --steps=100
+    python -m benchmarks.kills --kills=0 --places=disk           # 10 storms on a disk; other rows of the table stay
 
 SIGKILL comes at chosen steps (before the first, after the first, in the middle of an epoch, at its end, before the
 last, after the last) and at random moments, during saves among others. In a storm, SIGTERM comes every 20 ms until the
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -86,15 +88,24 @@ def storm(run: TinyRun, count: int, chance: random.Random) -> tuple[int, int]:
     return survived, lost
 
 
-def measure(folder: Path, num_steps: int, counts: dict[str, int], seed: int) -> Iterator[tuple[str, str, Outcome]]:
-    """Injures runs in both places; yields the place, the signal and what became of the run."""
+def measure(
+    folder: Path, num_steps: int, counts: dict[str, int], places: list[str], seed: int
+) -> Iterator[tuple[str, str, Outcome]]:
+    """Injures runs in each place; yields the place, the signal and what became of the run."""
     unbroken = TinyRun(folder / "unbroken", num_steps)
     unbroken.finish()
     for name, injure in (("SIGKILL", kill), ("SIGTERM", storm)):
-        for kind in ("disk", "bucket"):
+        for kind in places if counts[name] else ():
             with opened(kind, folder / f"{kind}_{name}", num_steps) as run:
                 survived, lost = injure(run, counts[name], random.Random(seed))
                 yield kind, name, Outcome(survived, lost, run.is_equal_to(unbroken))
+
+
+def _rows(page: str) -> dict[tuple[str, str], str]:
+    """The rows of the table in a page, by place and signal."""
+    table = page.partition(BEGIN)[2].partition(END)[0]
+    found = re.finditer(r"^\| (disk|bucket) \| \d+ times (SIG\w+).*\|$", table, re.MULTILINE)
+    return {(match[1], match[2]): match[0] + "\n" for match in found}
 
 
 def main() -> int:
@@ -102,29 +113,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--storms", type=int, default=10)
+    parser.add_argument("--places", default="disk,bucket")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="", help="keeps the runs; an unbroken one that is there is not repeated")
     options = parser.parse_args()
-    started, is_well, rows = time.monotonic(), True, []
+    started, is_well, rows = time.monotonic(), True, _rows(PAGE.read_text(encoding="utf-8"))
     counts = {"SIGKILL": options.kills, "SIGTERM": options.storms}
     texts = {"SIGKILL": "SIGKILL", "SIGTERM": "SIGTERM every 20 ms until the end"}
     with tempfile.TemporaryDirectory(prefix="kto_jax-kills-") as scratch:
         folder = Path(options.folder or scratch)
-        for kind, name, found in measure(folder, options.steps, counts, options.seed):
+        for kind, name, found in measure(folder, options.steps, counts, options.places.split(","), options.seed):
             is_well &= found.is_equal and found.survived == counts[name]
-            rows.append(
+            rows[kind, name] = (
                 f"| {kind} | {counts[name]} times {texts[name]} | {found.survived} of {counts[name]} | at most "
                 f"{found.lost} | {'bitwise that' if found.is_equal else 'NOT that'} of an unbroken run, metrics and "
                 "policy |\n"
             )
-            print(rows[-1], flush=True)
+            print(rows[kind, name], flush=True)
     summary = (
         f"Last run: {datetime.date.today()}, `python -m benchmarks.kills --kills={options.kills} "
-        f"--storms={options.storms} --steps={options.steps}` in {time.monotonic() - started:.0f} s; {options.steps} "
-        "steps, a checkpoint every 5."
+        f"--storms={options.storms} --places={options.places} --steps={options.steps}` in "
+        f"{time.monotonic() - started:.0f} s; {options.steps} steps, a checkpoint every 5."
     )
-    replace_part(PAGE, BEGIN, END, f"{summary}\n\n{_HEAD}{''.join(rows)}")
+    replace_part(PAGE, BEGIN, END, f"{summary}\n\n{_HEAD}{''.join(rows.values())}")
     return int(not is_well)
 
 

@@ -58,6 +58,19 @@ def test_a_storm_is_survived_if_the_last_step_was_saved():
     assert run.finished
 
 
+def test_rows_of_the_other_signal_and_place_stay_in_the_page():
+    rows = [
+        f"| {place} | 20 times {text} | ... |\n"
+        for place in ("disk", "bucket")
+        for text in ("SIGKILL", "SIGTERM every")
+    ]
+    found = kills._rows(
+        f"| disk | 1 times SIGKILL |\n{kills.BEGIN}\nLast run\n\n{kills._HEAD}{''.join(rows)}{kills.END}\n"
+    )
+    assert list(found.values()) == rows
+    assert list(found)[1:3] == [("disk", "SIGTERM"), ("bucket", "SIGKILL")]
+
+
 def test_only_what_stands_between_the_comments_is_replaced(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")

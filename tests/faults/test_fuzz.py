@@ -1,6 +1,7 @@
 """The readers of models, feedback and templates take any input: they read it or refuse it with the error of their kind.
 
-`python -m tests.faults.test_fuzz [INPUTS] [TARGET ...]` feeds 100,000 inputs to each, and prints the peak of memory.
+`python -m tests.faults.test_fuzz [INPUTS] [SKIP] [TARGET ...]` feeds 100,000 inputs to each, and prints the peak of
+memory. SKIP leaves out as many that an earlier command has fed.
 """
 
 import collections
@@ -46,10 +47,10 @@ def test_readers_read_or_refuse_100_000_mutated_inputs(name):
     assert feed_many(name, MANY).total() >= MANY
 
 
-def feed_many(name, count):
+def feed_many(name, count, skip=0):
     """Feeds many inputs in rounds, and prints the counts, the time and the peak of memory."""
     started, counts = time.monotonic(), collections.Counter()
-    for number in range(1, 1 + max(count // ROUND, 1)):
+    for number in range(1 + skip // ROUND, 1 + skip // ROUND + max(count // ROUND, 1)):
         counts += feed(name, min(count, ROUND), number)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{name}: {dict(counts)}, no crash, {time.monotonic() - started:.0f} s, peak {peak:.2f} GiB", flush=True)
