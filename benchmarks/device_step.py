@@ -33,7 +33,7 @@ from kto_jax.data.batches.packing import RowLimits
 from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.sharding import place_batch, shardings
-from kto_jax.models.int8 import cast_params
+from kto_jax.models.quantised import cast_params
 from kto_jax.models.weights.load import read_config
 from kto_jax.objectives import make_objective
 from kto_jax.planning.compile_step import Task

@@ -70,8 +70,8 @@ ORDER = {
         "grpo",
     ],
     "kto_jax.models": [
-        "finite gather gradients grouped int8 rope unstacked",
-        "config lora",
+        "finite four_bits gather gradients grouped int8 rope unstacked",
+        "config lora quantised",
         "attention dispatch families heads",
         "layout",
         "experts",
@@ -81,14 +81,14 @@ ORDER = {
     ],
     "kto_jax.models.attention": ["dense mosaic triton", "blockwise cached splash"],
     "kto_jax.models.families": [
-        "multimodal rotary tensors known_entries",
+        "multimodal quantization rotary tensors known_entries",
         "family",
         "gemma gpt_neox granite llama mixture olmo phi qwen",
         "config_json",
     ],
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors value_head",
-        "adapter_folder adapter_names grown",
+        "adapter_folder adapter_names bitsandbytes grown",
         "classifier model_files stored_dtype",
         "load",
         "export",

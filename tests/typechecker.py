@@ -3,7 +3,7 @@
 from beartype import BeartypeConf, beartype
 
 _CHECKED = """
-losses objectives values models.heads models.int8 models.lora models.rope
+losses objectives values models.heads models.four_bits models.int8 models.quantised models.lora models.rope
 training.accumulate training.forward training.metrics training.microbatches training.step training.flops
 """
 MODULES = [f"kto_jax.{name}" for name in _CHECKED.split()]

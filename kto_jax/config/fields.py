@@ -81,10 +81,11 @@ class ReferenceConfig:
     """As `model.path`; empty uses the policy's initial weights."""
     base: str = ""
     """As `model.base`, for the adapters of `path`."""
-    param_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    param_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4", "int4"] = "auto"
     """Dtype of the reference's weights. "auto": the dtype of the weights' own file, which loses nothing. int8 quantizes
-    matrices, with one scale per output channel. The effect of fewer bits on the first batch's rewards is measured and
-    reported, unless `path` names another model than the policy's."""
+    matrices, with one scale per output channel. nf4 (QLoRA, arXiv 2305.14314) and int4 quantize the layers' matrices to
+    four bits, with one scale per 64 weights; embedding and head are then bfloat16. The effect of fewer bits on the
+    first batch's rewards is measured and reported, unless `path` names another model than the policy's."""
     max_error: NotNegative = 0.05
     """Mean absolute error of the first batch's β-scaled rewards above which a rounded reference is refused. Without
     rounding these rewards are 0; 1 is about where a sigmoid loss bends, so 0.05 is 5 % of its scale."""

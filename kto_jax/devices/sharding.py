@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kto_jax.config import ConfigError, MeshConfig
+from kto_jax.models.quantised import BLOCKS
 
 MeshAxes = str | tuple[str, ...] | None
 # From the widest network to the nearest neighbours.
@@ -115,18 +116,25 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:
     """
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        for size, axis in zip(leaf.shape, axes, strict=True):
-            parts = num_parts(mesh, PARAMETER_RULES[axis])
+        rules = [_rule(mesh, size, axis) for size, axis in zip(leaf.shape, axes, strict=True)]
+        for size, axis, rule in zip(leaf.shape, axes, rules, strict=True):
+            parts = num_parts(mesh, rule)
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                along = " × ".join(each for each in _names(PARAMETER_RULES[axis]) if mesh.shape[each] > 1)
+                along = " × ".join(each for each in _names(rule) if mesh.shape[each] > 1)
                 raise ConfigError(
                     f"{name} has {axis}={size}, which cannot be split over {parts} devices ({size} % {parts} = "
                     f"{size % parts}). Allowed: sizes of mesh axis {along} that divide {size}. Set config.mesh.{along}."
                 )
-        return NamedSharding(mesh, PartitionSpec(*(PARAMETER_RULES[axis] for axis in axes)))
+        return NamedSharding(mesh, PartitionSpec(*rules))
 
     return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+
+
+def _rule(mesh: Mesh, size: int, axis: str) -> MeshAxes:
+    """The mesh axes of a parameter's axis; none for scales of blocks that they cannot divide."""
+    rule = PARAMETER_RULES[axis.removesuffix(BLOCKS)]
+    return None if axis.endswith(BLOCKS) and size % num_parts(mesh, rule) else rule
 
 
 def num_parts(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:

@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix
+from kto_jax.models.quantised import QuantisedMatrix
 from kto_jax.shapes import RouterSums
 
 _EXPERTS = ("layers", "experts", "expert_embed", "mlp")
@@ -76,11 +76,11 @@ class ExpertFeedForward(nnx.Module):
         out_RLD = self.run_experts(x_RLD, chosen_RLK, shares_RLK, matrices, self.activation)
         return out_RLD.reshape(x_TD.shape), _router_sums(logits_RLE, chosen_RLK, where_RL)
 
-    def _matrix(self, weight: Array | Int8Matrix | AdaptedMatrix) -> Array | AdaptedMatrix:
-        """The matrices of a layer's experts, not in int8."""
+    def _matrix(self, weight: Array | QuantisedMatrix | AdaptedMatrix) -> Array | AdaptedMatrix:
+        """The matrices of a layer's experts, dequantised."""
         if isinstance(weight, AdaptedMatrix):
             return dataclasses.replace(weight, frozen=self._matrix(weight.frozen))
-        return weight.astype(self.dtype) if isinstance(weight, Int8Matrix) else weight
+        return weight.astype(self.dtype) if isinstance(weight, QuantisedMatrix) else weight
 
 
 def _router_sums(logits_RLE: Array, chosen_RLK: Array, where_RL: Array) -> RouterSums:

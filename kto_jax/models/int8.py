@@ -12,20 +12,12 @@ all devices.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-INT8 = "int8"
-# Name of a matrix among the parameters -> the axis along which weights share a scale.
-_SHARED: dict[str, int] = {"weight": -2, "table": -1}
-# Matrices that stay as they are: a rounded router would send tokens to other experts.
-_KEPT = "router"
-# Parts of the parameters whose matrices are quantised.
-_TRUNK = ("embed", "layers", "head")
 _LARGEST = 127
 
 
@@ -42,6 +34,7 @@ class Int8Matrix:
       shared: the axis of `int8` that `scales` lacks.
     """
 
+    kind: ClassVar[str] = "int8"
     int8: Any
     scales: Any
     shared: int = dataclasses.field(metadata={"static": True})
@@ -49,6 +42,11 @@ class Int8Matrix:
     def __getitem__(self, _: Any) -> Int8Matrix:
         # The modules read a whole parameter as `weight[...]`.
         return self
+
+    @property
+    def codes(self) -> Any:
+        """The integers."""
+        return self.int8
 
     def astype(self, dtype: Any) -> Array:
         """The matrix in `dtype`."""
@@ -60,38 +58,7 @@ class Int8Matrix:
         return jnp.take(self.int8, ids_T, axis=0).astype(jnp.float32) * jnp.take(self.scales, ids_T)[:, None]
 
 
-def quantise_params(params: Any) -> Any:
-    """Parameters with int8 matrices, from parameters in float32 or bfloat16; all other leaves become float32."""
-    return _map(params, quantise, lambda leaf: leaf.astype(jnp.float32))
-
-
-def cast_params(params: Any, dtype: Any) -> Any:
-    """Parameters quantised to "int8", or cast to any dtype of arrays."""
-    return quantise_params(params) if dtype == INT8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def quantised_axes(axes: Any) -> Any:
-    """Logical axes of quantised parameters, from those of the parameters."""
-
-    def split(names: tuple[str, ...], shared: int) -> Int8Matrix:
-        place = len(names) + shared
-        return Int8Matrix(names, names[:place] + names[place + 1 :], shared)
-
-    return _map(axes, split, lambda names: names)
-
-
-def _map(params: dict[str, Any], matrix: Callable[[Any, int], Any], other: Callable[[Any], Any]) -> dict[str, Any]:
-    """Applies `matrix` to each matrix to quantise and its shared axis, and `other` to all other leaves."""
-
-    def walk(node: Any, name: str, in_trunk: bool) -> Any:
-        if isinstance(node, dict):
-            return {key: walk(child, key, in_trunk and key != _KEPT) for key, child in node.items()}
-        return matrix(node, _SHARED[name]) if in_trunk and name in _SHARED else other(node)
-
-    return {name: walk(node, name, name in _TRUNK) for name, node in params.items()}
-
-
-def quantise(weights: Array, shared: int) -> Int8Matrix:
+def quantise_int8(weights: Array, shared: int) -> Int8Matrix:
     """Quantises one matrix to int8.
 
     Args:

@@ -9,7 +9,7 @@ gradient. The adapters are a separate parameter tree, with an `Adapter` for each
                                                           with DoRA also magnitude [layers, out]
     embed.table, head.weight                              whole, if they are trained too
 
-Merging them into the frozen parameters replaces each such W, which may be in int8, by an `AdaptedMatrix`. Training
+Merging them into the frozen parameters replaces each such W, which may be quantised, by an `AdaptedMatrix`. Training
 starts with A B = 0, so that the policy equals the frozen model.
 """
 
@@ -63,7 +63,7 @@ class AdaptedMatrix:
     """A frozen matrix and its adapter.
 
     Attributes:
-      frozen: W, [..., in, out], an array or an `Int8Matrix`.
+      frozen: W, [..., in, out], an array or a quantised matrix.
       adapter: A and B.
       scale: s.
     """
@@ -234,7 +234,7 @@ def merge_adapters(frozen: Any, trained: Any, lora: LoraConfig, key: Key[Array, 
     """The policy's parameters, with an `AdaptedMatrix` in place of each matrix that has an adapter.
 
     Args:
-      frozen: the parameters of a model, as arrays or in int8.
+      frozen: the parameters of a model, as arrays or quantised.
       trained: adapters, and other trained parameters, which take the place of those in `frozen`, if there are any.
       lora: scales and dropout.
       key: PRNG key of dropout; None for none.

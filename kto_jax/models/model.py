@@ -16,9 +16,10 @@ from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
-from kto_jax.models.int8 import INT8, Int8Matrix, cast_params, quantised_axes
+from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
+from kto_jax.models.quantised import QUANTISED, cast_params, quantised_axes
 from kto_jax.models.rope import LengthDependent
 from kto_jax.models.transformer import CACHE_AXES, REMAT_POLICIES, Cache, Transformer, matmul_precision
 from kto_jax.models.unstacked import product_with_transposed
@@ -50,8 +51,8 @@ class Model:
                                       layers.mlp.gate, up, down .weight [layers, E, in, out]
         scorer, see heads.py          (the scalar head; a reward model has no output head)
 
-    In place of a weight or table, a frozen reference may hold an `Int8Matrix` (int8.py), and a LoRA policy an
-    `AdaptedMatrix` (lora.py).
+    In place of a weight or table, a frozen reference may hold a quantised matrix (quantised.py), and a LoRA policy
+    an `AdaptedMatrix` (lora.py).
 
     A function's parameters may lack what it does not read, and may hold more: a frozen reference has no scalar head.
 
@@ -285,7 +286,7 @@ class Model:
         axes = nnx.to_pure_dict(axes)
         if self.scalar_head != "none":
             axes[SCALAR_HEAD] = scalar_head_axes(self.scalar_head)
-        return quantised_axes(axes) if param_dtype == INT8 else axes
+        return quantised_axes(axes, param_dtype) if param_dtype in QUANTISED else axes
 
     @property
     def _has_head(self) -> bool:

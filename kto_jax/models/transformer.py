@@ -29,6 +29,7 @@ from kto_jax.models.gradients import repeat_rows, table_rows, wide_gradient_prod
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import Layout
 from kto_jax.models.lora import AdaptedMatrix, DoraAdapter
+from kto_jax.models.quantised import QuantisedMatrix
 from kto_jax.models.rope import LengthDependent
 from kto_jax.models.unstacked import TransposedMatrix, product_with_transposed
 from kto_jax.shapes import RouterSums
@@ -101,11 +102,11 @@ class Linear(nnx.Module):
         grown_TO = repeat_rows(gain - 1, len(x_TI), self.dtype) * again_TO
         return whole_TO + grown_TO + repeat_rows(gain, len(x_TI), self.dtype) * added_TO
 
-    def _product(self, x_TI: Array, weight: Array | Int8Matrix | TransposedMatrix) -> Array:
+    def _product(self, x_TI: Array, weight: Array | QuantisedMatrix | TransposedMatrix) -> Array:
         if isinstance(weight, TransposedMatrix):
             product = partial(jnp.dot, precision=matmul_precision(self.dtype))
             return product_with_transposed(product, x_TI, weight.values.astype(self.dtype))
-        if self.has_wide_gradient and not isinstance(weight, Int8Matrix):
+        if self.has_wide_gradient and not isinstance(weight, QuantisedMatrix):
             return wide_gradient_product(x_TI, weight)
         return jnp.dot(x_TI, weight.astype(self.dtype), precision=matmul_precision(self.dtype))
 

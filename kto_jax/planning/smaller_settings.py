@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.devices.sharding import mesh_shape, row_parts
+from kto_jax.models.quantised import QUANTISED
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_step
 from kto_jax.planning.topology import Topology
 from kto_jax.training.checks import check_conflicts
@@ -134,7 +135,7 @@ def _bfloat16_moments(config: Config, _: int) -> Config:
 
 
 def _bfloat16_reference(config: Config, _: int) -> Config:
-    needs_less = config.reference.param_dtype == "int8"
+    needs_less = config.reference.param_dtype in QUANTISED
     return config if needs_less else _with(config, "reference", param_dtype="bfloat16")
 
 
@@ -157,7 +158,14 @@ def _adapters(config: Config, _: int) -> Config:
 def _int8_frozen(config: Config, _: int) -> Config:
     if not config.lora.rank:  # The setting before was refused.
         return config
-    return _with(config, "reference", param_dtype="int8")
+    needs_less = config.reference.param_dtype in QUANTISED
+    return config if needs_less else _with(config, "reference", param_dtype="int8")
+
+
+def _nf4_frozen(config: Config, _: int) -> Config:
+    if not config.lora.rank or config.reference.param_dtype == "int4":
+        return config
+    return _with(config, "reference", param_dtype="nf4")
 
 
 _SETTINGS = (
@@ -184,5 +192,6 @@ _SETTINGS = (
         "trains LoRA adapters instead of the weights",
     ),
     _Setting(_int8_frozen, "reference.param_dtype=int8", "the frozen weights quantized to int8"),
+    _Setting(_nf4_frozen, "reference.param_dtype=nf4", "the layers' frozen weights quantized to four bits (QLoRA)"),
 )
 """All settings, in the order in which they are tried."""

@@ -11,6 +11,7 @@ from kto_jax.config import Config, ConfigError
 from kto_jax.data.index.index import Index
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.quantised import QUANTISED
 from kto_jax.objectives import Objective
 
 
@@ -21,7 +22,7 @@ def check_conflicts(config: Config, objective: Objective) -> None:
       ConfigError: naming the field.
     """
     _check_unused(config, objective)
-    _check_int8_is_frozen(config)
+    _check_quantised_is_frozen(config)
     _check_adapters(config)
     _check_precompute(config, objective)
     _check_best(config)
@@ -174,12 +175,13 @@ def _check_unused(config: Config, objective: Objective) -> None:
             )
 
 
-def _check_int8_is_frozen(config: Config) -> None:
-    if config.reference.param_dtype == "int8" and config.reference.sync_every:
+def _check_quantised_is_frozen(config: Config) -> None:
+    kept, moves = config.reference.param_dtype, config.reference.sync_every
+    if kept in QUANTISED and moves:
         raise ConfigError(
-            f'config.reference.param_dtype="int8" cannot be used with config.reference.sync_every='
-            f"{config.reference.sync_every}: each move would round the reference again. It is for a frozen reference. "
-            "Set config.reference.param_dtype to bfloat16, or remove config.reference.sync_every."
+            f"config.reference.param_dtype={kept!r} cannot be used with config.reference.sync_every={moves}: each move "
+            "would round the reference again. It is for a frozen reference. Set config.reference.param_dtype to "
+            "bfloat16, or remove config.reference.sync_every."
         )
 
 

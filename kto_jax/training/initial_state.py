@@ -18,7 +18,6 @@ from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import check_experts, check_heads, check_rows, make_mesh, mesh_shape, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.int8 import INT8, cast_params
 from kto_jax.models.lora import (
     WHOLE,
     adapter_axes,
@@ -29,6 +28,7 @@ from kto_jax.models.lora import (
     without_adapters,
 )
 from kto_jax.models.model import Model, Params
+from kto_jax.models.quantised import QUANTISED, cast_params
 from kto_jax.models.weights.adapter_names import resolve_lora
 from kto_jax.models.weights.load import load_params
 from kto_jax.models.weights.model_files import ModelFiles
@@ -218,9 +218,10 @@ def load_reference(config: Config, inputs: Inputs, model: Model, layout: Any) ->
 
 def _cast_reference(config: Config, params: Params, layout: Any) -> Params:
     """Placed parameters, cast to the reference's dtype."""
-    if config.reference.param_dtype != INT8:
-        return cast_params(params, config.reference.param_dtype)
-    return jax.jit(cast_params, static_argnums=1, out_shardings=layout)(params, INT8)
+    kept = config.reference.param_dtype
+    if kept not in QUANTISED:
+        return cast_params(params, kept)
+    return jax.jit(cast_params, static_argnums=1, out_shardings=layout)(params, kept)
 
 
 def _abstract_lora_params(config: Config, model: Model, mesh: Mesh) -> tuple[Params, Params]:

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from kto_jax.config import Config, ConfigError
+from kto_jax.models.quantised import QUANTISED
 from kto_jax.models.weights.model_files import CONFIG_FILES, find_model
 from kto_jax.models.weights.stored_dtype import stored_dtype
 from kto_jax.objectives import check_objective
@@ -34,7 +35,7 @@ def choose_dtype(config: Config, *, only_config: bool = False) -> Config:
     return dataclasses.replace(config, reference=dataclasses.replace(config.reference, param_dtype=dtype))
 
 
-def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["float32", "bfloat16"]:
+def _source_dtype(config: Config, *, only_config: bool = False) -> Literal["float32", "bfloat16", "nf4"]:
     """The narrowest dtype that holds the reference's source weights exactly."""
     if not config.reference.path and (config.model.init == "random" or config.model.param_dtype == "bfloat16"):
         return config.model.param_dtype
@@ -57,7 +58,8 @@ def is_rounded(config: Config) -> bool:
     if config.reference.path or config.lora.rank or not check_objective(config.objective).uses_reference:
         return False
     kept = config.reference.param_dtype
-    return kept == "int8" or (kept == "bfloat16" and _source_dtype(config) == "float32")
+    source = _source_dtype(config)
+    return kept != source if kept in QUANTISED else kept == "bfloat16" and source != "bfloat16"
 
 
 def describe_error(config: Config, errors: dict[str, float]) -> str:

@@ -16,9 +16,9 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.int8 import INT8
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
+from kto_jax.models.quantised import QUANTISED
 from kto_jax.models.weights.adapter_names import resolve_lora
 from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.checkpoint_reading import StoredTree, best_step, quiet_libraries
@@ -210,12 +210,21 @@ def _load_base(workdir: Path, lora: LoraConfig, adapters: Params) -> Params:
     """The frozen weights that a run's adapters belong to."""
     stored = StoredTree(checkpoints_folder(workdir) / "reference", is_step=False)
     kept = stored.describe()
-    table = kept["embed"]["table"]
-    whole = read_model(workdir).abstract_params(INT8 if isinstance(table, dict) else table.dtype)
+    whole = read_model(workdir).abstract_params(_kept_dtype(kept))
     frozen = {name: whole[name] for name in kept}
     if lora.start == "continue":
         frozen = merge_adapters(frozen, adapters, lora)
     return stored.read(jax.tree.map(_on_one_device, frozen))[0]
+
+
+def _kept_dtype(kept: Params) -> Any:
+    """The dtype of frozen weights, from what is stored of them: a quantised matrix has a part of its dtype's name."""
+
+    def names(node: Any) -> set[str]:
+        return {*node}.union(*map(names, node.values())) if isinstance(node, dict) else set()
+
+    found = names(kept)
+    return next((kind for kind in QUANTISED if kind in found), None) or kept["embed"]["table"].dtype
 
 
 def load_policy(workdir: Path, *, dtype: str = "float32", strict: bool = False) -> tuple[Model, Params, Path]:

@@ -197,16 +197,17 @@ def test_the_ladder_ends_with_rounded_weights_and_leaves_out_what_is_so_already(
     assert [rung.setting for rung in rungs] == [
         "mesh.fsdp=1 mesh.sequence=8 microbatch_rows=1", "optimizer.moments_dtype=bfloat16",
         "reference.param_dtype=bfloat16", "reference.precompute=True", "model.param_dtype=bfloat16",
-        "lora.rank=16 model.param_dtype=float32", "reference.param_dtype=int8",
+        "lora.rank=16 model.param_dtype=float32", "reference.param_dtype=int8", "reference.param_dtype=nf4",
     ]  # fmt: skip
     # Adapters are not rounded, and the frozen weights are as the previous rungs left them.
-    *_, adapters, rounded = (rung.program.config for rung in rungs)
+    *_, adapters, rounded, smallest = (rung.program.config for rung in rungs)
     assert (adapters.lora.rank, adapters.model.param_dtype, adapters.reference.param_dtype) == (
         16,
         "float32",
         "bfloat16",
     )
     assert rounded == dataclasses.replace(adapters, reference=ReferenceConfig(param_dtype="int8", precompute=True))
+    assert smallest == dataclasses.replace(adapters, reference=ReferenceConfig(param_dtype="nf4", precompute=True))
 
 
 def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
@@ -214,7 +215,7 @@ def test_the_ladder_leaves_a_run_with_adapters_its_own(monkeypatch):
     run = config(lora=LoraConfig(rank=4))
     rungs = list(ladder.try_settings(program(400, config=run), read_task(run), open_topology("local"), Lengths(32, 16)))
     settings = [rung.setting for rung in rungs]
-    assert settings[-1] == "reference.param_dtype=int8"
+    assert settings[-2:] == ["reference.param_dtype=int8", "reference.param_dtype=nf4"]
     assert not [setting for setting in settings if "lora" in setting or "model.param_dtype" in setting]
     assert rungs[-1].program.config.lora.rank == 4
 

@@ -12,7 +12,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from kto_jax.config import LORA_MATRICES, LoraConfig
-from kto_jax.models.int8 import quantise_params
 from kto_jax.models.lora import (
     AdaptedMatrix,
     Adapter,
@@ -24,6 +23,7 @@ from kto_jax.models.lora import (
     with_magnitudes,
 )
 from kto_jax.models.model import Model
+from kto_jax.models.quantised import cast_params
 from kto_jax.models.transformer import Linear
 from kto_jax.models.weights.peft import save_adapters
 from tests.models.conftest import draw_tokens, hidden_states, whole_rows
@@ -80,10 +80,10 @@ def test_a_policy_with_magnitudes_starts_as_the_frozen_model(zero, model, params
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", ["float32", "int8"])
+@pytest.mark.parametrize("kept", ["float32", "int8", "nf4", "int4"])
 def test_with_dora_the_weights_of_an_output_have_its_magnitude_as_their_norm(kept, model, params):
     lora, rows = dataclasses.replace(LORA, dora=True), whole_rows(TOKENS)
-    frozen, adapters = quantise_params(params) if kept == "int8" else params, drawn(params, lora)
+    frozen, adapters = cast_params(params, kept), drawn(params, lora)
     laid = merge_adapters(frozen, adapters, lora)
     matrix, pair = laid["layers"]["attention"]["query"]["weight"].astype("float32"), None
     pair = adapters["layers"]["attention"]["query"]["weight"]
@@ -143,9 +143,9 @@ def test_each_matrix_has_its_own_rank_and_scale(params):
     assert (laid["attention"]["query"]["weight"].scale, laid["mlp"]["down"]["weight"].scale) == (4.0, 1.5)
 
 
-@pytest.mark.parametrize("kept", ["float32", "int8"])
+@pytest.mark.parametrize("kept", ["float32", "int8", "nf4", "int4"])
 def test_the_forward_pass_equals_that_of_the_merged_matrices(kept, model, params):
-    frozen = quantise_params(params) if kept == "int8" else params
+    frozen = cast_params(params, kept)
     adapters, rows = drawn(params), whole_rows(TOKENS)
     got = hidden_states(model, merge_adapters(frozen, adapters, LORA), TOKENS, *rows)
     expected = hidden_states(model, merged(frozen, adapters), TOKENS, *rows)

@@ -11,9 +11,10 @@ from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig, MeshConfig
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import write_config_json
-from kto_jax.models.int8 import Int8Matrix, cast_params
+from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.lora import Adapter, adapter_axes, init_adapters, merge_adapters
 from kto_jax.models.model import Model
+from kto_jax.models.quantised import cast_params
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.run_folder import write_json

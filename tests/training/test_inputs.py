@@ -271,7 +271,8 @@ def test_new_tokens_need_a_trained_embedding():
         check_conflicts(config(model=model, lora=LoraConfig(rank=4)), KTO)
 
 
-def test_a_reference_in_int8_does_not_move():
-    moving = config(reference=ReferenceConfig(param_dtype="int8", sync_every=4))
-    with pytest.raises(ConfigError, match=r"int8.*sync_every=4: each move.*Set config.reference.param_dtype"):
+@pytest.mark.parametrize("kept", ["int8", "nf4", "int4"])
+def test_a_quantised_reference_does_not_move(kept):
+    moving = config(reference=ReferenceConfig(param_dtype=kept, sync_every=4))
+    with pytest.raises(ConfigError, match=kept + r".*sync_every=4: each move.*Set config.reference.param_dtype"):
         check_conflicts(moving, objective("kto"))

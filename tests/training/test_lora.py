@@ -14,6 +14,7 @@ from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.lora import adapter_axes, init_adapters
 from kto_jax.models.model import Model
+from kto_jax.models.quantised import cast_params
 from kto_jax.models.weights.load import load_params
 from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.topology import open_topology
@@ -21,7 +22,7 @@ from kto_jax.train import main
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
 from kto_jax.training.state import create_state
 from kto_jax.training.step import Recipe, jit_train_step
-from kto_jax.training.stored_policy import load_policy
+from kto_jax.training.stored_policy import load_checkpoint, load_policy
 from tests import ROOT
 from tests.training.test_step import CONFIG, OBJECTIVE, PACKED, make_schedule, parameters
 
@@ -30,7 +31,7 @@ RUN = ["--config=configs/tiny.py", "--config.lora.rank=4", "--config.optimizer.l
 RUN += ["--config.max_steps=8", "--config.checkpoint.every=4", "--config.evaluation.every=4"]
 
 
-def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
+def three_steps(mesh_config, num_devices, objective=OBJECTIVE, kept="float64", is_dense=True):
     """Metrics of three steps from adapters far from 0 on a frozen model, and the adapters after them."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     model = Model.create(
@@ -41,9 +42,11 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE):
     adapters = jax.tree.map(
         lambda leaf: leaf.astype("float64") + 0.5 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), adapters
     )
-    axes = model.logical_axes()
-    layout = shardings(mesh, axes, model.abstract_params("float64"))
-    of_adapters = shardings(mesh, adapter_axes(axes, LORA), adapters)
+    of_adapters = shardings(mesh, adapter_axes(model.logical_axes(), LORA), adapters)
+    quantised = jax.jit(cast_params, static_argnums=1)(frozen, kept)
+    frozen = jax.tree.map(lambda _, node: node.astype("float64"), frozen, quantised) if is_dense else quantised
+    dtype = "float64" if is_dense else kept
+    layout = shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     learning_rate = make_learning_rate(config, 3)
     optimizer = make_optimizer(config, learning_rate)
@@ -68,6 +71,18 @@ def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(siz
         difference = optax.tree.norm(jax.tree.map(np.subtract, policy, policy_there))
         assert difference < 1e-9 * optax.tree.norm(policy)
         jax.tree.map(np.testing.assert_array_equal, frozen, parameters("float64")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["nf4", "int4"])
+def test_a_step_on_weights_in_four_bits_is_that_on_the_dequantised_weights_on_every_mesh(kept):
+    with jax.enable_x64(True):
+        expected, policy, _ = three_steps(MeshConfig(), 1, kept=kept)
+        for sizes, num_devices in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)):
+            got, policy_there, _ = three_steps(sizes, num_devices, kept=kept, is_dense=False)
+            np.testing.assert_allclose(got, expected, rtol=1e-9)
+            difference = optax.tree.norm(jax.tree.map(np.subtract, policy, policy_there))
+            assert difference < 1e-9 * optax.tree.norm(policy)
 
 
 @pytest.mark.slow
@@ -157,7 +172,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
     ["--config.reference.param_dtype=int8", "--config.reference.precompute=True", "--config.lora.zero=a"],
-    ["--config.objective.name=ppo_offline"],
+    ["--config.reference.param_dtype=nf4"], ["--config.objective.name=ppo_offline"],
     ["--config.lora.dora=True", "--config.lora.dropout=0.1", "--config.lora.rank_stabilised=True",
      "--config.lora.rank_pattern=q_proj=2", "--config.lora.modules_to_save=embedding"],
     *(pytest.param(arguments, marks=pytest.mark.exhaustive) for arguments in (
@@ -171,5 +186,10 @@ def test_adapters_work_with_every_dtype_of_frozen_weights_and_every_head(argumen
     assert log[-1]["margin"] > log[0]["margin"]
     # Rounding undoes nothing that was learnt.
     assert json.loads((tmp_path / "run/policy/config.json").read_text())["torch_dtype"] == "float32"
+    stored = load_checkpoint(tmp_path / "run")[1]
+    exported = load_params(stored.model, tmp_path / "run/policy", param_dtype="float32")
+    values = [params["layers"]["attention"]["value"]["weight"] for params in (stored.policy, exported)]
+    ours, theirs = (weight.astype("float32") for weight in values)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     said = "rounded to" in (tmp_path / "run/adapter/README.md").read_text()
     assert said == any("param_dtype" in argument for argument in arguments)

@@ -16,6 +16,7 @@ from kto_jax.models.families.mixture import MIXTRAL, OLMOE, QWEN3_MOE
 from kto_jax.models.families.multimodal import MULTIMODAL
 from kto_jax.models.families.olmo import OLMO2
 from kto_jax.models.families.phi import PHI3
+from kto_jax.models.families.quantization import check_quantization
 from kto_jax.models.families.qwen import QWEN2, QWEN3
 
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA1, GEMMA2, GEMMA3, PHI3, OLMO2, GPT_NEOX, GRANITE)
@@ -61,8 +62,4 @@ def _refuse_options(family: Family, values: Mapping[str, Any]) -> None:
                 f"The model's config.json has {name}={value!r}; only {options[0]!r} is supported. Choose a model "
                 "without this option."
             )
-    if values.get("quantization_config"):
-        raise ConfigError(
-            "The model's config.json has a quantization_config; unquantised safetensors and .gguf files are "
-            "supported. Choose the unquantised model."
-        )
+    check_quantization(values)

@@ -19,12 +19,14 @@ from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import CLASSIFIERS, FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.families.multimodal import find_multimodal, text_name
+from kto_jax.models.families.quantization import check_quantization
 from kto_jax.models.finite import find_nonfinite
 from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
-from kto_jax.models.int8 import INT8, Int8Matrix, quantise
 from kto_jax.models.model import Model, Params
+from kto_jax.models.quantised import QUANTISED, QuantisedMatrix, quantise
 from kto_jax.models.weights import adapter_folder
 from kto_jax.models.weights.adapter_folder import AdaptedWeights, read_adapter_folder, without_tied_head
+from kto_jax.models.weights.bitsandbytes import BitsAndBytesWeights
 from kto_jax.models.weights.gguf import open_gguf
 from kto_jax.models.weights.grown import GrownWeights
 from kto_jax.models.weights.model_files import ModelFiles
@@ -103,7 +105,7 @@ def load_params(
       model: the model; its config must be that of `path`. If its vocabulary is larger, embedding and output head get
         more rows, each the mean of those of `path`.
       path: Hugging Face directory with safetensors, or a .gguf file; or files whose adapters are added to the weights.
-      param_dtype: dtype of the parameters; values are converted while reading, to int8 matrix by matrix.
+      param_dtype: dtype of the parameters; values are converted while reading, and quantised matrix by matrix.
       shardings: nested dictionary of shardings, as the parameters; None places all on the first local device. Whole
         parts (embed, layers, the scalar head ...) that it lacks are not read.
       key: PRNG key of a random scalar head; None is `jax.random.key(0)`.
@@ -128,7 +130,7 @@ def load_params(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, model.abstract_params(param_dtype))
-    abstract = model.abstract_params("float32" if param_dtype == INT8 else param_dtype)
+    abstract = _abstract_in_file(model, param_dtype)
     abstract = {name: abstract[name] for name in shardings}
     drawn: Params = {}
     if SCALAR_HEAD in abstract and "score.weight" not in weights.shapes:
@@ -146,6 +148,18 @@ def load_params(
     return params | drawn
 
 
+def _abstract_in_file(model: Model, param_dtype: str) -> Params:
+    """The parameters before they are quantised: matrices that will be are float32, all else is as it will be."""
+    abstract = model.abstract_params(param_dtype)
+    if param_dtype not in QUANTISED:
+        return abstract
+    is_quantised = lambda node: isinstance(node, QuantisedMatrix)  # noqa: E731
+    flat, structure = jax.tree.flatten(model.abstract_params("float32"))
+    kept = jax.tree.leaves(abstract, is_leaf=is_quantised)
+    leaves = [whole if is_quantised(node) else node for whole, node in zip(flat, kept, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
 def _read_params(
     weights: Weights, parts: Mapping[str, Part], abstract: Params, shardings: Params
 ) -> tuple[Params, list[str]]:
@@ -154,10 +168,11 @@ def _read_params(
 
     def read(key_path, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
         name = ".".join(part.key for part in key_path)
-        if isinstance(sharding, Int8Matrix):
-            whole = read(key_path, leaf, sharding.int8)
+        if isinstance(sharding, QuantisedMatrix):
+            whole = read(key_path, leaf, sharding.codes)
             broken.extend(find_nonfinite({name: whole}))
-            return jax.jit(quantise, static_argnums=1, out_shardings=sharding)(whole, sharding.shared)
+            rounding = jax.jit(quantise, static_argnums=(1, 2), out_shardings=sharding)
+            return rounding(whole, sharding.kind, sharding.shared)
         return jax.make_array_from_callback(leaf.shape, sharding, _reader(weights, parts[name], leaf))
 
     params = jax.tree_util.tree_map_with_path(read, abstract, {name: shardings[name] for name in abstract})
@@ -188,7 +203,7 @@ def weights_digest(path: Path | ModelFiles) -> str:
 
 
 def open_weights(path: Path) -> Weights:
-    """Opens a .gguf file or a directory's safetensors; reads only headers.
+    """Opens a .gguf file or a directory's safetensors, which may be in bitsandbytes' four bits; reads only headers.
 
     Of a model that also reads images, the tensors of its language model are opened, by the names that they have alone.
 
@@ -197,8 +212,8 @@ def open_weights(path: Path) -> Weights:
     """
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
-    weights: Weights = SafetensorsWeights(path)
     values = read_json(path / "config.json")
+    weights: Weights = BitsAndBytesWeights(path) if check_quantization(values) else SafetensorsWeights(path)
     if find_multimodal(values) is not None:
         return RenamedWeights(weights, {name: text_name(name) for name in weights.shapes})
     renamed = FAMILIES[read_config_json(values).family].renamed

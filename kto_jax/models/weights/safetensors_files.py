@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,15 +33,23 @@ class SafetensorsWeights:
 
     Attributes:
       shapes: shape of every tensor by name.
+      dtypes: its dtype, as the format spells it.
     """
 
-    def __init__(self, directory: Path, file_name: str | None = None):
+    def __init__(self, directory: Path, file_name: str | None = None, *, dtypes: Sequence[str] = _FLOATS):
         """Opens all files, or the one that is named, and reads their headers.
+
+        Args:
+          directory: where they are.
+          file_name: the only one to open; None for all.
+          dtypes: those that are allowed.
 
         Raises:
           ConfigError: there are no safetensors, a file is damaged or outside the directory, or the index is wrong.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._allowed = dtypes
         self._slices: dict[str, Any] = {}
         self._files: dict[str, Any] = {}
         files = _safetensors_files(directory) if file_name is None else {file_name: None}
@@ -68,12 +76,13 @@ class SafetensorsWeights:
                 raise ConfigError(
                     f"{file} holds {name}, which another file also holds. Remove the file that is not wanted."
                 )
-            if part.get_dtype() not in _FLOATS:
+            if part.get_dtype() not in self._allowed:
                 raise ConfigError(
-                    f"{file}: tensor {name} is {part.get_dtype()}; {', '.join(_FLOATS)} are supported. Choose the "
-                    "unquantised model."
+                    f"{file}: tensor {name} is {part.get_dtype()}; {', '.join(self._allowed)} are supported. Choose "
+                    "the unquantised model."
                 )
             self._slices[name], self.shapes[name] = part, tuple(part.get_shape())
+            self.dtypes[name] = part.get_dtype()
         self._files[file.name] = opened
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -9,13 +9,16 @@ from typing import Literal
 import safetensors
 
 from kto_jax.config import ConfigError
+from kto_jax.models.families.quantization import check_quantization
+from kto_jax.models.weights.bitsandbytes import BitsAndBytesWeights
 from kto_jax.models.weights.safetensors_files import read_json, weight_files
 
 
-def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
-    """The narrower of float32 and bfloat16 that holds every weight of a model exactly.
+def stored_dtype(path: Path) -> Literal["float32", "bfloat16", "nf4"]:
+    """The narrowest of float32, bfloat16 and nf4 that holds every weight of a model exactly.
 
     "bfloat16" only if all weights are bfloat16: float16 and the dequantised weights of a .gguf file have more digits.
+    "nf4" only if bitsandbytes quantised all matrices of the layers to it, and all else is bfloat16.
 
     Args:
       path: a Hugging Face directory or a .gguf file. For a directory without weights (`plan` fetches only config.json),
@@ -26,7 +29,11 @@ def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
     """
     if path.is_file():
         return "float32"
-    if any(path.glob("*.safetensors")):
+    has_weights = any(path.glob("*.safetensors"))
+    file = path / "config.json"
+    if file.is_file() and check_quantization(read_json(file)):
+        return "nf4" if has_weights and BitsAndBytesWeights(path).are_nf4() else "float32"
+    if has_weights:
         return "bfloat16" if set(_dtypes(weight_files(path))) == {"BF16"} else "float32"
     return "bfloat16" if "bfloat16" in _dtypes_in_config(path) else "float32"
 
@@ -34,13 +41,15 @@ def stored_dtype(path: Path) -> Literal["float32", "bfloat16"]:
 def common_dtype(path: Path) -> Literal["float32", "bfloat16", "float16"]:
     """The dtype of a model's stored weights; float32 if there are several dtypes, and for a .gguf file.
 
+    Of a model whose matrices are nf4, it is the dtype of all else.
+
     Args:
       path: as for `stored_dtype`.
 
     Raises:
       ConfigError: a weights file is damaged, or config.json is missing.
     """
-    if stored_dtype(path) == "bfloat16":
+    if stored_dtype(path) in ("bfloat16", "nf4"):
         return "bfloat16"
     if path.is_file():
         return "float32"
