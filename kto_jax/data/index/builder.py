@@ -31,8 +31,8 @@ from kto_jax.data.workers import Workers
 from kto_jax.storage.atomic import write_text
 from kto_jax.storage.sums import write_sums
 
-FORMAT = 4
-"""Version of the index's files."""
+FORMAT = 5
+"""Version of the index's files, and of the rules by which rows are read: an index of older rules is built again."""
 COLUMNS = (
     *("offsets", "prompt_lengths", "desirable", "weights", "scores", "rejected"),
     *("prompt_hashes", "splits", "places"),
