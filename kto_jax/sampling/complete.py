@@ -26,9 +26,12 @@ from kto_jax.data.workers import Workers
 from kto_jax.devices.inference import Devices, Placed, place_model
 from kto_jax.models.model import Model, Params
 from kto_jax.models.unstacked import transpose_layers
+from kto_jax.models.weights.adapter_folder import is_adapter_folder
+from kto_jax.models.weights.attached import attach_adapters
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.sample import Sampling, check_prompts, check_sampling, sample_with_logps
+from kto_jax.storage.fetch import local_path
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import fetched
 from kto_jax.training.resume import rendering_of_run
@@ -216,6 +219,29 @@ def open_language_model(
             workers=workers,
         )
         yield LanguageModel(placed.model, tokenizer, load, workers, placed)
+
+
+def with_adapters(model: LanguageModel, path: str, base: str) -> LanguageModel:
+    """A model with the adapters of a folder; it shares the parameters of `model`, which are read once.
+
+    The tokenizer stays that of `model`.
+
+    Args:
+      model: the base.
+      path: the folder, a Hub id, or a place in a bucket.
+      base: what the base is called in a message.
+
+    Raises:
+      ConfigError: there are no adapters, or those of another base.
+      TransientError: the Hub cannot be reached.
+    """
+    folder = local_path(fetched(path))
+    if not is_adapter_folder(folder):
+        raise ConfigError(
+            f"{path} holds no adapters: it has no adapter_config.json. A folder that peft saved is needed, or a run's "
+            "adapter/. Set --adapter, or give a whole model as --model."
+        )
+    return dataclasses.replace(model, load=lambda: attach_adapters(model.model, model.params, folder, base))
 
 
 def _find_model(path: str, dtype: str, strict: bool, devices: Devices) -> tuple[Placed, Callable[[], Params], Path]:

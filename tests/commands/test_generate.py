@@ -9,9 +9,12 @@ import pytest
 
 from kto_jax import generate
 from kto_jax.config import ConfigError
+from kto_jax.models.weights.load import read_config
+from kto_jax.sampling import complete as complete_module
 from kto_jax.sampling.complete import Completion, LanguageModel, complete
 from kto_jax.sampling.sample import Sampling
 from tests import COMPILER_FLAGS, ROOT
+from tests.models.weights.test_adapter_folder import write_adapter
 from tests.sampling.tiny import export
 
 
@@ -45,6 +48,45 @@ def test_prompts_of_the_command_line_and_of_a_file_are_completed_as_json(exporte
     assert [row["completion"] for row in rows] == [completion.text for completion in expected]
     assert [row["num_tokens"] for row in rows] == [completion.num_tokens for completion in expected]
     assert rows[0]["completion"] != rows[1]["completion"]
+
+
+def test_every_adapter_completes_every_prompt_and_the_base_is_read_once(exported, tmp_path, capsys, monkeypatch):
+    run, _, _, _ = exported
+    config, reads = read_config(run / "policy"), []
+    for name, alpha in (("short", 40), ("long", -40)):
+        write_adapter(
+            tmp_path / name, config, lora_alpha=alpha, base_model_name_or_path=str(run / "policy"),
+            module="model.layers.{}.mlp.down_proj", shape=(config.embed_dim, config.mlp_dim),
+        )  # fmt: skip
+    read = complete_module.load_params
+    monkeypatch.setattr(complete_module, "load_params", lambda *a, **b: reads.append(a) or read(*a, **b))
+    options = generate.Options(
+        model=str(run), adapter=(f"a={tmp_path / 'short'}", str(tmp_path / "long")), prompt=("Say it.", "Go."),
+        max_new_tokens=5, temperature=0.0, json=True,
+    )  # fmt: skip
+    assert generate.generate(options) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(reads) == 1
+    assert [(row["adapter"], row["prompt"]) for row in rows] == [
+        (name, prompt) for name in ("a", str(tmp_path / "long")) for prompt in ("Say it.", "Go.")
+    ]
+    for name, folder in (("a", "short"), (str(tmp_path / "long"), "long")):
+        alone = complete(str(tmp_path / folder), ["Say it.", "Go."], Sampling(temperature=0.0, max_new_tokens=5))
+        assert [row["completion"] for row in rows if row["adapter"] == name] == [one.text for one in alone]
+    assert rows[0]["completion"] != rows[2]["completion"]
+
+
+@pytest.mark.parametrize("adapters", [("a=x", "a=y"), ("=x",), ("a=",), ("x", "x")])
+def test_adapters_without_a_name_or_with_the_same_are_refused(adapters):
+    with pytest.raises(ConfigError, match=r"--adapter=.*NAME=FOLDER with different names. Set --adapter"):
+        generate.generate(generate.Options(model="m", prompt=("x",), adapter=adapters))
+
+
+def test_a_folder_without_adapters_is_refused(exported):
+    run, _, _, _ = exported
+    options = generate.Options(model=str(run), prompt=("x",), adapter=(f"a={run / 'policy'}",))
+    with pytest.raises(ConfigError, match=r"policy holds no adapters: it has no adapter_config.json.*Set --adapter"):
+        generate.generate(options)
 
 
 def test_completions_are_shown_to_people_and_markup_in_them_is_text(capsys):

@@ -86,7 +86,7 @@ class AdaptedWeights:
         Raises:
           ConfigError: the adapters are those of another base; lists what differs.
         """
-        _check_base(base, base_path, folder)
+        check_base(base.shapes, base_path, folder)
         self._base, self._folder = base, folder
         self.shapes = {**base.shapes, **{name: values.shape for name, values in folder.whole.items()}}
 
@@ -216,17 +216,27 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int, path: Path) -> f
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _check_base(base: Weights, base_path: Path, folder: AdapterFolder) -> None:
+def check_base(shapes: Mapping[str, tuple[int, ...]], base: Path | str, folder: AdapterFolder) -> None:
+    """Refuses adapters of another base.
+
+    Args:
+      shapes: shape of every tensor of the base by name.
+      base: what the base is called in the message.
+      folder: the adapters.
+
+    Raises:
+      ConfigError: lists what differs.
+    """
     found = {name: (pair.b.shape[0], pair.a.shape[1]) for name, pair in folder.adapters.items()}
     found |= {name: values.shape for name, values in folder.whole.items() if name != "score.weight"}
     problems = [
-        f"{name} {shape} here, {base.shapes.get(name, 'missing')} in the base"
+        f"{name} {shape} here, {shapes.get(name, 'missing')} in the base"
         for name, shape in found.items()
-        if base.shapes.get(name) != shape
+        if shapes.get(name) != shape
     ]
     if problems:
         raise ConfigError(
-            f"the adapters in {folder.path} are not for the base {base_path}: {len(problems)} of {len(found)} matrices "
+            f"the adapters in {folder.path} are not for the base {base}: {len(problems)} of {len(found)} matrices "
             f"differ ({listed(problems)}). Names and shapes must be those of the base. Set config.model.base "
             "(config.reference.base) to the model that they were trained on."
         )
