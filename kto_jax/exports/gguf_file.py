@@ -1,13 +1,16 @@
 """A model directory as one GGUF file with its tokenizer, in the layout that llama.cpp reads.
 
-Models of the Llama type, Qwen2, Qwen3 and Phi-3 with byte-level BPE tokenizers are written; others are refused by name.
-Matrices get the chosen kind, norms and biases stay float32. What is read of such files is in models/weights/gguf.py.
+Models of the Llama type, Qwen2, Qwen3, Qwen3-MoE and Phi-3 with byte-level BPE tokenizers are written; others are
+refused by name. Matrices get the chosen kind; norms, biases and routers stay float32. The experts of a layer are one
+tensor. What is read of such files is in models/weights/gguf.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.rope import LinearScaling, Llama3Scaling
 from kto_jax.models.weights.gguf import ROPE_FACTORS, row_order
-from kto_jax.models.weights.load import is_reward_model, read_config
-from kto_jax.models.weights.safetensors_files import SafetensorsWeights
+from kto_jax.models.weights.load import is_reward_model, open_weights, read_config
+from kto_jax.models.weights.safetensors_files import Weights
 from kto_jax.models.weights.tensors import expected_shapes
 from kto_jax.storage.atomic import new_file
 
@@ -33,6 +36,7 @@ _ARCHITECTURES: dict[str, tuple[str, frozenset[str]]] = {
     "mistral": ("llama", frozenset()),
     "qwen2": ("qwen2", frozenset({"qkv_bias"})),
     "qwen3": ("qwen3", frozenset({"qk_norm"})),
+    "qwen3_moe": ("qwen3moe", frozenset({"qk_norm", "num_experts", "experts_per_token", "balance_weight"})),
     "phi3": ("phi3", frozenset({"rotary_dim"})),
 }
 """llama.cpp's name of each family that is written, and the fields in which it differs from Llama."""
@@ -94,11 +98,15 @@ def _check_architecture(config: TransformerConfig, directory: Path) -> str:
         architecture == "llama" and isinstance(config.rope_scaling, Llama3Scaling | LinearScaling)
     ):
         other.append(f"rope_scaling {config.rope_scaling.to_hugging_face()['rope_type']}")
+    if architecture == "qwen3moe":  # llama.cpp divides the shares by their sum in this architecture
+        other = [name for name in other if name != "shares_sum_to_one"]
+        other += [] if config.shares_sum_to_one else ["norm_topk_prob=False"]
     if not architecture or other or is_reward_model(directory):
         what = ", ".join(other) or "a reward head"
         raise ConfigError(
             f"{directory} is a model of family {config.family!r} ({what}), which is not written as GGUF. Models of the "
-            f"Llama type are, and Qwen2, Qwen3 and Phi-3 without window and scaled rotary embedding. {_OTHERWISE}"
+            "Llama type are, and Qwen2, Qwen3, Qwen3-MoE and Phi-3 without window and scaled rotary embedding. "
+            f"{_OTHERWISE}"
         )
     return architecture
 
@@ -116,6 +124,10 @@ def _add_architecture(writer: Any, config: TransformerConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim if config.rotary_dim is None else config.rotary_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(config.mlp_dim)
 
 
 def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str, architecture: str) -> None:
@@ -124,19 +136,32 @@ def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: 
 
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config.num_layers)
-    weights = SafetensorsWeights(directory)
-    for name, shape in expected_shapes(config).items():
-        values = np.asarray(weights.read(name, (slice(None),) * len(shape)), np.float32)
+    weights = open_weights(directory)
+    for name, values in _joined(weights, expected_shapes(config)):
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
         if heads and architecture == "llama":
             values = values[np.argsort(row_order(len(values), heads))]
-        own = "f32" if values.ndim == 1 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
+        is_kept = values.ndim == 1 or name.endswith(".mlp.gate.weight")  # a router's name in Qwen3-MoE
+        own = "f32" if is_kept else "f16" if kind == "q8_0" and values.shape[-1] % 32 else kind
         tensor_kind = gguf.GGMLQuantizationType[own.upper()]
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, quants.quantize(values, tensor_kind), raw_dtype=tensor_kind)
     if config.rope_scaling is not None:
         plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
         writer.add_tensor(ROPE_FACTORS, (plain / rotary_frequencies(config)).astype(np.float32))
+
+
+def _joined(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a directory in float32; those of a layer's experts as one, under a name without a number."""
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(weights.read(name, (slice(None),) * len(shapes[name])), np.float32)
+
+    experts: dict[str, list[str]] = {}
+    for name in shapes:
+        experts.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+    for joined, names in experts.items():
+        yield joined, read(joined) if names == [joined] else np.stack([read(name) for name in names])
 
 
 def _tokenizer_fields(directory: Path, vocab_size: int) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def here_embedding(path):
     return load_file(path / "model.safetensors")["model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", "phi3"])
 def test_a_gguf_file_of_other_families_computes_the_same_in_transformers(torch, transformers, name, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": read_config(TINY_MODEL).vocab_size}
     model = Model.create(read_config_json(FILES[name] | sizes | {"sliding_window": None}))
