@@ -21,6 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from kto_jax.progress import announce_import
+
+if __name__ == "__main__":  # The imports below take seconds.
+    announce_import()
+
 from kto_jax.command import FINISHED, run_command
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.config.packages import is_installed, require
@@ -34,7 +39,7 @@ from kto_jax.evaluation.contest import Contest, conclusion, finite, hold_contest
 from kto_jax.evaluation.llm_judge import INSTRUCTIONS, Endpoint, estimate_cost
 from kto_jax.evaluation.pair_judges import PairJudge, open_judges
 from kto_jax.evaluation.runs import HeldOut, OpenRun, open_run
-from kto_jax.progress import ProgressBar, show_progress
+from kto_jax.progress import ProgressBar, next_lines, show_progress
 from kto_jax.rollouts.prompts import PromptRow, read_prompts
 from kto_jax.sampling.complete import LanguageModel, open_language_model
 from kto_jax.sampling.sample import Sampling
@@ -117,8 +122,9 @@ def evaluate(options: Options) -> int:
     out = Path(options.out or (Path(options.run) / "evaluation" if options.run else "evaluation"))
     keep_compiled()
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(show_progress())
-        progress.start("reading the models and the feedback")
+        shown = stack.enter_context(contextlib.ExitStack())
+        progress = shown.enter_context(show_progress(logs=True))
+        progress.start("reading models and feedback")
         run = stack.enter_context(open_run(options.run)) if options.run else None
         work = _Evaluation(options, run, out, progress)
         steps = work.chosen_steps()
@@ -132,6 +138,7 @@ def evaluate(options: Options) -> int:
                 "is given: there is nothing to measure. Allowed: one of the two. Set --judge and --prompts."
             )
         contests = work.hold_contests(task, steps) if task is not None else []
+        shown.close()
         work.write(held_out, contests)
     return FINISHED
 
@@ -199,7 +206,7 @@ class _Evaluation:
         found = []
         for step in steps:
             if self.run is not None and step is not None:
-                self.progress.start(f"measuring step {step} on held-out feedback")
+                self.progress.start(f"measuring step {step}")
                 figures = self.run.held_out(step)
                 found += [figures] if figures else []
         return found
@@ -308,6 +315,11 @@ class _Evaluation:
         for note in dict.fromkeys(note for contest in contests for note in contest.notes):
             print(f"note: {note}")
         print(f"see {self.out}/evaluation.html" if is_installed("matplotlib") else f"see {self.out}/evaluation.json")
+        model = self.options.run or self.options.model
+        if not is_outputs(model):
+            print(
+                "\n".join(next_lines(f"chat --model={model}", *([f"export --run={model}"] if self.options.run else [])))
+            )
 
 
 def _suffix(step: int | None) -> str:

@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from kto_jax.progress import announce_import
+
+if __name__ == "__main__":  # The imports below take seconds.
+    announce_import()
+
 import rich.console
 import rich.padding
 import rich.rule
@@ -26,7 +31,7 @@ from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.devices.inference import Devices, report_devices
-from kto_jax.progress import show_progress
+from kto_jax.progress import console, next_lines, show_progress
 from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model, with_adapters
 from kto_jax.sampling.sample import Sampling
 
@@ -88,23 +93,23 @@ def _print_json(completions: Sequence[Completion], adapter: str = "") -> None:
 
 
 def _print_pretty(completions: Sequence[Completion], seconds: float, adapter: str = "") -> None:
-    console = rich.console.Console(highlight=False)
+    page = rich.console.Console(highlight=False)
     if adapter:
-        console.print(rich.rule.Rule(rich.text.Text(visible(adapter))))
+        page.print(rich.rule.Rule(rich.text.Text(visible(adapter))))
     shown: Prompt | None = None
     for completion in completions:
         if completion.prompt is not shown:
             shown = completion.prompt
-            console.print(rich.rule.Rule(style="dim"))
+            page.print(rich.rule.Rule(style="dim"))
             # Text objects, because a prompt may contain rich's markup.
-            console.print(rich.text.Text(visible(_prompt_text(shown)), style="bold"))
+            page.print(rich.text.Text(visible(_prompt_text(shown)), style="bold"))
         text = rich.text.Text(visible(completion.text.strip()))
         if not completion.ended:
             text.append(" … (cut)", style="dim italic")
-        console.print(rich.padding.Padding(text, (1, 0, 0, 2), expand=False))
+        page.print(rich.padding.Padding(text, (1, 0, 0, 2), expand=False))
     num_tokens = sum(completion.num_tokens for completion in completions)
-    console.print(rich.rule.Rule(style="dim"))
-    console.print(f"{num_tokens} tokens in {seconds:.1f} s, compilation included", style="dim")
+    page.print(rich.rule.Rule(style="dim"))
+    page.print(f"{num_tokens} tokens in {seconds:.1f} s, compilation included", style="dim")
 
 
 def _prompt_text(prompt: Prompt) -> str:
@@ -206,6 +211,8 @@ def generate(options: Options) -> int:
             _print_json(completions, name)
         else:
             _print_pretty(completions, seconds, name)
+    if console.is_terminal:
+        console.print(next_lines(f"chat --model={options.model}")[0])
     return FINISHED
 
 

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Literal
 
 from kto_jax.command import FINISHED, PREEMPTED, run_command
+from kto_jax.progress import announce_import
 
 if __name__ == "__main__":  # The imports below take seconds, and launch scripts restart no run that a signal ends.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
+    announce_import()
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -41,6 +43,7 @@ from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
 from kto_jax.models.weights.value_head import load_value_head
 from kto_jax.objectives import Objective
 from kto_jax.objectives.record import Advantages
+from kto_jax.progress import console, next_lines
 from kto_jax.rewards.functions import open_rewards
 from kto_jax.rollouts.advantages import advantages, has_spread
 from kto_jax.rollouts.figures import explained_variance, figures_of, token_figures, warnings_of
@@ -59,7 +62,7 @@ from kto_jax.sampling.slots import place
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.train import train
 from kto_jax.training.ending import run_to_end
-from kto_jax.training.logs import console, read_metrics
+from kto_jax.training.logs import read_metrics
 from kto_jax.training.preemption import Preemption
 
 _HELD_OUT = 2**31
@@ -416,7 +419,10 @@ class _Online:
                 f"held-out reward changed by {after['reward'] - before['reward']:+.3f} ± {1.96 * error:.3f} "
                 f"(95 %, over {len(self.held_out)} prompts)"
             )
-        console.print(f"next: python -m kto_jax.generate --model={self._policy_before(rounds)} --prompt=...")
+        policy, prompts = self._policy_before(rounds), self.options.config.data.train
+        against = f"--against={self._initial()} --prompts={prompts} --judge=JUDGE"
+        for line in next_lines(f"chat --model={policy}", f"evaluate --model={policy} {against}"):
+            console.print(line)
 
 
 if __name__ == "__main__":

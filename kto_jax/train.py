@@ -41,6 +41,7 @@ from kto_jax.models.weights.model_files import ModelFiles
 from kto_jax.objectives import defaults
 from kto_jax.planning.out_of_memory import explained_out_of_memory
 from kto_jax.planning.rows_that_fit import resolve_rows
+from kto_jax.progress import console, next_lines
 from kto_jax.reports.results import write_results, write_samples
 from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
@@ -52,7 +53,6 @@ from kto_jax.training.ending import run_to_end
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
-from kto_jax.training.logs import console
 from kto_jax.training.loop import Job, take_steps
 from kto_jax.training.patience import Patience, read_patience
 from kto_jax.training.pinning import pin_sources
@@ -128,11 +128,11 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
     workdir = place.path
     with scratch_folder() as scratch:
         # ------------------------------------------------- what is read, and the devices
-        console.print("reading the configuration of the model and the feedback …")
-        config = pin_sources(with_recorded_settings(config, workdir), workdir)
-        config = with_template_date(processes.call_on_all(lambda: choose_export_dtype(choose_dtype(config))))
-        inputs, mesh, model = processes.call_on_all(lambda: prepare(config, workdir, Path(scratch)))
-        compare_inputs(inputs)
+        with console.phase("reading the configuration of the model and the feedback"):
+            config = pin_sources(with_recorded_settings(config, workdir), workdir)
+            config = with_template_date(processes.call_on_all(lambda: choose_export_dtype(choose_dtype(config))))
+            inputs, mesh, model = processes.call_on_all(lambda: prepare(config, workdir, Path(scratch)))
+            compare_inputs(inputs)
         if config.microbatch_rows == "auto":
             config, inputs = resolve_rows(config, inputs, workdir)
 
@@ -189,13 +189,15 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
             state, notes = choose_result(config, inputs.num_steps, checkpoints, abstract, state, patience)
             for note in notes:
                 console.print(note)
-            write_results(model, state, inputs, run, config, command, notes)
+            with console.working("writing the policy, samples and the report"):
+                write_results(model, state, inputs, run, config, command, notes)
     return exit_code
 
 
 def _make_job(config: Config, inputs: Inputs, mesh: Mesh, model: Model, take_step: Program, patience: Patience) -> Job:
     """The loop's inputs; prints a summary of them."""
-    peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
+    with console.working("measuring the speed of the device"):
+        peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
     _print_summary(config, inputs, mesh, f"{source} peak {peak / 1e9:.0f} GFLOP/s in {config.model.dtype}")
     return Job(
         config=config,
@@ -273,9 +275,17 @@ def _print_next_steps(place: RunPlace, config: Config, seconds: float) -> None:
     minutes, seconds = divmod(round(seconds), 60)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.print(f"finished in {minutes} min {seconds} s; host memory at most {memory:.1f} GiB")
-    use = "score --data=FILE" if config.objective.name == "reward" else "generate"
     report = f"{place.name}/report.html and " if (place.path / "report.html").exists() else ""
-    console.print(f"see {report}{place.name}/policy; next: python -m kto_jax.{use} --model={place.name}/policy")
+    console.print(f"see {report}{place.name}/policy")
+    run, is_remote = str(place.name), is_bucket(str(place.name))
+    measure = "" if config.data.holdout or config.data.eval else " --judge=JUDGE --prompts=FILE"
+    commands = (
+        f"score --model={run} --data=FILE --out=FILE" if config.objective.name == "reward" else f"chat --model={run}",
+        f"evaluate --run={run}{measure}{' --out=evaluation' if is_remote else ''}",
+        f"export --run={run}{' --to=exported' if is_remote else ''}",
+    )
+    for line in next_lines(*commands):
+        console.print(line)
 
 
 if __name__ == "__main__":

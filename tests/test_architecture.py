@@ -9,8 +9,8 @@ from tests import ROOT
 
 ORDER = {
     "kto_jax": [
-        "shapes config losses",
-        "command progress storage values judges",
+        "shapes config losses progress",
+        "command storage values judges",
         "models data objectives",
         "devices",
         "training",

@@ -13,8 +13,8 @@ from kto_jax.devices import processes
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Task, compile_step
 from kto_jax.planning.smaller_settings import try_settings
 from kto_jax.planning.topology import LOCAL, Topology
+from kto_jax.progress import console
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import console
 
 _GIB = 2**30
 

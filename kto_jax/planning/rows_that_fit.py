@@ -21,8 +21,8 @@ from kto_jax.devices import processes
 from kto_jax.devices.sharding import check_rows, mesh_shape, row_parts
 from kto_jax.planning.compile_step import CompiledStep, Lengths, Shape, Task, compile_for, compile_step
 from kto_jax.planning.topology import LOCAL, Topology
+from kto_jax.progress import console
 from kto_jax.training.inputs import Inputs, make_schedules
-from kto_jax.training.logs import console
 
 # The rest is for the next batch and fragmentation on a device, and for the rest of the process in a host's memory.
 _SHARE, _HOST_SHARE = 0.95, 0.5

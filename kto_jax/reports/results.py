@@ -26,11 +26,12 @@ from kto_jax.models.weights.load import is_multimodal
 from kto_jax.models.weights.peft import save_adapters
 from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
 from kto_jax.models.weights.value_head import save_value_head
+from kto_jax.progress import console
 from kto_jax.reports import samples
 from kto_jax.reports.captions import captions_of
 from kto_jax.reports.model_card import model_card
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import console, read_metrics
+from kto_jax.training.logs import read_metrics
 from kto_jax.training.reference import is_rounded
 from kto_jax.training.run_folder import RunFolder, write_json
 from kto_jax.training.state import TrainState
@@ -50,11 +51,11 @@ def write_samples(name: str, model: Model, state: TrainState, inputs: Inputs, ru
         return
     if inputs.controls is not None:
         prompts = [np.concatenate([prompt, inputs.controls[1]]) for prompt in prompts]
-    console.print(f"completing {len(prompts)} held-out prompts")
     # Perplexities under a moving reference cannot be compared.
     reference = {} if config.reference.sync_every else state.reference
     policy = model.merge_adapters(state.policy, state.reference)
-    written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
+    with console.phase(f"completing {len(prompts)} held-out prompts"):
+        written = samples.write_samples(model, policy, reference, run.tokenizer, prompts, config.samples, config.seed)
     if processes.is_first():
         samples.save_samples(path, written)
 

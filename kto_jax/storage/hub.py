@@ -15,11 +15,12 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kto_jax.config import ConfigError, TransientError
+from kto_jax.progress import console
 from kto_jax.storage import atomic
 from kto_jax.storage.folders import cache_directory
 
@@ -225,13 +226,30 @@ def _snapshot(repository: str, commit: str, files: Sequence[str] | None, **optio
 
     options |= {"revision": commit, "ignore_patterns": ["*/*"]}
     allowed = list(MODEL_FILES if files is None else files)
-    folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=allowed, **options))
-    if files is None:
-        names = _weight_files(folder)
-        huggingface_hub.snapshot_download(repository, allow_patterns=names, **options)
-        if options.get("local_files_only") and not all((folder / name).exists() for name in names):
-            raise FileNotFoundError(f"{folder} lacks some of {', '.join(names)}")
+    with _its_own_bars():
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=allowed, **options))
+        names = _weight_files(folder) if files is None else []
+        if names:
+            huggingface_hub.snapshot_download(repository, allow_patterns=names, **options)
+    if options.get("local_files_only") and not all((folder / name).exists() for name in names):
+        raise FileNotFoundError(f"{folder} lacks some of {', '.join(names)}")
     return folder
+
+
+@contextlib.contextmanager
+def _its_own_bars() -> Iterator[None]:
+    """Lets the Hub's client draw the progress of downloads at a terminal, and keeps it out of logs."""
+    from huggingface_hub import utils
+
+    disabled_before = utils.are_progress_bars_disabled()
+    with console.aside():
+        if not console.is_terminal and not disabled_before:
+            utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not disabled_before:
+                utils.enable_progress_bars()
 
 
 def _weight_files(folder: Path) -> list[str]:

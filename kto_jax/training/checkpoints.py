@@ -28,6 +28,7 @@ from kto_jax.config import CheckpointConfig, ConfigError, TransientError
 from kto_jax.config.errors import FAILED, PREEMPTED
 from kto_jax.devices import processes
 from kto_jax.models.model import Params
+from kto_jax.progress import console
 from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import free_bytes
 from kto_jax.storage.run_place import checkpoints_folder
@@ -43,7 +44,6 @@ from kto_jax.training.checkpoint_reading import (
 )
 from kto_jax.training.ending import note_failed_write
 from kto_jax.training.leaf_digests import differing, digest_leaves, named_leaves
-from kto_jax.training.logs import console
 from kto_jax.training.state import TrainState
 
 # Fields of TrainState that a checkpoint holds, unless they are empty.

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from kto_jax.devices.compilation import Program
+from kto_jax.progress import console
 from kto_jax.shapes import FeedbackBatch
-from kto_jax.training.logs import console
 from kto_jax.training.state import TrainState
 
 

@@ -1,51 +1,18 @@
-"""A run's output: messages, the progress bar, metrics.jsonl and the trackers."""
+"""A run's figures: the progress bar, log lines, metrics.jsonl and the trackers."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
 from kto_jax.config import ConfigError
+from kto_jax.progress import console, make_step_bar
 from kto_jax.storage.atomic import write_text
 from kto_jax.training.trackers import Tracker, group_names
-
-
-class _Messages(Console):
-    """Messages on stderr: formatted at a terminal; elsewhere a log of one line each, with the time."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's `Console.print`, for plain text."""
-        if not self.is_terminal and all(isinstance(text, str) for text in objects):
-            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            objects = (now, *(" ".join(text.splitlines()) for text in objects))
-        super().print(*objects, **({"soft_wrap": True} | options))
-
-    @contextlib.contextmanager
-    def phase(self, text: str) -> Iterator[None]:
-        """Shows a message while the context is open, with a spinner at a terminal, and then its duration."""
-        started = time.monotonic()
-        if self.is_terminal and not self.quiet:
-            with self.status(f"{text} …"):
-                yield
-        else:
-            self.print(f"{text} …")
-            yield
-        self.print(f"{text}: {time.monotonic() - started:.1f} s")
-
-
-console = _Messages(stderr=True, markup=False, highlight=False, emoji=False)
 
 # Metrics in the progress bar, by importance, with their formats; and those of a log line.
 _SHOWN = {"loss": ".4f", "margin": "+.3f", "auc": ".2f"}
@@ -75,12 +42,13 @@ class MetricsLog:
         kept = [row for row in read_metrics(self._path) if row["step"] <= first_step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a")
-        self._progress = progress_bar(console)
-        self._task = self._progress.add_task("", total=num_steps, completed=first_step, figures="")
+        self._bar = make_step_bar(console)
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step, figures="")
+        self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> MetricsLog:
         if self._enabled:
-            self._progress.start()
+            self._shown.enter_context(console.showing(self._bar.get_renderable))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -105,9 +73,24 @@ class MetricsLog:
                 tracker.log(step, group_names(finite))
             except Exception as error:  # A tracker's server may fail in any way; the run continues.
                 self._drop(tracker, error)
-        self._progress.update(self._task, completed=step, figures=_listed(finite, _SHOWN))
+        self._bar.update(self._task, completed=step, figures=_listed(finite, _SHOWN))
         if not console.is_terminal:
             console.print(f"step {step}/{self._num_steps}: {_listed(finite, _LOGGED)}")
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows in the bar what the run does between two steps, in place of the figures."""
+        if not self._enabled:
+            yield
+            return
+        figures = self._bar.tasks[0].fields["figures"]
+        self._bar.update(self._task, figures=f"{what} …")
+        console.draw()
+        try:
+            yield
+        finally:
+            if self._bar.tasks[0].fields["figures"] == f"{what} …":
+                self._bar.update(self._task, figures=figures)
 
     def _check_in_place(self) -> None:
         # An open file that was removed takes what is written to it, and nobody ever reads that.
@@ -131,40 +114,15 @@ class MetricsLog:
         """Ends the progress bar and closes the files and the trackers."""
         if not self._enabled:
             return
-        self._progress.stop()
+        self._shown.close()
+        if console.is_terminal:
+            console.print(self._bar.get_renderable())
         self._file.close()
         for tracker in list(self._trackers):
             try:
                 tracker.close(finished=self._last_step == self._num_steps)
             except Exception as error:
                 self._drop(tracker, error)
-
-
-class _TimeLeft(TimeRemainingColumn):
-    """The time left, followed by "left" if there is room."""
-
-    def __init__(self, shown_on: Console) -> None:
-        super().__init__(compact=True, table_column=Column(no_wrap=True, min_width=7))
-        self._shown_on = shown_on
-
-    def render(self, task: Task) -> Text:
-        """As rich's `render`."""
-        text = super().render(task)
-        return text.append(" left") if self._shown_on.width >= 76 else text
-
-
-def progress_bar(shown_on: Console) -> Progress:
-    """A bar with step n/N, the time left and the metrics of the last step; it fits a terminal of 60 columns."""
-    return Progress(
-        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-        _TimeLeft(shown_on),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=shown_on,
-        disable=not shown_on.is_terminal,
-        expand=True,
-        speed_estimate_period=float("inf"),  # over 1000 steps; rich's 30 s may hold fewer than two slow steps
-    )
 
 
 def _listed(figures: Mapping[str, float], formats: Mapping[str, str]) -> str:

@@ -26,12 +26,13 @@ from kto_jax.data.batches.prefetch import prefetch
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import Program
 from kto_jax.devices.sharding import local_rows, place_batch
+from kto_jax.progress import console
 from kto_jax.shapes import FeedbackBatch
 from kto_jax.storage.run_place import RunPlace
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.in_flight import StepsInFlight
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import MetricsLog, console
+from kto_jax.training.logs import MetricsLog
 from kto_jax.training.patience import Patience
 from kto_jax.training.preemption import Preemption
 from kto_jax.training.save_timer import SaveTimer
@@ -141,7 +142,7 @@ def _run(
     save_timer = SaveTimer(config.checkpoint.every_minutes)
     for step, batch in batches:
         profile.before(step)
-        with contextlib.nullcontext() if job.take_step.is_ready(batch) else watchdog.paused("compiling"):
+        with contextlib.nullcontext() if job.take_step.is_ready(batch) else _paused("compiling", watchdog, log):
             state = in_flight.dispatch(step, job.take_step, state, batch)
         with watchdog.paused("saving"):
             checkpoints.poll()  # reads the last save back while the devices compute
@@ -156,7 +157,7 @@ def _run(
             watchdog.completed(number)
             failed = figures["num_bad_steps"] >= config.max_bad_steps
             if number == step and job.evaluate and evaluating and not failed:
-                with watchdog.paused("evaluating"):
+                with _paused("evaluating", watchdog, log):
                     figures |= job.evaluate(state)
                 job.patience.add(step, figures)
             log.write(number, figures)
@@ -167,7 +168,7 @@ def _run(
         if saving:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
-            with watchdog.paused("saving"):
+            with _paused("saving", watchdog, log):
                 place.push()  # A checkpoint without the metrics before it could not be resumed.
                 checkpoints.save(step, state, figures if comparable and evaluating else None)
             save_timer.restart(step)
@@ -179,6 +180,13 @@ def _run(
         if not in_flight:
             in_flight.resume()
     return state, 0
+
+
+@contextlib.contextmanager
+def _paused(what: str, watchdog: Watchdog, log: MetricsLog) -> Iterator[None]:
+    """Says that the run does something else than steps."""
+    with watchdog.paused(what), log.doing(what):
+        yield
 
 
 def _batches(job: Job, steps: range) -> Iterator[FeedbackBatch]:

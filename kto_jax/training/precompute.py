@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from rich.progress import track
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.config.errors import PREEMPTED
@@ -30,12 +29,12 @@ from kto_jax.devices import processes
 from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import weights_digest
+from kto_jax.progress import console, make_bar
 from kto_jax.shapes import FeedbackBatch, PackedRows
 from kto_jax.storage.folders import cache_directory
 from kto_jax.training.forward import packed_logps
 from kto_jax.training.initial_state import load_reference, reference_shardings
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import console
 from kto_jax.training.microbatches import map_microbatches
 from kto_jax.training.preemption import reached_sync_point
 from kto_jax.training.run_folder import write_json
@@ -84,8 +83,10 @@ def precompute(config: Config, inputs: Inputs, model: Model, mesh: Mesh, workdir
             make = functools.partial(schedule.batch, rows=local_rows(mesh, schedule.microbatch_rows))
             place = functools.partial(place_batch, mesh)
             batches = prefetch(make, steps, finish=place, num_loaders=config.data.num_loaders)
-            shown = track(batches, f"reference, {name}", len(steps), console=console, disable=not console.is_terminal)
-            _fill(store, schedule, zip(steps, shown, strict=True), read, inputs.index)
+            bar = make_bar(console)
+            shown = bar.track(batches, len(steps), description=f"reference, {name}")
+            with console.showing(bar.get_renderable):
+                _fill(store, schedule, zip(steps, shown, strict=True), read, inputs.index)
     schedules = [schedule.with_reference_logps(store) for store, (_, schedule, _) in zip(stores, tasks, strict=True)]
     return dataclasses.replace(inputs, schedule=schedules[0], held_out=schedules[1] if inputs.held_out else None)
 

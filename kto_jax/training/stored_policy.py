@@ -20,9 +20,9 @@ from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.models.quantised import QUANTISED
 from kto_jax.models.weights.adapter_names import resolve_lora
+from kto_jax.progress import console
 from kto_jax.storage.run_place import checkpoints_folder
 from kto_jax.training.checkpoint_reading import StoredTree, best_step, quiet_libraries
-from kto_jax.training.logs import console
 
 
 def read_model(workdir: Path, *, dtype: str = "float32") -> Model:

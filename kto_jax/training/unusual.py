@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Collection, Mapping
 
 from kto_jax.config import Config
+from kto_jax.progress import console
 from kto_jax.training.inputs import Inputs
-from kto_jax.training.logs import console
 
 WINDOW, _FEWEST = 50, 20
 """Recent steps that a loss is compared with, and how many there must be."""

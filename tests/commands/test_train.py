@@ -125,7 +125,7 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(numbe
     assert process.returncode == 0, message
     assert large_modules == "[]\n"  # Only the worker imports transformers.
     assert "continuing after step" in message
-    assert f"next: python -m kto_jax.generate --model={workdir}/policy" in message.splitlines()[-1]
+    assert message.splitlines()[-1].endswith(f"next: python -m kto_jax.export --run={workdir}")
     parts = [json.loads(line) for line in (workdir / "config_history.jsonl").read_text().splitlines()]
     assert [part["config"]["max_bad_steps"] for part in parts] == [10, 3]
     assert parts[0]["first_step"] == 0 and parts[1]["first_step"] in range(3, 12)

