@@ -117,7 +117,7 @@ def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_d
     process.kill()
     process.communicate()
     assert main([*TINY, f"--workdir={run.url}"]) == 0
-    assert f"see {run.url}/report.html and {run.url}/policy; next" in capsys.readouterr().err
+    assert f"see {run.url}/report.html and {run.url}/policy" in capsys.readouterr().err
     assert_equal_to_the_run_on_disk(run, on_disk)
     assert main([*TINY, f"--workdir={run.url}", "--config.seed=9"]) == 2
     assert f"--workdir={run.url} holds another run (config.seed: was 0, is 9)" in capsys.readouterr().err
