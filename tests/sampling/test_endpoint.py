@@ -102,6 +102,7 @@ def test_failures_that_may_pass_are_tried_again_and_answers_are_kept(model, serv
     lines = [line for line in (tmp_path / "record.jsonl").read_text().splitlines() if line]
     (tmp_path / "record.jsonl").write_text(f"{lines[0]}\n{lines[1][:-9]}")  # killed while it wrote the second
     assert complete(model, server, tmp_path) == whole and len(server.asked) == 5
+    assert complete(model, server, tmp_path) == whole and len(server.asked) == 5, "kept behind the torn line"
 
 
 def test_a_server_that_is_down_is_worth_another_try_of_the_run(model, server, tmp_path):
