@@ -8,7 +8,7 @@ python -m kto_jax.evaluate --model=outputs_a.json --against=outputs_b.json --jud
 
 Loss, accuracy, AUC and calibration need the feedback that a run held out (--run). Both models complete the prompts of
 --prompts, or the run's held-out ones, with equal sampling. --out gets evaluation.html, evaluation.json and the files of
-AlpacaEval. docs/evaluate.md explains the figures and lists the judges. One device is used.
+AlpacaEval. docs/evaluate.md explains the figures and lists the judges.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from kto_jax.config import Config, ConfigError, ObjectiveConfig, TransientError, to_dict
+from kto_jax.config import Config, ConfigError, ObjectiveConfig, TransientError, resolve, to_dict
 from kto_jax.config.ranges import Count, Positive, Range
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.rollouts.labels import check_rule
@@ -233,7 +233,7 @@ def open_folder(folder: Path, options: Options) -> Any:
             "choose another --workdir."
         ) from None
     record = folder / "online.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else given
+    before = _with_new_settings(json.loads(record.read_text(encoding="utf-8")), options) if record.exists() else given
     changed = [name for name in given if name not in _MAY_CHANGE and before.get(name) != given[name]]
     if changed:
         lock.close()
@@ -243,3 +243,10 @@ def open_folder(folder: Path, options: Options) -> Any:
         )
     write_json(record, given)
     return lock
+
+
+def _with_new_settings(recorded: dict[str, Any], options: Options) -> dict[str, Any]:
+    """The record of a run, with the defaults of settings that it lacks because an earlier version began it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name != "config"}
+    config = to_dict(resolve(recorded["config"]))
+    return dict(json.loads(json.dumps({**defaults, **recorded, "config": config})))
