@@ -44,6 +44,14 @@ def test_prompts_with_more_values_count_more():
     assert mean_interval([1, 1, 1, 0], ["a", "a", "a", "b"]).value == 0.75
 
 
+def test_how_many_values_a_prompt_has_adds_nothing_to_the_interval():
+    counts = [1, 20] * 20
+    values = [0.5 + 0.01 * (-1) ** prompt for prompt, count in enumerate(counts) for _ in range(count)]
+    prompts = [prompt for prompt, count in enumerate(counts) for _ in range(count)]
+    found = mean_interval(values, prompts)
+    assert 0.49 <= found.low <= found.value <= found.high <= 0.51
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_equal_values_have_the_exact_interval_of_clopper_and_pearson(value):
     found = mean_interval(np.full(20, value), range(20))
