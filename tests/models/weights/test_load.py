@@ -197,9 +197,7 @@ def test_a_tensor_in_two_files_is_refused(directory):
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, directory / "x.safetensors")
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, directory / "y.safetensors")
     (directory / "model.safetensors").unlink()
-    weights = SafetensorsWeights.__new__(SafetensorsWeights)
-    weights.shapes, weights._slices, weights._files = {}, {}, {}
-    weights._open(directory / "x.safetensors", {"a"})
+    weights = SafetensorsWeights(directory, "x.safetensors")
     with pytest.raises(ConfigError, match=r"y\.safetensors holds a, which another file also holds"):
         weights._open(directory / "y.safetensors", {"a"})
 
