@@ -35,7 +35,7 @@ def test_flips_are_counted_that_a_reader_reports_or_refuses(tmp_path, raises):
     assert 0 < count_found(Kept("files", [read, unread], find), 12, random.Random(0)) < 12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_flip_in_what_a_run_keeps_is_found(capsys, monkeypatch):
     from benchmarks import damage
 

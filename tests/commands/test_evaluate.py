@@ -137,8 +137,16 @@ def test_a_rendered_prompt_is_read_back_as_its_turns(tmp_path):
     assert isinstance(read_turns(tokenizer, plain), str)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", [["kto"], ["kto", "--config.lora.rank=2"], ["bco"], ["sft"]])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(["kto"], marks=pytest.mark.slow),
+        *(
+            pytest.param(each, marks=pytest.mark.exhaustive)
+            for each in (["kto", "--config.lora.rank=2"], ["bco"], ["sft"])
+        ),
+    ],
+)
 def test_the_checkpoints_of_a_run_are_evaluated_as_a_curve(tmp_path, monkeypatch, command, objective):
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)

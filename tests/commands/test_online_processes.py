@@ -36,7 +36,7 @@ def run(count, *arguments, devices=4, module="kto_jax.online", exit_code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, where", [("grpo", "first"), ("ppo", "mesh")])
+@pytest.mark.parametrize("name, where", [pytest.param("grpo", "first", marks=pytest.mark.exhaustive), ("ppo", "mesh")])
 def test_two_processes_sample_score_and_train_as_one_does(flags, tmp_path, name, where):  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = [*flags, *EPOCHS, f"--config.objective.name={name}", f"--sample_on={where}", "--rounds=2", "--keep=2"]

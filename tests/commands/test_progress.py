@@ -137,7 +137,7 @@ def _read(terminal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("columns", [pytest.param(80, marks=pytest.mark.exhaustive), 60])
 def test_a_terminal_shows_each_part_of_a_run_and_what_to_do_next(columns, tmp_path):
     run = tmp_path / "run"
     train = [sys.executable, "-m", "kto_jax.train", "--config=configs/tiny.py", f"--workdir={run}"]

@@ -132,7 +132,7 @@ def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_d
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
+    "kills", [pytest.param(1, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
 )
 def test_no_kill_at_any_moment_loses_a_run_in_a_bucket(kills, run, on_disk, tmp_path):
     moments = random.Random(kills)
@@ -151,7 +151,7 @@ def test_no_kill_at_any_moment_loses_a_run_in_a_bucket(kills, run, on_disk, tmp_
     assert run.read("policy/model.safetensors") == (on_disk / "policy/model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bucket_that_is_away_is_reported_and_waited_for(on_disk, tmp_path):
     server, url = serve_gcs(tmp_path / "server")
     (tmp_path / "server/runs").mkdir()

@@ -125,7 +125,7 @@ def test_four_processes_over_a_mixed_mesh_train_alike(alone, cache, tmp_path):
     assert_same_policy(tmp_path / "run", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_path):
     log = train(cache, tmp_path / "run", 2, "--config.reference.precompute=True")
     assert_same(log, rows(alone))
