@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ console = Console()
 
 def main() -> None:
     """Runs all contenders, prints a table, and writes benchmarks/results/generation.json."""
-    options = read_options()
+    run_benchmark(read_options(), measure, make_table)
+
+
+def run_benchmark(options: argparse.Namespace, measure: Callable[..., Iterator[dict]], make_table: Callable) -> None:
+    """Writes what is measured to `options.out`, after each part, and prints the table of all."""
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.generation import SMOLLM2, export_for_peers
-from benchmarks.kto import ROOT, Contender, describe_machine, make_environment
+from benchmarks.generation import SMOLLM2, export_for_peers, run_benchmark
+from benchmarks.kto import ROOT, Contender, make_environment
 from configs import online_quickstart
 from kto_jax.config import resolve
 from kto_jax.data.tokens.prepare import prepare_tokenizer
@@ -45,15 +44,7 @@ console = Console()
 
 def main() -> None:
     """Runs both contenders, prints a table, and writes benchmarks/results/online_trl.json."""
-    options = read_options()
-    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        for measured in measure(options, Path(scratch)):
-            results = {"machine": describe_machine(options), **measured}
-            out.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(make_table(results))
+    run_benchmark(read_options(), measure, make_table)
 
 
 def read_options() -> argparse.Namespace:

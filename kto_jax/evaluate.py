@@ -126,6 +126,8 @@ def evaluate(options: Options) -> int:
         progress = shown.enter_context(show_progress(logs=True))
         progress.start("reading models and feedback")
         run = stack.enter_context(open_run(options.run)) if options.run else None
+        if run is not None:
+            report_devices(None)
         work = _Evaluation(options, run, out, progress)
         steps = work.chosen_steps()
         task = work.read_task() if options.judge or options.prompts else None
@@ -271,7 +273,8 @@ class _Evaluation:
         return self._complete(model, own, Path(path).name if Path(path).exists() else path)
 
     def _complete(self, model: LanguageModel, task: Task, name: str) -> _Side:
-        report_devices(model.placed)
+        if model.placed is not None:  # else it is the run's own, which was reported
+            report_devices(model.placed)
         self.progress.start(f"completing prompts by {name}", total=len(task.rows) * task.num_samples)
         return _Side(answer(model, task, on_batch=self.progress.advance), name, model)
 

@@ -81,10 +81,17 @@ def whole_parts(num_rows: int, params: Params) -> int:
 
 
 def report_devices(placed: Placed | None) -> None:
-    """Says on standard error which devices are used, if there are several."""
+    """Says on standard error which devices are used, if there are several.
+
+    Args:
+      placed: the model; None for one that can be held by one device only.
+    """
     if jax.device_count() == 1:
         return
-    if placed is None or placed.shardings is None:
+    if placed is None:
+        print(f"uses 1 of {jax.device_count()} devices", file=sys.stderr)
+        return
+    if placed.shardings is None:
         print(f"uses 1 of {jax.device_count()} devices; --devices=all uses all", file=sys.stderr)
         return
     mesh: Mesh = jax.tree.leaves(placed.shardings)[0].mesh

@@ -9,6 +9,7 @@ A layer is dequantised where it is used, inside the scan over layers, as in int8
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ _LARGEST_INT4 = 7
 _ZERO_INT4 = 8
 
 
-class _Blocks:
+class _Blocks(abc.ABC):
     """What both kinds share: two codes in a byte, the even row of a matrix in the upper half."""
 
     kind: ClassVar[str]
@@ -59,8 +60,9 @@ class _Blocks:
         )
         return (self._levels(unpacked, wide) * scales.reshape(unpacked.shape)).astype(dtype)
 
+    @abc.abstractmethod
     def _levels(self, codes: Array, wide: Any) -> Array:
-        raise NotImplementedError
+        """What the codes stand for, before the scales."""
 
 
 @jax.tree_util.register_dataclass

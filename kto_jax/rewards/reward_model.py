@@ -58,7 +58,7 @@ class RewardModel:
       tokenizer: its tokenizer, while the scratch folder of `open_reward_model` exists.
       max_length: most tokens of prompt and completion.
       max_prompt_length: most tokens of a prompt; a longer one is cut as in training.
-      placed: the devices that hold it; None if that is one.
+      placed: the devices that hold it; None if only one can.
     """
 
     model: Model

@@ -50,7 +50,7 @@ class LanguageModel:
       tokenizer: its tokenizer, while the scratch folder of `open_language_model` exists.
       load: reads the parameters.
       workers: the process that encodes prompts; None starts one for every call of `complete`.
-      placed: the devices that hold it; None if that is one.
+      placed: the devices that hold it; None if only one can.
     """
 
     model: Model

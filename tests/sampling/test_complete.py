@@ -9,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kto_jax.config import CheckpointConfig, ConfigError
+from kto_jax.config import CheckpointConfig, ConfigError, LoraConfig
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.models.families.config_json import write_config_json
+from kto_jax.models.lora import init_adapters, with_magnitudes
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import read_config
+from kto_jax.models.weights.peft import save_adapters
 from kto_jax.sampling import complete as complete_module
-from kto_jax.sampling.complete import LanguageModel, complete, open_language_model
+from kto_jax.sampling.complete import LanguageModel, complete, open_language_model, with_adapters
 from kto_jax.sampling.logps import completion_logps
 from kto_jax.sampling.sample import Sampled, Sampling
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.run_folder import write_json
 from tests.sampling.tiny import TINY, export
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,25 @@ def test_all_devices_complete_and_measure_as_one_does(exported):
     assert [completion.ids for completion in one] == [completion.ids for completion in several]
     np.testing.assert_allclose(measured[1], measured[0], atol=1e-4)
     np.testing.assert_allclose([sum(completion.logps) for completion in several], measured[0], atol=1e-4)
+
+
+def test_adapters_complete_on_all_devices_as_on_one(exported, tmp_path):
+    run, model, params, _ = exported
+    lora = LoraConfig(rank=2, alpha=8.0, targets=("query", "down"), dora=True)
+    drawn = with_magnitudes(init_adapters(params, lora, jax.random.key(1)), params)
+    trained = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), drawn)
+    save_adapters(
+        tmp_path / "adapter", model, trained, lora=lora, base=str(run / "policy"), tokenizer_dir=None, model_card=""
+    )
+    found = []
+    for devices in ("one", "all"):
+        with open_language_model(str(run), devices=devices) as base:
+            adapted = with_adapters(base, str(tmp_path / "adapter"), "the base")
+            found.append([complete(each, ["Say it."], GREEDY)[0] for each in (base, adapted)])
+    one, several = found
+    assert [completion.ids for completion in one] == [completion.ids for completion in several]
+    np.testing.assert_allclose(several[1].logps, one[1].logps, atol=1e-4)
+    assert one[0].logps != one[1].logps
 
 
 def test_a_runs_newest_checkpoint_is_taken_until_its_policy_is_exported(exported, tmp_path):
