@@ -180,4 +180,5 @@ def test_the_checkpoints_of_a_run_are_evaluated_as_a_curve(tmp_path, monkeypatch
     divergence = record["contests"][1]["divergence"]["per_completion"]
     assert math.isfinite(divergence["value"]) and divergence["low"] < divergence["high"]
     assert "fitted on" in said and "held-out loss" in said
+    assert errors.count("uses 1 of 8 devices\n") == 1
     assert "Win rate by step" in (run / "evaluation" / "evaluation.html").read_text()
