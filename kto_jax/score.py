@@ -63,7 +63,7 @@ class Options:
     """Dtype of the computation."""
     devices: Devices = "auto"
     """The devices that hold the model: "one", "all" of this machine, or "auto": all if they are no CPUs. Heads and
-    vocabulary are divided by as many as can share them equally, and rows by the others."""
+    vocabulary are split over as many devices as can share them equally, and rows over the others."""
     chat_template: str = "auto"
     """"auto": the tokenizer's own. "none": plain text. Otherwise the path of a Jinja file."""
     eos_token: str = ""

@@ -45,8 +45,8 @@ def place_model(
 ) -> Placed:
     """Builds a model for the devices that it will be read on.
 
-    Over several devices, heads and vocabulary are divided by as many devices as can share them equally, and rows by the
-    others. If half of a device's memory does not hold its part of the weights, those others divide the weights too, and
+    Heads and vocabulary are split over as many devices as can share them equally, and rows over the others. If a
+    device's part of the weights would fill more than half of its memory, they are split over the others too, which
     gather each layer when it is used.
 
     Args:
