@@ -1,15 +1,14 @@
 """The chat command in a terminal, on a tiny random model, and what it refuses."""
 
+import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from kto_jax import chat
 from kto_jax.config import ConfigError
-from tests import COMPILER_FLAGS, ROOT
+from kto_jax.train import main as train
+from tests import ROOT
 from tests.sampling.tiny import export
 
 
@@ -41,35 +40,25 @@ def test_a_training_starts_from_the_exported_policy(tmp_path):
     assert chat._start_of(str(tmp_path)) == (f"{tmp_path}/policy", "")
 
 
-@pytest.mark.slow
-def test_a_conversation_in_a_terminal_is_pressed_and_trained_on(tmp_path):
+def test_a_conversation_in_a_terminal_is_pressed_and_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     model = export(tmp_path / "model")[0] / "policy"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILER_FLAGS}
-
-    def run(module, *flags, **options):
-        command = [sys.executable, "-W", "error", "-m", f"kto_jax.{module}", *flags]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **options
-        )
-
-    typed = "Name a tree.\n/up\nName a bird.\n/down\n/edit A wren.\n/nonsense\n/quit\n"
-    done = run(
-        "chat", f"--model={model}", "--terminal", f"--workdir={tmp_path}", "--max_new_tokens=64", "--temperature=1",
-        input=typed,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "/nonsense is no command" in done.stdout
+    lines = ["Name a tree.", "/up", "Name a bird.", "/down", "/edit A wren.", "/nonsense", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    assert chat.main(
+        [f"--model={model}", "--terminal", f"--workdir={tmp_path}", "--max_new_tokens=64", "--temperature=1"]
+    ) == 0  # fmt: skip
+    assert "/nonsense is no command" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "presses.jsonl").read_text().splitlines()]
     assert [row["press"] for row in rows] == ["up", "down", "edit"] and rows[0]["by"]["model"] == str(model)
     # This model hardly ever ends an answer, and answers that were cut are not trained on.
     whole = (tmp_path / "presses.jsonl").read_text().replace('"ended": false', '"ended": true')
     (tmp_path / "presses.jsonl").write_text(whole)
-    done = run(
-        "train", "--config=kto_chat", f"--config.data.train={tmp_path}/presses.jsonl", f"--config.model.path={model}",
-        f"--workdir={tmp_path}/run", "--config.batch_size=2", "--config.data.max_length=128",
-        "--config.data.max_prompt_length=96", "--config.epochs=1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert train(
+        ["--config=configs/kto_chat.py", f"--config.data.train={tmp_path}/presses.jsonl",
+         f"--config.model.path={model}", f"--workdir={tmp_path}/run", "--config.batch_size=8",
+         "--config.microbatch_rows=8", "--config.data.max_length=128", "--config.data.max_prompt_length=96", "--config.epochs=1"]
+    ) == 0  # fmt: skip
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["sources"][0]["layout"] == "presses"
     assert (manifest["accepted"], manifest["rejected"]) == (3, 0)

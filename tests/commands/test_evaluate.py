@@ -140,7 +140,7 @@ def test_a_rendered_prompt_is_read_back_as_its_turns(tmp_path):
 @pytest.mark.parametrize(
     "objective",
     [
-        pytest.param(["kto"], marks=pytest.mark.slow),
+        ["kto"],
         *(
             pytest.param(each, marks=pytest.mark.exhaustive)
             for each in (["kto", "--config.lora.rank=2"], ["bco"], ["sft"])

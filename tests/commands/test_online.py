@@ -78,8 +78,9 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(flags, tmp_path, ca
     assert "holds another run, which differs in label" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, kind", [("dpo", "pairwise_feedback"), ("sft", "binary_feedback")])
+@pytest.mark.parametrize("name, kind", [
+    ("sft", "binary_feedback"), pytest.param("dpo", "pairwise_feedback", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_other_objectives_train_online(flags, tmp_path, name, kind):
     run = tmp_path / "run"
     assert main([*flags, f"--config.objective.name={name}", "--rounds=2", f"--workdir={run}"]) == 0
