@@ -1,23 +1,25 @@
 """What the fuzzers of the readers feed: mutated files and hostile templates, and the readers that must refuse them.
 
 A reader takes bytes or text and returns, or raises the error of its kind. Anything else, and memory beyond
-`memory_limit`, is a crash.
+`memory_limit`, is a crash. Inputs are numbered: each follows from its number.
 """
 
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
+import random
 import resource
 import shutil
 import struct
 import tempfile
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import safetensors.numpy
-from hypothesis import strategies as st
 
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.records import read_records
@@ -28,17 +30,19 @@ from kto_jax.models.model import Model
 from kto_jax.models.weights.gguf import GgufWeights
 from kto_jax.models.weights.load import check_names, read_config
 from kto_jax.models.weights.safetensors_files import SafetensorsWeights
-from tests.data.index.test_fuzz import GOOD, JUNK, mutated_line, places_of
+from kto_jax.models.weights.tensors import expected_shapes
+from tests.data.index.test_fuzz import GOOD
 from tests.models.weights.directories import draw_weights, write_model
 from tests.models.weights.test_gguf import write_gguf
+from tests.mutations import mutate_bytes, mutate_line, mutate_values
 
 CONFIG = TransformerConfig(
     vocab_size=32, embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=32, max_length=64
 )
 LIMIT = 1 << 30
 """Bytes that a reader may take beyond what the process holds; its inputs have a few kilobytes."""
-NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
-FOLDER = Path(tempfile.mkdtemp(prefix="kto_jax-fuzz-"))
+_MEMORY = Path("/dev/shm")
+FOLDER = Path(tempfile.mkdtemp(prefix="kto_jax-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
@@ -54,71 +58,49 @@ def memory_limit():
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-@st.composite
-def mutated_bytes(draw, whole, head):
-    """A file with a few bytes or numbers changed, cut out or repeated, mostly in its first `head` bytes."""
-    data = bytearray(whole)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, min(head if draw(st.integers(0, 7)) else len(data), len(data))))
-        match draw(st.integers(0, 5)):
-            case 0:
-                data[at : at + 1] = bytes([draw(st.integers(0, 255))])
-            case 1:
-                data[at : at + 4] = struct.pack("<I", draw(st.sampled_from(NUMBERS)) & 0xFFFFFFFF)
-            case 2:
-                data[at : at + 8] = struct.pack("<Q", draw(st.sampled_from(NUMBERS)))
-            case 3:
-                del data[at : at + draw(st.sampled_from([1, 4, 8, 64, len(data)]))]
-            case 4:
-                data[at:at] = draw(st.binary(max_size=8))
-            case 5:
-                data[at:at] = data[at : at + 32]
-    return bytes(data)
-
-
-@st.composite
-def mutated_json(draw, values):
-    """A JSON value with one to three places replaced by junk."""
-    values = json.loads(json.dumps(values))
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places_of(values))))
-        junk = json.loads(json.dumps(draw(st.one_of(JUNK, st.sampled_from([*NUMBERS, -(2**63), 1e308, "BF16"])))))
-        if not path:
-            return junk
-        parent = values
-        for key in path[:-1]:
-            parent = parent[key]
-        parent[path[-1]] = junk
-    return values
-
-
 def _safetensors():
     return safetensors.numpy.save(draw_weights(CONFIG))
 
 
-@st.composite
-def safetensors_files(draw):
+def safetensors_file(chance):
     """A safetensors file with a mutated header or mutated bytes."""
     whole = _SAFETENSORS
     (size,) = struct.unpack("<Q", whole[:8])
-    if draw(st.booleans()):
-        header = json.dumps(draw(mutated_json(json.loads(whole[8 : 8 + size])))).encode()
+    if chance.randrange(2):
+        header = json.dumps(mutate_values(chance, json.loads(whole[8 : 8 + size]))).encode()
         return struct.pack("<Q", len(header)) + header + whole[8 + size :]
-    return draw(mutated_bytes(whole, 8 + size))
+    return mutate_bytes(chance, whole, 8 + size)
+
+
+@functools.lru_cache(maxsize=64)
+def model_of(config):
+    """The model of an architecture: many inputs have the same one, and it takes longer than all else."""
+    return Model.create(config)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config):
+    return expected_shapes(config)
+
+
+def check_weights(weights, config, path):
+    """Checks the names, then reads all tensors."""
+    shapes = mock.patch("kto_jax.models.weights.load.expected_shapes", lambda config, reward: dict(_shapes(config)))
+    with shapes:
+        check_names(weights, model_of(config), path)
+    for name, shape in weights.shapes.items():
+        weights.read(name, (slice(None),) * len(shape))
 
 
 def read_safetensors(data):
     """Reads all tensors of a file."""
     (FOLDER / "model.safetensors").write_bytes(data)
-    weights = SafetensorsWeights(FOLDER)
-    check_names(weights, Model.create(CONFIG), FOLDER)
-    for name, shape in weights.shapes.items():
-        weights.read(name, (slice(None),) * len(shape))
+    check_weights(SafetensorsWeights(FOLDER), CONFIG, FOLDER)
 
 
-def gguf_files():
+def gguf_file(chance):
     """A GGUF file with mutated bytes."""
-    return mutated_bytes(_GGUF, _GGUF_HEAD)
+    return mutate_bytes(chance, _GGUF, _GGUF_HEAD)
 
 
 def read_gguf(data):
@@ -128,14 +110,12 @@ def read_gguf(data):
     with contextlib.suppress(ConfigError):
         read_gguf_tokenizer(path)
     weights = GgufWeights(path)
-    check_names(weights, Model.create(weights.config), path)
-    for name, shape in weights.shapes.items():
-        weights.read(name, (slice(None),) * len(shape))
+    check_weights(weights, weights.config, path)
 
 
-def configs():
+def config_values(chance):
     """A config.json with mutated values."""
-    return mutated_json(json.loads((write_model(FOLDER / "model", CONFIG) / "config.json").read_text()))
+    return mutate_values(chance, _CONFIG_VALUES)
 
 
 def read_model_config(values):
@@ -144,14 +124,13 @@ def read_model_config(values):
     read_config(FOLDER / "model")
 
 
-@st.composite
-def feedback_files(draw):
+def feedback_file(chance):
     """Lines of feedback in any layout, mutated as values and then as bytes."""
-    kind = draw(st.sampled_from(sorted(GOOD)))
-    line = draw(mutated_line(GOOD[kind]))
-    if draw(st.booleans()):
-        line = draw(mutated_bytes(line, len(line)))
-    return kind, draw(st.sampled_from([".jsonl", ".json", ".csv"])), line
+    kind = chance.choice(sorted(GOOD))
+    line = mutate_line(chance, GOOD[kind])
+    if chance.randrange(2):
+        line = mutate_bytes(chance, line, len(line))
+    return kind, chance.choice([".jsonl", ".json", ".csv"]), line
 
 
 def read_feedback(case):
@@ -192,15 +171,14 @@ FORMS = [
 ]  # fmt: skip
 
 
-@st.composite
-def templates(draw):
+def template(chance):
     """A chat template of hostile and broken parts."""
-    text = draw(st.sampled_from(["", "{{ messages[0].content }}", "{{ bos_token }}"]))
-    for _ in range(draw(st.integers(1, 3))):
-        value = draw(st.sampled_from(VALUES))
-        for _ in range(draw(st.integers(0, 2))):
-            value = f"({value}) | {draw(st.sampled_from(FILTERS))}"
-        text = draw(st.sampled_from(FORMS)).format(value, text)
+    text = chance.choice(["", "{{ messages[0].content }}", "{{ bos_token }}"])
+    for _ in range(chance.randint(1, 3)):
+        value = chance.choice(VALUES)
+        for _ in range(chance.randint(0, 2)):
+            value = f"({value}) | {chance.choice(FILTERS)}"
+        text = chance.choice(FORMS).format(value, text)
     return text
 
 
@@ -213,23 +191,22 @@ def render(source):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is fuzzed: inputs, the reader of one, and the error that it may raise."""
+    """What is fuzzed: what makes an input of a source of chance, the reader of one, and the error that it may raise."""
 
-    inputs: object
-    read: object
+    draw: Callable[[random.Random], object]
+    read: Callable[[object], object]
     error: type = ConfigError
 
 
-def check(target, given):
-    """Reads an input within the limit of memory; returns whether it was accepted."""
-    with warnings.catch_warnings(), memory_limit():
-        # NumPy warns of overflow in the sizes that gguf computes and then refuses.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        try:
+def check(target, number):
+    """Reads the input of a number within the limit of memory; returns whether it was accepted."""
+    given = target.draw(random.Random(number))
+    try:
+        with memory_limit():
             target.read(given)
-        except target.error as refusal:
-            assert len(str(refusal)) < 5000
-            return False
+    except target.error as refusal:
+        assert len(str(refusal)) < 5000
+        return False
     return True
 
 
@@ -242,10 +219,11 @@ def _gguf():
 
 _SAFETENSORS = _safetensors()
 _GGUF, _GGUF_HEAD = _gguf()
+_CONFIG_VALUES = json.loads((write_model(FOLDER / "model", CONFIG) / "config.json").read_text())
 TARGETS = {
-    "safetensors": Target(safetensors_files(), read_safetensors),
-    "gguf": Target(gguf_files(), read_gguf),
-    "config.json": Target(configs(), read_model_config),
-    "feedback": Target(feedback_files(), read_feedback),
-    "templates": Target(templates(), render, EncodingError),
+    "safetensors": Target(safetensors_file, read_safetensors),
+    "gguf": Target(gguf_file, read_gguf),
+    "config.json": Target(config_values, read_model_config),
+    "feedback": Target(feedback_file, read_feedback),
+    "templates": Target(template, render, EncodingError),
 }

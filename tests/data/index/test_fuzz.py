@@ -2,7 +2,6 @@
 
 import collections
 import json
-import math
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from kto_jax.data.tokens.encoded_rows import Limits, encode_feedback
 from tests.data.conftest import InProcessWorkers
 from tests.data.rows.test_layouts import HALOS, HH, LOG, TREE, assistant, user
 from tests.data.test_docs import BLOCKS, rows_of, settings_of
+from tests.mutations import mutate_line
 
 CALLING = {
     "role": "assistant",
@@ -52,36 +52,6 @@ for words, text in BLOCKS:  # Every documented layout, including those without r
     kind = settings_of(words)
     key = (kind.get("layout", "fields"), kind["format"])
     GOOD[key] = [*GOOD.get(key, []), *rows_of(text)]
-WORDS = [
-    "",
-    " ",
-    "\0",
-    "\ud800",
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "\n\nHuman:",
-    "\n\nAssistant: x",
-    "é\u2028",
-    "q",
-]
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([0, -1, 2, 10**400, 1e39, math.nan, math.inf, -0.0, [], {}, [[]], [None], {"role": "user"}]),
-    st.sampled_from(WORDS),
-    st.lists(st.sampled_from(WORDS), max_size=4).map("".join),
-    st.text(max_size=5),
-    st.sampled_from([[], {}, [3], {"x": 3}]),
-    st.sampled_from([[user("Q")], [assistant("A")], [user("Q"), assistant("A")], assistant(3), {"role": ["user"]}]),
-)
-
-
-def places_of(value, path=()):
-    """Every place inside a JSON value, itself included."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places_of(item, (*path, key))
 
 
 def texts_of(value):
@@ -92,31 +62,6 @@ def texts_of(value):
         value = [item for key, item in value.items() if key != "type"]
     for item in value if isinstance(value, list) else ():
         yield from texts_of(item)
-
-
-@st.composite
-def mutated_line(draw, rows):
-    row = json.loads(json.dumps(draw(st.sampled_from(rows))))
-    for _ in range(draw(st.integers(0, 3))):
-        path = draw(st.sampled_from(list(places_of(row))))
-        junk = json.loads(json.dumps(draw(JUNK)))
-        if not path:
-            row = junk
-            continue
-        parent = row
-        for key in path[:-1]:
-            parent = parent[key]
-        if draw(st.booleans()):
-            parent[path[-1]] = junk
-        elif isinstance(parent, list) and draw(st.booleans()):
-            parent.append(parent[path[-1]])
-        else:
-            del parent[path[-1]]
-    line = json.dumps(row, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 4)) == 0:
-        at = draw(st.integers(0, len(line)))
-        line = line[:at] + draw(st.binary(max_size=3)) + line[at + draw(st.integers(0, 3)) :]
-    return line
 
 
 def apart(row, number):
@@ -132,8 +77,8 @@ def mutated_files(layout, count):
 
     @st.composite
     def drawn(draw):
-        kind = draw(st.sampled_from(kinds))
-        lines = [draw(mutated_line([apart(row, number) for row in GOOD[kind]])) for number in range(count)]
+        kind, chance = draw(st.sampled_from(kinds)), draw(st.randoms(use_true_random=False))
+        lines = [mutate_line(chance, [apart(row, number) for row in GOOD[kind]]) for number in range(count)]
         return kind, draw(st.sampled_from([".jsonl", ".json"])), lines
 
     return drawn()
