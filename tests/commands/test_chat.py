@@ -57,7 +57,8 @@ def test_a_conversation_in_a_terminal_is_pressed_and_trained_on(tmp_path, monkey
     assert train(
         ["--config=configs/kto_chat.py", f"--config.data.train={tmp_path}/presses.jsonl",
          f"--config.model.path={model}", f"--workdir={tmp_path}/run", "--config.batch_size=8",
-         "--config.microbatch_rows=8", "--config.data.max_length=128", "--config.data.max_prompt_length=96", "--config.epochs=1"]
+         "--config.microbatch_rows=8", "--config.data.max_length=128",
+         "--config.data.max_prompt_length=96", "--config.epochs=1"]
     ) == 0  # fmt: skip
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["sources"][0]["layout"] == "presses"
