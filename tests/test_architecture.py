@@ -87,9 +87,9 @@ ORDER = {
         "config_json",
     ],
     "kto_jax.models.weights": [
-        "gguf safetensors_files tensors value_head",
-        "adapter_folder adapter_names bitsandbytes grown",
-        "attached classifier model_files stored_dtype",
+        "gguf_layout safetensors_files tensors value_head",
+        "adapter_folder adapter_names bitsandbytes gguf_metadata grown",
+        "attached classifier gguf model_files stored_dtype",
         "load",
         "export",
         "peft",

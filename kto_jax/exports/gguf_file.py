@@ -1,13 +1,12 @@
 """A model directory as one GGUF file with its tokenizer, in the layout that llama.cpp reads.
 
-Models of the Llama type, Qwen2, Qwen3, Qwen3-MoE and Phi-3 with byte-level BPE tokenizers are written; others are
-refused by name. Matrices get the chosen kind; norms, biases and routers stay float32. The experts of a layer are one
-tensor. What is read of such files is in models/weights/gguf.py.
+A model that llama.cpp would compute otherwise is refused with what differs, and so is a tokenizer that it has no name
+for. Matrices get the chosen kind; norms, biases and routers stay float32. Names, the order of rows and the metadata of
+each family are in models/weights/gguf_layout.py, the reader in models/weights/gguf.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,9 @@ from kto_jax.config import ConfigError
 from kto_jax.config.packages import require
 from kto_jax.data.tokens import tokenizer_files
 from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
-from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.rope import LinearScaling, Llama3Scaling
-from kto_jax.models.weights.gguf import ROPE_FACTORS, row_order
+from kto_jax.models.weights.gguf_layout import LAYOUTS, Layout
+from kto_jax.models.weights.gguf_metadata import differences, rope_tensors, write_metadata
 from kto_jax.models.weights.load import is_reward_model, open_weights, read_config
 from kto_jax.models.weights.safetensors_files import Weights
 from kto_jax.models.weights.tensors import expected_shapes
@@ -31,20 +29,6 @@ from kto_jax.storage.atomic import new_file
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the kinds (general.file_type)."""
-_ARCHITECTURES: dict[str, tuple[str, frozenset[str]]] = {
-    "llama": ("llama", frozenset()),
-    "mistral": ("llama", frozenset()),
-    "qwen2": ("qwen2", frozenset({"qkv_bias"})),
-    "qwen3": ("qwen3", frozenset({"qk_norm"})),
-    "qwen3_moe": ("qwen3moe", frozenset({"qk_norm", "num_experts", "experts_per_token", "balance_weight"})),
-    "phi3": ("phi3", frozenset({"rotary_dim"})),
-}
-"""llama.cpp's name of each family that is written, and the fields in which it differs from Llama."""
-_SIZES = (
-    "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
-    "norm_eps", "rope_theta", "tied_head", "initializer_range", "bos_id", "eos_ids",
-)  # fmt: skip
-"""What a GGUF file of the Llama type states, or need not."""
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _OTHERWISE = "Export a Hugging Face directory, without --gguf, and convert that with llama.cpp."
 
@@ -66,13 +50,13 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
     import gguf
 
     config = read_config(directory)
-    architecture = _check_architecture(config, directory)
+    layout = _check_architecture(config, directory)
     fields = _tokenizer_fields(directory, config.vocab_size)
     with new_file(file) as partial:
-        writer = gguf.GGUFWriter(partial, architecture)
+        writer = gguf.GGUFWriter(partial, layout.architecture)
         writer.add_name(name)
         writer.add_file_type(_FILE_TYPES[kind])
-        _add_architecture(writer, config)
+        _add_architecture(writer, config, layout)
         for field, add in (
             ("model", writer.add_tokenizer_model), ("pre", writer.add_tokenizer_pre), ("tokens", writer.add_token_list),
             ("types", writer.add_token_types), ("merges", writer.add_token_merges), ("bos", writer.add_bos_token_id),
@@ -81,74 +65,54 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
         ):  # fmt: skip
             if fields.get(field) is not None:
                 add(fields[field])
-        _add_tensors(writer, config, directory, kind, architecture)
+        _add_tensors(writer, config, directory, kind, layout)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _check_architecture(config: TransformerConfig, directory: Path) -> str:
-    """llama.cpp's name of the architecture."""
-    architecture, own = _ARCHITECTURES.get(config.family, ("", frozenset()))
-    usual, free = TransformerConfig(8, 8, 1, 1, 1, 8, 8), {*_SIZES, *own, "family", "rope_scaling"}
-    names = [field.name for field in dataclasses.fields(config) if field.name not in free]
-    other = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    if config.rope_scaling is not None and not (
-        architecture == "llama" and isinstance(config.rope_scaling, Llama3Scaling | LinearScaling)
-    ):
-        other.append(f"rope_scaling {config.rope_scaling.to_hugging_face()['rope_type']}")
-    if architecture == "qwen3moe":  # llama.cpp divides the shares by their sum in this architecture
-        other = [name for name in other if name != "shares_sum_to_one"]
-        other += [] if config.shares_sum_to_one else ["norm_topk_prob=False"]
-    if not architecture or other or is_reward_model(directory):
-        what = ", ".join(other) or "a reward head"
+def _check_architecture(config: TransformerConfig, directory: Path) -> Layout:
+    """How llama.cpp keeps this model.
+
+    Raises:
+      ConfigError: it would compute something else.
+    """
+    layout = LAYOUTS.get(config.family)
+    other = [] if layout is None else differences(config, layout)
+    if is_reward_model(directory):
+        other.append("a reward head")
+    if layout is None or other:
+        what = f" with {'; '.join(other)}" if other else ""
         raise ConfigError(
-            f"{directory} is a model of family {config.family!r} ({what}), which is not written as GGUF. Models of the "
-            "Llama type are, and Qwen2, Qwen3, Qwen3-MoE and Phi-3 without window and scaled rotary embedding. "
-            f"{_OTHERWISE}"
+            f"{directory} is a model of family {config.family!r}{what}, which is not written as GGUF. Language models "
+            f"are, of the families {', '.join(LAYOUTS)}, with what llama.cpp computes of them. {_OTHERWISE}"
         )
-    return architecture
+    return layout
 
 
-def _add_architecture(writer: Any, config: TransformerConfig) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_length)
-    writer.add_embedding_length(config.embed_dim)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim if config.rotary_dim is None else config.rotary_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.num_experts:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.experts_per_token)
-        writer.add_expert_feed_forward_length(config.mlp_dim)
+def _add_architecture(writer: Any, config: TransformerConfig, layout: Layout) -> None:
+    for key, value in write_metadata(config, layout).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{layout.architecture}.{key}", value)
 
 
-def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str, architecture: str) -> None:
+def _add_tensors(writer: Any, config: TransformerConfig, directory: Path, kind: str, layout: Layout) -> None:
     import gguf
     from gguf import quants
 
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, config.num_layers)
-    weights = open_weights(directory)
-    for name, values in _joined(weights, expected_shapes(config)):
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-        if heads and architecture == "llama":
-            values = values[np.argsort(row_order(len(values), heads))]
-        is_kept = values.ndim == 1 or name.endswith(".mlp.gate.weight")  # a router's name in Qwen3-MoE
+    stored_name = layout.stored_names(config.num_layers)
+    for name, values in _joined(open_weights(directory), expected_shapes(config)):
+        order, offset, stored = layout.row_order(name, config), layout.offset(name, config), stored_name(name)
+        if order is not None:
+            values = values[np.argsort(order)]
+        values = values + np.float32(offset) if offset else values
+        is_kept = values.ndim == 1 or ".ffn_gate_inp." in stored  # norms, biases and routers
         own = "f32" if is_kept else "f16" if kind == "q8_0" and values.shape[-1] % 32 else kind
         tensor_kind = gguf.GGMLQuantizationType[own.upper()]
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, quants.quantize(values, tensor_kind), raw_dtype=tensor_kind)
-    if config.rope_scaling is not None:
-        plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
-        writer.add_tensor(ROPE_FACTORS, (plain / rotary_frequencies(config)).astype(np.float32))
+    for stored, values in rope_tensors(config, layout).items():
+        writer.add_tensor(stored, values)
 
 
 def _joined(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,8 +11,6 @@ from safetensors.numpy import load_file
 
 from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.export import main as export
-from kto_jax.exports.gguf_file import write_gguf
-from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.model import Model
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params, read_config
@@ -22,7 +20,6 @@ from kto_jax.sampling.sample import Sampling, sample
 from kto_jax.train import main as train
 from kto_jax.training.stored_policy import load_policy
 from tests import ROOT, TINY_MODEL
-from tests.models.families.family_files import FILES
 from tests.parity.test_families import close
 from tests.parity.test_transformers import our_logits, their_logits
 
@@ -199,18 +196,3 @@ def test_a_run_with_new_tokens_opens_in_transformers(torch, transformers, base, 
 
 def here_embedding(path):
     return load_file(path / "model.safetensors")["model.embed_tokens.weight"]
-
-
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", "phi3"])
-def test_a_gguf_file_of_other_families_computes_the_same_in_transformers(torch, transformers, name, tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": read_config(TINY_MODEL).vocab_size}
-    model = Model.create(read_config_json(FILES[name] | sizes | {"sliding_window": None}))
-    params = jax.tree.map(lambda leaf: leaf + 0.1, model.init_params(jax.random.key(0), "float32"))
-    save_hugging_face(tmp_path / "ours", model, params, tokenizer_dir=TINY_MODEL, model_card="")
-    write_gguf(tmp_path / "model.gguf", tmp_path / "ours", "f32", name=name)
-    # transformers reads no size of heads from a GGUF file.
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32, attn_implementation="eager"
-    )
-    close(our_logits(model, params, TOKENS), their_logits(torch, theirs, TOKENS))

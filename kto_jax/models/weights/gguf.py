@@ -1,7 +1,7 @@
 """Weights and architecture from a GGUF file, in Hugging Face's names and layout.
 
-The file is memory-mapped, and only the requested rows are dequantised. llama.cpp permutes the rows of Llama's query and
-key projections so that the pairs of the rotary embedding are adjacent; this module undoes the permutation.
+The file is memory-mapped, and only the requested rows are dequantised. gguf_layout.py says how llama.cpp's names, order
+of rows and values differ.
 """
 
 from __future__ import annotations
@@ -9,36 +9,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kto_jax.config import ConfigError
-from kto_jax.models.attention.dense import rotary_frequencies
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.rope import recover_scaling
+from kto_jax.models.weights.gguf_layout import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    Layout,
+    find_layout,
+)
+from kto_jax.models.weights.gguf_metadata import Metadata, read_metadata
 from kto_jax.storage.gguf_files import open_gguf_file
 
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OTHER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-ROPE_FACTORS = "rope_freqs.weight"
-"""llama3 scaling is stored as one factor per frequency."""
+_FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 def open_gguf(path: Path) -> GgufWeights:
@@ -57,7 +47,7 @@ def _open_cached(path: Path, modified: int) -> GgufWeights:
 
 
 class GgufWeights:
-    """The tensors of a GGUF file of a Llama-type model.
+    """The tensors of a GGUF file.
 
     Attributes:
       path: the file.
@@ -75,17 +65,19 @@ class GgufWeights:
         reader = open_gguf_file(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         try:
-            self.config = self._read_config(_Metadata(reader.fields, path))
+            fields = {name: field.contents() for name, field in reader.fields.items() if _is_read(name)}
+            self._layout, self.config = self._read_config(fields)
         except ConfigError:
             raise
         except Exception as error:  # Values of any type and size may be in any field.
             raise ConfigError(
-                f"{path} has metadata that describe no model ({type(error).__name__}: {error}). A .gguf file of a "
-                "Llama-type model is needed. Download the file again."
+                f"{path} has metadata that describe no model ({type(error).__name__}: {error}). A .gguf file of one of "
+                f"the architectures {', '.join(ARCHITECTURES)} is needed. Download the file again."
             ) from error
-        self._names = {_hugging_face_name(name): name for name in self._tensors if name != ROPE_FACTORS}
+        self._places = dict(self._find_places(self._layout))
         self.shapes = {
-            name: tuple(int(size) for size in reversed(self._tensors[own].shape)) for name, own in self._names.items()
+            name: _shape(self._tensors[stored])[0 if expert is None else 1 :]
+            for name, (stored, expert) in self._places.items()
         }
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -96,106 +88,73 @@ class GgufWeights:
         """
         from gguf import quants
 
-        tensor = self._tensors[self._names[name]]
-        rows: Any = index[0]
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
-        if heads:
-            rows = row_order(self.shapes[name][0], heads)[rows]
+        stored, expert = self._places[name]
+        tensor = self._tensors[stored]
+        data = tensor.data if expert is None else tensor.data[expert]
+        order = self._layout.row_order(name, self.config)
+        rows: Any = index[0] if order is None else order[index[0]]
         try:
-            values = quants.dequantize(np.ascontiguousarray(tensor.data[rows]), tensor.tensor_type)
+            values = quants.dequantize(np.ascontiguousarray(data[rows]), tensor.tensor_type)
         except (NotImplementedError, KeyError) as error:
             raise ConfigError(
                 f"{self.path}: tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which the gguf package "
                 "cannot dequantise; it can dequantise Q4_1, Q8_0, F16, F32 and most others. Choose another file of "
                 "the same model."
             ) from error
-        return values[(slice(None), *index[1:])]
+        offset = self._layout.offset(name, self.config)
+        return (values - np.float32(offset) if offset else values)[(slice(None), *index[1:])]
 
-    def _read_config(self, metadata: _Metadata) -> TransformerConfig:
+    def _read_config(self, fields: dict[str, Any]) -> tuple[Layout, TransformerConfig]:
         """The architecture, from metadata; vocabulary size and tied head from the tensors."""
-        architecture = metadata.get("general.architecture")
-        if architecture != "llama":
+        architecture = str(fields.get("general.architecture"))
+        values = {
+            key.removeprefix(f"{architecture}."): value
+            for key, value in fields.items()
+            if key.startswith(f"{architecture}.")
+        }
+        layout = find_layout(architecture, has_experts=bool(values.get("expert_count")))
+        if layout is None:
             raise ConfigError(
-                f"{self.path} holds a model of architecture {architecture!r}; only 'llama' is supported. Choose a "
-                "Llama-type model, or its Hugging Face directory."
+                f"{self.path} holds a model of architecture {architecture!r}; {', '.join(ARCHITECTURES)} are "
+                "supported. Choose a model of one of these, or its Hugging Face directory."
             )
-        if metadata.get("llama.expert_count", 0):
-            raise ConfigError(
-                f"{self.path} holds a mixture of experts (llama.expert_count); only dense models are read from .gguf "
-                "files. Choose its Hugging Face directory."
-            )
-        num_heads = metadata.require("llama.attention.head_count")
-        embed_dim = metadata.require("llama.embedding_length")
-        eos_id = metadata.get("tokenizer.ggml.eos_token_id")
         if "token_embd.weight" not in self._tensors:
             raise ConfigError(
                 f"{self.path} lacks the tensor token_embd.weight, which every model has. Download it again."
             )
-        config = TransformerConfig(
-            vocab_size=int(self._tensors["token_embd.weight"].shape[-1]),
-            embed_dim=embed_dim,
-            num_layers=metadata.require("llama.block_count"),
-            num_heads=num_heads,
-            num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
-            head_dim=metadata.get("llama.attention.key_length", embed_dim // num_heads),
-            mlp_dim=metadata.require("llama.feed_forward_length"),
-            max_length=metadata.get("llama.context_length", 2048),
-            # Stored in float32; the model's value is the shortest decimal that rounds to it.
-            norm_eps=float(str(np.float32(metadata.require("llama.attention.layer_norm_rms_epsilon")))),
-            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+        config = read_metadata(
+            Metadata(values, self.path, architecture),
+            layout,
+            vocab_size=_shape(self._tensors["token_embd.weight"])[0],
             tied_head="output.weight" not in self._tensors,
-            bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_ids=() if eos_id is None else (eos_id,),
+            factors={name: self._tensors[name].data for name in _FACTORS if name in self._tensors},
         )
-        return self._with_rope_scaling(config, metadata)
+        bos, eos = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+        return layout, dataclasses.replace(config, bos_id=bos, eos_ids=() if eos is None else (eos,))
 
-    def _with_rope_scaling(self, config: TransformerConfig, metadata: _Metadata) -> TransformerConfig:
-        kind = metadata.get("llama.rope.scaling.type", "none")
-        if kind != "none":
-            raise ConfigError(
-                f"{self.path}: rotary embedding is scaled by {kind!r}; none and llama3 are supported. Choose another "
-                "model."
-            )
-        if ROPE_FACTORS not in self._tensors:
-            return config
-        factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float64)
-        frequencies = rotary_frequencies(config)
-        if factors.shape == frequencies.shape and np.all(factors == 1):
-            return config
-        scaling = recover_scaling(frequencies, factors) if factors.shape == frequencies.shape else None
-        if scaling is None:
-            raise ConfigError(
-                f"{self.path}: the rotary factors in {ROPE_FACTORS} are those of no llama3 or linear scaling. Choose "
-                "the model's Hugging Face directory instead, whose config.json states its scaling."
-            )
-        return dataclasses.replace(config, rope_scaling=scaling)
+    def _find_places(self, layout: Layout) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Every tensor by its Hugging Face name, with its name here and the expert's number.
+
+        An unknown tensor keeps its name, and the comparison of names refuses it.
+        """
+        templates = layout.templates()
+        for stored, tensor in self._tensors.items():
+            layer = re.match(r"blk\.(\d+)\.", stored)
+            template = templates.get(re.sub(r"^blk\.\d+\.", "blk.{}.", stored))
+            if template is None:
+                if stored not in _FACTORS:
+                    yield stored, (stored, None)
+            elif template.count("{}") < 2:
+                yield template.format(*layer.groups() if layer else ()), (stored, None)
+            else:
+                for expert in range(_shape(tensor)[0]):
+                    yield template.format(layer[1] if layer else "", expert), (stored, expert)
 
 
-class _Metadata:
-    """Lookups in a GGUF file's fields."""
-
-    def __init__(self, fields: Mapping[str, Any], path: Path):
-        self._fields, self._path = fields, path
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._fields[name].contents() if name in self._fields else default
-
-    def require(self, name: str) -> Any:
-        if name not in self._fields:
-            raise ConfigError(
-                f"{self._path} lacks the metadata {name}, which every Llama-type file has. Download it again."
-            )
-        return self.get(name)
+def _is_read(key: str) -> bool:
+    """Whether a field is part of the architecture: all others may be large, such as the vocabulary."""
+    return not key.startswith("tokenizer.") or key.endswith(("bos_token_id", "eos_token_id"))
 
 
-def _hugging_face_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown one keeps its name, and the comparison of names refuses it."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match and match[2] in LAYER_NAMES:
-        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
-    return OTHER_NAMES.get(name, name)
-
-
-def row_order(num_rows: int, num_heads: int) -> np.ndarray:
-    """The stored row of each row: the stored order has a head's pairs (i, i + H/2) adjacent."""
-    return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))

@@ -29,7 +29,7 @@ def permute(weights, heads):
     return weights.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=(), vocabulary=()):
+def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=(), vocabulary=(), stated=()):
     """Writes a random model as llama.cpp's converter would, and returns its weights under Hugging Face's names."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -41,6 +41,9 @@ def write_gguf(path, config, kind, *, architecture="llama", leave_out=(), extra=
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    for key, value in dict(stated).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{architecture}.{key}", value)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if vocabulary:
@@ -133,11 +136,34 @@ def test_factors_of_no_scaling_are_refused(config, tmp_path):
             GgufWeights(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("stated, reason", [
+    ({"attention.clamp_kqv": 8.0}, "has the metadata attention.clamp_kqv=8.0, which is not known of the architecture"),
+    ({"rope.scaling.type": "su"}, "rotary embedding is scaled by 'su'; none, linear, yarn, llama3 and"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, r"lacks the metadata llama\.rope\.scaling\.original"),
+    ({"attention.value_length": 4.0}, "heads of 8 have 8 rotated dimensions and values of 4.0; all must be equal"),
+])  # fmt: skip
+def test_metadata_that_would_change_what_is_computed_are_refused(config, tmp_path, stated, reason):
+    write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, stated=stated)
+    with pytest.raises(ConfigError, match=reason):
+        read_config(tmp_path / "m.gguf")
+
+
+def test_metadata_that_change_nothing_are_passed_over(config, tmp_path):
+    stated = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "tensor_data_layout": "Meta AI original pth"}
+    write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, stated=stated)
+    assert read_config(tmp_path / "m.gguf").rope_scaling is None
+
+
+def test_a_factor_without_a_kind_is_linear_scaling(config, tmp_path):
+    write_gguf(tmp_path / "m.gguf", config, gguf.GGMLQuantizationType.F32, stated={"rope.scaling.factor": 4.0})
+    assert read_config(tmp_path / "m.gguf").rope_scaling == LinearScaling(4.0)
+
+
 def test_files_of_other_models_and_broken_files_are_refused(config, tmp_path):
     path = tmp_path / "m.gguf"
     kind = gguf.GGMLQuantizationType.F32
-    write_gguf(path, config, kind, architecture="qwen2")
-    with pytest.raises(ConfigError, match="architecture 'qwen2'; only 'llama' is supported"):
+    write_gguf(path, config, kind, architecture="mamba")
+    with pytest.raises(ConfigError, match=r"architecture 'mamba'; llama, qwen2, .*, granite are supported"):
         read_config(path)
     write_gguf(path, config, kind, leave_out=["blk.1.attn_q.weight"])
     with pytest.raises(ConfigError, match=r"missing: model\.layers\.1\.self_attn\.q_proj\.weight"):
