@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 TOKENS = np.random.default_rng(0).integers(5, 500, (1, 24))
 LENGTHS = (1, 4, 9, 16, 24)
 IN_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3")
-APPROXIMATE = ("gpt_neox", "gpt_neox_serial")
+APPROXIMATE = ("gemma", "gemma2", "gemma3", "gpt_neox", "gpt_neox_serial")
 """llama.cpp computes GELU by its tanh approximation, from a table in float16."""
 
 
@@ -38,9 +38,8 @@ def llama_cpp():
 
 
 def write_model(folder, name):
-    """A random model as a directory and as a GGUF file, large enough for the kinds of heads that llama.cpp knows."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": read_config(TINY_MODEL).vocab_size}
-    model = Model.create(read_config_json(GGUF_FILES[name] | sizes))
+    """A random model as a directory and as a GGUF file."""
+    model = Model.create(read_config_json(GGUF_FILES[name] | {"vocab_size": read_config(TINY_MODEL).vocab_size}))
     params = jax.jit(model.init_params, static_argnums=1)(jax.random.key(0), "float32")
     # Norms and biases that are not what they are initialised to.
     params = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim < 3 else leaf, params)
@@ -65,6 +64,7 @@ def their_logps(llama_cpp, file, vocab_size):
     """llama.cpp's log-probabilities of the next token, after each of `LENGTHS` tokens."""
     settings = llama_cpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.warmup = str(file), 256, False
+    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
     server = llama_cpp.Server(settings)
     rows = np.full((len(LENGTHS), vocab_size), np.nan)
@@ -84,4 +84,4 @@ def test_llama_cpp_computes_the_same_from_a_gguf_file(llama_cpp, name, tmp_path)
     ours = jax.nn.log_softmax(our_logits(model, params, TOKENS)[0])[np.array(LENGTHS) - 1]
     differ = float(np.max(np.abs(theirs - ours)))
     print(f"{name}: log-probabilities differ by at most {differ:.1e}, and spread by {float(np.std(ours)):.2f}")
-    assert differ < (0.02 if name in APPROXIMATE else 2e-3)
+    assert differ < (5e-3 if name in APPROXIMATE else 1e-4)
