@@ -36,6 +36,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.tokens.tokenizer import encode_prompts
+from kto_jax.data.workers import keep_workers
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.models.heads import SCALAR_HEAD
@@ -97,6 +98,7 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
     folder = Path(options.workdir)
     keep_compiled()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(keep_workers())
         rewards = processes.on_first(lambda: stack.enter_context(open_rewards(options.reward))) or []
         processes.on_first(lambda: check_names(options, [reward.name for reward in rewards]))
         processes.on_first(lambda: stack.enter_context(open_folder(folder, options)))

@@ -6,9 +6,9 @@ import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
 
+from kto_jax.data import workers
 from kto_jax.data.tokens.encoded_rows import start_encoder
 from kto_jax.data.tokens.tokenizer import quieten_transformers
-from kto_jax.data.workers import _start
 
 _TOKENIZES = (start_encoder, quieten_transformers)
 
@@ -47,7 +47,7 @@ class _KeptPool:
 @functools.cache
 def _process():
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, context, initializer=_start, initargs=(None, ()))
+    return concurrent.futures.ProcessPoolExecutor(1, context, initializer=workers._start, initargs=(None, ()))
 
 
 def process_ids():
@@ -59,4 +59,4 @@ def _begin(folder, environment, start, *arguments):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    start(*arguments)
+    workers._make_start((start, arguments))
