@@ -83,7 +83,7 @@ ORDER = {
     "kto_jax.models.families": [
         "multimodal quantization rotary tensors known_entries",
         "family",
-        "gemma gpt_neox granite llama mixture olmo phi qwen",
+        "gemma gpt_neox granite llama mixture olmo phi qwen starcoder",
         "config_json",
     ],
     "kto_jax.models.weights": [

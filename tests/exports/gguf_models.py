@@ -22,5 +22,6 @@ GGUF_FILES = {
     "olmo2": FILES["olmo2"],
     "gpt_neox": FILES["gpt_neox"],
     "gpt_neox_serial": FILES["gpt_neox"] | {"use_parallel_residual": False, "rotary_pct": 1.0},
+    "starcoder2": FILES["starcoder2"] | {"sliding_window": None},
     "granite": FILES["granite"],
 }

@@ -17,8 +17,8 @@ from tests.parity.test_transformers import our_logits, their_logits
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 TOKENS = np.random.default_rng(0).integers(5, 500, (1, 24))
 LENGTHS = (1, 4, 9, 16, 24)
-IN_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3")
-APPROXIMATE = ("gemma", "gemma2", "gemma3", "gpt_neox", "gpt_neox_serial")
+IN_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3", "starcoder2")
+APPROXIMATE = ("gemma", "gemma2", "gemma3", "gpt_neox", "gpt_neox_serial", "starcoder2")
 """llama.cpp computes GELU by its tanh approximation, from a table in float16."""
 
 

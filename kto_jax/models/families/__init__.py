@@ -18,8 +18,9 @@ from kto_jax.models.families.olmo import OLMO2
 from kto_jax.models.families.phi import PHI3
 from kto_jax.models.families.quantization import check_quantization
 from kto_jax.models.families.qwen import QWEN2, QWEN3
+from kto_jax.models.families.starcoder import STARCODER2
 
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA1, GEMMA2, GEMMA3, PHI3, OLMO2, GPT_NEOX, GRANITE)
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA1, GEMMA2, GEMMA3, PHI3, OLMO2, GPT_NEOX, GRANITE, STARCODER2)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, MIXTRAL, QWEN3_MOE, OLMOE)}
 ARCHITECTURES = tuple(family.causal_lm for family in FAMILIES.values())
 CLASSIFIERS = tuple(family.classifier for family in FAMILIES.values() if family.classifier is not None)

@@ -154,6 +154,12 @@ _LAYOUTS = (
         head="own",
     ),
     Layout(
+        "starcoder2",
+        "starcoder2",
+        {key: entry for key, entry in _USUAL.items() if entry != "rms_norm_eps"}
+        | {"attention.layer_norm_epsilon": "norm_epsilon"},
+    ),
+    Layout(
         "granite",
         "granite",
         _USUAL

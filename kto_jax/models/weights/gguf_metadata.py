@@ -139,7 +139,7 @@ def read_metadata(
         values.setdefault("num_key_value_heads", heads)
     else:
         del values["head_dim"]
-    if layout.family in ("mistral", "mixtral"):
+    if layout.family in ("mistral", "mixtral", "starcoder2"):
         values["sliding_window"] = None
     if read.get("sliding_window") == 0:
         values["sliding_window"] = None

@@ -128,6 +128,14 @@ FILES = {
         "logits_scaling": 0.5,
         "tie_word_embeddings": True,
     },
+    "starcoder2": {name: value for name, value in TINY.items() if name != "rms_norm_eps"}
+    | {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "norm_epsilon": 1e-5,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
     "llama_yarn": LLAMA
     | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0}},
     "llama_dynamic": LLAMA | {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
