@@ -84,6 +84,7 @@ class Checkpoints:
         self._fields = (*_STATE_FIELDS, "reference") if reference_is_synced else _STATE_FIELDS
         self._reference = ""
         self._pending: _Pending | None = None
+        self._writer: ocp.AsyncResponse[bool] | None = None
         self._last_given: tuple[int, Mapping[str, float] | None] = (0, None)
         self.failure = ""
         self._context = ocp.Context()
@@ -190,16 +191,8 @@ class Checkpoints:
             return
         record = {"step": step, "digests": digest_leaves(saved), "reference": self._reference}
         layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
-        reason = self._try_on_all(
-            lambda: self._checkpointer.save_checkpointables_async(
-                step,
-                {"state": saved},
-                metrics=held_out | {"step": step} if self._metric in held_out else None,
-                custom_metadata=record,
-                force=True,
-            )
-        )
-        if reason:
+        metrics = held_out | {"step": step} if self._metric in held_out else None
+        if reason := self._try_on_all(lambda: self._start_writing(step, saved, metrics, record)):
             self._recover(step, reason)
             return
         self._pending = _Pending(step, layout, record)
@@ -234,12 +227,23 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # an error of the writer has been reported
                 self._checkpointer.close()
 
+    def _start_writing(self, step: int, saved: Any, metrics: Any, record: dict[str, Any]) -> None:
+        self._writer = self._checkpointer.save_checkpointables_async(
+            step, {"state": saved}, metrics=metrics, custom_metadata=record, force=True
+        )
+
+    def _end_writing(self) -> None:
+        """Waits for the writer, and raises its error. Its thread and open files are released by this call alone."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.result()
+
     def _finish(self) -> None:
         """Waits for the pending save, reads it back, marks it as verified and removes older checkpoints."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if reason := self._try_on_all(self._checkpointer.wait):
+        if reason := self._try_on_all(self._end_writing):
             self._recover(pending.step, reason)
             return
         try:
@@ -323,8 +327,9 @@ class Checkpoints:
     def _recover(self, step: int, reason: str) -> None:
         """After a failed write: a new writer, because Orbax's raises the same error again; removes what was written."""
         note_failed_write()
-        with contextlib.suppress(Exception):
-            self._checkpointer.close()
+        for release in (self._end_writing, self._checkpointer.close):
+            with contextlib.suppress(Exception):
+                release()
         self._checkpointer = self._open()
         free = free_bytes(self._directory)
         room = "" if free is None else f"; {free:,} bytes are free in {self._directory}"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 
 import jax
@@ -231,7 +232,7 @@ def test_a_damaged_reference_is_refused_by_the_name_of_its_array(tmp_path):
 
 
 def test_a_run_of_a_version_without_digests_is_resumed_and_that_is_said(tmp_path, said, monkeypatch):
-    monkeypatch.setattr(module.Checkpoints, "_finish", lambda self: self._checkpointer.wait())
+    monkeypatch.setattr(Checkpoints, "_finish", lambda self: self._end_writing())
     with monkeypatch.context() as old:
         plain = module.ocp.training.Checkpointer.save_checkpointables_async
         old.setattr(
@@ -261,6 +262,17 @@ def test_a_lack_of_space_is_said_with_both_numbers_once_and_the_next_step_is_sav
         assert said[1:] == ["the checkpoint of step 3 is saved; the one before had failed"]
 
 
+def test_saves_leave_no_open_files_behind(tmp_path):
+    """A writer of Orbax keeps three open, and a thread, until it is asked for its result."""
+    state, held = make_state(make_mesh(MESH)), []
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(step, state, None)
+            checkpoints.wait()
+            held.append(len(os.listdir("/dev/fd")))
+    assert held[-1] <= held[1] + 3
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_an_error_of_the_writer_is_said_in_one_line_and_the_same_step_can_be_saved_again(
     background, tmp_path, said, monkeypatch
@@ -268,15 +280,17 @@ def test_an_error_of_the_writer_is_said_in_one_line_and_the_same_step_can_be_sav
     if background:
         monkeypatch.setattr(module.jax, "default_backend", lambda: "tpu")
     state = make_state(make_mesh(MESH))
+    end_writing = Checkpoints._end_writing
 
     def fail(self):
+        end_writing(self)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig())) as checkpoints:
         checkpoints.save(1, state, None)
         checkpoints.wait()
         with monkeypatch.context() as full:
-            full.setattr(module.ocp.training.Checkpointer, "wait", fail)
+            full.setattr(Checkpoints, "_end_writing", fail)
             checkpoints.save(2, state, None)
             checkpoints.wait()
         assert "No space left on device" in checkpoints.failure and "bytes are free in" in said[0]
