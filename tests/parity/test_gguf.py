@@ -41,8 +41,8 @@ def write_model(folder, name):
     """A random model as a directory and as a GGUF file."""
     model = Model.create(read_config_json(GGUF_FILES[name] | {"vocab_size": read_config(TINY_MODEL).vocab_size}))
     params = jax.jit(model.init_params, static_argnums=1)(jax.random.key(0), "float32")
-    # Norms and biases that are not what they are initialised to.
-    params = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim < 3 else leaf, params)
+    # Norms and biases that differ from each other and from what they are initialised to.
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), params)
     save_hugging_face(folder / "ours", model, params, tokenizer_dir=TINY_MODEL, model_card="")
     # llama.cpp looks for special tokens of Phi-3 in a file whose name has "phi3" in it.
     write_gguf(folder / "model.gguf", folder / "ours", "f32", name="tiny")
