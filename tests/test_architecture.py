@@ -47,8 +47,8 @@ ORDER = {
         "records",
     ],
     "kto_jax.data.tokens": [
-        "gguf_tokenizer other_templates template tokenizer_files",
-        "control_tokens",
+        "gguf_pieces other_templates template tokenizer_files",
+        "control_tokens gguf_tokenizer",
         "prompts",
         "encoder",
         "tokenizer",

@@ -18,6 +18,7 @@ import numpy as np
 from kto_jax.config import ConfigError
 from kto_jax.config.packages import require
 from kto_jax.data.tokens import tokenizer_files
+from kto_jax.data.tokens.gguf_pieces import CONTROL, NORMAL, UNUSED, USER_DEFINED, describe_pieces
 from kto_jax.data.tokens.gguf_tokenizer import name_pre_tokenizer
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.weights.gguf_layout import LAYOUTS, Layout
@@ -29,7 +30,6 @@ from kto_jax.storage.atomic import new_file
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the kinds (general.file_type)."""
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _OTHERWISE = "Export a Hugging Face directory, without --gguf, and convert that with llama.cpp."
 
 
@@ -59,8 +59,10 @@ def write_gguf(file: Path, directory: Path, kind: str, *, name: str) -> None:
         _add_architecture(writer, config, layout)
         for field, add in (
             ("model", writer.add_tokenizer_model), ("pre", writer.add_tokenizer_pre), ("tokens", writer.add_token_list),
-            ("types", writer.add_token_types), ("merges", writer.add_token_merges), ("bos", writer.add_bos_token_id),
-            ("eos", writer.add_eos_token_id), ("eot", writer.add_eot_token_id), ("pad", writer.add_pad_token_id),
+            ("scores", writer.add_token_scores), ("types", writer.add_token_types),
+            ("merges", writer.add_token_merges), ("space_prefix", writer.add_add_space_prefix),
+            ("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("eot", writer.add_eot_token_id),
+            ("unk", writer.add_unk_token_id), ("pad", writer.add_pad_token_id),
             ("add_bos", writer.add_add_bos_token), ("template", writer.add_chat_template),
         ):  # fmt: skip
             if fields.get(field) is not None:
@@ -141,29 +143,45 @@ def _tokenizer_fields(directory: Path, vocab_size: int) -> dict[str, Any]:
         raise ConfigError(f"{directory} has no tokenizer.json. A GGUF file holds its tokenizer. {_OTHERWISE}")
     definition = json.loads(file.read_text(encoding="utf-8"))
     model = definition["model"]
-    pre = name_pre_tokenizer(definition) if model.get("type") == "BPE" else None
-    if pre is None:
+    fields = _describe_bpe(definition, vocab_size) if model.get("type") == "BPE" else None
+    if fields is None:
         raise ConfigError(
-            f"the tokenizer of {directory} is {model.get('type')} with the pre-tokenizer "
+            f"the tokenizer of {directory} is {model.get('type')} with the normalizer "
+            f"{json.dumps(definition.get('normalizer'))[:200]} and the pre-tokenizer "
             f"{json.dumps(definition.get('pre_tokenizer'))[:200]}. Byte-level BPE as in GPT-2, SmolLM2, Llama 3 and "
-            f"Qwen2 is written. {_OTHERWISE}"
+            f"Qwen2 is written, and pieces with byte fallback as in Gemma and Llama 2. {_OTHERWISE}"
         )
-    tokens, types = [f"[PAD{number}]" for number in range(vocab_size)], [_UNUSED] * vocab_size
-    for token, number in model["vocab"].items():
-        tokens[number], types[number] = token, _NORMAL
-    for added in definition["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    tokens = fields["tokens"]
     special = tokenizer_files.read_special_tokens(directory)
-    ids = {name: tokens.index(special[f"{name}_token"]) for name in ("bos", "eos", "pad") if f"{name}_token" in special}
+    ids = {
+        name: tokens.index(special[f"{name}_token"])
+        for name in ("bos", "eos", "unk", "pad")
+        if f"{name}_token" in special
+    }
     starts = tokenizers.Tokenizer.from_file(str(file)).encode("a").ids[:1]
     ends = _ends(directory)
-    return {
-        "model": "gpt2", "pre": pre, "tokens": tokens, "types": types, "merges": merges, **ids,
+    return fields | ids | {
         "eot": next((end for end in ends if end != ids.get("eos")), None),
         "add_bos": starts == [ids.get("bos")], "template": tokenizer_files.read_template(directory),
     }  # fmt: skip
+
+
+def _describe_bpe(definition: dict[str, Any], vocab_size: int) -> dict[str, Any] | None:
+    """The vocabulary of a BPE as GGUF's fields; None if llama.cpp has no name for its kind here."""
+    pieces, pre = describe_pieces(definition, vocab_size), name_pre_tokenizer(definition)
+    if pieces is not None:
+        return {"model": "llama", "pre": "default"} | pieces
+    if pre is None:
+        return None
+    model = definition["model"]
+    tokens, types = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, NORMAL
+    for added in definition["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {"model": "gpt2", "pre": pre, "tokens": tokens, "types": types, "merges": merges}
 
 
 def _ends(directory: Path) -> list[int]:

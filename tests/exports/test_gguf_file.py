@@ -6,14 +6,17 @@ import shutil
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 
 from kto_jax.config import ConfigError
+from kto_jax.data.tokens.gguf_tokenizer import read_gguf_tokenizer
 from kto_jax.exports.gguf_file import write_gguf
 from kto_jax.models.families import FAMILIES
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.weights.gguf_layout import LAYOUTS
 from kto_jax.models.weights.load import open_weights, read_config
 from tests import TINY_MODEL
+from tests.data.tokens.pieces import TEXTS, write_pieces
 from tests.exports.gguf_models import GGUF_FILES
 from tests.models.families.family_files import FILES
 from tests.models.weights.directories import draw_weights, write_model
@@ -22,9 +25,9 @@ VOCAB = read_config(TINY_MODEL).vocab_size
 OTHERWISE = "Export a Hugging Face directory, without --gguf"
 
 
-def make_model(directory, file):
+def make_model(directory, file, vocab_size=VOCAB):
     """A model directory with random weights and a tokenizer, and these weights."""
-    config = read_config_json(file | {"vocab_size": VOCAB})
+    config = read_config_json(file | {"vocab_size": vocab_size})
     weights = draw_weights(config)
     write_model(directory, config, weights)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -197,3 +200,32 @@ def test_a_reward_model_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["Gemma2ForSequenceClassification"]}))
     with pytest.raises(ConfigError, match="family 'gemma2' with a reward head, which is not written as GGUF"):
         write_gguf(tmp_path / "model.gguf", tmp_path / "model", "f16", name="x")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_of_pieces_is_written_and_read(tmp_path, prefix):
+    make_model(tmp_path / "model", GGUF_FILES["gemma2"])
+    write_pieces(tmp_path / "model", prefix=prefix)
+    write_gguf(tmp_path / "model.gguf", tmp_path / "model", "f16", name="x")
+    found = read_gguf_tokenizer(tmp_path / "model.gguf")
+    original = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    for text in TEXTS:
+        assert found.backend.encode(text).ids == original.encode(text).ids
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    stated = {"model": "llama", "pre": "default", "add_space_prefix": prefix, "add_bos_token": True}
+    assert {name: fields[f"tokenizer.ggml.{name}"].contents() for name in stated} == stated
+
+
+@pytest.mark.parametrize("definition, name", [
+    ({"normalizer": {"type": "NFC"}}, "olmo"), ({"normalizer": None}, "gpt-2"),
+])  # fmt: skip
+def test_composed_characters_are_those_of_the_tokenizer(tmp_path, definition, name):
+    make_model(tmp_path / "model", GGUF_FILES["olmo2"])
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | definition))
+    write_gguf(tmp_path / "model.gguf", tmp_path / "model", "f16", name="x")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == name
+    text = "nai\u0308ve"  # two code points for one letter
+    found = read_gguf_tokenizer(tmp_path / "model.gguf").backend.encode(text).ids
+    assert found == tokenizers.Tokenizer.from_file(str(file)).encode(text).ids

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_jax.config import ConfigError
+from kto_jax.data.tokens.gguf_pieces import CONTROL, UNKNOWN, USER_DEFINED, read_pieces
 from kto_jax.storage.gguf_files import open_gguf_file
 
 if TYPE_CHECKING:
     import tokenizers
-
-_CONTROL, _USER_DEFINED = 3, 4
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -24,6 +23,7 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _PRE_TOKENIZERS: dict[str, str | None] = {
     "default": None,
     "gpt-2": None,
+    "olmo": None,
     "smollm": "digits",
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
@@ -32,6 +32,8 @@ _PRE_TOKENIZERS: dict[str, str | None] = {
     "deepseek-r1-qwen": _QWEN2,
 }
 """How each kind of file splits text into words: as GPT-2, as GPT-2 with single digits, or by a regular expression."""
+_COMPOSED = ("olmo", "qwen2", "deepseek-r1-qwen")
+"""The kinds whose tokenizers compose characters (NFC) first, which llama.cpp does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class GGUFTokenizer:
 
 
 def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
-    """Rebuilds the byte-level BPE tokenizer of a GGUF file.
+    """Rebuilds the tokenizer of a GGUF file: byte-level BPE, or pieces with scores.
 
     Args:
       path: the file.
@@ -74,16 +76,20 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
 
 
 def _read_tokenizer(path: Path, reader: Any) -> GGUFTokenizer:
+    from tokenizers import normalizers
+
     fields = {
         name.removeprefix("tokenizer."): field.contents()
         for name, field in reader.fields.items()
         if name.startswith("tokenizer.")
     }
     kind, split = fields.get("ggml.model"), fields.get("ggml.pre", "default")
-    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
+    has_pieces = kind == "llama" and "ggml.scores" in fields
+    if not has_pieces and (kind != "gpt2" or split not in _PRE_TOKENIZERS):
         raise ConfigError(
-            f"{path} has a tokenizer of kind {kind!r}, {split!r}. Of GGUF files, byte-level BPE (gpt2) is read, "
-            f"split as {', '.join(_PRE_TOKENIZERS)}. Use the Hugging Face directory of the same model."
+            f"{path} has a tokenizer of kind {kind!r}, {split!r}. Of GGUF files, pieces with scores (llama) are read, "
+            f"and byte-level BPE (gpt2) split as {', '.join(_PRE_TOKENIZERS)}. Use the Hugging Face directory of the "
+            "same model."
         )
     tokens = fields["ggml.tokens"]
     special_tokens = {
@@ -91,8 +97,11 @@ def _read_tokenizer(path: Path, reader: Any) -> GGUFTokenizer:
         for short, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
         if f"ggml.{name}_token_id" in fields
     }
-    backend = _byte_level_bpe(fields, _PRE_TOKENIZERS[split])
-    if fields.get("ggml.add_bos_token", False) and "bos_token" in special_tokens:
+    backend = read_pieces(fields) if has_pieces else _byte_level_bpe(fields, _PRE_TOKENIZERS[split])
+    if not has_pieces and split in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
+    _add_tokens(backend, fields)
+    if fields.get("ggml.add_bos_token", has_pieces) and "bos_token" in special_tokens:
         _add_bos(backend, special_tokens["bos_token"])
     return GGUFTokenizer(backend, special_tokens, fields.get("chat_template"))
 
@@ -106,11 +115,13 @@ def name_pre_tokenizer(definition: Mapping[str, Any]) -> str | None:
     parts = definition.get("pre_tokenizer") or {}
     parts = parts.get("pretokenizers", []) if parts.get("type") == "Sequence" else [parts]
     *before, last = parts or [{}]
-    is_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and not definition.get("normalizer")
-    if not is_bytes or len(before) > 1:
+    composes = definition.get("normalizer") == {"type": "NFC"}
+    is_plain = composes or not definition.get("normalizer")
+    is_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    if not is_bytes or not is_plain or len(before) > 1:
         return None
     if not before:
-        return "gpt-2" if last.get("use_regex", True) else None
+        return ("olmo" if composes else "gpt-2") if last.get("use_regex", True) else None
     if before[0].get("type") == "Digits" and before[0].get("individual_digits") and last.get("use_regex", True):
         return "smollm"
     regex = before[0].get("pattern", {}).get("Regex", "") if before[0].get("behavior") == "Isolated" else ""
@@ -118,7 +129,7 @@ def name_pre_tokenizer(definition: Mapping[str, Any]) -> str | None:
 
 
 def _byte_level_bpe(fields: dict[str, Any], split: str | None) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = fields["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
@@ -133,11 +144,16 @@ def _byte_level_bpe(fields: dict[str, Any], split: str | None) -> tokenizers.Tok
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([by_regex, byte_level])
     backend.decoder = decoders.ByteLevel()
-    kinds = fields.get("ggml.token_type", [])
-    pairs = list(zip(tokens, kinds, strict=False))
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in pairs if k == _CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in pairs if k == _USER_DEFINED])
     return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, fields: dict[str, Any]) -> None:
+    from tokenizers import AddedToken
+
+    pairs = list(zip(fields["ggml.tokens"], fields.get("ggml.token_type", []), strict=False))
+    special = [AddedToken(token, normalized=False, special=True) for token, k in pairs if k in (CONTROL, UNKNOWN)]
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == USER_DEFINED])
 
 
 def _add_bos(backend: tokenizers.Tokenizer, bos_token: str) -> None:
