@@ -86,6 +86,13 @@ def test_the_interval_of_a_statistic_agrees_with_that_of_the_mean():
     assert found.low == pytest.approx(mean.low, abs=0.01) and found.high == pytest.approx(mean.high, abs=0.01)
 
 
+def test_the_interval_of_a_statistic_allows_for_skew():
+    values = np.random.default_rng(1).exponential(size=20)
+    found = statistic_interval(lambda weights: np.average(values, weights=weights), range(20), draws=4000)
+    mean = mean_interval(values, range(20))
+    assert found.low == pytest.approx(mean.low, abs=0.03) and found.high == pytest.approx(mean.high, abs=0.03)
+
+
 def test_the_sign_test_is_exact_over_prompts():
     wins, losses = 9, 1
     shares = [1.0] * wins + [0.0] * losses + [0.5] * 5

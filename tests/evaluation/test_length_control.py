@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kto_jax.evaluation.length_control import length_controlled
+from tests.evaluation.simulated import coverage
 
 
 def planted(seed, theta, phi, num_prompts=1500, longer=40.0):
@@ -47,10 +48,10 @@ def test_a_perfect_fit_is_finite():
 
 
 @pytest.mark.exhaustive
-def test_intervals_at_equal_lengths_cover_in_500_draws():
-    def holds(seed):
-        shares, extra, prompts = planted(seed, 0.3, 1.0, num_prompts=200)
-        found = length_controlled(shares, extra, prompts, draws=200, seed=seed).rate
-        return found.low <= 1 / (1 + np.exp(-0.3)) <= found.high
+@pytest.mark.parametrize("rate", [0.3, 0.4, 0.5, 0.6, 0.7])
+def test_intervals_at_equal_lengths_cover_in_500_draws(rate):
+    def interval(seed):
+        shares, extra, prompts = planted(seed, np.log(rate / (1 - rate)), phi=1.0, num_prompts=100)
+        return length_controlled(shares, extra, prompts, seed=seed).rate
 
-    assert sum(map(holds, range(500))) / 500 >= 0.91
+    assert coverage(interval, rate, draws=500) >= 0.92
