@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's kinds of tokens."""
+_LONGEST = 256
+"""Characters of a piece that is split; Gemma's longest is 31 spaces. The splits of a longer one would fill the memory."""
 _SPACE = "▁"
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
@@ -60,6 +62,9 @@ def read_pieces(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
     Args:
       fields: by their names without "tokenizer.".
+
+    Raises:
+      ValueError: a piece is too long.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -68,6 +73,8 @@ def read_pieces(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     merges = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         if kind == NORMAL:
+            if len(token) > _LONGEST:
+                raise ValueError(f"it has a piece of {len(token)} characters; at most {_LONGEST} are read")
             splits = ((token[:place], token[place:]) for place in range(1, len(token)))
             merges += [(-score, left, right) for left, right in splits if left in vocab and right in vocab]
     merges.sort(key=lambda merge: merge[0])

@@ -46,3 +46,9 @@ def test_a_piece_scores_the_better_the_earlier_it_is_merged():
 ])  # fmt: skip
 def test_other_ways_with_spaces_are_not_described(changes):
     assert describe_pieces(make_pieces(prefix=True) | changes, 500) is None
+
+
+def test_a_piece_that_would_fill_the_memory_is_refused():
+    fields = {"ggml.tokens": ["a" * 100_000], "ggml.scores": [0.0], "ggml.token_type": [1]}
+    with pytest.raises(ValueError, match="it has a piece of 100000 characters; at most 256 are read"):
+        read_pieces(fields)
