@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's kinds of tokens."""
 _LONGEST = 256
-"""Characters of a piece that is split; Gemma's longest is 31 spaces. The splits of a longer one would fill the memory."""
+"""Characters of a piece that is split. Gemma's longest is 31 spaces; the splits of a huge one would fill the memory."""
 _SPACE = "▁"
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
