@@ -139,9 +139,7 @@ def read_metadata(
         values.setdefault("num_key_value_heads", heads)
     else:
         del values["head_dim"]
-    if layout.family in ("mistral", "mixtral", "starcoder2"):
-        values["sliding_window"] = None
-    if read.get("sliding_window") == 0:
+    if read.get("sliding_window", 0) == 0:  # Also of an architecture that has no such key.
         values["sliding_window"] = None
     if layout.deep is not None:
         is_deep = values["num_hidden_layers"] == layout.deep
