@@ -16,13 +16,11 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from kto_jax.command import FINISHED, PREEMPTED, run_command
 from kto_jax.progress import announce_import
@@ -32,16 +30,14 @@ if __name__ == "__main__":  # The imports below take seconds, and launch scripts
     announce_import()
 
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import ConfigError
 from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.data.workers import keep_workers
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import keep_compiled
 from kto_jax.models.heads import SCALAR_HEAD
-from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
-from kto_jax.models.weights.value_head import load_value_head
+from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.objectives.record import Advantages
 from kto_jax.progress import console, next_lines
@@ -52,18 +48,17 @@ from kto_jax.rollouts.hand_over import check_gap, hand_over
 from kto_jax.rollouts.kl_weight import rule_of_round
 from kto_jax.rollouts.labels import Labelled, by_prompt, check_rule, label
 from kto_jax.rollouts.measure import measure, read_figures, write_figures
-from kto_jax.rollouts.options import Options, check_names, check_options, objective_config, open_folder
+from kto_jax.rollouts.options import Options, check_names, check_options, open_folder
 from kto_jax.rollouts.policies import Policies, open_policies
 from kto_jax.rollouts.prompts import PromptRow, prompts_of_round, read_prompts
 from kto_jax.rollouts.rounds import Rollout, Row, check_feedback, sample_round
+from kto_jax.rollouts.runs import Runs
 from kto_jax.sampling.complete import LanguageModel
 from kto_jax.sampling.endpoint import SamplingEndpoint
 from kto_jax.sampling.sample import Sampling
-from kto_jax.sampling.slots import place
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.train import train
 from kto_jax.training.ending import run_to_end
-from kto_jax.training.logs import read_metrics
 from kto_jax.training.preemption import Preemption
 
 _HELD_OUT = 2**31
@@ -103,11 +98,12 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
         processes.on_first(lambda: check_names(options, [reward.name for reward in rewards]))
         processes.on_first(lambda: stack.enter_context(open_folder(folder, options)))
         sampling = Sampling(options.temperature, 1.0, 0, options.max_new_tokens)
-        policies = open_policies(options.config, options.sample_on)
+        runs = Runs(options, objective, folder)
+        policies = open_policies(options.config, options.sample_on, runs.kept)
         endpoint = SamplingEndpoint(options.sample_from, options.sample_model) if options.sample_from else None
         limits = (options.num_samples, options.batch_size)
         rollout = Rollout(sampling, *limits, rewards, options.reward_timeout, endpoint)
-        online = _Online(options, objective, policies, folder, prompts, held_out[: options.held_out], rollout, command)
+        online = _Online(options, objective, policies, runs, prompts, held_out[: options.held_out], rollout, command)
         console.print(
             f"{len(prompts)} prompts to train on, {len(online.held_out)} of {len(held_out)} held-out ones measured"
         )
@@ -119,10 +115,6 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
     return FINISHED
 
 
-_LAST = ("loss", "z0", "kl", "margin", "reference_kl")
-_MEANS = ("clipped", "old_kl", "value_loss", "grad_norm")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Online:
     """An online run."""
@@ -130,7 +122,7 @@ class _Online:
     options: Options
     objective: Objective
     policies: Policies
-    folder: Path
+    runs: Runs
     prompts: Sequence[PromptRow]
     held_out: Sequence[PromptRow]
     rollout: Rollout
@@ -138,7 +130,7 @@ class _Online:
 
     def run_round(self, number: int, preemption: Preemption) -> int:
         """Runs one round, or what is left of it; returns the exit code of its training."""
-        if number < processes.broadcast_int(len(self._log())):
+        if number < processes.broadcast_int(len(self.runs.log())):
             return FINISHED
         console.print(f"round {number + 1} of {self.options.rounds}")
         started = time.monotonic()
@@ -176,12 +168,12 @@ class _Online:
         both = self.objective.reads == "thumbs" and self.objective.needs_both_labels
         check_feedback(labelled.rows, needs_both=both, number=number, dropped=dropped)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled.rows)
-        write_text(self._folder_of(number) / "feedback.jsonl", text)
+        write_text(self.runs.folder_of(number) / "feedback.jsonl", text)
         kind = {
             "pairs": "pairs",
             "thumbs": f"thumbs, {labelled.desirable} of them desirable",
             "scores": f"completions with advantages, {labelled.desirable} of them positive",
-        }[self._format()]
+        }[self.runs.format]
         console.print(
             f"reward {figures_of(rows)['reward']:.3f} over {len(rows)} completions; {len(labelled.rows)} {kind}"
             + (f"; not used: {dropped}" if dropped else "")
@@ -189,22 +181,9 @@ class _Online:
         return labelled
 
     def _train(self, number: int, preemption: Preemption) -> int:
-        """Trains on the round's feedback; a round that keeps the optimizer continues the one before."""
-        keeps = number > 0 and self.options.keeps_optimizer(self.objective)
-        after = self._run_of(number - 1) if keeps else None
-        return train(self._config_of(number), self._run_of(number), self.command, preemption, after=after)
-
-    def _folder_of(self, number: int) -> Path:
-        return self.folder / f"round_{number:03}"
-
-    def _run_of(self, number: int) -> Path:
-        return self._folder_of(number) / "run"
-
-    def _format(self) -> Literal["thumbs", "pairs", "scores"]:
-        """What the feedback is, as `data.format` calls it."""
-        if self.objective.advantages:
-            return "scores"
-        return "pairs" if self.objective.reads == "pairs" else "thumbs"
+        """Trains on the round's feedback, from where the round before ended."""
+        runs = self.runs
+        return train(runs.config_of(number), runs.run_of(number), self.command, preemption, start=runs.start_of(number))
 
     def _label(self, rows: Sequence[Row], by_token: dict[str, list[np.ndarray]]) -> Labelled:
         keep_cut, advantage_rule = self.options.trains_cut(self.objective), self._rule()
@@ -229,7 +208,7 @@ class _Online:
     def _rule(self) -> Advantages | None:
         """How the next round's rewards become advantages."""
         rule = self.objective.advantages
-        return rule and rule_of_round(rule, self._log())
+        return rule and rule_of_round(rule, self.runs.log())
 
     def _sample(self, number: int) -> tuple[list[Row], float]:
         """The round's completions with their rewards, and the seconds that they took.
@@ -249,7 +228,7 @@ class _Online:
             started = time.monotonic()
             rows: list[Row] = []
             for part in range(1 + options.resample):
-                path = self._folder_of(number) / f"rollout{f'_{part}' if part else ''}.jsonl"
+                path = self.runs.folder_of(number) / f"rollout{f'_{part}' if part else ''}.jsonl"
                 rows += sample_round(model, chosen, self.rollout, number=number, seed=seed, path=path, part=part)
                 groups = by_prompt(rows).values()
                 missing = options.prompts_per_round - sum(has_spread(group, options.spread_of) for group in groups)
@@ -260,10 +239,9 @@ class _Online:
 
     def _hand_over(self, number: int) -> None:
         """Makes the server sample from the policy before a round, unless the round is sampled already."""
-        options, sampled = self.options, (self._folder_of(number) / "rollout.jsonl").exists()
+        options, sampled = self.options, (self.runs.folder_of(number) / "rollout.jsonl").exists()
         if options.sample_from and not processes.broadcast_bool(sampled):
-            folder = Path(self._policy_before(number))
-            processes.on_first(lambda: hand_over(options.hand_over, folder))
+            processes.on_first(lambda: hand_over(options.hand_over, self.runs.exported_before(number)))
 
     def _check_lengths(self, model: LanguageModel | None) -> None:
         """Refuses prompts that leave no room for a whole completion: training cuts no sampled token.
@@ -291,48 +269,59 @@ class _Online:
           For each completion old_logps, sampled_logps and values; reference_logps if there is another reference. For
           objectives that only show the figures, those of some of the completions.
         """
-        path = self._folder_of(number) / "tokens.npz"
+        path = self.runs.folder_of(number) / "tokens.npz"
         if processes.broadcast_bool(path.exists()):
             return read_figures(path)
         read = rows if self.objective.advantages else rows[:: max(1, len(rows) // _NUM_MEASURED)]
         found: dict[str, list[np.ndarray]] = {}
+        policy, head = self._policy_to_measure(number)
         if self.policies.works_here:
             found["sampled_logps"] = [np.asarray(row["logps"], np.float32) for row in read]
-            found["old_logps"], found["values"] = self._measured(read, self._policy_before(number), number)
+            found["old_logps"], found["values"] = self._measured(read, *policy(), head)
             if self.options.reference == "initial":
-                found["reference_logps"] = self._measured(read, self._initial(), 0)[0] if number else found["old_logps"]
+                initial = self.policies.read(self.runs.initial)
+                found["reference_logps"] = self._measured(read, *initial())[0] if number else found["old_logps"]
+        if self.options.reference == "previous":
+            self.policies.forget_initial()
         processes.on_first(lambda: write_figures(path, found))
         return found
 
-    def _measured(self, rows: Sequence[Row], path: str, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-probabilities of the rows' tokens under a model, and values by the head that a round begins with."""
+    def _policy_to_measure(self, number: int) -> tuple[Callable[[], tuple[Model, Params]], Params | None]:
+        """What takes the policy before a round, and the value head that the round begins with."""
+        head = None
+        if number and self.objective.scalar_head == "value":
+            head = self.policies.value_head(self.runs.run_of(number - 1))
+        if self._is_in_memory(number):
+            return self.policies.read_last(self.runs.run_of(number - 1)), head
+        return self.policies.read(self.runs.policy_before(number)), head
+
+    def _measured(
+        self, rows: Sequence[Row], model: Model, params: Params, head: Params | None = None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Log-probabilities of the rows' tokens under a model, and values by a head."""
         config = self.options.config
         row_length = config.row_length if isinstance(config.row_length, int) else 0
-        with self.policies.open(path) as opened:
-            model, params = opened.model, opened.params
-            if number and self.objective.scalar_head == "value":
-                head = load_value_head(self._run_of(number - 1) / VALUE_HEAD)
-                if self.policies.mesh is not None:
-                    head = place(head, NamedSharding(self.policies.mesh, PartitionSpec()))
-                model, params = dataclasses.replace(model, scalar_head="value"), params | {SCALAR_HEAD: head}
-            found = measure(
-                model,
-                params,
-                *([np.asarray(row[name], np.int32) for row in rows] for name in ("prompt_ids", "completion_ids")),
-                row_length=row_length or config.data.max_length,
-                microbatch_rows=config.microbatch_rows if isinstance(config.microbatch_rows, int) else 8,
-                mesh=self.policies.mesh,
-            )
+        if head is not None:
+            model, params = dataclasses.replace(model, scalar_head="value"), params | {SCALAR_HEAD: head}
+        found = measure(
+            model,
+            params,
+            *([np.asarray(row[name], np.int32) for row in rows] for name in ("prompt_ids", "completion_ids")),
+            row_length=row_length or config.data.max_length,
+            microbatch_rows=config.microbatch_rows if isinstance(config.microbatch_rows, int) else 8,
+            mesh=self.policies.mesh,
+        )
         return found.logps, found.values
 
-    @contextlib.contextmanager
-    def _open_policy(self, rounds: int) -> Iterator[LanguageModel | None]:
-        """The policy after a number of rounds; None on a process that does not sample."""
-        if not self.policies.works_here:
-            yield None
-            return
-        with self.policies.open(self._policy_before(rounds)) as model:
-            yield model
+    def _is_in_memory(self, number: int) -> bool:
+        """Whether the policy before a round is taken from memory, or from a checkpoint if the run is resumed."""
+        return number > 0 and not self.runs.passes_files
+
+    def _open_policy(self, number: int) -> contextlib.AbstractContextManager[LanguageModel | None]:
+        """The policy before a round; None on a process that does not sample."""
+        if self._is_in_memory(number):
+            return self.policies.open_last(self.runs.run_of(number - 1))
+        return self.policies.open(self.runs.policy_before(number))
 
     def _measure(self, model: LanguageModel | None, rounds: int) -> dict[str, float]:
         """Figures of the held-out prompts, completed by the policy after a number of rounds."""
@@ -342,69 +331,15 @@ class _Online:
         return figures_of(sample_round(model, self.held_out, self.rollout, number=_HELD_OUT, seed=seed, path=path))
 
     def _held_out_path(self, rounds: int) -> Path:
-        return self.folder / f"held_out_after_{rounds:03}_rounds.jsonl"
-
-    def _policy_before(self, number: int) -> str:
-        return str(self._run_of(number - 1) / "policy") if number else self._initial()
-
-    def _initial(self) -> str:
-        return self.options.config.model.path
-
-    def _config_of(self, number: int) -> Config:
-        config, feedback = self.options.config, self._folder_of(number) / "feedback.jsonl"
-        model, reference = config.model, config.reference
-        # Adapters that are kept lie beside the initial weights in every round.
-        if number and not (config.lora.rank and self.options.keeps_optimizer(self.objective)):
-            model = dataclasses.replace(model, path=self._policy_before(number), base="", init="pretrained")
-        if self.objective.uses_reference and self.options.reference == "initial" and number and not config.lora.rank:
-            reference = dataclasses.replace(reference, path=self._initial(), base=config.model.base)
-        data = dataclasses.replace(
-            config.data, train=str(feedback), eval="", layout="halos", rename={}, prompt_template="",
-            format=self._format(), prompt_field="prompt", system_field="",
-            label_map={}, holdout=0.0, judge_holdout=0.0, max_rejected=1.0,
-            sampled_tokens=True, max_prompt_length=config.data.max_length - 1,
-        )  # fmt: skip
-        # Rounding every round's policy to fewer bits than it was trained in would lose small updates.
-        dtype = "float32" if config.model.param_dtype == "float32" else config.model.param_dtype
-        export = dataclasses.replace(config.export, dtype=dtype)
-        samples = dataclasses.replace(config.samples, num_prompts=0, judges=())
-        return dataclasses.replace(
-            config, model=model, reference=reference, data=data, export=export, samples=samples,
-            objective=objective_config(config),
-            seed=(config.seed + number) % 2**32,
-        )  # fmt: skip
-
-    def _training_figures(self, number: int) -> dict[str, float]:
-        """Figures of the round's last step, and means over its steps."""
-        rows = read_metrics(self._run_of(number) / "metrics.jsonl")
-        known = {name: [row[name] for row in rows if row.get(name) is not None] for name in (*_LAST, *_MEANS)}
-        last = {name: known[name][-1] for name in _LAST if known[name]}
-        return last | {name: float(np.mean(known[name])) for name in _MEANS if known[name]}
-
-    def _rejected(self, number: int) -> dict[str, int]:
-        """Rows of the feedback that training did not read, by reason."""
-        manifest = json.loads((self._run_of(number) / "manifest.json").read_text(encoding="utf-8"))
-        return {f"rejected: {reason}": count for reason, count in manifest["rejections"]["histogram"].items()}
-
-    def _log(self) -> list[Row]:
-        path = self.folder / "rounds.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return self.runs.folder / f"held_out_after_{rounds:03}_rounds.jsonl"
 
     def _record(self, number: int, figures: dict[str, float], dropped: dict[str, int]) -> None:
-        """Appends a finished round to rounds.jsonl, and removes what later rounds do not need."""
-        figures, dropped = figures | self._training_figures(number), dropped | self._rejected(number)
-        row = {"round": number, **{k: v for k, v in figures.items() if math.isfinite(v)}, "dropped": dropped}
-        write_text(self.folder / "rounds.jsonl", "".join(json.dumps(one) + "\n" for one in [*self._log(), row]))
+        """Records a finished round, and prints what keeps it from teaching anything."""
+        figures = self.runs.record(number, figures, dropped)
         for warning in warnings_of(
             figures, max_new_tokens=self.options.max_new_tokens, dtype=self.options.config.model.dtype
         ):
             console.print(f"warning: {warning}", style="yellow")
-        # The next round continues these checkpoints if it keeps the optimizer.
-        done = number - 1 if self.options.keeps_optimizer(self.objective) else number
-        for folder in [self._run_of(done) / "checkpoints"] if done >= 0 else []:
-            shutil.rmtree(folder, ignore_errors=True)
-        if number >= self.options.keep:
-            shutil.rmtree(self._run_of(number - self.options.keep) / "policy", ignore_errors=True)
 
     def finish(self) -> None:
         """Measures the held-out prompts with the last policy and prints what changed."""
@@ -413,7 +348,9 @@ class _Online:
             self._hand_over(rounds)
             with self._open_policy(rounds) as model:
                 before, after = self._measure(model, 0), self._measure(model, rounds)
-            processes.on_first(lambda: write_json(self.folder / "held_out.json", {"before": before, "after": after}))
+            processes.on_first(
+                lambda: write_json(self.runs.folder / "held_out.json", {"before": before, "after": after})
+            )
             for name in ("reward", *(name for name in before if name.startswith("reward/")), "num_tokens", "cut"):
                 console.print(f"held-out {name}: {before[name]:.3f} before, {after[name]:.3f} after {rounds} rounds")
             error = math.hypot(before["reward_error"], after["reward_error"])
@@ -421,8 +358,9 @@ class _Online:
                 f"held-out reward changed by {after['reward'] - before['reward']:+.3f} ± {1.96 * error:.3f} "
                 f"(95 %, over {len(self.held_out)} prompts)"
             )
-        policy, prompts = self._policy_before(rounds), self.options.config.data.train
-        against = f"--against={self._initial()} --prompts={prompts} --judge=JUDGE"
+        processes.on_first(self.runs.finish)
+        policy, prompts = self.runs.policy_before(rounds), self.options.config.data.train
+        against = f"--against={self.runs.initial} --prompts={prompts} --judge=JUDGE"
         for line in next_lines(f"chat --model={policy}", f"evaluate --model={policy} {against}"):
             console.print(line)
 

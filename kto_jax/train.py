@@ -47,12 +47,12 @@ from kto_jax.storage.bucket import is_bucket
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
-from kto_jax.training.carry import carry_state
 from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.ending import run_to_end
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs
+from kto_jax.training.kept import Start, continue_state
 from kto_jax.training.loop import Job, take_steps
 from kto_jax.training.patience import Patience, read_patience
 from kto_jax.training.pinning import pin_sources
@@ -62,7 +62,7 @@ from kto_jax.training.reference import check_error, choose_dtype, describe_error
 from kto_jax.training.result import choose_export_dtype, choose_result
 from kto_jax.training.resume import with_recorded_settings, with_template_date
 from kto_jax.training.run_folder import RunFolder, check_folder, open_run, record_part, write_json
-from kto_jax.training.step import jit_train_step, make_recipe
+from kto_jax.training.step import make_recipe
 from kto_jax.training.trackers import check_trackers
 
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(
-    config: Config, workdir: str | Path, command: str, preemption: Preemption, *, after: Path | None = None
+    config: Config, workdir: str | Path, command: str, preemption: Preemption, *, start: Start | None = None
 ) -> int:
     """Trains a policy, from reading the feedback to the report.
 
@@ -93,7 +93,7 @@ def train(
       workdir: its folder, on a disk or in a bucket; a run found there is resumed.
       command: the command line, for the report.
       preemption: handles the signals of this process.
-      after: a run whose last policy, optimizer and objective's state this one starts with; None starts anew.
+      start: where the run starts and what it leaves, if it is one of several of this process.
 
     Returns:
       The exit code.
@@ -102,7 +102,7 @@ def train(
       ConfigError: the configuration, the data or the model cannot be used.
       TransientError: running the same command again may help.
     """
-    started = time.monotonic()
+    started, start = time.monotonic(), start or Start()
     check_trackers(config.trackers)
     keep_compiled()
     processes.join(config.processes)
@@ -116,14 +116,15 @@ def train(
             is_stopping=preemption.was_signalled,
         )
         place = processes.call_on_all(lambda: stack.enter_context(opened))
-        exit_code = train_in(place, config, command, preemption, after)
+        exit_code = train_in(place, config, command, preemption, start)
         if exit_code == 0:
             place.push()
+        if exit_code == 0 and start.exports:
             _print_next_steps(place, config, time.monotonic() - started)
     return exit_code
 
 
-def train_in(place: RunPlace, config: Config, command: str, preemption: Preemption, after: Path | None = None) -> int:
+def train_in(place: RunPlace, config: Config, command: str, preemption: Preemption, start: Start) -> int:
     """Trains a policy in an open folder; see `train`."""
     workdir = place.path
     with scratch_folder() as scratch:
@@ -153,8 +154,8 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
 
         # ------------------------------------------------- the step's program, compiled while weights are read
         recipe = make_recipe(config, inputs.objective, model, inputs.num_steps)
+        recipe, take_step = start.kept.step(config, recipe, inputs.num_steps)
         abstract = make_abstract_state(config, inputs, model, mesh, recipe.optimizer)
-        take_step = Program(jit_train_step(recipe))
         first_step = checkpoints.agree_on_latest_step() or 0
         if first_step < inputs.num_steps:
             take_step.begin(abstract, abstract_batch(mesh, inputs.schedule.batch(first_step)))
@@ -164,11 +165,14 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
             console.print(f"continuing after step {first_step}")
         with console.phase("reading weights"):
             if first_step:
+                start.kept.drop()
                 state = checkpoints.restore_newest(abstract)
                 first_step = int(state.step)
             else:
-                state = make_state(config, inputs, model, recipe.optimizer, abstract)
-                state = carry_state(after, abstract, state) if after else state
+                if start.after is not None:
+                    state = continue_state(config, inputs, model, recipe, abstract, start)
+                else:
+                    state = make_state(config, inputs, model, recipe.optimizer, abstract)
                 checkpoints.save_reference(state.reference)
             jax.block_until_ready(state)
         if first_step == 0 and is_rounded(config):
@@ -189,8 +193,10 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
             state, notes = choose_result(config, inputs.num_steps, checkpoints, abstract, state, patience)
             for note in notes:
                 console.print(note)
-            with console.working("writing the policy, samples and the report"):
-                write_results(model, state, inputs, run, config, command, notes)
+            if start.exports:
+                with console.working("writing the policy, samples and the report"):
+                    write_results(model, state, inputs, run, config, command, notes)
+            start.kept.leave(run.path, config, model, state)
     return exit_code
 
 

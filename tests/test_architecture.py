@@ -109,7 +109,12 @@ ORDER = {
         "results",
     ],
     "kto_jax.rewards": ["endpoint messages reward_model", "checkers", "functions"],
-    "kto_jax.rollouts": ["figures hand_over kl_weight labels measure policies prompts", "advantages options", "rounds"],
+    "kto_jax.rollouts": [
+        "figures hand_over kl_weight labels measure policies prompts",
+        "advantages options",
+        "rounds",
+        "runs",
+    ],
     "kto_jax.sampling": ["choose logps", "slots", "sample", "complete", "endpoint"],
     "kto_jax.storage": [
         "gguf_files answers atomic bucket bucket_watch folders http_post locks repeated",
@@ -130,7 +135,7 @@ ORDER = {
         "accumulate agreement initial_state leaf_digests logs optimizer routers run_folder sync",
         "checkpoint_reading",
         "checkpoints in_flight patience precompute step stored_policy unusual verification watchdog",
-        "carry evaluation loop result",
+        "evaluation kept loop result",
     ],
 }
 """For each folder its files and folders, line by line: each imports only from lines above its own, at its top or inside

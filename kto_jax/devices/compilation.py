@@ -61,12 +61,14 @@ class Program:
         self.compile_seconds = 0.0
 
     def begin(self, state: Any, batch: Any) -> None:
-        """Starts compiling for arguments of these shapes in the background.
+        """Starts compiling for arguments of these shapes in the background, if no program for them is there.
 
         Args:
           state: abstract arrays with shardings.
           batch: likewise.
         """
+        if _shapes(batch) in self._programs:
+            return
         thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._begun = thread.submit(self._compile, state, batch)
         thread.shutdown(wait=False)

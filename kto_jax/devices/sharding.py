@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -237,8 +238,11 @@ def copies_of_kv_heads(num_kv_heads: int, sequence: int) -> int:
     return sequence // math.gcd(num_kv_heads, sequence)
 
 
+@functools.cache
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
     """The function that a model calls to shard an activation by logical axis names.
+
+    It is the same one for equal meshes, so that models on them are equal, and programs of one serve the other.
 
     A length that the sequence axis does not divide, such as the one token of a decoding step, is not sharded.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from kto_jax import losses
 from kto_jax.objectives.record import Advantages
-from kto_jax.rollouts.figures import importance_weights
+from kto_jax.rollouts.figures import importance_weights, kl_of_tokens
 from kto_jax.rollouts.labels import Labelled, Row, beside, by_prompt, ids_of, rewarded, usable_rows
 
 Figures = Mapping[str, Sequence[np.ndarray]]
@@ -104,8 +104,9 @@ def _of_group(rewards: np.ndarray, rule: Advantages) -> np.ndarray:
 def _penalty(number: int, figures: Figures, rule: Advantages) -> np.ndarray:
     """The weighted KL of each token, which is subtracted from its reward [completion]."""
     old, reference = figures["old_logps"][number], figures["reference_logps"][number]
-    estimate = losses.kl_estimate(jnp.asarray(old), jnp.asarray(reference), estimator=rule.kl_estimator)
-    return rule.kl_weight * np.asarray(estimate, np.float64) if rule.kl_weight else np.zeros(len(old))
+    if not rule.kl_weight:
+        return np.zeros(len(old))
+    return rule.kl_weight * kl_of_tokens(old, reference, rule.kl_estimator).astype(np.float64)
 
 
 def _estimated(row: Row, figures: Figures, rule: Advantages) -> _Tokens:

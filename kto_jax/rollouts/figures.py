@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from kto_jax import losses
+from kto_jax.shapes import power_of_two
 
 Row = dict[str, Any]
 
@@ -71,12 +72,24 @@ def token_figures(
         found["weight"] = float(importance_weights(old, sampled, weight_cap).mean())
         found["weights_cut"] = float(np.mean(old - sampled > np.log(weight_cap)))
     if "reference_logps" in figures:
-        reference = jnp.asarray(np.concatenate(figures["reference_logps"]))
-        for name in ("k1", "k3"):
-            estimate = losses.kl_estimate(jnp.asarray(old), reference, estimator=name)  # type: ignore[arg-type]
-            found[f"kl_{name}"] = float(jnp.mean(estimate))
+        reference = np.concatenate(figures["reference_logps"])
+        found["kl_k1"] = float(kl_of_tokens(old, reference, "k1").mean(dtype=np.float64))
+        found["kl_k3"] = float(kl_of_tokens(old, reference, "k3").mean(dtype=np.float64))
         found["kl_completion"] = found["kl_k1"] * len(old) / len(figures["old_logps"])
     return found
+
+
+def kl_of_tokens(old: np.ndarray, reference: np.ndarray, estimator: Literal["k1", "k2", "k3"]) -> np.ndarray:
+    """`losses.kl_estimate` of each token, computed on as many as the next power of two: rounds then share programs.
+
+    Args:
+      old: log-probabilities under the policy that sampled [tokens].
+      reference: under the reference [tokens].
+      estimator: how the KL is estimated.
+    """
+    room = (0, power_of_two(len(old)) - len(old))
+    estimate = losses.kl_estimate(*(jnp.asarray(np.pad(x, room)) for x in (old, reference)), estimator=estimator)
+    return np.asarray(estimate)[: len(old)]
 
 
 def importance_weights(old: np.ndarray, sampled: np.ndarray, cap: float) -> np.ndarray:

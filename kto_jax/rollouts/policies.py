@@ -1,14 +1,17 @@
-"""The policies and references of the rounds, opened to sample from and to measure: on one device, or over the mesh."""
+"""The policies and references of the rounds, to sample from and to measure: on one device, or over the mesh."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.tokens.prepare import prepare_tokenizer
@@ -17,11 +20,16 @@ from kto_jax.data.tokens.tokenizer import tokenizing_worker
 from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, shardings
-from kto_jax.models.model import Model
+from kto_jax.models.config import TransformerConfig
+from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.complete import LanguageModel
+from kto_jax.sampling.slots import place
 from kto_jax.storage.folders import scratch_folder
+from kto_jax.training.kept import Kept
+from kto_jax.training.stored_policy import read_architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +39,12 @@ class Policies:
     Attributes:
       config: the run.
       mesh: the devices that hold a model, and sample together; None for one device of the first process.
+      kept: the policy that the last round ended with.
     """
 
     config: Config
     mesh: Mesh | None
+    kept: Kept
 
     @property
     def works_here(self) -> bool:
@@ -42,50 +52,141 @@ class Policies:
         return self.mesh is not None or processes.is_first()
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[LanguageModel]:
-        """Opens a model; its parameters are read when they are first needed.
+    def open(self, path: str) -> Iterator[LanguageModel | None]:
+        """Opens a model; its parameters are read when they are first needed, those of the initial one once in a run.
 
         Args:
           path: whatever a run may start from, such as an exported policy.
+
+        Yields:
+          The model; None on a process that does not sample.
 
         Raises:
           ConfigError: nothing that can be loaded is there.
           TransientError: the Hub cannot be reached.
         """
-        config, mesh = self.config, self.mesh
-        data, dtype = config.data, config.model.dtype
-        files = find_model(path, config.model.base if path == config.model.path else "")
+        if not self.works_here:
+            yield None
+            return
+        files = find_model(path, self._base_of(path))
+        with self._opened(self._model_at(path), files.tokenizer, lambda: self._params_at(path)) as opened:
+            yield opened
+
+    @contextlib.contextmanager
+    def open_last(self, run: Path) -> Iterator[LanguageModel | None]:
+        """Opens the policy that a round ended with, from memory; every process must call this. See `open`."""
+        load = self._load_last(run)
+        if not self.works_here:
+            yield None
+            return
+        with self._opened(self._model(read_architecture(run)), run / "tokenizer", load) as opened:
+            yield opened
+
+    def read(self, path: str) -> Callable[[], tuple[Model, Params]]:
+        """What reads a model and its parameters, on a process that works here."""
+        return lambda: (self._model_at(path), self._params_at(path))
+
+    def read_last(self, run: Path) -> Callable[[], tuple[Model, Params]]:
+        """What takes the policy that a round ended with, likewise; every process must call this."""
+        load = self._load_last(run)
+        return lambda: (self._model(read_architecture(run)), load())
+
+    def value_head(self, run: Path) -> Params:
+        """The value head that a round ended with; every process must call this."""
+        head = processes.gather(self.kept.ended(run).state.policy[SCALAR_HEAD])
+        head = jax.tree.map(lambda leaf: leaf.astype(np.float32), head)
+        if self.mesh is not None:
+            return place(head, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(head, SingleDeviceSharding(jax.local_devices()[0]))
+
+    def _load_last(self, run: Path) -> Callable[[], Params]:
+        def last() -> Params:
+            policy = self.kept.ended(run).state.policy
+            return {name: part for name, part in policy.items() if name != SCALAR_HEAD}
+
+        if self.mesh is None and processes.num_processes() > 1:
+            whole = processes.gather(last())
+            return lambda: self._placed(whole)
+        return lambda: self._placed(last())
+
+    def _placed(self, params: Params) -> Params:
+        """Parameters in the dtype and on the devices that sample."""
+        dtype, one = self.config.model.dtype, SingleDeviceSharding(jax.local_devices()[0])
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        # Training shards them over the same mesh in the same way.
+        return cast if self.mesh is not None else jax.device_put(cast, one)
+
+    @functools.cached_property
+    def _initial(self) -> Params:
+        """Parameters of the model that the first round starts from, which all rounds measure."""
+        return self._read(self.config.model.path)
+
+    def forget_initial(self) -> None:
+        """Frees the initial model, which no later round measures."""
+        self.__dict__.pop("_initial", None)
+
+    def _params_at(self, path: str) -> Params:
+        """Parameters of a model."""
+        return self._initial if path == self.config.model.path else self._read(path)
+
+    def _read(self, path: str) -> Params:
+        model, layout, dtype = self._model_at(path), None, self.config.model.dtype
+        if self.mesh is not None:
+            layout = shardings(self.mesh, model.logical_axes(dtype), model.abstract_params(dtype))
+        return load_params(model, find_model(path, self._base_of(path)), param_dtype=dtype, shardings=layout)
+
+    def _model_at(self, path: str) -> Model:
+        """The model at a path.
+
+        Raises:
+          ConfigError: it is a reward model.
+        """
+        files = find_model(path, self._base_of(path))
         if is_reward_model(files):
             raise ConfigError(
                 f"{files} is a reward model, which scores completions and writes none. A language model is needed. "
                 "Set config.model.path."
             )
-        settings = (config.model.attention, config.model.reduce_dtype, config.model.keep_logits)
-        own: Any = {} if mesh is None else {"layout": make_layout(mesh, *settings)}
-        model = Model.create(read_config(files.weights), dtype=dtype, remat="none", **own)
-        layout = None
-        if mesh is not None:
-            layout = shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype))
+        return self._model(read_config(files.weights))
+
+    def _base_of(self, path: str) -> str:
+        return self.config.model.base if path == self.config.model.path else ""
+
+    def _model(self, architecture: TransformerConfig) -> Model:
+        config = self.config.model
+        settings = (config.attention, config.reduce_dtype, config.keep_logits)
+        own: Any = {} if self.mesh is None else {"layout": make_layout(self.mesh, *settings)}
+        return _create(architecture, config.dtype, **own)
+
+    @contextlib.contextmanager
+    def _opened(self, model: Model, tokenizer: Path, load: Callable[[], Params]) -> Iterator[LanguageModel]:
+        data = self.config.data
         with scratch_folder() as scratch, tokenizing_worker() as workers:
-            tokenizer = prepare_tokenizer(
-                files.tokenizer,
+            prepared = prepare_tokenizer(
+                tokenizer,
                 scratch / "tokenizer",
                 chat_template=data.chat_template,
                 eos_token=data.eos_token,
                 rendering=rendering_of(data),
                 workers=workers,
             )
-            load = lambda: load_params(model, files, param_dtype=dtype, shardings=layout)  # noqa: E731
-            yield LanguageModel(model, tokenizer, load, workers)
+            yield LanguageModel(model, prepared, load, workers)
 
 
-def open_policies(config: Config, devices: str) -> Policies:
+@functools.lru_cache(maxsize=4)
+def _create(architecture: TransformerConfig, dtype: str, **own: Any) -> Model:
+    """The model, whose structure takes a while to trace."""
+    return Model.create(architecture, dtype=dtype, remat="none", **own)
+
+
+def open_policies(config: Config, devices: str, kept: Kept) -> Policies:
     """Decides where models are sampled from.
 
     Args:
       config: the run.
       devices: "first", "mesh", or "auto": the mesh if there are several devices that are no CPUs.
+      kept: what the rounds leave in memory.
     """
     if devices == "auto":
         devices = "mesh" if jax.device_count() > 1 and jax.devices()[0].platform != "cpu" else "first"
-    return Policies(config, make_mesh(config.mesh, jax.devices()) if devices == "mesh" else None)
+    return Policies(config, make_mesh(config.mesh, jax.devices()) if devices == "mesh" else None, kept)

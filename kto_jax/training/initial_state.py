@@ -126,13 +126,13 @@ def make_state(
         policy = _initial_adapters(config, inputs, model, layout, key)
     else:
         policy = _initial_weights(config, inputs, model, layout, key)
-    reference = _initial_reference(config, inputs, model, abstract.reference, policy)
+    reference = initial_reference(config, inputs, model, abstract.reference, policy)
     if config.lora.dora and config.lora.start == "new":
         policy = jax.jit(with_magnitudes, out_shardings=layout)(policy, reference)
     return create_state(policy, reference, optimizer, abstract.step.sharding.mesh, inputs.objective.initial_state)
 
 
-def _initial_reference(config: Config, inputs: Inputs, model: Model, abstract: Params, policy: Params) -> Params:
+def initial_reference(config: Config, inputs: Inputs, model: Model, abstract: Params, policy: Params) -> Params:
     """The reference's parameters: loaded, or the policy's in the reference's dtype; {} if `abstract` is empty."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if not abstract:

@@ -56,8 +56,7 @@ def create_state(
       objective_state: the objective's initial state.
     """
     scalar = NamedSharding(mesh, PartitionSpec())
-    owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
-    reference = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in owned else leaf, reference)
+    reference = without_shared(reference, policy)
     layout = state_shardings(
         jax.eval_shape(optimizer.init, policy), jax.tree.map(lambda leaf: leaf.sharding, policy), mesh
     )
@@ -71,6 +70,12 @@ def create_state(
         },
         num_bad_steps=jax.device_put(jnp.zeros((), jnp.int32), scalar),
     )
+
+
+def without_shared(reference: Params, policy: Params) -> Params:
+    """The reference with copies of the arrays that it shares with the policy, whose buffers the step donates."""
+    owned = {id(leaf) for leaf in jax.tree.leaves(policy)}
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in owned else leaf, reference)
 
 
 def _wide() -> jnp.dtype:

@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from kto_jax.config import ConfigError, LoraConfig
+from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.heads import SCALAR_HEAD
 from kto_jax.models.lora import init_adapters, merge_adapters
@@ -26,18 +27,26 @@ from kto_jax.training.checkpoint_reading import StoredTree, best_step, quiet_lib
 
 
 def read_model(workdir: Path, *, dtype: str = "float32") -> Model:
-    """The architecture of a run's policy; reads no weights.
+    """The model of a run's policy; reads no weights.
+
+    Raises:
+      ConfigError: the folder holds no run.
+    """
+    return Model.create(read_architecture(workdir), dtype=dtype)
+
+
+def read_architecture(workdir: Path) -> TransformerConfig:
+    """The architecture of a run's policy.
 
     Raises:
       ConfigError: the folder holds no run.
     """
     try:
-        values = json.loads((workdir / "model.json").read_text())
+        return read_config_json(json.loads((workdir / "model.json").read_text()))
     except FileNotFoundError:
         raise ConfigError(
             f"{workdir} is not the folder of a run: it has no model.json. Give a run's --workdir."
         ) from None
-    return Model.create(read_config_json(values), dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,24 @@
 """Online rounds on a tiny random model: what they leave, what resumes them, and what is refused."""
 
+import collections
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 import safetensors.numpy
 
+import kto_jax.online
+from kto_jax.config import resolve
+from kto_jax.models.weights import load
 from kto_jax.online import main
+from kto_jax.train import train
+from kto_jax.training.checkpoint_reading import StoredTree
+from kto_jax.training.preemption import Preemption
 from tests import ROOT
 from tests.sampling.tiny import export
 
@@ -76,6 +85,58 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(flags, tmp_path, ca
 
     assert main([*flags, "--rounds=2", "--label=mean", f"--workdir={whole}"]) == 2
     assert "holds another run, which differs in label" in capsys.readouterr().err
+
+
+@pytest.fixture
+def per_round(monkeypatch):
+    """Counts what is compiled and read, by kind and round."""
+    counts, numbers = collections.Counter(), [-1]
+
+    def count(kind, owner, name):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (counts.update([(kind, numbers[-1])]), call(*args))[1])
+
+    run_round = kto_jax.online._Online.run_round
+    count("weights", load, "_read_params")
+    count("checkpoints", StoredTree, "read")
+    monkeypatch.setattr(
+        kto_jax.online._Online,
+        "run_round",
+        lambda self, n, *others: (numbers.append(n), run_round(self, n, *others))[1],
+    )
+
+    def listen(name, seconds, **others):
+        if name.endswith("backend_compile_duration"):
+            counts["programs", numbers[-1]] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "kto"])
+def test_later_rounds_compile_no_program_and_read_no_weights(flags, tmp_path, per_round, name):
+    # All prompts have as many tokens, so that the shapes of all rounds are the same.
+    rows = [{"prompt": f"Name thing {i}."} for i in range(20, 50)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    settings = ["--held_out=0", "--config.data.holdout=0", f"--config.objective.name={name}", f"--workdir={run}"]
+    assert main([*flags, *settings, "--rounds=3"]) == 0
+    assert per_round["weights", 0] and per_round["programs", 0]
+    assert not [what for what in per_round if what[0] != "programs" and what[1] > 0]
+    # A new optimizer's state is made of the last step's policy by a program of its own, for all rounds.
+    assert per_round["programs", 1] <= (name == "kto"), per_round
+    assert not (run / "round_001" / "run" / "policy").exists() and (run / "round_002" / "run" / "report.html").exists()
+    if name == "kto":  # Ordinary training on the feedback of a round, from files, makes the same policy.
+        assert main([*flags, *settings, "--rounds=4", "--keep=2"]) == 0
+        again = resolve(json.loads((run / "round_003" / "run" / "config.json").read_text()))
+        path = str(run / "round_002" / "run" / "policy")
+        again = dataclasses.replace(again, model=dataclasses.replace(again.model, path=path))
+        with Preemption() as preemption:
+            assert train(again, tmp_path / "again", "python -m kto_jax.train", preemption) == 0
+        trained = safetensors.numpy.load_file(tmp_path / "again" / "policy" / "model.safetensors")
+        assert all((values == trained[key]).all() for key, values in policy(run, 3).items())
 
 
 @pytest.mark.parametrize("name, kind", [
