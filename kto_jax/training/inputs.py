@@ -197,7 +197,7 @@ def make_schedules(
     visits = Visits(train, index.places[:, 0], weights, seed=config.seed)
     limits = _row_limits(config, index, visits.at(np.arange(len(visits)), 0), paired)
     kind: dict[str, Any] = {"paired": paired, "unmatched": objective.first_pass == "unmatched"}
-    kind |= {"reads_sampled": objective.reads_sampled}
+    kind |= {"reads_sampled": objective.reads_sampled, "slots_for_any": config.data.sampled_tokens}
     order = Order(config.batch_size, config.seed, config.epochs, weights=weights)
     schedule = Schedule(index, train, order, limits, controls=controls, **kind)
     held_out = _sequences_to_evaluate(config, index, objective)

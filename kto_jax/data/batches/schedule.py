@@ -87,6 +87,8 @@ class Schedule:
       unmatched: whether prompts with unrelated completions are packed too.
       controls: ids that end every prompt; not allowed with `paired` or `unmatched`.
       reads_sampled: whether batches hold the figures of sampled tokens, which the index must have.
+      slots_for_any: whether a row has slots for sequences of any length, so that schedules over others, such as those
+        of the next round, have the same shapes. Otherwise there are as many as the lengths need.
 
     Raises:
       ConfigError: there are no sequences, one is not the chosen one of a pair, or a sequence or pair might not fit a
@@ -104,6 +106,7 @@ class Schedule:
         unmatched: bool = True,
         controls: Controls | None = None,
         reads_sampled: bool = False,
+        slots_for_any: bool = False,
     ):
         assert controls is None or not (paired or unmatched)
         self._index, self._order, self._limits = index, order, limits
@@ -122,7 +125,8 @@ class Schedule:
             sequences = self._members(self._visits.at(np.arange(len(self._visits)), 0))
             lengths = self._cutter.lengths(sequences, sequences)
         # A power of two, and at least 2 for pairs: a row fits two sequences of any length, and a batch has two.
-        slots = num_slots(lengths[0] + lengths[1], limits.lengths[-1], order.batch_size * self._unit)
+        totals = np.ones(1) if slots_for_any else lengths[0] + lengths[1]
+        slots = num_slots(totals, limits.lengths[-1], order.batch_size * self._unit)
         self._shapes = limits.shapes(slots)
         self._base = self._base_microbatches(self._by_unit(lengths[0]), self._by_unit(lengths[1]))
         self.steps_per_epoch = -(-len(self._visits) // order.batch_size)

@@ -154,3 +154,10 @@ def test_a_short_last_step_has_the_shape_of_the_others_where_slots_run_out_first
         [120, 2] if paired else [120, 1]
     )
     assert [schedule.batch(s).matched.tokens.shape for s in range(2)] == [(2, 1, 1024)] * 2
+
+
+def test_schedules_with_slots_for_any_sequence_have_one_shape():
+    short, long = fake_index([(2, 3)] * 16), fake_index([(20, 20)] * 16)
+    for slots_for_any, slots in ((False, {16, 2}), (True, {16})):
+        schedules = [make_schedule(index, batch_size=16, slots_for_any=slots_for_any) for index in (short, long)]
+        assert {schedule.num_slots for schedule in schedules} == slots
