@@ -106,9 +106,12 @@ class TinyRun:
         return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
 
     def figures(self) -> list[dict[str, Any]]:
-        """The figures of every step that do not depend on the clock."""
+        """The figures of every step, without those of the clock and of evaluation, which comes where a life ends."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if name not in _TIMED} for row in rows]
+        return [
+            {name: value for name, value in row.items() if name not in _TIMED and not name.startswith("eval_")}
+            for row in rows
+        ]
 
     def policy(self) -> bytes:
         """The result."""
