@@ -48,7 +48,9 @@ class Models:
         if len(roles) == 2 and secrets.randbits(1):
             roles.reverse()
         models = [self.by_role[role] for role in roles]
-        answers = [Answer(role, model.name, settings) for role, model in zip(roles, models, strict=True)]
+        answers = [
+            Answer(role, model.name, settings, is_growing=True) for role, model in zip(roles, models, strict=True)
+        ]
         turn = conversation.begin(said, answers)
         streams = [model.stream(turn.prompt, settings, secrets.randbits(31)) for model in models]
         running = list(zip(streams, answers, strict=True))
@@ -58,11 +60,14 @@ class Models:
                 for stream, answer in list(running):
                     piece = next(stream, None)
                     if piece is None:
+                        answer.is_growing = False
                         running.remove((stream, answer))
                         continue
                     answer.text, answer.num_tokens, answer.ended = piece.text, piece.num_tokens, piece.ended
                     yield turn
         finally:
+            for answer in answers:
+                answer.is_growing = False
             if not all(answer.text for answer in answers) and turn in conversation.turns:
                 conversation.cut(conversation.turns.index(turn))
 

@@ -31,6 +31,7 @@ class Answer:
       text: what the model wrote.
       num_tokens: how long that is; 0 if that is not known.
       ended: whether the model ended it; False if it was cut.
+      is_growing: whether it is still being written.
       thumb: the thumb that counts.
       edited: the text that replaces it, if a person wrote one.
     """
@@ -42,6 +43,7 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     ended: bool = False
+    is_growing: bool = False
     thumb: Thumb | None = None
     edited: str | None = None
 
@@ -183,6 +185,10 @@ class Conversation:
         answer = self._turn(number).answers[side if len(self._turn(number).answers) > side else 0]
         if not answer.text.strip():
             raise ConfigError("There is no answer to press on. A press needs one. Wait for it, or ask again.")
+        if answer.is_growing:
+            raise ConfigError(
+                "The answer is still being written. A press belongs to all of its text. Wait for its end, or stop it."
+            )
         return answer
 
     def _withdraw(self, kind: str, there: bool, **about: str) -> None:

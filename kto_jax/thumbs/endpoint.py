@@ -10,7 +10,7 @@ from typing import Any
 
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.config.packages import require
-from kto_jax.thumbs.models import Messages, Piece, Settings
+from kto_jax.thumbs.models import Messages, Piece, Settings, whole_characters
 
 KEY = "OPENAI_API_KEY"
 """Variable of the environment with the endpoint's key, if it wants one."""
@@ -135,11 +135,11 @@ def _pieces(response: Any, url: str) -> Iterator[Piece]:
         ended = ended or reason == "stop"
         if content:
             text, num_pieces = text + content, num_pieces + 1
-            yield Piece(text, num_pieces, ended)
+            yield Piece(whole_characters(text), num_pieces, ended)
     if whole and not text:
         text, reason = _content(whole, url)
         ended = reason == "stop"
-    yield Piece(text, num_pieces, ended)
+    yield Piece(whole_characters(text), num_pieces, ended)
 
 
 def _content(data: str, url: str) -> tuple[str, str]:

@@ -62,6 +62,14 @@ class Piece:
     ended: bool = False
 
 
+def whole_characters(text: str) -> str:
+    """The text with the halves of characters (UTF-16 surrogates) joined, or replaced by � where one is missing.
+
+    Neither a file nor a browser takes halves, and JSON of an endpoint or a browser may hold them.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Answering(Protocol):
     """A model that answers."""
 

@@ -21,20 +21,31 @@ import gradio as gr
 from kto_jax.config import ConfigError, TransientError
 from kto_jax.thumbs.asking import BOTH, Models
 from kto_jax.thumbs.conversation import Answer, Conversation, Turn
-from kto_jax.thumbs.models import Answering, Settings
+from kto_jax.thumbs.models import Answering, Settings, whole_characters
 from kto_jax.thumbs.presses import Presses
 from kto_jax.thumbs.training import Training
 
 CSS = """
 footer {display: none !important}
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
+:root {--block-info-text-color: var(--block-title-text-color); --input-placeholder-color: var(--block-title-text-color)}
+.main.app {padding-inline: clamp(8px, 2.5vw, 32px) !important}
+#chats .placeholder {padding: 16px}
 #title h1 {margin-bottom: 0}
 #status p {min-height: 1.5em}
 .edit-textarea {min-width: min(420px, 60vw); min-height: 6em !important; field-sizing: content}
 progress {width: 100%}
+#choices {align-items: stretch}
+@media (max-width: 640px) {
+  #chats:has(#right) > .block {height: 38vh !important; flex-basis: 100%}
+  #choices button {padding-inline: 4px; font-size: 14px}
+}
 """
+_ABOUT_MODES = "The policy is your model; the reference is what it is compared with."
 _MODES = {"policy": "Policy", "reference": "Reference", "endpoint": "Endpoint", BOTH: "Side by side, blind"}
+_EMPTY = "Say something below. Then press a thumb under the answer, or edit it: what you press can be trained on."
 _THUMBS = {"up": "Like", "down": "Dislike", None: None}
+_BROKEN = "the answer broke off, so presses on it are kept and not trained on"
 _SHOWN_SECONDS = 0.05
 """Least time between two views of an answer that grows: a browser shows no more, and each is sent whole."""
 _PRESS: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple"}
@@ -74,10 +85,13 @@ class ChatPage:
         with gr.Blocks(analytics_enabled=False, title="kto_jax chat", fill_height=True) as page:
             person = gr.State(Conversation(self._presses, self._system))  # Each session gets a copy.
             title = gr.Markdown(elem_id="title")
-            mode = gr.Radio(modes, value=modes[-1][1], label="Who answers", visible=len(modes) > 1, elem_id="mode")
-            with gr.Row():
+            mode = gr.Radio(
+                modes, value=modes[-1][1], label="Who answers", info=_ABOUT_MODES, visible=len(modes) > 1,
+                elem_id="mode",
+            )  # fmt: skip
+            with gr.Row(elem_id="chats"):
                 left, right = self._chat("left"), self._chat("right")
-            with gr.Row(visible=False) as choices:
+            with gr.Row(visible=False, elem_id="choices") as choices:
                 better = [
                     gr.Button(label, elem_id=name, min_width=90)
                     for label, name in (
@@ -97,21 +111,31 @@ class ChatPage:
             )
             new = gr.Button("New conversation", elem_id="new", size="sm")
             with gr.Accordion("Settings", open=False):
-                temperature = gr.Slider(0, 2, self._settings.temperature, step=0.05, label="Temperature")
+                temperature = gr.Slider(
+                    0, 2, self._settings.temperature, step=0.05, label="Temperature",
+                    info="0 always takes the most likely word; higher values vary more.",
+                )  # fmt: skip
                 usual = self._settings.max_new_tokens
                 longest = gr.Slider(min(16, usual), max(2048, usual), usual, step=1, label="Longest answer, in tokens")
-                system = gr.Textbox(self._system, label="System turn of new conversations", lines=2, elem_id="system")
+                system = gr.Textbox(
+                    self._system, label="System turn of new conversations", lines=2, elem_id="system",
+                    info="What the model is told before your first message.",
+                )  # fmt: skip
             shown = [left, right, choices, status]
             drawn = [person, mode, temperature, longest]
             page.load(self._title, None, title)
-            gr.on([new.click, left.clear, right.clear], self._reset, [system], [person, *shown])
             asking = text.submit(self._ask, [text, *drawn], [*shown, text], trigger_mode="once")
             text.stop(self._stopped, [person], [*shown, text], cancels=[asking])
+            streams = [asking]
             for side, chat in enumerate((left, right)):
                 chat.like(self._on_like(side), [person], shown, **_PRESS)
                 editing = chat.edit(self._on_edit(side), drawn, [*shown, text], trigger_mode="multiple")
                 retrying = chat.retry(self._on_retry(), drawn, [*shown, text])
                 text.stop(None, cancels=[editing, retrying])
+                streams += [editing, retrying]
+            # An answer that is still being written must not come back into the new conversation.
+            begins = [new.click, left.clear, right.clear]
+            gr.on(begins, self._reset, [system], [person, *shown, text], cancels=streams)
             for choice, button in zip((0, "tie", 1), better, strict=True):
                 button.click(self._on_choice(choice), [person], shown, **_PRESS)
             if self._training is not None:
@@ -123,7 +147,7 @@ class ChatPage:
     def _chat(self, name: str) -> gr.Chatbot:
         return gr.Chatbot(
             label=name.capitalize(), show_label=False, height="55vh", min_width=300, elem_id=name, editable="all",
-            visible=name == "left", buttons=["copy"], latex_delimiters=[], placeholder=" ",
+            visible=name == "left", buttons=["copy"], latex_delimiters=[], placeholder=_EMPTY,
         )  # fmt: skip
 
     def _add_training(self, page: gr.Blocks, title: gr.Markdown) -> None:
@@ -139,7 +163,7 @@ class ChatPage:
 
     def _reset(self, system: str) -> tuple[Any, ...]:
         person = Conversation(self._presses, system)
-        return person, *_view(person)
+        return person, *_view(person), gr.Textbox(submit_btn="Send", stop_btn=False)
 
     def _title(self) -> str:
         names = [f"{_MODES[role].lower()} `{model.name}`" for role, model in self._models.by_role.items()]
@@ -172,29 +196,34 @@ class ChatPage:
     def _like(self, person: Conversation, side: int, index: Any, liked: Any) -> tuple[Any, ...]:
         thumb: Any = {True: "up", False: "down"}.get(liked) if isinstance(liked, bool) else None
         number = _index(index) // 2
-        return self._press(person, lambda: person.press_thumb(number, _side(person, number, side), thumb))
+        save = lambda: person.press_thumb(number, _side(person, number, side), thumb)  # noqa: E731
+        return self._press(person, save, "saved" if thumb else "withdrawn")
 
     def _choose(self, person: Conversation, choice: Any) -> tuple[Any, ...]:
         number = len(person.turns) - 1
         again = number >= 0 and person.turns[number].choice == choice
-        return self._press(person, lambda: person.choose(number, None if again else choice))
+        save = lambda: person.choose(number, None if again else choice)  # noqa: E731
+        return self._press(person, save, "withdrawn" if again else "saved")
 
     def _edit(
         self, person: Conversation, side: int, event: gr.EditData, mode: str, settings: Settings
     ) -> Iterator[tuple[Any, ...]]:
         """An edited answer is a press; an edited question is asked again."""
         number, is_answer = divmod(_index(event.index), 2)
-        text = _text(event.value)
+        text = whole_characters(_text(event.value))
         if is_answer:
             save = lambda: person.edit(number, _side(person, number, side), text)  # noqa: E731
             yield *self._press(person, save), gr.skip()
             return
+        if not text.strip():
+            gr.Warning("The edited question is empty. It needs some text. Edit it again, or begin a new conversation.")
+            yield *_view(person, "not changed"), gr.skip()
+            return
         person.cut(number)
-        yield from self._stream(person, lambda: self._models.ask(person, text, mode, settings), "")
+        yield from self._stream(person, lambda: self._models.ask(person, text.strip(), mode, settings), "")
 
-    def _press(self, person: Conversation, save: Callable[[], None]) -> tuple[Any, ...]:
-        """Saves a press; if that fails, says so and shows what is on disk."""
-        note = "saved"
+    def _press(self, person: Conversation, save: Callable[[], None], note: str = "saved") -> tuple[Any, ...]:
+        """Saves a press, and then shows the note; if that fails, says so and shows what is on disk."""
         try:
             save()
         except ConfigError as error:
@@ -212,8 +241,9 @@ class ChatPage:
         self, text: str, person: Conversation, mode: str, temperature: float, longest: float
     ) -> Iterator[tuple[Any, ...]]:
         settings = Settings(temperature, int(longest))
-        if text.strip():
-            yield from self._stream(person, lambda: self._models.ask(person, text.strip(), mode, settings), text)
+        said = whole_characters(text.strip())
+        if said:
+            yield from self._stream(person, lambda: self._models.ask(person, said, mode, settings), said)
 
     def _stream(
         self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str
@@ -231,6 +261,9 @@ class ChatPage:
                     yield *_view(person, _figures(turn.answers, started, first)), gr.skip()
         except (ConfigError, TransientError) as error:
             gr.Warning(html.escape(str(error)))
+            if turn is not None and turn in person.turns:
+                yield *_view(person, _BROKEN), gr.Textbox(submit_btn="Send", stop_btn=False)
+                return
             left = text
         note = _figures(turn.answers, started, first, ended=True) if turn is not None and not left else ""
         yield *_view(person, note), gr.Textbox(left, submit_btn="Send", stop_btn=False)
@@ -274,7 +307,7 @@ def _view(person: Conversation, note: str = "") -> tuple[Any, ...]:
             messages.append({"role": "user", "content": turn.said})
             messages.append({"role": "assistant", "content": answer.shown})
             thumbs.append(_THUMBS[answer.thumb])
-        chats.append(gr.Chatbot(value=messages, feedback_value=thumbs, visible=two or side == 0))
+        chats.append(gr.Chatbot(value=messages, feedback_value=thumbs, visible=two or side == 0, show_label=two))
     return *chats, gr.Row(visible=two), _said(turns[-1] if two else None, note)
 
 

@@ -150,6 +150,18 @@ def test_a_copy_is_a_conversation_of_its_own(presses, models):
     assert (copied.turns, copied.system) == ([], "Be brief.") and copied.id != conversation.id
 
 
+def test_an_answer_that_is_still_being_written_takes_no_press(presses, models):
+    conversation = Conversation(presses)
+    stream = models.ask(conversation, "Hello?", "policy", SETTINGS)
+    next(stream), next(stream)
+    for press in (lambda: conversation.press_thumb(0, 0, "up"), lambda: conversation.edit(0, 0, "Hi.")):
+        with pytest.raises(ConfigError, match=r"still being written\. .* Wait for its end, or stop it"):
+            press()
+    stream.close()
+    conversation.press_thumb(0, 0, "up")
+    assert [(row["completion"], row["ended"]) for row in rows_of(presses)] == [("policy", False)]
+
+
 def test_asking_again_keeps_what_was_pressed_on_the_first_answer(presses, models):
     conversation = Conversation(presses)
     first = ask(models, conversation, "Hello?").answers[0]

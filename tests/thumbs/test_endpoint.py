@@ -78,6 +78,12 @@ def test_an_answer_that_was_cut_or_came_whole_is_read(served):
     assert stream(url)[-1] == Piece("Whole.", 0, True)
 
 
+def test_halves_of_characters_are_joined_or_replaced(served):
+    kind, url = served
+    kind.lines = [event("Hi \ud83d"), event("\ude00 \ude00", "stop"), b"data: [DONE]"]
+    assert [piece.text for piece in stream(url)] == ["Hi \ufffd", "Hi 😀 \ufffd", "Hi 😀 \ufffd"]
+
+
 @pytest.mark.parametrize(("lines", "message"), [
     ([b"data: {"], "sends something that is no answer"),
     ([b"data: [1]"], "sends something that is no answer"),

@@ -100,6 +100,22 @@ def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
     ]  # fmt: skip
 
 
+def test_an_answer_that_is_being_written_takes_no_press_and_ends_with_its_conversation(served):
+    url, folder = served
+    with browsing.browser(url) as page:
+        page.click("#mode input[value=policy]")
+        page.say("please wait")
+        page.wait(lambda: page.answers() == ["policy"])
+        page.click("#left button[title=Like]")
+        page.wait_for_status("not saved")
+        page.click("#new")
+        page.wait(lambda: page.is_ready() and not page.answers())
+        (folder / "open").touch()
+        page.say("hello")
+        page.wait_for_answer("policy read 1 messages: hello")
+        assert len(page.answers()) == 1 and rows_of(folder) == []
+
+
 def test_two_people_at_once_see_only_their_own(served):
     url, folder = served
     with browsing.browser(url) as one, browsing.browser(url) as two:
