@@ -138,13 +138,13 @@ def _judge_row(contest: Contest, one: Judged) -> dict[str, Any]:
 def _held_out_row(figures: HeldOut) -> tuple[str, ...]:
     ranking = figures.ranking
     return (
-        str(figures.step),
+        f"step {figures.step}",
         f"{figures.loss:.4f}",
         percent(ranking.accuracy) if ranking and ranking.accuracy else "–",
         number(figures.auc),
         "–" if math.isnan(figures.margin) else f"{figures.margin:.3g}",
         f"{ranking.calibration.error:.3f}" if ranking else "–",
-        f"{figures.examples} of {figures.prompts} prompts",
+        f"{figures.examples} from {figures.prompts} prompts",
     )
 
 
