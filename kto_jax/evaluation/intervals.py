@@ -148,7 +148,7 @@ def _ends(value: float, found: np.ndarray, without: np.ndarray) -> Float[np.ndar
     bias = stats.norm.ppf(np.clip(below, 1 / len(found), 1 - 1 / len(found)))
     without = without[np.isfinite(without)]
     influence = without.mean() - without if len(without) else np.zeros(1)
-    spread = np.sum(influence**2)
+    spread = float(np.sum(influence**2))
     acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread else 0.0
     tails = bias + stats.norm.ppf(((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
     return stats.norm.cdf(bias + tails / (1 - acceleration * tails))
