@@ -96,8 +96,8 @@ class Options:
     batch_size: Count = 16
     """Completions sampled at once."""
     devices: Devices = "auto"
-    """The devices that hold --model and --against: "one", "all" of this machine, or "auto": all if they are no CPUs. A
-    run's own checkpoints are read on one device; give a larger policy as --model=RUN/policy."""
+    """The devices that complete prompts: "one", "all" of this machine, or "auto": all if they are no CPUs. A run's
+    held-out feedback is measured on one."""
     dtype: Precision = "float32"
     """Dtype of the computation of --model, --against and reward models."""
     chat_template: str = "auto"
@@ -125,9 +125,9 @@ def evaluate(options: Options) -> int:
         shown = stack.enter_context(contextlib.ExitStack())
         progress = shown.enter_context(show_progress(logs=True))
         progress.start("reading models and feedback")
-        run = stack.enter_context(open_run(options.run)) if options.run else None
+        run = stack.enter_context(open_run(options.run, devices=options.devices)) if options.run else None
         if run is not None:
-            report_devices(None)
+            report_devices(run.placed)
         work = _Evaluation(options, run, out, progress)
         steps = work.chosen_steps()
         task = work.read_task() if options.judge or options.prompts else None
@@ -273,7 +273,7 @@ class _Evaluation:
         return self._complete(model, own, Path(path).name if Path(path).exists() else path)
 
     def _complete(self, model: LanguageModel, task: Task, name: str) -> _Side:
-        if model.placed is not None:  # else it is the run's own, which was reported
+        if model.placed is not None and (self.run is None or model.placed is not self.run.placed):
             report_devices(model.placed)
         self.progress.start(f"completing prompts by {name}", total=len(task.rows) * task.num_samples)
         return _Side(answer(model, task, on_batch=self.progress.advance), name, model)

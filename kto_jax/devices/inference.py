@@ -34,6 +34,12 @@ class Placed(NamedTuple):
     model: Model
     shardings: Any
 
+    def place(self, params: Params) -> Params:
+        """Parameters that one device read, on the devices of the model."""
+        if self.shardings is None:
+            return params
+        return {name: jax.device_put(params[name], self.shardings[name]) for name in self.shardings}
+
 
 def place_model(
     config: TransformerConfig,
@@ -80,16 +86,13 @@ def whole_parts(num_rows: int, params: Params) -> int:
     return -(-num_rows // parts) * parts
 
 
-def report_devices(placed: Placed | None) -> None:
+def report_devices(placed: Placed) -> None:
     """Says on standard error which devices are used, if there are several.
 
     Args:
-      placed: the model; None for one that can be held by one device only.
+      placed: the model.
     """
     if jax.device_count() == 1:
-        return
-    if placed is None:
-        print(f"uses 1 of {jax.device_count()} devices", file=sys.stderr)
         return
     if placed.shardings is None:
         print(f"uses 1 of {jax.device_count()} devices; --devices=all uses all", file=sys.stderr)

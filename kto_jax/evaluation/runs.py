@@ -1,4 +1,4 @@
-"""A run's checkpoints on one device, with the feedback that they were not trained on.
+"""A run's checkpoints, with the feedback that they were not trained on.
 
 from kto_jax.evaluation.runs import open_run
 
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from kto_jax.config import Config, ConfigError, MeshConfig, ProcessesConfig, resolve
 from kto_jax.data.tokens import tokenizer as tokenize
 from kto_jax.data.workers import Workers
+from kto_jax.devices.inference import Devices, Placed, place_model
 from kto_jax.devices.sharding import place_batch
 from kto_jax.evaluation.calibration import Ranking, auc_interval, rank_pairs, rank_thumbs
 from kto_jax.evaluation.intervals import Interval
@@ -74,6 +75,7 @@ class OpenRun:
       inputs: its feedback and tokenizer.
       steps: of its checkpoints.
       workers: the process that encodes prompts.
+      devices: those that complete prompts; figures on feedback are measured on one.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class OpenRun:
     inputs: Inputs
     steps: list[int]
     workers: Workers
+    devices: Devices
 
     @property
     def name(self) -> str:
@@ -122,10 +125,15 @@ class OpenRun:
             )
 
         def load() -> Params:
-            return dict(self.reference if step is None else self._checkpoint(step).policy)
+            return self.placed.place(dict(self.reference if step is None else self._checkpoint(step).policy))
 
-        model = read_model(self.path, dtype=self.config.model.dtype)
-        return LanguageModel(model, self.inputs.tokenizer, load, self.workers)
+        return LanguageModel(self.placed.model, self.inputs.tokenizer, load, self.workers, self.placed)
+
+    @functools.cached_property
+    def placed(self) -> Placed:
+        """The devices that complete prompts."""
+        dtype = self.config.model.dtype
+        return place_model(read_model(self.path).config, dtype=dtype, devices=self.devices)
 
     def held_out_prompts(self, count: int) -> list[np.ndarray]:
         """The token ids of the first distinct held-out prompts, in source order."""
@@ -216,11 +224,12 @@ def _figures(
 
 
 @contextlib.contextmanager
-def open_run(path: str) -> Iterator[OpenRun]:
-    """Opens a run that was trained on any machine, on one device of this one.
+def open_run(path: str, *, devices: Devices = "one") -> Iterator[OpenRun]:
+    """Opens a run that was trained on any machine.
 
     Args:
       path: its folder, also in a bucket.
+      devices: those of this process that complete prompts, as `place_model` takes them.
 
     Yields:
       The run. Its feedback is read as in training, or reopened from the cache.
@@ -239,7 +248,7 @@ def open_run(path: str) -> Iterator[OpenRun]:
                 f"the feedback that {folder} names has changed since it was trained, so rows may be held out that it "
                 "was trained on. The files must be as they were. Restore them, or evaluate its policy/ with --model."
             )
-        yield OpenRun(folder, config, inputs, steps, workers)
+        yield OpenRun(folder, config, inputs, steps, workers, devices)
 
 
 def _for_one_device(folder: Path) -> Config:

@@ -50,7 +50,7 @@ class LanguageModel:
       tokenizer: its tokenizer, while the scratch folder of `open_language_model` exists.
       load: reads the parameters.
       workers: the process that encodes prompts; None starts one for every call of `complete`.
-      placed: the devices that hold it; None if only one can.
+      placed: the devices that hold it; None if that was not chosen.
     """
 
     model: Model
@@ -254,10 +254,7 @@ def _find_model(path: str, dtype: str, strict: bool, devices: Devices) -> tuple[
         stored = place_model(read_model(source).config, dtype=dtype, devices=devices)
 
         def load_stored() -> Params:
-            params = load_policy(source, dtype=dtype, strict=strict)[1]
-            if stored.shardings is None:
-                return params
-            return {name: jax.device_put(params[name], stored.shardings[name]) for name in stored.shardings}
+            return stored.place(load_policy(source, dtype=dtype, strict=strict)[1])
 
         return stored, load_stored, source / "tokenizer"
     if is_reward_model(files):
