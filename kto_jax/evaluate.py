@@ -273,7 +273,7 @@ class _Evaluation:
         return self._complete(model, own, Path(path).name if Path(path).exists() else path)
 
     def _complete(self, model: LanguageModel, task: Task, name: str) -> _Side:
-        if model.placed is not None and (self.run is None or model.placed is not self.run.placed):
+        if self.run is None or model.placed is not self.run.placed:
             report_devices(model.placed)
         self.progress.start(f"completing prompts by {name}", total=len(task.rows) * task.num_samples)
         return _Side(answer(model, task, on_batch=self.progress.advance), name, model)

@@ -86,13 +86,13 @@ def whole_parts(num_rows: int, params: Params) -> int:
     return -(-num_rows // parts) * parts
 
 
-def report_devices(placed: Placed) -> None:
+def report_devices(placed: Placed | None) -> None:
     """Says on standard error which devices are used, if there are several.
 
     Args:
-      placed: the model.
+      placed: the model; None if its devices were not chosen.
     """
-    if jax.device_count() == 1:
+    if placed is None or jax.device_count() == 1:
         return
     if placed.shardings is None:
         print(f"uses 1 of {jax.device_count()} devices; --devices=all uses all", file=sys.stderr)
