@@ -44,6 +44,7 @@ def test_a_conversation_in_a_terminal_is_pressed_and_trained_on(tmp_path, monkey
     monkeypatch.chdir(ROOT)
     model = export(tmp_path / "model")[0] / "policy"
     lines = ["Name a tree.", "/up", "Name a bird.", "/down", "/edit A wren.", "/nonsense", "/quit"]
+    monkeypatch.setattr("secrets.randbits", lambda bits: 1)  # Some answers of this model cannot be trained on.
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     assert chat.main(
         [f"--model={model}", "--terminal", f"--workdir={tmp_path}", "--max_new_tokens=64", "--temperature=1"]
