@@ -106,7 +106,7 @@ def test_the_newest_checkpoints_are_kept(unbroken):
 
 @pytest.mark.parametrize("number, code", [
     # Of SIGTERM: the loop and the exit code in tests/training, whole runs below.
-    (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
     pytest.param(signal.SIGTERM, 75, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
 def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(number, code, unbroken, cache, tmp_path):

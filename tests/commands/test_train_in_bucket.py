@@ -131,9 +131,8 @@ def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_d
     assert exported == (on_disk / "policy/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(1, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kills", [1, 20])
 def test_no_kill_at_any_moment_loses_a_run_in_a_bucket(kills, run, on_disk, tmp_path):
     moments = random.Random(kills)
     for _ in range(kills):

@@ -70,7 +70,8 @@ def in_microbatches(weights, mesh_config, row_length, microbatch_rows, num_devic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, num_devices, layout", [
-    (MeshConfig(), 1, (80, 8, 4)), (MeshConfig(), 1, (38, 64, 1)),
+    (MeshConfig(), 1, (80, 8, 4)),
+    pytest.param(MeshConfig(), 1, (38, 64, 1), marks=pytest.mark.exhaustive),
     (MeshConfig(data=2, expert=2, tensor=2), 8, (80, 16, 2)),
 ])  # fmt: skip
 def test_the_routers_losses_do_not_depend_on_microbatches_packing_and_mesh(mesh, num_devices, layout):
