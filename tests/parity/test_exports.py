@@ -31,21 +31,6 @@ RANK, ALPHA, TARGETS = 2, 6, {"q_proj": "query", "v_proj": "value", "down_proj":
 
 
 @pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def peft():
-    return pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The tiny model, with weights of a size that decides greedy text."""
     folder = tmp_path_factory.mktemp("parity") / "base"

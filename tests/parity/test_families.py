@@ -28,16 +28,6 @@ EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ALL_
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 

@@ -27,16 +27,6 @@ APPROXIMATE = ("gemma", "gemma2", "gemma3", "gpt_neox", "gpt_neox_serial", "star
 
 
 @pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
 def llama_cpp():
     return pytest.importorskip("xllamacpp")
 

@@ -23,21 +23,6 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 TOKENS = np.random.default_rng(0).integers(1, 64, (2, 13))
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft")
-
-
 def drawn(model, lora):
     """A frozen model of which no bias is 0 and no norm 1, and adapters of which neither matrix is 0."""
     params = model.init_params(jax.random.key(0), "float32")

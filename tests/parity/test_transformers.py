@@ -30,16 +30,6 @@ TINY = TransformerConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 @partial(jax.jit, static_argnums=0)
 def our_logits(model, params, tokens):
     positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1])[None], tokens.shape)

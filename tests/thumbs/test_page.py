@@ -46,13 +46,18 @@ def read(folder, **settings):
     return found
 
 
+def begin_an_answer(page):
+    """Asks for an answer of the policy that waits half done until the file `open` is there."""
+    page.click("#mode input[value=policy]")
+    page.say("please wait")
+    page.wait(lambda: page.answers() == ["policy"])
+
+
 def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
     url, folder = served
     with browsing.browser(url) as page:
         # Streaming: the answer is half there while the model waits.
-        page.click("#mode input[value=policy]")
-        page.say("please wait")
-        page.wait(lambda: page.answers() == ["policy"])
+        begin_an_answer(page)
         assert not page.is_ready()
         (folder / "open").touch()
         page.wait_for_answer("policy read 1 messages: please wait")
@@ -103,9 +108,7 @@ def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
 def test_an_answer_that_is_being_written_takes_no_press_and_ends_with_its_conversation(served):
     url, folder = served
     with browsing.browser(url) as page:
-        page.click("#mode input[value=policy]")
-        page.say("please wait")
-        page.wait(lambda: page.answers() == ["policy"])
+        begin_an_answer(page)
         page.click("#left button[title=Like]")
         page.wait_for_status("not saved")
         page.click("#new")
