@@ -59,6 +59,8 @@ class Models:
             while running:
                 for stream, answer in list(running):
                     piece = next(stream, None)
+                    if not answer.is_growing:  # Somebody ended it meanwhile.
+                        return
                     if piece is None:
                         answer.is_growing = False
                         running.remove((stream, answer))
@@ -66,15 +68,15 @@ class Models:
                     answer.text, answer.num_tokens, answer.ended = piece.text, piece.num_tokens, piece.ended
                     yield turn
         finally:
-            for answer in answers:
-                answer.is_growing = False
-            if not all(answer.text for answer in answers) and turn in conversation.turns:
-                conversation.cut(conversation.turns.index(turn))
+            conversation.end(turn)
 
     def again(
-        self, conversation: Conversation, number: int, mode: str, settings: Settings
+        self, conversation: Conversation, number: int, mode: str, settings: Settings, said: str = ""
     ) -> Generator[Turn, None, None]:
-        """Asks for another answer to a turn; those behind it are dropped. Presses on the first answer stay."""
-        said = conversation.turns[number].said
+        """Asks a turn again, with another text if one is given; it and those behind it are dropped.
+
+        Presses on the dropped answers stay.
+        """
+        said = said or conversation.turns[number].said
         conversation.cut(number)
         yield from self.ask(conversation, said, mode, settings)

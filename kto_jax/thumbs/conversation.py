@@ -85,12 +85,16 @@ class Conversation:
     Args:
       presses: where presses go.
       system: the system turn; "" for none.
+
+    Attributes:
+      is_left: whether a new conversation has taken its place.
     """
 
     def __init__(self, presses: Presses, system: str = "") -> None:
         self.id = secrets.token_hex(8)
         self.system = system.strip()
         self.turns: list[Turn] = []
+        self.is_left = False
         self._presses = presses
         self._lock = threading.RLock()
 
@@ -107,6 +111,24 @@ class Conversation:
                 prompt.append({"role": "assistant", "content": turn.kept.shown})
             self.turns.append(Turn(said, [*prompt, {"role": "user", "content": said}], answers))
             return self.turns[-1]
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether an answer is still being written."""
+        return bool(self.turns) and any(answer.is_growing for answer in self.turns[-1].answers)
+
+    def stop(self) -> None:
+        """Ends the answers that are being written."""
+        if self.turns:
+            self.end(self.turns[-1])
+
+    def end(self, turn: Turn) -> None:
+        """Ends the answers of a turn where they are; a turn without an answer is taken back."""
+        with self._lock:
+            for answer in turn.answers:
+                answer.is_growing = False
+            if not all(answer.text for answer in turn.answers):
+                self.turns = [each for each in self.turns if each is not turn]
 
     def cut(self, number: int) -> None:
         """Drops a turn and those behind it. What was pressed on them stays pressed."""

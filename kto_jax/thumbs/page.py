@@ -49,7 +49,10 @@ _BROKEN = "the answer broke off, so presses on it are kept and not trained on"
 _SHOWN_SECONDS = 0.05
 """Least time between two views of an answer that grows: a browser shows no more, and each is sent whole."""
 _PRESS: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple"}
-"""Gradio drops what is pressed while the press before it is being saved, unless it is told otherwise."""
+"""Gradio drops what is pressed while the press before it is being saved, unless it is told otherwise; and what is sent
+while an answer that was stopped, or left for a new conversation, is still being cancelled."""
+_UNCHANGED = (gr.skip(),) * 5
+"""Both chats, the buttons of choice, the status and the text as they are."""
 _PEOPLE = 256
 """Calls that run at once; nearly all of them wait for their turn on the device."""
 
@@ -124,18 +127,18 @@ class ChatPage:
             shown = [left, right, choices, status]
             drawn = [person, mode, temperature, longest]
             page.load(self._title, None, title)
-            asking = text.submit(self._ask, [text, *drawn], [*shown, text], trigger_mode="once")
+            asking = text.submit(self._ask, [text, *drawn], [*shown, text], trigger_mode="multiple")
             text.stop(self._stopped, [person], [*shown, text], cancels=[asking])
             streams = [asking]
             for side, chat in enumerate((left, right)):
                 chat.like(self._on_like(side), [person], shown, **_PRESS)
                 editing = chat.edit(self._on_edit(side), drawn, [*shown, text], trigger_mode="multiple")
-                retrying = chat.retry(self._on_retry(), drawn, [*shown, text])
+                retrying = chat.retry(self._on_retry(), drawn, [*shown, text], trigger_mode="multiple")
                 text.stop(None, cancels=[editing, retrying])
                 streams += [editing, retrying]
             # An answer that is still being written must not come back into the new conversation.
             begins = [new.click, left.clear, right.clear]
-            gr.on(begins, self._reset, [system], [person, *shown, text], cancels=streams)
+            gr.on(begins, self._reset, [person, system], [person, *shown, text], cancels=streams)
             for choice, button in zip((0, "tie", 1), better, strict=True):
                 button.click(self._on_choice(choice), [person], shown, **_PRESS)
             if self._training is not None:
@@ -161,7 +164,9 @@ class ChatPage:
 
     # ------------------------------------------------------------------------------------------------------- one person
 
-    def _reset(self, system: str) -> tuple[Any, ...]:
+    def _reset(self, left: Conversation, system: str) -> tuple[Any, ...]:
+        left.is_left = True
+        left.stop()
         person = Conversation(self._presses, system)
         return person, *_view(person), gr.Textbox(submit_btn="Send", stop_btn=False)
 
@@ -219,8 +224,7 @@ class ChatPage:
             gr.Warning("The edited question is empty. It needs some text. Edit it again, or begin a new conversation.")
             yield *_view(person, "not changed"), gr.skip()
             return
-        person.cut(number)
-        yield from self._stream(person, lambda: self._models.ask(person, text.strip(), mode, settings), "")
+        yield from self._stream(person, lambda: self._models.again(person, number, mode, settings, text.strip()), "")
 
     def _press(self, person: Conversation, save: Callable[[], None], note: str = "saved") -> tuple[Any, ...]:
         """Saves a press, and then shows the note; if that fails, says so and shows what is on disk."""
@@ -249,6 +253,12 @@ class ChatPage:
         self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str
     ) -> Iterator[tuple[Any, ...]]:
         """Shows the answers as they grow; if they cannot be had, says why and gives the text back."""
+        if person.is_growing:
+            gr.Warning(
+                "An answer is still being written. A conversation has one at a time. Wait for its end, or stop it."
+            )
+            yield _UNCHANGED
+            return
         started, first, turn, left = time.perf_counter(), 0.0, None, ""
         shown = 0.0
         yield *_view(person), gr.Textbox("", submit_btn=False, stop_btn="Stop")
@@ -265,10 +275,15 @@ class ChatPage:
                 yield *_view(person, _BROKEN), gr.Textbox(submit_btn="Send", stop_btn=False)
                 return
             left = text
+        if person.is_left:
+            yield _UNCHANGED  # Gradio shows once more what was yielded last.
+            return
         note = _figures(turn.answers, started, first, ended=True) if turn is not None and not left else ""
-        yield *_view(person, note), gr.Textbox(left, submit_btn="Send", stop_btn=False)
+        # What was typed meanwhile stays.
+        yield *_view(person, note), gr.Textbox(**({"value": left} if left else {}), submit_btn="Send", stop_btn=False)
 
     def _stopped(self, person: Conversation) -> tuple[Any, ...]:
+        person.stop()
         return *_view(person, "stopped"), gr.Textbox(submit_btn="Send", stop_btn=False)
 
     # --------------------------------------------------------------------------------------------------------- training

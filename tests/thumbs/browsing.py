@@ -68,11 +68,16 @@ class Browser:
 
     def wait(self, condition, what=""):
         """What a condition gives once it is true; elements that are replaced meanwhile are looked for again."""
-        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait
 
         waiting = WebDriverWait(self.driver, _WAIT_SECONDS, 0.05, [StaleElementReferenceException])
-        return waiting.until(lambda _: condition(), what or "the page did not change")
+        try:
+            return waiting.until(lambda _: condition())
+        except TimeoutException:
+            shown = self.script("return document.body.innerText")
+            asked = [urlsplit(url).path for url, _ in self.requests()][-8:]
+            raise AssertionError(f"{what or 'The page did not change'}: {shown!r}, asked last for {asked}") from None
 
     def answers(self, side="left"):
         """The texts of the answers that a chat shows."""
@@ -88,6 +93,35 @@ class Browser:
 
     def wait_for_status(self, text):
         self.wait(lambda: text in self.status(), f"no status with {text!r}")
+
+    def wait_for_warning(self, text):
+        self.wait(lambda: any(text in toast.text for toast in self.find(".toast-body")), f"no warning with {text!r}")
+
+    def hold(self, end):
+        """Keeps every request to an address with this end waiting for ever."""
+        self.script(
+            """
+            const [end] = arguments, send = window.fetch
+            window.fetch = (to, ...rest) =>
+              String(to.url ?? to).endsWith(end) ? new Promise(() => {}) : send(to, ...rest)
+            """,
+            end,
+        )
+
+    def watch(self, text):
+        """Notes from now on whether a message ever shows a text; `seen` says so."""
+        self.script(
+            """
+            const [text] = arguments, look = () => document.querySelectorAll("#chats .message")
+              .forEach(message => { window.seen ||= message.innerText.includes(text) })
+            window.seen = false
+            new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true})
+            """,
+            text,
+        )
+
+    def seen(self):
+        return self.script("return window.seen")
 
     def is_ready(self):
         """Whether nothing is being answered: the button says Send."""

@@ -10,19 +10,25 @@ from kto_jax.thumbs.models import Piece
 
 
 class Scripted:
-    """Says its name, the number of messages and what was said last, word by word; waits after the first if told to."""
+    """Says its name, the number of messages and what was said last, word by word; waits after the first if told to.
 
-    def __init__(self, name, gate=None):
-        self.name, self.gate = name, gate
+    `ended` is called with what was said last, at the end of each answer, also of one that was stopped.
+    """
+
+    def __init__(self, name, gate=None, ended=lambda last: None):
+        self.name, self.gate, self.ended = name, gate, ended
 
     def stream(self, messages, settings, seed):
         last = messages[-1]["content"]
         words = f"{self.name} read {len(messages)} messages: {last}".split()
         limit = settings.max_new_tokens
-        for number in range(1, min(len(words), limit) + 1):
-            if self.gate is not None and number == 2:
-                self.gate(last)
-            yield Piece(" ".join(words[:number]), number, number == len(words))
+        try:
+            for number in range(1, min(len(words), limit) + 1):
+                if self.gate is not None and number == 2:
+                    self.gate(last)
+                yield Piece(" ".join(words[:number]), number, number == len(words))
+        finally:
+            self.ended(last)
 
 
 def wait_for_file(folder):
@@ -51,7 +57,13 @@ def serve_scripted(folder):
     from kto_jax.thumbs.presses import Presses
     from kto_jax.thumbs.serve import listen, serve
 
-    models = Models({name: Scripted(name, wait_for_file(folder)) for name in ("policy", "reference")})
+    gate = wait_for_file(folder)
+
+    def ended(last):
+        if "wait" in last.split():
+            (folder / "ended").touch()
+
+    models = Models({name: Scripted(name, gate, ended) for name in ("policy", "reference")})
     listening = listen("127.0.0.1", 0)
     print(f"http://127.0.0.1:{listening.getsockname()[1]}/", flush=True)
     page = ChatPage(

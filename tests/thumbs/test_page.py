@@ -105,18 +105,45 @@ def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
     ]  # fmt: skip
 
 
-def test_an_answer_that_is_being_written_takes_no_press_and_ends_with_its_conversation(served):
+def test_an_answer_that_is_being_written_takes_no_press_and_nothing_else_is_asked(served):
     url, folder = served
     with browsing.browser(url) as page:
         begin_an_answer(page)
         page.click("#left button[title=Like]")
         page.wait_for_status("not saved")
-        page.click("#new")
-        page.wait(lambda: page.is_ready() and not page.answers())
+        page.find("#say textarea")[0].send_keys("and this\n")
+        page.wait_for_warning("An answer is still being written")
         (folder / "open").touch()
-        page.say("hello")
-        page.wait_for_answer("policy read 1 messages: hello")
+        page.wait_for_answer("policy read 1 messages: please wait")
         assert len(page.answers()) == 1 and rows_of(folder) == []
+        assert page.find("#say textarea")[0].get_property("value").strip() == "and this"
+
+
+@pytest.mark.parametrize("is_slow", [False, True], ids=["cancelled", "cancelling never ends"])
+@pytest.mark.parametrize("press", ["new", "stop"])
+def test_an_answer_that_is_being_written_ends_with_its_conversation_or_by_stop(served, press, is_slow):
+    """At once, and even if the browser's message that cancels the answer never arrives."""
+    url, folder = served
+    with browsing.browser(url) as page:
+        if is_slow:
+            page.hold("/cancel")
+        begin_an_answer(page)
+        if press == "new":
+            page.click("#new")
+            page.wait(lambda: page.is_ready() and not page.answers())
+            page.watch("please wait")
+        else:
+            page.click("#say button")
+            page.wait_for_status("stopped")
+            page.watch("messages: please wait")
+        before = len(page.answers())
+        page.say("hello")
+        page.wait_for_answer(f"policy read {2 * before + 1} messages: hello")
+        (folder / "open").touch()
+        page.wait((folder / "ended").exists)
+        page.say("again")
+        page.wait_for_answer(f"policy read {2 * before + 3} messages: again")
+        assert not page.seen() and len(page.answers()) == before + 2 and rows_of(folder) == []
 
 
 def test_two_people_at_once_see_only_their_own(served):
