@@ -36,7 +36,7 @@ ROUND = 100
 """Steps that a life may take at least."""
 CALM = 300
 """The same before a calm stretch."""
-_STRETCH_SECONDS = 60.0
+_STRETCH_SECONDS, _LOOK_SECONDS = 60.0, 2.0
 _ROOM = 100_000
 """Bytes by which metrics may grow while the disk is full; a checkpoint is larger."""
 _NOTED = ("is not saved", "the one before had failed", "trying again in", "has not answered", "moved to")
@@ -50,11 +50,20 @@ class Use(NamedTuple):
     files: int
 
 
-def use_of(process: subprocess.Popen[bytes]) -> Use:
-    """Reads what a process holds."""
-    place = Path(f"/proc/{process.pid}")
-    pages = int((place / "statm").read_text().split()[1])
-    return Use(pages * resource.getpagesize() / 1e6, len(list((place / "fd").iterdir())))
+def use_of(process: subprocess.Popen[bytes]) -> Use | None:
+    """Reads what a process holds at least in two seconds: a save that is under way holds the state once more.
+
+    Returns:
+      None if the process ended.
+    """
+    place, found, end = Path(f"/proc/{process.pid}"), [], time.monotonic() + _LOOK_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            return None
+        pages = int((place / "statm").read_text().split()[1])
+        found.append(Use(pages * resource.getpagesize() / 1e6, len(list((place / "fd").iterdir()))))
+        time.sleep(0.05)
+    return Use(min(use.memory for use in found), min(use.files for use in found))
 
 
 class Soak:
@@ -122,15 +131,14 @@ class Soak:
     def _calm_stretch(self, process: subprocess.Popen[bytes], end: float) -> None:
         """Injects what a process survives; notes how its memory and open files grow."""
         time.sleep(5)  # for the first checkpoint, which loads what saves need
-        first = latest = use_of(process) if process.poll() is None else None
+        first = latest = use_of(process)
         while process.poll() is None and time.monotonic() < end:
             if isinstance(self.run, BucketRun) and self.chance.random() < 0.7:
                 self._outage(self.run)
             else:
                 self._full_disk(process)
-            time.sleep(self.chance.uniform(1, 5))
-            if process.poll() is None:
-                latest = use_of(process)
+            time.sleep(self.chance.uniform(0, 3))
+            latest = use_of(process) or latest
         if first and latest:
             self.growth.append(Use(latest.memory - first.memory, latest.files - first.files))
         if process.poll() is None:
