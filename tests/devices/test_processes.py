@@ -1,5 +1,8 @@
 """When processes connect to each other; that they do is in tests/training/test_processes.py."""
 
+import socket
+import threading
+
 import pytest
 
 from kto_jax.config import ConfigError, ProcessesConfig, TransientError
@@ -79,3 +82,41 @@ def test_with_one_process_broadcasts_and_gathers_return_its_own_values():
     assert processes.call_on_all(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         processes.call_on_all(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("variables, lacking", [
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES"),
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+    (GIVEN | {"JAX_PROCESS_ID": "-1"}, "nothing"),
+    (GIVEN | {"JAX_NUM_PROCESSES": "four"}, "nothing"),
+])  # fmt: skip
+def test_variables_that_are_incomplete_or_no_numbers_are_refused(join, variables, lacking):
+    with pytest.raises(ConfigError, match=f"and lacks {lacking}. Several processes need .* Set all three, or none"):
+        join(variables)
+
+
+def test_a_process_waits_until_the_first_one_listens():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    came = threading.Event()
+
+    def listen():
+        with socket.create_server(("127.0.0.1", port)) as server:
+            server.settimeout(60)
+            server.accept()[0].close()
+            came.set()
+
+    timer = threading.Timer(0.1, listen)
+    timer.start()
+    processes._wait_for_first_process(f"127.0.0.1:{port}", timeout=60)
+    assert came.wait(60)
+    timer.join()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{free}", "127.0.0.1:port", "127.0.0.1:99999999"])
+def test_a_first_process_that_does_not_answer_is_named_by_its_address(address):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = address.format(free=server.getsockname()[1])
+    expected = rf"does not answer at JAX_COORDINATOR_ADDRESS={address} \(.+\)\. .* waited 0 s\. Start all again"
+    with pytest.raises(TransientError, match=expected):
+        processes._wait_for_first_process(address, timeout=0)

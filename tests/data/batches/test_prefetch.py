@@ -1,7 +1,9 @@
 """Batches from loader processes: the same, in order, and every way in which a process can end is handled."""
 
+import concurrent.futures
 import contextlib
 import functools
+import multiprocessing
 import os
 import pickle
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler, send_handle
 from pathlib import Path
 
 import jax
@@ -16,9 +19,18 @@ import numpy as np
 import pytest
 
 from kto_jax.config import ConfigError, TransientError
-from kto_jax.data.batches.prefetch import Loaders, prefetch
+from kto_jax.data.batches.prefetch import Loaders, _anonymous_file, _serve, _SharedMemory, prefetch
 from tests import ROOT, kept_pool, synthetic
-from tests.data.batches.loader_work import end_itself, growing, note, pid_of_step, refuse, send_big, where_jax_would_run
+from tests.data.batches.loader_work import (
+    end_itself,
+    growing,
+    note,
+    pid_of_step,
+    refuse,
+    send_big,
+    signalled,
+    where_jax_would_run,
+)
 
 SHAPE = {"row_length": 96, "microbatch_rows": 2, "max_length": 48}
 
@@ -170,6 +182,61 @@ def test_a_caller_that_stops_early_leaves_no_process():
     next(results)
     results.close()
     assert children_are_gone()
+
+
+@pytest.fixture
+def ask_loader(monkeypatch):
+    """Serves as a loader in this process, and asks for steps from a thread; returns what it replied."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def ask_all(function, steps):
+        ours, theirs = multiprocessing.Pipe()
+        memories = [_SharedMemory(_anonymous_file()) for _ in range(2)]
+
+        def ask():
+            replies = []
+            with ours:
+                for memory in memories:
+                    send_handle(ours, memory.file, os.getpid())
+                ours.send(function)
+                for turn, step in enumerate(steps):
+                    ours.send(step)
+                    head, places = ours.recv()
+                    assert len(head) < 2000 and all(start % 64 == 0 for start, _ in places)
+                    replies.append(ForkingPickler.loads(head, buffers=memories[turn % 2].read(places)))
+            return replies
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread, theirs:
+            asking = thread.submit(ask)
+            _serve(theirs)  # until the other end is closed
+        for memory in memories:
+            memory.close()
+        return asking.result()
+
+    yield ask_all
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_loader_answers_until_its_run_is_gone_and_keeps_arrays_out_of_the_pipe(ask_loader):
+    replies = ask_loader(growing, range(8))
+    assert [(error, trace) for _, error, trace in replies] == [(None, "")] * 8
+    assert equal([batch for batch, _, _ in replies], [growing(step) for step in range(8)])
+    replies[4][0]["a"] += 1  # the receiver's own
+
+
+@pytest.mark.parametrize("kind, expected", [("plain", ValueError), ("strange", RuntimeError)])
+def test_a_loader_lives_on_after_a_step_that_fails(ask_loader, kind, expected):
+    replies = ask_loader(functools.partial(refuse, kind), range(2, 5))
+    assert [result for result, _, _ in replies] == [2, None, 4]
+    _, error, trace = replies[1]
+    assert type(error) is expected and "bad" in str(error) and ", in refuse" in trace
+
+
+def test_a_loader_works_on_when_the_run_is_told_to_stop(ask_loader, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert [result for result, _, _ in ask_loader(signalled, range(2))] == [(0, "cpu"), (1, "cpu")]
 
 
 RUN = """
