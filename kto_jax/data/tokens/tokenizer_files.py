@@ -133,8 +133,9 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    text = _read_text(path)
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {str(error)[:100]}. Restore the file from the model.") from None
     if not isinstance(values, dict):
