@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from kto_jax.config import TransientError
-from kto_jax.data.workers import Workers, keep_workers
+from kto_jax.data.workers import Workers, _call, keep_workers
 
 
 def end_itself():
@@ -57,3 +57,16 @@ def test_kept_workers_that_were_killed_are_replaced():
             workers.submit(end_itself).result()
         with Workers(1, know, "d") as workers:
             assert workers.submit(recall).result()[1] == "d"
+
+
+def note_start(path, what):
+    with open(path, "a") as file:
+        file.write(what)
+
+
+def test_a_worker_makes_the_start_of_another_pool_and_no_start_twice(monkeypatch, tmp_path):
+    monkeypatch.setattr("kto_jax.data.workers._begun", None)
+    path = str(tmp_path / "starts")
+    begins = [(note_start, (path, what)) for what in "aaba"] + [(None, ()), (note_start, (path, "a"))]
+    assert [_call(begin, abs, -number) for number, begin in enumerate(begins)] == list(range(6))
+    assert (tmp_path / "starts").read_text() == "abaa"

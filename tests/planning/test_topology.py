@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -67,3 +69,50 @@ def test_libtpu_describes_every_chip_where_there_is_none():
         "v6e:2x4 8 8 1", "tpu7x:2x2x1 8 4 1", "2*v5e:2x2 8 8 2",
     ]  # fmt: skip
     assert refusal.startswith("--topology=v5e:3x3 is no slice that the TPU compiler knows")
+
+
+SLICES = {"2x2": 4, "1x1": 1, "4x4x4": 64, "2x2x1": 4, "16x16": 256}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for libtpu, which takes a process for itself: knows some slices, and keeps what it was asked for."""
+    asked = {}
+
+    def describe(platform, topology_name, **options):
+        size = topology_name.partition(":")[2]
+        if size not in SLICES:
+            raise RuntimeError(f"INVALID_ARGUMENT: bad bounds {size}\nand more")
+        asked[topology_name] = options
+        count = SLICES[size] * options.get("num_slices", 1)
+        return types.SimpleNamespace(devices=[object()] * count * (2 if topology_name.startswith("tpu7x") else 1))
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("kto_jax.planning.topology.topologies.get_topology_desc", describe)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], "TPU_WORKER_ID": "7"})
+    return asked
+
+
+@pytest.mark.parametrize("name, chips, slices, options", [
+    ("v5e:2x2", 4, 1, {}), ("v5e:16x16", 256, 1, {}), ("v5e:1x1", 1, 1, {"chips_per_host_bounds": (1, 1, 1)}),
+    ("v5p:4x4x4", 64, 1, {"wrap": (True, True, True)}), ("v4:2x2x1", 4, 1, {"chip_config_name": "megacore"}),
+    ("2*v5e:2x2", 8, 2, {"num_slices": 2}), ("tpu7x:2x2x1", 4, 1, {}),
+])  # fmt: skip
+def test_a_slice_is_described_as_it_is_wired(compiler, name, chips, slices, options):
+    topology = open_topology(name)
+    assert (topology.num_chips, topology.num_slices) == (chips, slices)
+    assert compiler == {name.split("*")[-1]: options}
+
+
+def test_a_slice_that_does_not_exist_is_refused_with_those_that_do(compiler):
+    expected = (
+        r"v5e:3x3 is no slice that the TPU compiler knows: INVALID_ARGUMENT: bad bounds 3x3\. Allowed: .* Set --t"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        open_topology("v5e:3x3")
+
+
+def test_the_compiler_looks_for_no_chip_and_for_no_cloud_unless_it_is_told_to(compiler):
+    open_topology("v5e:2x2")
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
+    assert os.environ["TPU_WORKER_ID"] == "7"

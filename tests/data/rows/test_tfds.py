@@ -10,6 +10,7 @@ import pytest
 from kto_jax.config import ConfigError, DataConfig
 from kto_jax.data.rows.files import expand
 from kto_jax.data.rows.records import Feedback, Rejection, read_records
+from kto_jax.data.rows.tfds import fetch_tfds
 
 PREPARE = """
 import sys
@@ -115,3 +116,34 @@ def test_an_unreadable_dataset_is_refused_and_leaves_no_file(prepared, tmp_path,
         with pytest.raises(ConfigError, match=r"cannot be read: .*must be prepared as ArrayRecord"):
             expand(source)
     assert not list(cache.iterdir())
+
+
+@pytest.fixture
+def without_traces():
+    """Other tests check that this process has not imported TensorFlow Datasets."""
+    before = set(sys.modules)
+    yield
+    for name in [name for name in sys.modules if name not in before and name.split(".")[0] == "tensorflow_datasets"]:
+        del sys.modules[name]
+
+
+def test_rows_of_a_set_become_json_with_every_kind_of_feature(prepared, tmp_path, without_traces):
+    path = tmp_path / "rows.jsonl"
+    fetch_tfds(f"tfds-dir:{prepared}/thumbs/1.0.0:train", path)
+    rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: len(row["tags"]))
+    for i, row in enumerate(rows):
+        assert [turn["role"] for turn in row["prompt"]] == ["system", "user"][i % 2 :]
+        assert row["prompt"][-1]["content"] == "4 é?" and row["label"] is (i % 2 == 0) and row["weight"] == 0.5
+        assert (row["ids"], row["tags"], row["nested"]) == ([1, 2], ["a"] * i, {"x": "y"})
+    assert [row["completion"] for row in rows] == ["Hi 0.", "Hi 1.", "Hi 2.", "broken \udcff"]
+
+
+@pytest.mark.parametrize("source", ["tfds:nosuchset_of_ours/train", "tfds-dir:{prepared}/thumbs/1.0.0:nosuch"])
+def test_what_the_library_refuses_is_said_in_one_line_and_leaves_no_file(prepared, tmp_path, without_traces, source):
+    source = source.format(prepared=prepared)
+    with pytest.raises(ConfigError) as refused:
+        fetch_tfds(source, tmp_path / "rows.jsonl")
+    message = str(refused.value)
+    assert message.startswith(f"data source {source!r} cannot be read: ") and "It is written tfds:name/split" in message
+    assert message.endswith('Check the name, or prepare it with file_format="array_record".')
+    assert not list(tmp_path.iterdir())
