@@ -2,7 +2,6 @@
 
 import pytest
 
-from kto_jax import chat
 from kto_jax.config import ConfigError
 
 pytestmark = pytest.mark.browser
@@ -49,15 +48,6 @@ def test_a_browser_may_ask_this_server_alone():
     for response in (answer(), answer(host_header="evil.example")):
         policy = response.headers["content-security-policy"]
         assert "default-src 'self'" in policy and "http" not in policy
-
-
-def test_a_token_is_asked_for_wherever_others_could_come_from(monkeypatch):
-    assert chat._token(chat.Options()) == ""
-    random = {chat._token(chat.Options(host="0.0.0.0")) for _ in range(2)}
-    assert len(random) == 2 and all(len(token) == 32 for token in random)
-    monkeypatch.setenv(chat.TOKEN, "short")
-    with pytest.raises(ConfigError, match=r"KTO_JAX_CHAT_TOKEN has 5 characters .* at least 16"):
-        chat._token(chat.Options(host="0.0.0.0"))
 
 
 def test_a_port_that_is_taken_is_refused():
