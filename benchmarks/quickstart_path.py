@@ -32,7 +32,7 @@ MESSAGES = (
     "Name three films about the sea.",
     "Write a one-sentence review of the first of them.",
 )
-_FIGURES = re.compile(r"first token after ([\d.]+) s(?: · (\d+) tokens · ([\d.]+) tokens a second)?")
+_FIGURES = re.compile(r"first token after ([\d.]+) s · (\d+) tokens?(?: · ([\d.]+) tokens a second)?")
 
 
 class Speed(NamedTuple):
@@ -94,9 +94,8 @@ def ask(url: str) -> dict[str, list[Speed]]:
                 before = len(page.answers())
                 page.say(message)
                 page.wait(lambda before=before: page.is_ready() and len(page.answers()) > before, "no answer")
-                said = _FIGURES.search(page.wait(lambda: _FIGURES.search(page.status()) and page.status()))
-                assert said is not None
-                speed = Speed(float(said[1]), int(said[2] or 1), float(said[3] or 0), os.getloadavg()[0])
+                said = page.wait(lambda: _FIGURES.search(page.status()), "no figures")
+                speed = Speed(float(said[1]), int(said[2]), float(said[3] or 0), os.getloadavg()[0])
                 found.setdefault(mode, []).append(speed)
                 print(f"{mode}, message {number + 1}: {speed}", flush=True)
     return found

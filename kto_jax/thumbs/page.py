@@ -343,6 +343,8 @@ def _figures(answers: list[Answer], started: float, first: float, *, ended: bool
     text = f"first token after {first - started:.2f} s"
     if tokens > 1 and now > first:
         text += f" · {tokens} tokens · {(tokens - len(answers)) / (now - first):.1f} tokens a second"
+    elif ended and tokens == 1:
+        text += " · 1 token"
     cut = [answer for answer in answers if not answer.ended]
     if ended and cut:
         text += f" · cut at {cut[0].settings.max_new_tokens} tokens, so presses on it are kept and not trained on"

@@ -56,6 +56,17 @@ class Browser:
         self.url = url
         self.driver.get(url)
         self.wait(lambda: self.find("#say textarea"))
+        self.script(
+            """
+            const look = () => {
+              const answering = [...document.querySelectorAll("#say button")].some(button => button.innerText == "Stop")
+              window.taken += answering && !window.answering
+              window.answering = answering
+            }
+            window.taken = 0
+            new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true})
+            """
+        )
 
     def close(self):
         self.driver.quit()
@@ -128,8 +139,11 @@ class Browser:
         return any(button.text == "Send" for button in self.find("#say button"))
 
     def say(self, text):
+        """Says something, and waits until an answer is begun: until then the page looks as if it were answered."""
         box = self.wait(lambda: self.is_ready() and self.find("#say textarea")[0])
+        taken = self.script("return window.taken")
         box.send_keys(text + "\n")
+        self.wait(lambda: self.script("return window.taken") > taken, f"{text!r} was not taken")
 
     def click(self, selector):
         """Clicks the last of the elements, once it is there."""
