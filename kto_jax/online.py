@@ -24,6 +24,7 @@ from pathlib import Path
 
 from kto_jax.command import FINISHED, PREEMPTED, run_command
 from kto_jax.progress import announce_import
+from kto_jax.training.ending import run_to_end  # before JAX
 
 if __name__ == "__main__":  # The imports below take seconds, and launch scripts restart no run that a signal ends.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
@@ -58,7 +59,6 @@ from kto_jax.sampling.endpoint import SamplingEndpoint
 from kto_jax.sampling.sample import Sampling
 from kto_jax.storage.atomic import write_json, write_text
 from kto_jax.train import train
-from kto_jax.training.ending import run_to_end
 from kto_jax.training.preemption import Preemption
 
 _HELD_OUT = 2**31

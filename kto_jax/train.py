@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kto_jax.command import PREEMPTED, TrainOptions, answer_help, run_command
+from kto_jax.training.ending import run_to_end  # before JAX
 
 if __name__ == "__main__":  # The imports below take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -48,7 +49,6 @@ from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.run_place import RunPlace, open_place
 from kto_jax.training.agreement import compare_config, compare_inputs
 from kto_jax.training.checkpoints import Checkpoints
-from kto_jax.training.ending import run_to_end
 from kto_jax.training.evaluation import make_evaluation, measure_reference
 from kto_jax.training.initial_state import make_abstract_state, make_model, make_state
 from kto_jax.training.inputs import Inputs, read_inputs

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from kto_jax.training import ending
+from tests import ROOT
 
 
 class EndedError(Exception):
@@ -17,6 +20,7 @@ def run(monkeypatch):
     """Runs a command to its end; returns the exit code, and whether the process ended without waiting for threads."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ending, "_failed_writes", [])
+    monkeypatch.setattr(ending, "_decided", [])
 
     def end(code):
         raise EndedError(code)
@@ -69,3 +73,23 @@ def test_a_sigterm_after_the_end_does_not_change_the_code(run):
     assert run(lambda: 2) == (2, False)
     with pytest.raises(EndedError, match="2"):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+LATE = """
+import os, signal, sys
+from kto_jax.training.ending import run_to_end
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+
+late = Late()  # freed when Python takes modules apart
+run_to_end(lambda: {code})
+"""
+
+
+@pytest.mark.parametrize("result, code", [("75", 75), ("0", 0), ("1 // 0", 1)])
+def test_a_sigterm_while_python_takes_itself_apart_does_not_change_the_code(result, code):
+    command = [sys.executable, "-c", LATE.format(code=result)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == code and ("ZeroDivisionError" in ended.stderr) == (result == "1 // 0")
