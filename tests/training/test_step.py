@@ -10,14 +10,16 @@ import optax
 import pytest
 
 import kto_jax.training.step
-from kto_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from kto_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.models.config import TransformerConfig
+from kto_jax.models.lora import init_adapters
 from kto_jax.models.model import Model
 from kto_jax.objectives import make_objective
 from kto_jax.training.flops import tokens_and_flops
 from kto_jax.training.optimizer import make_learning_rate, make_optimizer
+from kto_jax.training.routers import NO_ROUTERS, RouterWeights
 from kto_jax.training.state import TrainState, create_state
 from kto_jax.training.step import (
     Recipe,
@@ -25,7 +27,9 @@ from kto_jax.training.step import (
     evaluation_step,
     jit_train_step,
     loss_and_gradient,
+    reference_error,
     reference_point,
+    train_step,
 )
 from tests import synthetic
 from tests.losses import oracle
@@ -363,3 +367,49 @@ def test_flops_count_the_passes_that_each_objective_makes(name, options, passes)
     expected = passes[0] * matched + passes[1] * unmatched
     assert unmatched > 0.5 * matched
     assert float(tokens_and_flops(model, objective, batch)["flops"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_error_of_a_rounded_reference_is_that_of_its_log_probabilities():
+    mesh, model, _, _ = step_on_one_device("float32")
+    policy = jax.device_put(parameters("float32")[0], jax.devices()[0])
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), policy)
+    batch = place_batch(mesh, make_schedule(96, 8)[1].batch(0))
+
+    @jax.jit
+    def error(reference):
+        return reference_error(model, OBJECTIVE, TrainState(0, policy, reference, (), {}, 0), batch)
+
+    exact, found = jax.device_get((error(policy), error(rounded)))
+    assert exact.pop("completions") == found["completions"] == BATCH
+    assert exact == dict.fromkeys(("logps_mean", "logps_max", "rewards_mean", "rewards_max"), 0)
+    assert 1e-5 < found["logps_mean"] < found["logps_max"] < 1
+    for name in ("mean", "max"):
+        assert found[f"rewards_{name}"] == pytest.approx(0.3 * found[f"logps_{name}"], rel=1e-4)
+
+
+EXPERTS = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2, family="olmoe")
+LOADS = {"router_loss", "router_balance", "router_z", "router_entropy", "expert_max_load", "dropped_tokens"}
+
+
+@pytest.mark.parametrize("architecture, lora, router, more", [
+    (EXPERTS, None, RouterWeights(0.5, 0.1), LOADS),
+    (CONFIG, LoraConfig(rank=2, alpha=4.0, dropout=0.1), NO_ROUTERS, set()),
+])  # fmt: skip
+def test_a_step_leaves_the_shapes_and_dtypes_of_the_state_so_that_it_is_compiled_once(architecture, lora, router, more):
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+    learning_rate = make_learning_rate(config, 3)
+    optimizer = make_optimizer(config, learning_rate)
+
+    def begin(key):
+        reference = Model.create(architecture).init_params(key, "float32")
+        policy = init_adapters(reference, lora, key) if lora else reference
+        return TrainState(jnp.int32(0), policy, reference, optimizer.init(policy), {}, jnp.int32(0))
+
+    recipe = Recipe(Model.create(architecture, lora=lora), OBJECTIVE, optimizer, learning_rate, router=router)
+    before = jax.eval_shape(begin, jax.random.key(0))
+    step = functools.partial(train_step, recipe)
+    after, figures = jax.eval_shape(step, before, make_schedule(96, 8)[1].batch(0))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    assert LOADS & figures.keys() == more and all(figure.shape == () for figure in figures.values())

@@ -208,3 +208,12 @@ def test_the_tiny_feedback_set_is_accepted_whole(tokenizer, tmp_path):
     index = build_index(data, tokenizer, vocab_size=512, directory=tmp_path)
     assert index.manifest["accepted"] == 240 and not index.manifest["contradictory"]
     assert len(index.sequences("eval")) and json.dumps(index.manifest)
+
+
+def test_a_hub_set_that_was_fetched_is_read_without_the_hub(make_index, tmp_path, monkeypatch):
+    fetched = tmp_path / "indices" / "hub" / "org--name--train.jsonl"
+    fetched.parent.mkdir(parents=True)
+    fetched.write_text("".join(json.dumps(row) + "\n" for row in toy_rows(4)))
+    monkeypatch.setattr(index_module, "pinned", None)  # to ask the Hub would fail
+    index = make_index([], directory=tmp_path, train="hub:org/name/train")
+    assert len(index.sequences("train")) == 12 and index.place(3) == "hub:org/name/train:4"

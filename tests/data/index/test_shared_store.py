@@ -14,11 +14,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kto_jax.config import ConfigError, TransientError
+from kto_jax.config import ConfigError, DataConfig, TransientError
+from kto_jax.data.index import builder
+from kto_jax.data.index import index as index_module
 from kto_jax.data.index import shared_store as store_module
 from kto_jax.data.index.index import build_index
 from kto_jax.data.index.shared_store import IndexStore
 from tests import ROOT
+from tests.data.conftest import InProcessWorkers
 
 ROWS = [{"prompt": f"Question {i // 2}?", "completion": f"Text {i}.", "label": i % 3 > 0} for i in range(24)]
 HOST = """
@@ -109,6 +112,31 @@ def test_one_host_builds_and_publishes_and_the_others_wait_and_copy(host, tmp_pa
     assert not [path.name for path in folder.iterdir() if "partial" in path.name or path.name == "building.json"]
     later, _ = finish(host("third"))
     assert later[0].startswith("digest"), "a later run builds nothing and writes nothing"
+
+
+def test_who_does_not_build_copies_what_was_published_and_asks_the_store_only_once(
+    rows, tokenizer, tmp_path, monkeypatch, capsys
+):
+    data = DataConfig(train=str(rows), num_workers=1, holdout=0.0, index_store=str(tmp_path / "store"))
+
+    def index_of(name, **options):
+        return build_index(data, tokenizer, vocab_size=512, directory=tmp_path / name, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "Workers", InProcessWorkers)
+        built = index_of("first")
+    assert "publishing the index to" in capsys.readouterr().err
+    monkeypatch.setattr(index_module, "Builder", None)  # building would fail
+    copied = index_of("second", builds=False)
+    said = capsys.readouterr().err
+    assert "waiting for the first process" in said and "copying the index from" in said
+    assert copied.directory != built.directory and copied.manifest == built.manifest
+    assert (copied.directory / "tokens.bin").read_bytes() == (built.directory / "tokens.bin").read_bytes()
+    assert index_of("third").manifest == built.manifest
+    assert "copying the index from" in capsys.readouterr().err and not list((tmp_path / "store").rglob("building*"))
+    # What is here already is opened without the store.
+    shutil.rmtree(tmp_path / "store")
+    assert index_of("second", builds=False).manifest == built.manifest and capsys.readouterr().err == ""
 
 
 def test_a_host_killed_while_publishing_leaves_nothing_readable_and_publishes_again(host, tmp_path):
