@@ -20,7 +20,7 @@ def run(monkeypatch):
     """Runs a command to its end; returns the exit code, and whether the process ended without waiting for threads."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ending, "_failed_writes", [])
-    monkeypatch.setattr(ending, "_decided", [])
+    monkeypatch.setattr(ending, "_decided", [])  # or Python would end these tests with the last code
 
     def end(code):
         raise EndedError(code)
@@ -45,6 +45,13 @@ def exit_with(code):
 ])  # fmt: skip
 def test_a_command_ends_with_the_code_that_it_returns_or_exits_with(run, main, code):
     assert run(main) == (code, False)
+
+
+def test_python_ends_with_the_decided_code_once_its_callbacks_have_run(run):
+    ending._end()  # nothing is decided
+    run(lambda: 75)
+    with pytest.raises(EndedError, match="75"):
+        ending._end()
 
 
 def test_after_a_failed_write_a_command_waits_for_no_thread(run):
