@@ -116,7 +116,9 @@ def test_late_answers_to_a_closed_loop_are_not_shown_and_other_errors_are(monkey
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(str(unraisable.exc_value)))
     quiet_libraries()
+    hook = sys.unraisablehook
     quiet_libraries()
+    assert sys.unraisablehook is hook, "one for all checkpoints of a process"
     for message in ("Event loop is closed", "the disk is full"):
         raises = Raises(message)
         del raises
