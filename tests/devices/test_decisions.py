@@ -141,7 +141,7 @@ def test_a_sigterm_to_one_process_is_seen_by_all(together):
 def test_the_process_that_does_not_answer_is_lost(together):
     assert together(lambda number: processes._unresponsive(0.2) if number else None) == [None, [0]]
     # Late, but it has come; to say twice that a process is alive is no error.
-    assert together(lambda number: processes._unresponsive(0.2)) == [[], []]
+    assert together(lambda number: processes._unresponsive(WAIT)) == [[], []]
 
 
 def test_the_death_of_a_process_ends_the_others_at_once_with_its_code(together, monkeypatch, capfd):
@@ -169,7 +169,7 @@ def test_the_death_of_a_process_ends_the_others_at_once_with_its_code(together, 
 @pytest.mark.parametrize("error", [ValueError("a bad row"), ConfigError("a bad flag")])
 def test_an_error_while_all_processes_answer_is_raised_as_it_is(together, error):
     def fail(number):
-        with processes.exit_if_one_is_lost(75, timeout=5):
+        with processes.exit_if_one_is_lost(75, timeout=WAIT):
             raise error
 
     assert together(fail) == [error, error]
