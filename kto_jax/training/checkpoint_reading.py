@@ -42,7 +42,8 @@ def quiet_libraries() -> None:
     """Silences Orbax, which narrates every save, and asyncio, which prints a traceback for each array it cannot read.
 
     Their errors are raised as well, and reported in one line. After the first array that cannot be read, Orbax closes
-    its event loop, to which TensorStore still answers for the others; Python would print each of these answers.
+    its event loop, to which TensorStore still answers for the others, and leaves its reads of them unfinished, which
+    fail when Python frees them; Python would print each of these.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -52,12 +53,14 @@ def quiet_libraries() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutLateAnswers:
-    """Passes on errors that Python cannot raise, except those of an answer to a closed event loop."""
+    """Passes on errors that Python cannot raise, except those of reads that nobody waits for any more."""
 
     others: Callable[[Any], object]
 
     def __call__(self, unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        error = unraisable.exc_value
+        is_freed = any(isinstance(one, GeneratorExit) for one in _causes(error))
+        if not is_freed and "Event loop is closed" not in str(error):
             self.others(unraisable)
 
 
@@ -66,9 +69,9 @@ def is_unreachable(place: epath.Path, error: BaseException) -> bool:
     return is_bucket(str(place)) and any(comes_from_a_bucket(one) for one in _causes(error))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, the one that caused it, and so on."""
-    cause: BaseException | None = error
+    cause = error
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__

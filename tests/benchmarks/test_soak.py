@@ -60,7 +60,7 @@ def seconds(monkeypatch):
 def test_lives_are_disturbed_until_the_time_is_up_and_the_run_finishes(run, seconds, monkeypatch):
     monkeypatch.setattr(soak.Soak, "_full_disk", lambda self, process: self.counts.update(["full disk"]))
     monkeypatch.setattr(soak, "use_of", lambda process: soak.Use(100 + seconds[0], 7))
-    soaked = soak.Soak(run, random.Random(0))
+    soaked = soak.Soak(run, random.Random(1))
     soaked.last(600)
     assert 600 <= seconds[0] < 700 and run.lives[-1] == "finished"
     counts = soaked.counts
