@@ -138,7 +138,9 @@ class Soak:
             else:
                 self._full_disk(process)
             time.sleep(self.chance.uniform(0, 3))
-            latest = use_of(process) or latest
+            # Not of its end, when it writes the policy and the report.
+            if (found := use_of(process)) and self.run.num_rows() < self.run.num_steps:
+                latest = found
         if first and latest:
             self.growth.append(Use(latest.memory - first.memory, latest.files - first.files))
         if process.poll() is None:
