@@ -48,9 +48,10 @@ _THUMBS = {"up": "Like", "down": "Dislike", None: None}
 _BROKEN = "the answer broke off, so presses on it are kept and not trained on"
 _SHOWN_SECONDS = 0.05
 """Least time between two views of an answer that grows: a browser shows no more, and each is sent whole."""
-_PRESS: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple"}
-"""Gradio drops what is pressed while the press before it is being saved, unless it is told otherwise; and what is sent
-while an answer that was stopped, or left for a new conversation, is still being cancelled."""
+_EVERY: dict[str, Any] = {"trigger_mode": "multiple"}
+"""Otherwise Gradio drops what is pressed while the press before it is being saved, and what is sent while the answer
+before it, which was stopped or left for a new conversation, is still being cancelled."""
+_PRESS: dict[str, Any] = {"show_progress": "hidden", **_EVERY}
 _UNCHANGED = (gr.skip(),) * 5
 """Both chats, the buttons of choice, the status and the text as they are."""
 _PEOPLE = 256
@@ -127,13 +128,13 @@ class ChatPage:
             shown = [left, right, choices, status]
             drawn = [person, mode, temperature, longest]
             page.load(self._title, None, title)
-            asking = text.submit(self._ask, [text, *drawn], [*shown, text], trigger_mode="multiple")
+            asking = text.submit(self._ask, [text, *drawn], [*shown, text], **_EVERY)
             text.stop(self._stopped, [person], [*shown, text], cancels=[asking])
             streams = [asking]
             for side, chat in enumerate((left, right)):
                 chat.like(self._on_like(side), [person], shown, **_PRESS)
-                editing = chat.edit(self._on_edit(side), drawn, [*shown, text], trigger_mode="multiple")
-                retrying = chat.retry(self._on_retry(), drawn, [*shown, text], trigger_mode="multiple")
+                editing = chat.edit(self._on_edit(side), drawn, [*shown, text], **_EVERY)
+                retrying = chat.retry(self._on_retry(), drawn, [*shown, text], **_EVERY)
                 text.stop(None, cancels=[editing, retrying])
                 streams += [editing, retrying]
             # An answer that is still being written must not come back into the new conversation.
@@ -252,13 +253,18 @@ class ChatPage:
     def _stream(
         self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str
     ) -> Iterator[tuple[Any, ...]]:
-        """Shows the answers as they grow; if they cannot be had, says why and gives the text back."""
+        """Shows the answers as they grow, one turn at a time, and until the conversation is left."""
         if person.is_growing:
             gr.Warning(
                 "An answer is still being written. A conversation has one at a time. Wait for its end, or stop it."
             )
             yield _UNCHANGED
             return
+        for shown in self._views(person, begin, text):
+            yield _UNCHANGED if person.is_left else shown
+
+    def _views(self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str) -> Iterator[tuple[Any, ...]]:
+        """What is shown as the answers grow; if they cannot be had, says why and gives the text back."""
         started, first, turn, left = time.perf_counter(), 0.0, None, ""
         shown = 0.0
         yield *_view(person), gr.Textbox("", submit_btn=False, stop_btn="Stop")
@@ -275,9 +281,6 @@ class ChatPage:
                 yield *_view(person, _BROKEN), gr.Textbox(submit_btn="Send", stop_btn=False)
                 return
             left = text
-        if person.is_left:
-            yield _UNCHANGED  # Gradio shows once more what was yielded last.
-            return
         note = _figures(turn.answers, started, first, ended=True) if turn is not None and not left else ""
         # What was typed meanwhile stays.
         yield *_view(person, note), gr.Textbox(**({"value": left} if left else {}), submit_btn="Send", stop_btn=False)

@@ -59,6 +59,39 @@ def test_an_answer_streams_into_the_conversation_and_the_next_prompt_has_it(pres
     assert (turn.answers[0].role, turn.answers[0].ended, turn.answers[0].num_tokens) == ("reference", True, 6)
 
 
+def test_a_stopped_answer_takes_no_more_and_what_is_asked_then_stays(presses, models):
+    conversation = Conversation(presses)
+    stopped = models.ask(conversation, "Hello?", "policy", SETTINGS)
+    assert [next(stopped).answers[0].text for _ in range(3)] == ["", "policy", "policy read"]
+    assert conversation.is_growing
+    conversation.stop()
+    assert not conversation.is_growing
+    later = ask(models, conversation, "And now?")
+    assert list(stopped) == []
+    assert [turn.answers[0].text for turn in conversation.turns] == ["policy read", later.answers[0].text]
+
+
+def test_a_turn_that_is_stopped_before_its_first_word_is_taken_back_alone(presses, models):
+    conversation = Conversation(presses)
+    stopped = models.ask(conversation, "Hello?", "policy", SETTINGS)
+    next(stopped)
+    conversation.stop()
+    later = ask(models, conversation, "And now?")
+    stopped.close()  # as late as a server may
+    assert conversation.turns == [later] and len(later.prompt) == 1
+
+
+def test_a_turn_is_asked_again_with_another_text(presses, models):
+    conversation = Conversation(presses)
+    for said in ("one", "two", "three"):
+        ask(models, conversation, said)
+    list(models.again(conversation, 1, "reference", SETTINGS, "other"))
+    assert [turn.said for turn in conversation.turns] == ["one", "other"]
+    list(models.again(conversation, 0, "reference", SETTINGS))
+    assert [turn.said for turn in conversation.turns] == ["one"]
+    assert conversation.turns[0].answers[0].text == "reference read 1 messages: one"
+
+
 def test_two_answers_come_in_a_hidden_order_and_the_better_one_goes_on(presses, models):
     orders = set()
     for _ in range(40):

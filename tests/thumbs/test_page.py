@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.files import SourceFile, read_rows
 from kto_jax.data.rows.records import Feedback, Preference, read_as
+from kto_jax.thumbs.conversation import Answer
+from kto_jax.thumbs.models import Settings
 from tests import ROOT
 from tests.thumbs import browsing
 
@@ -51,6 +55,19 @@ def begin_an_answer(page):
     page.click("#mode input[value=policy]")
     page.say("please wait")
     page.wait(lambda: page.answers() == ["policy"])
+
+
+def test_the_line_below_says_how_long_an_answer_is():
+    from kto_jax.thumbs import page
+
+    def said(num_tokens, **more):
+        answer = Answer("policy", "m", Settings(max_new_tokens=8), num_tokens=num_tokens, **more)
+        return page._figures([answer], time.perf_counter() - 2, time.perf_counter() - 1, ended=True)
+
+    assert said(1, ended=True) == "first token after 1.00 s · 1 token"
+    assert re.fullmatch(r"first token after 1.00 s · 5 tokens · [34]\.\d tokens a second", said(5, ended=True))
+    assert said(0, ended=True) == "first token after 1.00 s"  # an endpoint that does not count
+    assert "cut at 8 tokens" in said(5)
 
 
 def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
