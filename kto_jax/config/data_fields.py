@@ -23,8 +23,9 @@ class DataConfig:
 
     train: Sources = ""
     """Files (.jsonl, .json, .csv, .tsv, each also with .gz, .bz2 or .zst; .xlsx, .parquet, .arrow, .feather),
-    directories of them, globs, `hub:org/name/split`, `hub:org/name:config/split@REVISION`, `tfds:name/split`,
-    `tfds-dir:path:split`, or `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its
+    directories of them, globs, all also in a bucket (`gs://`, `s3://`); `hub:org/name/split`,
+    `hub:org/name:config/split@REVISION`, `tfds:name/split`, `tfds-dir:path:split`, or
+    `wheel:NAME==VERSION/path/in/wheel`. In a tuple, a mapping gives a source settings of its
     own: `{"source": "hh.jsonl", "layout": "hh", "format": "pairs", "weight": 0.5}`. The weight is how often an epoch
     visits each record of that source. Required."""
     eval: Sources = ""

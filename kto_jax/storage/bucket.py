@@ -51,6 +51,7 @@ class Bucket:
       url: `gs://BUCKET/FOLDER` or `s3://BUCKET/FOLDER`.
       patience: seconds of failures after which a method gives up.
       hurry: whether this process was asked to stop; pauses then end early.
+      is_whole: whether the URL names a bucket, `gs://BUCKET`, rather than a folder in one.
 
     Attributes:
       is_away: whether the last method that was called gave up.
@@ -60,10 +61,17 @@ class Bucket:
         or may not be used, and TransientError if it does not answer.
     """
 
-    def __init__(self, url: str, *, patience: float | None = None, hurry: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience: float | None = None,
+        hurry: Callable[[], bool] | None = None,
+        is_whole: bool = False,
+    ) -> None:
         self.url = url.rstrip("/")
         kind, _, self._root = self.url.partition("://")
-        if kind not in _PACKAGES or "/" not in self._root:
+        if kind not in _PACKAGES or not self._root or ("/" not in self._root and not is_whole):
             raise ConfigError(
                 f"{url} is no folder in a bucket. Allowed: gs://BUCKET/FOLDER and s3://BUCKET/FOLDER. Correct it, or "
                 "give a local folder."
@@ -87,6 +95,15 @@ class Bucket:
             name.removeprefix(f"{self._root}/"): _version(info)
             for name, info in found.items()
             if info.get("type") == "file" and name.startswith(f"{root}/") and not name.endswith("/")
+        }
+
+    def find(self, pattern: str) -> dict[str, str]:
+        """The files whose names match a glob, as `versions`; a name without `*`, `?` and `[` matches itself."""
+        found = self._try("listed", lambda: self._files.glob(f"{self._root}/{pattern}", detail=True))
+        return {
+            name.removeprefix(f"{self._root}/"): _version(info)
+            for name, info in found.items()
+            if info.get("type") == "file" and not name.endswith("/")
         }
 
     def read(self, name: str) -> bytes | None:

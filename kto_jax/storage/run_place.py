@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -21,31 +20,24 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from etils import epath
 
 from kto_jax.config import ConfigError, TransientError
-from kto_jax.storage.atomic import write_json
 from kto_jax.storage.bucket import Bucket, comes_from_a_bucket, describe, is_bucket
+from kto_jax.storage.bucket_copies import ORIGIN, copy_files, download, local_files
 from kto_jax.storage.bucket_watch import CHECK_SECONDS, BucketWatch
-from kto_jax.storage.folders import cache_folder, scratch_folder
+from kto_jax.storage.folders import scratch_folder
 from kto_jax.storage.lease import LEASES, RENEW_SECONDS, Lease, acquire
-from kto_jax.storage.locks import lock_file
 from kto_jax.storage.repeated import repeated
 
 PUSH_SECONDS = 30.0
 """Between pushes of what has changed, while a run trains."""
-ORIGIN = ".bucket.json"
-"""The file of a copy that says what it is a copy of: `{"url": ..., "files": {name: [version, bytes, time]}}`."""
 _CHECKPOINTS = "checkpoints/"
 _RESULTS = ("policy/", "adapter/", "exports/", "profile/")
 """What a run writes and never reads."""
-_PRIVATE = (ORIGIN, ".lock")
 _LAST_OF_CHECKPOINT = "_CHECKPOINT_METADATA"
 """The file of a checkpoint that is written last and removed first; a checkpoint without it is incomplete."""
-_UNFINISHED = ".orbax-checkpoint-tmp"
-"""Marks folders that Orbax is still writing."""
 
 
 class RunPlace:
@@ -150,10 +142,10 @@ class WorkingCopy(RunPlace):
         not_copied = (LEASES, *(f"{folder}/" for folder in left_out))
         wanted = {name: version for name, version in versions.items() if not name.startswith(not_copied)}
         self.path.mkdir(parents=True, exist_ok=True)
-        _download(self._bucket, wanted, self.path)
+        download(self._bucket, wanted, self.path)
         for folder in left_out:
             (self.path / folder).mkdir(exist_ok=True)
-        self._written = {name: found for name, found in _local_files(self.path).items() if name in wanted}
+        self._written = {name: found for name, found in local_files(self.path).items() if name in wanted}
 
     def push(self) -> None:
         """See `RunPlace`. A config.json is written after all that it describes, and checkpoints after all else.
@@ -187,7 +179,7 @@ class WorkingCopy(RunPlace):
             return
         self._lease.check()
         with self._pushing:
-            found = _local_files(self.path)
+            found = local_files(self.path)
             changed = [name for name in found if self._written.get(name) != found[name]]
             for name in sorted(changed, key=_turn):
                 with contextlib.suppress(FileNotFoundError):  # removed or replaced meanwhile
@@ -221,17 +213,9 @@ def fetch_folder(url: str, *, checkpoints: bool = False) -> Path:
     versions = {name: version for name, version in found.items() if not name.startswith(left_out)}
     if not versions:
         raise ConfigError(f"{url} holds no files. It must be the folder of a run or of a model. Correct the URL.")
-    digest = hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
-    folder = cache_folder("buckets", digest, last)
-    with (folder.parent / ".lock").open("a") as lock:
-        lock_file(lock, wait=True, without="Copy one folder at a time.")
-        known = _read_known(folder)
-        new = sum(int(version.split()[0]) for name, version in versions.items() if known.get(name, [""])[0] != version)
-        if new:
-            print(f"copying {url} to {folder} ({new / 1e6:.1f} MB are new)", file=sys.stderr)
-        _download(bucket, versions, folder)
-        if any(name.startswith(_CHECKPOINTS) for name in found):
-            (folder / _CHECKPOINTS).mkdir(exist_ok=True)
+    folder = copy_files(bucket, versions, bucket.url)
+    if any(name.startswith(_CHECKPOINTS) for name in found):
+        (folder / _CHECKPOINTS).mkdir(exist_ok=True)
     return folder
 
 
@@ -265,42 +249,6 @@ def _without_parts(url: str, versions: dict[str, str]) -> dict[str, str]:
         return not is_part or f"{_CHECKPOINTS}{folders[1]}/{_LAST_OF_CHECKPOINT}" in versions
 
     return {name: version for name, version in versions.items() if is_whole(name)}
-
-
-def _download(bucket: Bucket, versions: dict[str, str], folder: Path) -> None:
-    """Makes a copy hold these files of a bucket, and records what it holds for the next call."""
-    known, local = _read_known(folder), _local_files(folder)
-    files = {}
-    for name, version in versions.items():
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise ConfigError(f"{bucket.url} holds a file named {name!r}, which leaves the folder. Remove it.")
-        if known.get(name) != [version, *local.get(name, ())]:
-            bucket.download(name, folder / name)
-        found = (folder / name).stat()
-        files[name] = [version, found.st_mtime_ns, found.st_size]
-    for name in known.keys() - versions.keys():
-        (folder / name).unlink(missing_ok=True)
-    write_json(folder / ORIGIN, {"url": bucket.url, "files": files})
-
-
-def _read_known(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return dict(json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["files"])
-    return {}
-
-
-def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (time, size) of all files but the private and the half-written."""
-    found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        is_partial = any(part.startswith(".") and part.endswith((".partial", ".old")) for part in name.split("/"))
-        if name not in _PRIVATE and not is_partial and _UNFINISHED not in name:
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                if path.is_file():
-                    found[name] = status.st_mtime_ns, status.st_size
-    return found
 
 
 def _turn(name: str) -> tuple[bool | str, ...]:

@@ -18,7 +18,7 @@ from kto_jax.storage import bucket, bucket_watch
 
 gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
 bucket.PATIENCE_SECONDS, bucket._ANSWER_SECONDS = {patience}, 1
-bucket_watch.STOP_SECONDS, bucket_watch.AWAY_SECONDS = 3, {patience} + 20
+bucket_watch.STOP_SECONDS, bucket_watch.AWAY_SECONDS = {stop}, {patience} + 20
 runpy.run_module("kto_jax.train", run_name="__main__", alter_sys=True)
 """
 """Training with shorter waits: the client's pauses, its limit for an answer, and those of the package."""
@@ -36,9 +36,9 @@ class Place:
         self.path = folder / "server/runs/mine"
         self.close = lambda: (self.proxy.close(), server.kill(), server.wait())
 
-    def start(self, *arguments, patience=600):
+    def start(self, *arguments, patience=600, stop=3):
         """Starts the run, with a save after every step."""
-        program = ("-c", IMPATIENT.format(patience=patience))
+        program = ("-c", IMPATIENT.format(patience=patience, stop=stop))
         arguments = ("--config.checkpoint.every=1", "--config.watch.heartbeat_seconds=0", *arguments)
         settings = environment(self.proxy.url)
         return start(Bucket("gs://runs/mine"), self._folder, *arguments, program=program, **settings)
@@ -92,7 +92,7 @@ def test_a_bucket_that_fails_for_a_while_costs_a_run_nothing_but_time(mode, plac
     assert_equal_to(on_disk, place)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bucket_that_stays_away_ends_the_run_with_75_and_the_run_resumes(mode, place, on_disk):  # noqa: F811
     process = place.start(patience=4)
@@ -111,7 +111,7 @@ def test_a_bucket_that_stays_away_ends_the_run_with_75_and_the_run_resumes(mode,
     assert_equal_to(on_disk, place)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", ["silent", pytest.param(503, marks=pytest.mark.exhaustive)])
 def test_a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon(mode, place, on_disk):  # noqa: F811
     process = place.start()
@@ -131,10 +131,10 @@ def test_a_signal_to_a_run_that_waits_for_its_bucket_ends_it_soon(mode, place, o
     assert_equal_to(on_disk, place)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_a_signal_to_one_of_two_processes_that_wait_for_their_bucket_ends_both_soon(number, place):
-    given = {"program": ("-c", IMPATIENT.format(patience=40)), **environment(place.proxy.url)}
+    given = {"program": ("-c", IMPATIENT.format(patience=40, stop=3)), **environment(place.proxy.url)}
     arguments = ("--config.checkpoint.every=1", "--config.watch.heartbeat_seconds=0")
     processes = start_processes(Bucket("gs://runs/mine"), place._folder, 2, *arguments, **given)
     place.wait_for_step(2, processes[0])
@@ -150,14 +150,15 @@ def test_a_signal_to_one_of_two_processes_that_wait_for_their_bucket_ends_both_s
 
 @pytest.mark.slow
 def test_signals_to_a_run_in_a_bucket_leave_a_whole_checkpoint_of_the_last_step(place, on_disk):  # noqa: F811
-    process = place.start("--config.checkpoint.every=100")
+    # A busy machine answers late; how long the run waits for an answer is the matter of the tests above.
+    process = place.start("--config.checkpoint.every=100", stop=600)
     place.wait_for_rows(2, process)
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.02)
     message = process.communicate()[1]
     assert process.returncode == 75, message
-    assert 2 <= place.newest() == len(figures((place.path / "metrics.jsonl").read_text())) < 12
+    assert 2 <= place.newest() == len(figures((place.path / "metrics.jsonl").read_text())) < 12, message
     process = place.start("--config.checkpoint.every=100")
     assert process.communicate() and process.returncode == 0
     assert_equal_to(on_disk, place)

@@ -21,7 +21,7 @@ TOKENS = np.random.default_rng(0).integers(1, 500, (2, 40))
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_a_policy_that_hosts_with_only_a_bucket_have_trained_opens_in_transformers(count, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    run = Bucket(f"{make_bucket('parity')}/resumed_by_{count}")
+    run = Bucket(f"{make_bucket(f'parity{count}')}/resumed_by_{count}")
     with contextlib.ExitStack() as stack:
         processes = start_processes(run, tmp_path / "first", 2, "--config.checkpoint.every=1")
         for process in processes:

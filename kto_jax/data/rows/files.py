@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,8 @@ from kto_jax.data.rows.json_rows import Row, json_rows, jsonl_rows
 from kto_jax.data.rows.tables import columnar_rows, csv_rows, excel_rows
 from kto_jax.storage import hub
 from kto_jax.storage.atomic import new_file
+from kto_jax.storage.bucket import is_bucket
+from kto_jax.storage.bucket_copies import copy_files, find_files
 from kto_jax.storage.digests import file_digest
 from kto_jax.storage.fetch import local_path
 
@@ -51,19 +53,22 @@ def expand(source: str) -> list[SourceFile]:
     """The files that a source names.
 
     Args:
-      source: a path, a glob, a directory, `wheel:NAME==VERSION/path/in/wheel`, `tfds:name/split` or
-        `tfds-dir:path:split`. Hub sets are fetched by `fetch_hub` first.
+      source: a path, a glob or a directory, also in a bucket (gs://, s3://); `wheel:NAME==VERSION/path/in/wheel`,
+        `tfds:name/split` or `tfds-dir:path:split`. Hub sets are fetched by `fetch_hub` first.
 
     Returns:
       The files, those of a glob or a directory sorted by name.
 
     Raises:
       ConfigError: there is no such file, or its ending is not known.
+      TransientError: the bucket does not answer.
     """
     if source.startswith(("tfds:", "tfds-dir:")):
         from kto_jax.data.rows.tfds import tfds_file
 
         files = [SourceFile(tfds_file(source), source)]
+    elif is_bucket(source):
+        files = _in_bucket(source)
     elif any(character in source for character in "*?[") and not Path(source).exists():
         files = [SourceFile(Path(path), path) for path in sorted(glob.glob(source, recursive=True))]
         if not files:
@@ -80,12 +85,12 @@ def expand(source: str) -> list[SourceFile]:
         files = [SourceFile(path, source)]
     else:
         raise ConfigError(
-            f"data source {source!r} does not exist. It is a file, a directory, a glob, hub:org/name/split, "
-            "tfds:name/split, tfds-dir:path:split or wheel:NAME==VERSION/path/in/wheel. Check the path; relative paths "
-            f"start at {Path.cwd()}."
+            f"data source {source!r} does not exist. It is a file, a directory or a glob, also in a bucket (gs://, "
+            "s3://), hub:org/name/split, tfds:name/split, tfds-dir:path:split or wheel:NAME==VERSION/path/in/wheel. "
+            f"Check the path; relative paths start at {Path.cwd()}."
         )
     for file in files:
-        _format(file.path)
+        _format(file.path, file.name)
     return files
 
 
@@ -102,7 +107,7 @@ def read_rows(file: SourceFile, wrap: Wrap = lambda raw: raw) -> Iterator[Row]:
     Raises:
       ConfigError: the whole file cannot be read: a JSON or Parquet file that is broken.
     """
-    suffix, opener = _format(file.path)
+    suffix, opener = _format(file.path, file.name)
     if suffix in _COLUMNAR or opener is _open_zst:
         require("pyarrow", f"data source {file.name!r}", "convert the file to .jsonl")
     if suffix in _COLUMNAR:
@@ -155,35 +160,62 @@ def fetch_hub(source: str, path: Path) -> None:
         ) from error
 
 
+def _in_bucket(url: str) -> list[SourceFile]:
+    """The files that a URL names, copied to the cache."""
+    found = find_files(url)
+    names = sorted(found.versions)
+    if found.folder is not None and names:
+        names = _readable(names, found.folder, url)
+    if not names:
+        raise ConfigError(
+            f"data source {url!r} does not exist. It must name a file, a folder or a glob that matches a file. Check "
+            f"the name (`gcloud storage ls {url}` or `aws s3 ls {url}` lists it)."
+        )
+    for name in names:
+        _format(Path(name), f"{found.bucket.url}/{name}")
+    folder = copy_files(found.bucket, {name: found.versions[name] for name in names}, url)
+    return [SourceFile(folder / name, f"{found.bucket.url}/{name}") for name in names]
+
+
 def _in_directory(directory: Path) -> list[SourceFile]:
-    """Every file below a directory that can be read, but hidden ones and the metadata of `datasets`."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    found = [directory / name for name in _readable(names, "", str(directory))]
+    return [SourceFile(path, str(path)) for path in sorted(found)]
+
+
+def _readable(names: Iterable[str], below: str, place: str) -> list[str]:
+    """The files of a folder that can be read, but hidden ones and the metadata of `datasets`.
+
+    Args:
+      names: of all files.
+      below: what all names begin with, which is not looked at.
+      place: the folder, for messages.
+    """
     found, unread = [], collections.Counter[str]()
-    for path in sorted(directory.rglob("*")):
-        hidden = any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
-        if not path.is_file() or hidden or path.name in _HUB_METADATA:
+    for name in names:
+        path = Path(name.removeprefix(below))
+        if any(part.startswith((".", "_")) for part in path.parts) or path.name in _HUB_METADATA:
             continue
         if _known(path):
-            found.append(SourceFile(path, str(path)))
+            found.append(name)
         else:
             unread[path.suffix or "no ending"] += 1
     if not found:
         raise ConfigError(
-            f"data source {str(directory)!r} is a directory without a readable file. Read are {', '.join(FORMATS)}. "
+            f"data source {place!r} is a directory without a readable file. Read are {', '.join(FORMATS)}. "
             "Check the path, or rename or convert the files."
         )
     if unread:
         endings = ", ".join(f"{count} × {ending}" for ending, count in unread.most_common())
-        print(
-            f"warning: {directory}: {unread.total()} files of unknown ending are not read: {endings}", file=sys.stderr
-        )
+        print(f"warning: {place}: {unread.total()} files of unknown ending are not read: {endings}", file=sys.stderr)
     return found
 
 
-def _format(path: Path) -> tuple[str, Callable[[Any], Any]]:
+def _format(path: Path, name: str) -> tuple[str, Callable[[Any], Any]]:
     known = _known(path)
     if known is None:
         raise ConfigError(
-            f"data source {str(path)!r} has no known ending. Known are {', '.join(FORMATS)}, the first five also with "
+            f"data source {name!r} has no known ending. Known are {', '.join(FORMATS)}, the first five also with "
             ".gz, .bz2 or .zst. Rename or convert the file."
         )
     return known

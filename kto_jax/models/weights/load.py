@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -21,7 +22,7 @@ from kto_jax.models.families.config_json import read_config_json
 from kto_jax.models.families.multimodal import find_multimodal, text_name
 from kto_jax.models.families.quantization import check_quantization
 from kto_jax.models.finite import find_nonfinite
-from kto_jax.models.heads import SCALAR_HEAD, init_scalar_head
+from kto_jax.models.heads import SCALAR_HEAD, TOWER, init_scalar_head
 from kto_jax.models.model import Model, Params
 from kto_jax.models.quantised import QUANTISED, QuantisedMatrix, quantise
 from kto_jax.models.weights import adapter_folder
@@ -99,7 +100,8 @@ def load_params(
 ) -> Params:
     """Reads a model's parameters; each device reads only its own shards.
 
-    A scalar head is initialised at random, unless both the model and `path` are reward models.
+    A scalar head is initialised at random, unless both the model and `path` are reward models. A value head's own trunk
+    starts as that of `path`.
 
     Args:
       model: the model; its config must be that of `path`. If its vocabulary is larger, embedding and output head get
@@ -136,7 +138,8 @@ def load_params(
     if SCALAR_HEAD in abstract and "score.weight" not in weights.shapes:
         del abstract[SCALAR_HEAD]
         key = jax.random.key(0) if key is None else key
-        drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, shardings[SCALAR_HEAD])}
+        head = {name: part for name, part in shardings[SCALAR_HEAD].items() if name != TOWER}
+        drawn = {SCALAR_HEAD: _draw_scalar_head(model, key, param_dtype, head)}
     parts = find_parts(model.config, reward=model.scalar_head == "reward")
     params, broken = _read_params(weights, parts, abstract, shardings)
     if broken:
@@ -145,6 +148,10 @@ def load_params(
             f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}. Weights must be finite. Download the model "
             "again, or take an earlier one."
         )
+    if TOWER in shardings.get(SCALAR_HEAD, {}):
+        tower = shardings[SCALAR_HEAD][TOWER]
+        copy = jax.jit(lambda trunk: jax.tree.map(jnp.copy, trunk), out_shardings=tower)
+        drawn[SCALAR_HEAD][TOWER] = copy({name: params[name] for name in tower})
     return params | drawn
 
 

@@ -190,7 +190,7 @@ def test_a_set_that_datasets_saved_to_disk_is_read(tmp_path):
 @pytest.mark.parametrize("source", ["feedback.jsonl", "data/feedback.jsonl", "/no/such/folder/feedback.jsonl"])
 def test_a_missing_file_is_answered_with_what_a_source_of_feedback_may_be(source):
     with pytest.raises(
-        ConfigError, match=rf"data source '{source}' does not exist\. It is a file, a directory, a glob"
+        ConfigError, match=rf"data source '{source}' does not exist\. It is a file, a directory or a glob"
     ):
         expand(source)
 
