@@ -226,6 +226,9 @@ class ObjectiveConfig:
     """ppo: how far a value may move from that at the rollout before its loss has no gradient."""
     value_detached: bool = True
     """ppo: stop the gradient of the value head's loss at the hidden states that it reads."""
+    value_tower: bool = False
+    """ppo: the value head reads a transformer of its own, which starts as the policy and takes as many weights,
+    gradients and moments."""
     value_warmup: Annotated[int, Range(at_least=0)] = 0
     """ppo: first steps of the run in which only the value head's loss counts."""
     discount: Probability | Auto = "auto"

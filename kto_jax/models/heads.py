@@ -6,6 +6,8 @@
             last.weight [D]       last.bias []
 
 The value head is that of Ethayarajh et al. 2024 (arXiv:2402.01306), appendix B: three layers, detached from the trunk.
+It reads the hidden states of the policy, or of a tower: a trunk of its own, with embedding, layers and final norm,
+which starts as the policy's.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from kto_jax.models.config import TransformerConfig
 SCALAR_HEADS = ("none", "reward", "value")
 SCALAR_HEAD = "scorer"
 """The head's key among the parameters; checkpoints store it."""
+TOWER = "tower"
+"""The key of a value head's own trunk among the head's parameters."""
 _AXES: dict[str, dict[str, Any]] = {
     "reward": {"weight": ("embed",)},
     "value": {

@@ -15,7 +15,14 @@ from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.losses import token_logps
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families import FAMILIES
-from kto_jax.models.heads import SCALAR_HEAD, SCALAR_HEADS, apply_scalar_head, init_scalar_head, scalar_head_axes
+from kto_jax.models.heads import (
+    SCALAR_HEAD,
+    SCALAR_HEADS,
+    TOWER,
+    apply_scalar_head,
+    init_scalar_head,
+    scalar_head_axes,
+)
 from kto_jax.models.int8 import Int8Matrix
 from kto_jax.models.layout import ONE_DEVICE, Layout
 from kto_jax.models.lora import merge_adapters
@@ -27,6 +34,7 @@ from kto_jax.shapes import RouterSums
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float64")
+_TRUNK = ("embed", "layers", "final_norm")
 
 
 def _parts(x: Array, parts: int) -> Array:
@@ -66,6 +74,7 @@ class Model:
       layout: how activations are sharded.
       lora: how adapters are trained, with matrices by their own names (see `resolve_lora`); None if all parameters are
         trained.
+      value_tower: whether the value head reads a trunk of its own.
     """
 
     config: TransformerConfig
@@ -75,6 +84,7 @@ class Model:
     graphdef: Any = dataclasses.field(compare=False, repr=False)
     layout: Layout = ONE_DEVICE
     lora: LoraConfig | None = None
+    value_tower: bool = False
 
     @classmethod
     def create(
@@ -86,6 +96,7 @@ class Model:
         scalar_head: Literal["none", "reward", "value"] = "none",
         layout: Layout = ONE_DEVICE,
         lora: LoraConfig | None = None,
+        value_tower: bool = False,
     ) -> Model:
         """Builds a model.
 
@@ -96,6 +107,7 @@ class Model:
           scalar_head: a linear reward head, a value head of three layers, or none.
           layout: how activations are sharded.
           lora: how adapters are trained; None for a model without adapters.
+          value_tower: whether the value head reads a trunk of its own.
 
         Raises:
           ConfigError: unknown dtype, remat policy or scalar head, or a reward head on a family without one.
@@ -116,7 +128,7 @@ class Model:
                 "it, so the result could not be exported. Families with one: "
                 f"{', '.join(name for name, family in FAMILIES.items() if family.classifier)}. Choose another base."
             )
-        model = cls(config, dtype, remat, scalar_head, None, layout, lora)
+        model = cls(config, dtype, remat, scalar_head, None, layout, lora, value_tower)
         abstract = nnx.eval_shape(lambda: model._transformer(jax.random.key(0), has_head=False))
         return dataclasses.replace(model, graphdef=nnx.split(abstract)[0])
 
@@ -218,7 +230,8 @@ class Model:
           hidden: hidden states after the final norm. The reward of a sequence is read at its last token, the EOS.
         """
         assert self.scalar_head != "none", "this model was created without a scalar head"
-        return apply_scalar_head(self.scalar_head, params[SCALAR_HEAD], hidden)
+        head = {name: part for name, part in params[SCALAR_HEAD].items() if name != TOWER}
+        return apply_scalar_head(self.scalar_head, head, hidden)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty KV cache: keys and values [batch, K, length, H] of each layer in the compute dtype, sharded.
@@ -268,6 +281,8 @@ class Model:
         if self.scalar_head != "none":
             # From a separate key, so that the head does not change the trunk's values.
             params[SCALAR_HEAD] = init_scalar_head(self.scalar_head, self.config, jax.random.fold_in(key, 1))
+            if self.value_tower:
+                params[SCALAR_HEAD][TOWER] = {name: params[name] for name in _TRUNK}
         return cast_params(params, param_dtype)
 
     def abstract_params(self, param_dtype: str) -> Params:
@@ -285,7 +300,8 @@ class Model:
         axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), variables, is_leaf=is_variable)
         axes = nnx.to_pure_dict(axes)
         if self.scalar_head != "none":
-            axes[SCALAR_HEAD] = scalar_head_axes(self.scalar_head)
+            tower = {TOWER: {name: axes[name] for name in _TRUNK}} if self.value_tower else {}
+            axes[SCALAR_HEAD] = scalar_head_axes(self.scalar_head) | tower
         return quantised_axes(axes, param_dtype) if param_dtype in QUANTISED else axes
 
     @property
@@ -293,7 +309,7 @@ class Model:
         return not self.config.tied_head and self.scalar_head != "reward"
 
     def _merge(self, params: Params) -> Transformer:
-        trunk = {name: params[name] for name in ("embed", "layers", "final_norm")}
+        trunk = {name: params[name] for name in _TRUNK}
         return nnx.merge(self.graphdef, nnx.State(trunk))
 
     def _transformer(self, key: Array, *, has_head: bool) -> Transformer:

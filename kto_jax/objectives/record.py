@@ -84,6 +84,7 @@ class Objective:
         none.
       advantages: how online training turns rewards into advantages; None if the objective takes labels or pairs.
       value_detached: whether the gradient of a value head stops at the hidden states that it reads.
+      value_tower: whether a value head reads a trunk of its own, which is trained with it.
       scalar_head: "none", a "reward" head in place of the output head, or a "value" head besides it.
       needs_both_labels: whether thumbs of only one label are refused.
       controls: texts before undesirable and before desirable completions.
@@ -108,6 +109,7 @@ class Objective:
     figures: Callable[[Completions], dict[str, Float[Array, "R S"]]] | None = None
     advantages: Advantages | None = None
     value_detached: bool = True
+    value_tower: bool = False
     scalar_head: Literal["none", "reward", "value"] = "none"
     needs_both_labels: bool = True
     controls: tuple[str, str] | None = None

@@ -149,11 +149,12 @@ def ppo(
     value_weight: float = 0.5,
     value_clip: float = 0.2,
     value_detached: bool = True,
+    value_tower: bool = False,
     value_warmup: int = 0,
     discount: float = 1.0,
     trace: float = 0.95,
 ) -> Objective:
-    """PPO, arXiv 1707.06347, with a value head, on tokens that online training sampled.
+    """PPO, arXiv 1707.06347, with a value head or a value model, on tokens that online training sampled.
 
     Online training estimates the advantages at the rollout, with rewards less the KL to the reference (arXiv
     2203.02155) and generalised advantage estimation. Each token adds the clipped surrogate and `value_weight` times the
@@ -163,6 +164,11 @@ def ppo(
     preset = dataclasses.replace(_PPO, **chosen)
     terms = _Terms(kl_weight, kl_in, kl_estimator, kl_target, kl_horizon, entropy_weight, dual_clip)  # type: ignore[arg-type]
     _check_terms(terms, preset, length_scale, sampled=True)
+    if value_tower and not value_detached:
+        raise ValueError(
+            "value_detached=False with value_tower=True: the value head reads no hidden states of the policy. Set one "
+            "of the two."
+        )
     objective = _policy_gradient(preset, terms, length_scale, sampled=True)
     assert objective.advantages is not None
 
@@ -191,6 +197,7 @@ def ppo(
         figures=figures,
         scalar_head="value",
         value_detached=value_detached,
+        value_tower=value_tower,
         advantages=dataclasses.replace(objective.advantages, discount=discount, trace=trace),
         initial_state={"updates": 0.0} if value_warmup else {},
         next_state=lambda state, rewards, where: {name: count + 1 for name, count in state.items()},

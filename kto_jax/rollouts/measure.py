@@ -22,7 +22,7 @@ from kto_jax.devices.sharding import local_rows, place_batch
 from kto_jax.models.model import Model, Params
 from kto_jax.shapes import PackedRows
 from kto_jax.storage.atomic import new_file
-from kto_jax.training.forward import completion_states
+from kto_jax.training.forward import completion_states, token_values
 
 _SLOTS = 16
 
@@ -99,7 +99,7 @@ def _read(model: Model, params: Params, rows: PackedRows) -> tuple[Array, Array]
     logps_RC = model.token_logps(params, hidden_RCD, one.targets)
     values_RC = jnp.zeros_like(logps_RC)
     if model.scalar_head == "value":
-        values_RC = model.apply_scalar_head(params, hidden_RCD)
+        values_RC = token_values(model, params, one, hidden_RCD)
     return logps_RC[None], values_RC[None]
 
 

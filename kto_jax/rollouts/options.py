@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from kto_jax.config import Config, ConfigError, ObjectiveConfig, TransientError, resolve, to_dict
 from kto_jax.config.ranges import Count, Positive, Range
+from kto_jax.data.batches.schedule import check_row_length
 from kto_jax.objectives import Objective, check_objective
 from kto_jax.rollouts.labels import check_rule
 from kto_jax.storage.atomic import write_json
@@ -79,7 +80,7 @@ class Options:
     reward_timeout: Positive = 600.0
     """Seconds after which a reward counts as hung."""
     keep: Count = 2
-    """Rounds whose policies are kept, the newest ones; feedback, metrics and reports of all are."""
+    """Rounds that write and keep a policy and a report, the newest ones; feedback and metrics of all are kept."""
 
     def keeps_optimizer(self, objective: Objective) -> bool:
         """Whether a round continues the optimizer of the round before."""
@@ -124,6 +125,8 @@ def check_options(options: Options) -> Objective:
             'config.model.init="random" cannot be used: random weights write nothing that a reward could tell apart. '
             'Allowed: "pretrained". Set config.model.init.'
         )
+    if config.row_length not in (0, "auto"):
+        check_row_length(int(config.row_length), config.data.max_length, in_pairs=objective.reads == "pairs")
     _check_adapters(options, objective)
     _check_endpoint(options)
     _check_policy_gradient(options, objective)

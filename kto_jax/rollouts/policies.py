@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.tokens.prepare import prepare_tokenizer
@@ -21,12 +21,11 @@ from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import make_layout
 from kto_jax.devices.sharding import make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
-from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.model import Model, Params
 from kto_jax.models.weights.load import is_reward_model, load_params, read_config
 from kto_jax.models.weights.model_files import find_model
 from kto_jax.sampling.complete import LanguageModel
-from kto_jax.sampling.slots import place
 from kto_jax.storage.folders import scratch_folder
 from kto_jax.training.kept import Kept
 from kto_jax.training.stored_policy import read_architecture
@@ -92,12 +91,12 @@ class Policies:
         return lambda: (self._model(read_architecture(run)), load())
 
     def value_head(self, run: Path) -> Params:
-        """The value head that a round ended with; every process must call this."""
-        head = processes.gather(self.kept.ended(run).state.policy[SCALAR_HEAD])
-        head = jax.tree.map(lambda leaf: leaf.astype(np.float32), head)
-        if self.mesh is not None:
-            return place(head, NamedSharding(self.mesh, PartitionSpec()))
-        return jax.device_put(head, SingleDeviceSharding(jax.local_devices()[0]))
+        """The value head that a round ended with, and its own trunk if it has one; every process must call this."""
+        head = dict(self.kept.ended(run).state.policy[SCALAR_HEAD])
+        if self.mesh is None:
+            head = jax.device_put(processes.gather(head), SingleDeviceSharding(jax.local_devices()[0]))
+        tower = {TOWER: self._placed(head.pop(TOWER))} if TOWER in head else {}
+        return jax.tree.map(lambda leaf: leaf.astype(np.float32), head) | tower
 
     def _load_last(self, run: Path) -> Callable[[], Params]:
         def last() -> Params:

@@ -187,7 +187,9 @@ def _check_quantised_is_frozen(config: Config) -> None:
 
 def _check_adapters(config: Config) -> None:
     """Refuses settings that conflict with low-rank adapters."""
+    has_tower = config.objective.value_tower
     conflicts = {
+        "objective.value_tower": (has_tower, "False", "a tower trains all weights of a second model"),
         "reference.path": (config.reference.path, '""', "the reference is the policy without its adapters"),
         "reference.sync_every": (config.reference.sync_every, "0", "the frozen weights cannot move"),
         "model.param_dtype": (

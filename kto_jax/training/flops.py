@@ -17,7 +17,8 @@ def tokens_and_flops(model: Model, objective: Objective, batch: FeedbackBatch) -
     Returns:
       tokens: real tokens of the matched rows. flops, at real tokens: the policy's forward and backward pass over the
       matched rows, and the forward passes of the reference (if the step reads it) and of the first pass. With adapters
-      the backward pass computes no gradient of the frozen matrices; the adapters' own FLOPs are not counted.
+      the backward pass computes no gradient of the frozen matrices; the adapters' own FLOPs are not counted. A value
+      head's own trunk adds its forward and backward pass.
     """
     matched = _forward_flops(model, objective, batch.matched)
     unmatched = _forward_flops(model, objective, batch.unmatched)
@@ -29,11 +30,12 @@ def tokens_and_flops(model: Model, objective: Objective, batch: FeedbackBatch) -
         "unmatched": unmatched["products"] + unmatched["attention"],
         "matched": forward,
     }[objective.first_pass]
-    return {"tokens": matched["tokens"], "flops": models * forward + backward + models * first_pass}
+    tower = 3 * (matched["body"] + matched["attention"]) if model.value_tower else 0
+    return {"tokens": matched["tokens"], "flops": models * forward + backward + models * first_pass + tower}
 
 
 def _forward_flops(model: Model, objective: Objective, rows: PackedRows) -> dict[str, jax.Array]:
-    """Tokens, and the FLOPs of one forward pass: matmuls with weights, and attention."""
+    """Tokens, and the FLOPs of one forward pass: matmuls of the layers, those and the head's, and attention."""
     real = rows.segment_ids > 0
     tokens = jnp.sum(real).astype(jnp.float32)
     attended = jnp.where(real, rows.positions + 1, 0)
@@ -47,4 +49,5 @@ def _forward_flops(model: Model, objective: Objective, rows: PackedRows) -> dict
         local = model.config.flops_per_token(attended=0, attended_locally=1, head=False) - body
         attention += local * jnp.sum(jnp.minimum(attended, model.config.window).astype(jnp.float32))
     has_logits = objective.scalar_head != "reward"
-    return {"tokens": tokens, "products": body * tokens + has_logits * head * completion_tokens, "attention": attention}
+    products = body * tokens + has_logits * head * completion_tokens
+    return {"tokens": tokens, "body": body * tokens, "products": products, "attention": attention}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from kto_jax.losses import humanline_clamp, segment_sums
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.shapes import Completions, LabelledRows, PackedRows, RouterSums, TokenScores
@@ -36,6 +37,23 @@ def _slot_sums(values_RC: Float[Array, "R C"], rows: PackedRows) -> Float[Array,
 def packed_logps(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
     """Log-probability of the completion in each slot of one microbatch, in nats; 0 in empty slots."""
     return _slot_sums(model.token_logps(params, completion_states(model, params, rows), rows.targets), rows)
+
+
+def token_values(
+    model: Model, params: Params, rows: PackedRows, hidden_RCD: Float[Array, "R C D"]
+) -> Float[Array, "R C"]:
+    """The value before each token of the completions, by the value head.
+
+    Args:
+      model: with a value head.
+      params: its parameters.
+      rows: one microbatch.
+      hidden_RCD: what the head reads: hidden states of the policy. If it has a trunk of its own, that of the trunk is
+        read instead.
+    """
+    if model.value_tower:
+        hidden_RCD = completion_states(model, params[SCALAR_HEAD][TOWER], rows)
+    return model.apply_scalar_head(params, hidden_RCD)
 
 
 def packed_rewards(model: Model, params: Params, rows: PackedRows) -> Float[Array, "R S"]:
@@ -94,7 +112,7 @@ def read_completions(
         values_RC = jnp.zeros_like(policy_RC)
         if objective.scalar_head == "value":
             detached = jax.lax.stop_gradient(hidden_RCD) if objective.value_detached else hidden_RCD
-            values_RC = model.apply_scalar_head(policy, detached)
+            values_RC = token_values(model, policy, rows, detached)
         tokens = TokenScores(policy_RC, reference_RC, values_RC, rows.target_segments, labelled.sampled)
     return Completions(
         policy=_slot_sums(policy_RC, rows),

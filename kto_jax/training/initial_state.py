@@ -76,6 +76,7 @@ def make_model(config: Config, inputs: ModelInputs, devices: Sequence[jax.Device
         dtype=config.model.dtype,
         remat=config.model.remat,
         scalar_head=inputs.objective.scalar_head,
+        value_tower=inputs.objective.value_tower,
         layout=make_layout(mesh, config.model.attention, config.model.reduce_dtype, config.model.keep_logits),
         lora=resolve_lora(config.lora, architecture) if config.lora.rank else None,
     )

@@ -78,7 +78,8 @@ def add_decayed_weights(weight_decay: float, decayed: Literal["matrices", "all"]
     """
 
     def is_decayed(path: Any, parameter: Array) -> bool:
-        return decayed == "all" or (getattr(path[0], "key", None) == "layers" and parameter.ndim >= 3)
+        in_layers = any(getattr(part, "key", None) == "layers" for part in path)
+        return decayed == "all" or (in_layers and parameter.ndim >= 3)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         def add(path: Any, parameter: Array, update: Array) -> Array:

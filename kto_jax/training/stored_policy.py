@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from kto_jax.config import ConfigError, LoraConfig
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.families.config_json import read_config_json
-from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.lora import init_adapters, merge_adapters
 from kto_jax.models.model import Model, Params
 from kto_jax.models.quantised import QUANTISED
@@ -189,7 +189,8 @@ def _as_policy(
     model = read_model(workdir, dtype=dtype)
     head = trained.get(SCALAR_HEAD)
     if head is not None:
-        model = Model.create(model.config, dtype=dtype, scalar_head="reward" if "weight" in head else "value")
+        kind = "reward" if "weight" in head else "value"
+        model = dataclasses.replace(model, scalar_head=kind, value_tower=TOWER in head)
     if not adapters:
         return StoredPolicy(model, trained, trained, objective_state)
     lora = _lora(workdir)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.model import Model
 from kto_jax.rollouts.measure import measure, read_figures, write_figures
 from kto_jax.sampling.sample import Sampling, sample_with_logps
@@ -42,14 +42,18 @@ def test_packing_changes_figures_by_rounding_alone(sampled):
     np.testing.assert_allclose(np.concatenate(first.logps), np.concatenate(second.logps), atol=1e-5)
 
 
-def test_a_value_head_is_read_before_each_token(sampled):
-    model = Model.create(CONFIG, scalar_head="value")
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_value_head_is_read_before_each_token(sampled, tower):
+    model = Model.create(CONFIG, scalar_head="value", value_tower=tower)
     params = model.init_params(jax.random.key(3), "float32")
     last = params[SCALAR_HEAD]["last"]
     params[SCALAR_HEAD]["last"] = {**last, "weight": last["weight"] + 0.5}
+    if tower:
+        params[SCALAR_HEAD][TOWER] = jax.tree.map(lambda leaf: leaf * 1.1, params[SCALAR_HEAD][TOWER])
     found = read(model, params, sampled)
     tokens = jnp.concatenate([jnp.asarray(PROMPTS[0]), jnp.asarray(sampled[0].ids)])[None]
-    hidden = model.hidden_states(params, tokens, jnp.ones_like(tokens), jnp.arange(tokens.size)[None])
+    read_by_head = params[SCALAR_HEAD][TOWER] if tower else params
+    hidden = model.hidden_states(read_by_head, tokens, jnp.ones_like(tokens), jnp.arange(tokens.size)[None])
     expected = model.apply_scalar_head(params, hidden)[0, len(PROMPTS[0]) - 1 : -1]
     np.testing.assert_allclose(found.values[0], expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 0.1

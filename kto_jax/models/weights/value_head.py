@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def save_value_head(path: Path, head: dict[str, Any]) -> None:
 
     Args:
       path: the file.
-      head: its parameters on the host, nested as `init_scalar_head` nests them.
+      head: its parameters on the host, nested as `init_scalar_head` nests them, and those of its own trunk.
     """
     leaves = jax.tree_util.tree_leaves_with_path(head)
     named = {".".join(key.key for key in keys): np.array(leaf, np.float32, order="C") for keys, leaf in leaves}
@@ -45,6 +46,6 @@ def load_value_head(path: Path) -> dict[str, Any]:
         ) from None
     head: dict[str, Any] = {}
     for name, values in named.items():
-        layer, part = name.split(".")
-        head.setdefault(layer, {})[part] = jnp.asarray(values)
+        *layers, part = name.split(".")
+        functools.reduce(lambda node, layer: node.setdefault(layer, {}), layers, head)[part] = jnp.asarray(values)
     return head

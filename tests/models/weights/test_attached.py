@@ -31,7 +31,10 @@ near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 @pytest.mark.parametrize(("family", "lora"), [
     ("phi3", LoraConfig(rank=3, alpha=6.0, rank_pattern=("query=2",), alpha_pattern=("down=5",))),
-    ("mixtral", LoraConfig(rank=3, alpha=6.0, targets=("value", "gate", "down"), rank_stabilised=True)),
+    pytest.param(
+        *("mixtral", LoraConfig(rank=3, alpha=6.0, targets=("value", "gate", "down"), rank_stabilised=True)),
+        marks=pytest.mark.nightly,
+    ),
     ("qwen2", LoraConfig(rank=3, alpha=6.0, dora=True, targets=("query", "down"), modules_to_save=("embedding",))),
 ])  # fmt: skip
 def test_adapters_of_every_kind_are_attached_to_the_matrices_that_they_belong_to(family, lora, tmp_path):
