@@ -28,7 +28,7 @@ def get_config():
     config.data.max_prompt_length = 40
     config.data.holdout = 0.25
     config.batch_size = 16
-    config.row_length = 160
+    config.row_length = 192
     config.microbatch_rows = 3
     config.optimizer.learning_rate = 1e-5
     config.optimizer.schedule = "constant"

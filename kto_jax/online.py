@@ -37,7 +37,7 @@ from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.data.workers import keep_workers
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import keep_compiled
-from kto_jax.models.heads import SCALAR_HEAD
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
 from kto_jax.objectives.record import Advantages
@@ -302,7 +302,8 @@ class _Online:
         config = self.options.config
         row_length = config.row_length if isinstance(config.row_length, int) else 0
         if head is not None:
-            model, params = dataclasses.replace(model, scalar_head="value"), params | {SCALAR_HEAD: head}
+            model = dataclasses.replace(model, scalar_head="value", value_tower=TOWER in head)
+            params = params | {SCALAR_HEAD: head}
         found = measure(
             model,
             params,

@@ -348,19 +348,8 @@ class Schedule:
             )
 
     def _check_fit(self, longest_completion: int) -> None:
-        max_length, row_length = self._limits.max_length, self._limits.lengths[0]
-        needed = self._unit * max_length
-        if needed > row_length and self._unit == 2:
-            raise ConfigError(
-                f"a pair of data.max_length={max_length} does not fit a row of row_length={row_length} tokens. "
-                f"A row must hold both completions of a pair, each with its prompt: {needed} tokens. "
-                "Set config.row_length to twice data.max_length."
-            )
-        if needed > row_length:
-            raise ConfigError(
-                f"data.max_length={max_length} does not fit a row of row_length={row_length} tokens. "
-                "A row must hold at least one example. Set config.row_length to data.max_length or more."
-            )
+        max_length = self._limits.max_length
+        check_row_length(self._limits.lengths[0], max_length, in_pairs=self._unit == 2)
         if longest_completion > self._limits.completion_length:
             longest = "completion has" if self._unit == 1 else "pair's completions have"
             raise ConfigError(
@@ -401,3 +390,27 @@ def _upper(lengths: np.ndarray, batch: int) -> float:
     return min(
         batch * float(lengths.mean()) + 3 * math.sqrt(batch) * float(lengths.std()), batch * float(lengths.max())
     )
+
+
+def check_row_length(row_length: int, max_length: int, *, in_pairs: bool) -> None:
+    """Refuses rows that do not hold the longest example.
+
+    Args:
+      row_length: tokens of a row.
+      max_length: most tokens of a prompt and its completion.
+      in_pairs: whether an example is two completions, each with its prompt.
+
+    Raises:
+      ConfigError: naming both.
+    """
+    if in_pairs and 2 * max_length > row_length:
+        raise ConfigError(
+            f"a pair of data.max_length={max_length} does not fit a row of row_length={row_length} tokens. "
+            f"A row must hold both completions of a pair, each with its prompt: {2 * max_length} tokens. "
+            "Set config.row_length to twice data.max_length."
+        )
+    if max_length > row_length:
+        raise ConfigError(
+            f"data.max_length={max_length} does not fit a row of row_length={row_length} tokens. "
+            "A row must hold at least one example. Set config.row_length to data.max_length or more."
+        )
