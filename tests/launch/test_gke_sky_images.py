@@ -112,7 +112,7 @@ def test_an_image_is_pinned_does_not_run_as_root_and_takes_no_secret(name, extra
     text = (LAUNCH / name).read_text()
     assert "\nFROM python:3.11-slim\n" in text and re.search(r"^USER 1000$", text, re.MULTILINE)
     assert f'"jax[{extra}]==$(sed -n' in text and "-r requirements.txt" in text
-    assert "grep -o 'gcsfs==" in text
+    assert "grep -o 'gcsfs==" in text and ("tokamax==" in text) == (extra == "cuda13")
     assert not re.search(r"^ARG|TOKEN|KEY|PASSWORD", text, re.MULTILINE)
     copied = {words.split()[0] for words in re.findall(r"^COPY (.+)$", text, re.MULTILINE)}
     assert copied == {"requirements.txt", "kto_jax", "configs"}

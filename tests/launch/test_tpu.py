@@ -74,6 +74,7 @@ def test_a_suspended_tpu_is_deleted_and_requested_again(cloud):
     assert len(cloud.lines("ran")) == 2 and "restart 1 of at most 20" in err
 
 
+@pytest.mark.nightly
 def test_a_tpu_with_preempted_nodes_is_deleted_even_while_active(cloud):
     (cloud.folder / "node_state").write_text("PREEMPTED")
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"], ["ACTIVE"]], ends_with(0), KTO_MAX_RESTARTS="1")
@@ -90,12 +91,13 @@ def test_a_preempted_command_is_restarted_on_the_same_tpu(cloud):
     assert code == 0 and verbs.count("create") == 1 and verbs.count("start") == 2 and "delete" not in verbs
 
 
-@pytest.mark.parametrize("code", [1, 2, 130])
+@pytest.mark.parametrize("code", [1, *(pytest.param(code, marks=pytest.mark.nightly) for code in (2, 130))])
 def test_tpu_restarts_after_no_other_exit_code(cloud, code):
     found, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(code))
     assert found == code and verbs.count("start") == 1
 
 
+@pytest.mark.nightly
 def test_tpu_gives_up_after_the_maximum_number_of_restarts_in_a_row(cloud):
     code, verbs, _ = tpu_run(cloud, [["ACTIVE"]], ends_with(75), KTO_MAX_RESTARTS="1")
     assert code == 75 and verbs.count("start") == 2
