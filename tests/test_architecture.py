@@ -118,7 +118,7 @@ ORDER = {
     "kto_jax.sampling": ["choose logps", "slots", "sample", "complete", "endpoint"],
     "kto_jax.storage": [
         "gguf_files answers atomic bucket bucket_watch folders http_post locks repeated",
-        "digests hub lease",
+        "bucket_copies digests hub lease",
         "run_place sums",
         "fetch",
     ],

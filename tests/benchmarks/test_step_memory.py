@@ -36,11 +36,11 @@ def growth(larger):
     return (more_temporaries - temporaries) / (more_gradient - gradient)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_layer_more_costs_one_gradient_of_it():
     assert growth(measure(num_layers=12)) < 1.1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_token_more_in_the_vocabulary_costs_no_gradient_of_a_microbatch():
     assert growth(measure(vocabulary=16384)) < 2.6

@@ -182,7 +182,7 @@ def test_the_checkpoints_of_a_run_are_evaluated_as_a_curve(tmp_path, monkeypatch
     assert "fitted on" in said and "held-out loss" in said
     assert errors.count("uses 1 of 8 devices; --devices=all uses all\n") == 1
     assert "Win rate by step" in (run / "evaluation" / "evaluation.html").read_text()
-    if objective == ["kto"]:
+    if objective == ["bco"]:
         steps = ["--max_new_tokens=8", "--num_samples=2", "--judge=max_words(6)"]
         code, _, errors = command(f"--run={run}", *steps, "--devices=all", f"--out={tmp_path}/all")
         assert code == 0 and errors.count("uses 8 of 8 devices: ") == 1

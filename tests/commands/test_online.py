@@ -9,13 +9,19 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import safetensors.numpy
 
 import kto_jax.online
 from kto_jax.config import resolve
+from kto_jax.models.heads import SCALAR_HEAD, TOWER
+from kto_jax.models.model import Model
 from kto_jax.models.weights import load
+from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
+from kto_jax.models.weights.value_head import load_value_head
 from kto_jax.online import main
+from kto_jax.rollouts.measure import measure, read_figures
 from kto_jax.train import train
 from kto_jax.training.checkpoint_reading import StoredTree
 from kto_jax.training.preemption import Preemption
@@ -115,7 +121,7 @@ def per_round(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "kto"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("kto", marks=pytest.mark.nightly)])
 def test_later_rounds_compile_no_program_and_read_no_weights(flags, tmp_path, per_round, name):
     # All prompts have as many tokens, so that the shapes of all rounds are the same.
     rows = [{"prompt": f"Name thing {i}."} for i in range(20, 50)]
@@ -157,13 +163,25 @@ EPOCHS = ["--config.batch_size=4", "--config.epochs=2"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, options", [
-    ("grpo", ["--config.objective.variant=dapo", "--config.objective.kl_weight=0.1"]),
+    pytest.param(
+        *("grpo", ["--config.objective.variant=dapo", "--config.objective.kl_weight=0.1"]), marks=pytest.mark.nightly
+    ),
     ("ppo", ["--config.objective.value_warmup=2", "--config.objective.value_detached=False"]),
-    ("ppo", ["--config.lora.rank=4", "--config.optimizer.learning_rate=0.01"]),
+    pytest.param(
+        "ppo", ["--config.objective.value_warmup=2", "--config.objective.value_tower=True"], marks=pytest.mark.nightly
+    ),
+    pytest.param(
+        "ppo", ["--config.lora.rank=4", "--config.optimizer.learning_rate=0.01"], marks=pytest.mark.nightly
+    ),
 ])  # fmt: skip
 def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, tmp_path, name, options):
     run = tmp_path / "run"
-    assert main([*flags, f"--config.objective.name={name}", *options, *EPOCHS, "--rounds=2", f"--workdir={run}"]) == 0
+    assert (
+        main(
+            [*flags, f"--config.objective.name={name}", *options, *EPOCHS, "--rounds=2", "--keep=2", f"--workdir={run}"]
+        )
+        == 0
+    )
     log = read(run / "rounds.jsonl")
     for number, row in enumerate(log):
         folder = run / f"round_{number:03}"
@@ -186,6 +204,22 @@ def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, 
             warmed = [read(run / f"round_{number:03}" / "run" / "metrics.jsonl") for number in (0, 1)]
             assert warmed[1][0]["updates"] > len(warmed[0]), "kept from round 0"
         assert "explained_variance" in log[1] and log[0]["value_loss"] > 0
+        if "--config.lora.rank=4" not in options:
+            assert_values_are_of_the_round_before(run)
+
+
+def assert_values_are_of_the_round_before(run):
+    """The values of round 1 are those of the head, and its tower, that round 0 ended with."""
+    ended = run / "round_000" / "run"
+    head, plain = load_value_head(ended / VALUE_HEAD), Model.create(load.read_config(ended / "policy"))
+    model = dataclasses.replace(plain, scalar_head="value", value_tower=TOWER in head)
+    params = load.load_params(plain, ended / "policy", param_dtype="float32") | {SCALAR_HEAD: head}
+    rows = read(run / "round_001" / "rollout.jsonl")
+    ids = [[np.asarray(row[name], np.int32) for row in rows] for name in ("prompt_ids", "completion_ids")]
+    expected = np.concatenate(measure(model, params, *ids, row_length=64, microbatch_rows=8).values)
+    found = np.concatenate(read_figures(run / "round_001" / "tokens.npz")["values"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(expected).max() > 1e-4
 
 
 @pytest.mark.parametrize("change, why", [
@@ -204,6 +238,7 @@ def test_policy_gradients_train_on_the_sampled_tokens_for_several_epochs(flags, 
     (["--config.objective.name=ppo_offline"], "config.objective.name='ppo_offline' cannot be trained online"),
     (["--config.lora.rank=4"], "Set --reference=previous"),
     (["--reward=lowercas"], "is no reward"),
+    (["--config.objective.name=dpo", "--config.row_length=100"], "a pair of data.max_length=64 does not fit a row of"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_online_is_refused_before_anything_is_written(flags, tmp_path, capsys, change, why):
     assert main([*flags, *change, f"--workdir={tmp_path / 'run'}"]) == 2
@@ -216,10 +251,10 @@ def ppo(flags):
     # Four slots for 16 completions: sampling is several calls.
     settings = ["--config.checkpoint.every=1", "--rounds=3", "--keep=3", "--batch_size=4",
                 "--config.objective.kl_target=0.5", "--config.objective.kl_horizon=20"]  # fmt: skip
-    return [*flags, "--config.objective.name=ppo", *EPOCHS, *settings]
+    return [*flags, "--config.objective.name=ppo", "--config.objective.value_tower=True", *EPOCHS, *settings]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_killed_anywhere_in_a_round_ends_bitwise_as_one_that_was_not(ppo, tmp_path):
     whole = tmp_path / "whole"
     assert main([*ppo, f"--workdir={whole}"]) == 0

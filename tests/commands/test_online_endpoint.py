@@ -22,7 +22,7 @@ def server(flags, monkeypatch):  # noqa: F811
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_server_samples_from_the_policies_that_it_is_handed(flags, tmp_path, capsys, server):  # noqa: F811
     run, url = tmp_path / "run", server.url
     send = shlex.join([sys.executable, "-c", SEND, url.replace("/v1", "/load")])

@@ -35,7 +35,7 @@ def run(count, *arguments, devices=4, module="kto_jax.online", exit_code=0):
     assert [process.returncode for process in started] == [exit_code] * count, "\n".join(messages)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name, where", [pytest.param("grpo", "first", marks=pytest.mark.exhaustive), ("ppo", "mesh")])
 def test_two_processes_sample_score_and_train_as_one_does(flags, tmp_path, name, where):  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
@@ -54,7 +54,7 @@ def test_two_processes_sample_score_and_train_as_one_does(flags, tmp_path, name,
     assert len(read(two / "rounds.jsonl")) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_resumed_on_other_devices_differs_by_rounding(flags, tmp_path):  # noqa: F811
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     settings = ["--config.objective.name=ppo", "--config.checkpoint.every=1", "--rounds=3", "--keep=3"]

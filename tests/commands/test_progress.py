@@ -136,7 +136,7 @@ def _read(terminal):
         return b""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("columns", [pytest.param(80, marks=pytest.mark.exhaustive), 60])
 def test_a_terminal_shows_each_part_of_a_run_and_what_to_do_next(columns, tmp_path):
     run = tmp_path / "run"

@@ -168,6 +168,7 @@ def get_config():
     assert records.row_of(record, scored) == {"prompt": "Q", "completion": "A", "score": 2.0}
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_with_one_line_and_exit_code_130_and_leaves_no_file(exported, tmp_path):
     data = tmp_path / "data.jsonl"
     os.mkfifo(data)

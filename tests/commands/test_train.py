@@ -104,6 +104,7 @@ def test_the_newest_checkpoints_are_kept(unbroken):
     assert {path.name for path in (unbroken / "checkpoints").iterdir()} == {"9", "12", "reference"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [
     # Of SIGTERM: the loop and the exit code in tests/training, whole runs below.
     (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive),
@@ -173,7 +174,7 @@ def _children(pid):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_synced_reference_the_state_of_an_objective_and_rounding_survive_a_kill(cache, tmp_path):
     options = (
         *("--config.objective.name=bco", "--config.reference.sync_every=4"),

@@ -106,8 +106,8 @@ def assert_equal_to_the_run_on_disk(run, on_disk):
     assert steps == {path.name for path in (on_disk / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
-@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_is_killed_and_resumed_elsewhere_and_equals_one_on_a_disk(
     kind, run_in, on_disk, tmp_path, capsys
 ):

@@ -31,7 +31,16 @@ def arrays():
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=1, expert=8), MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(sequence=2, expert=2)],
+    [
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        *(
+            pytest.param(mesh, marks=pytest.mark.nightly)
+            for mesh in (
+                MeshConfig(data=1, expert=8),
+                MeshConfig(sequence=2, expert=2),
+            )
+        ),
+    ],
 )
 def test_experts_over_a_mesh_give_the_sums_and_gradients_of_one_device(mesh):
     x, chosen, shares, matrices = arrays()

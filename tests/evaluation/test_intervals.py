@@ -21,7 +21,7 @@ def test_intervals_of_win_rates_cover(win_rate):
     assert 0.9 <= coverage(simulate(win_rate), win_rate, draws=80) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("win_rate", [0.3, 0.4, 0.5, 0.6, 0.7])
 @pytest.mark.parametrize("how", [{}, {"num_samples": 4, "spread": 0.1}, {"num_prompts": 30}])
 def test_intervals_cover_in_500_draws(win_rate, how):

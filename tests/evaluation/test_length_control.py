@@ -15,7 +15,9 @@ def planted(seed, theta, phi, num_prompts=1500, longer=40.0):
     return (rng.random(num_prompts) < chance).astype(float), extra, range(num_prompts)
 
 
-@pytest.mark.parametrize(("theta", "phi"), [(0.0, 2.0), (-0.4, 1.5), (0.5, 0.0)])
+@pytest.mark.parametrize(("theta", "phi"), [
+    (-0.4, 1.5), *(pytest.param(*each, marks=pytest.mark.nightly) for each in ((0.0, 2.0), (0.5, 0.0))),
+])  # fmt: skip
 def test_a_planted_length_effect_is_recovered(theta, phi):
     shares, extra, prompts = planted(0, theta, phi)
     found = length_controlled(shares, extra, prompts, draws=40)

@@ -77,7 +77,7 @@ def test_a_run_whose_checkpoints_are_gone_ends_with_one_line(change, run, tmp_pa
         assert code == 0 and "continuing after step 2" in said, said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_whose_checkpoints_become_read_only_says_so_and_ends(run, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     code, said = run("-c", RUN, str(folder), "read-only")

@@ -56,7 +56,7 @@ def run(tmp_path):
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_whose_last_save_failed_ends_soon_with_1_and_is_resumed(run, tmp_path):
     code, said = run("5")
     assert code == 1 and re.search(NOT_SAVED.format(step=5), said), said

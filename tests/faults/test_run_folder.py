@@ -134,9 +134,10 @@ runpy.run_module("kto_jax.{command}", run_name="__main__")
     ("command", "ending", "code"),
     [
         ("train", "return 75", 75),
-        ("train", "raise RuntimeError", 1),
-        ("train", "sys.exit(75)", 75),
-        ("online", "return 75", 75),
+        *(
+            pytest.param(*each, marks=pytest.mark.nightly)
+            for each in (("train", "raise RuntimeError", 1), ("train", "sys.exit(75)", 75), ("online", "return 75", 75))
+        ),
     ],
 )
 def test_a_run_that_hangs_at_its_end_is_ended_by_sigterm_with_its_own_code(command, ending, code):

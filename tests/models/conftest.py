@@ -52,3 +52,9 @@ def whole_rows(tokens_RL):
 def hidden_states(model, params, tokens_RL, segment_ids_RL, positions_RL):
     """Compiled once per model and shape; the bare method would compile every operation."""
     return model.hidden_states(params, tokens_RL, segment_ids_RL, positions_RL)
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(model, params, cache, tokens_BL, positions_BL):
+    """As `hidden_states`."""
+    return model.decode(params, cache, tokens_BL, positions_BL)

@@ -13,7 +13,7 @@ from kto_jax.models.lora import AdaptedMatrix, Adapter, merge_adapters
 from kto_jax.models.model import Model
 from kto_jax.models.quantised import cast_params
 from kto_jax.models.unstacked import transpose_layers
-from tests.models.conftest import draw_tokens, hidden_states, whole_rows
+from tests.models.conftest import decode, draw_tokens, hidden_states, whole_rows
 from tests.models.families.family_files import FILES
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ def test_padding_is_not_counted_and_does_not_change_the_tokens(mixture):
     assert np.all(routed.entropies > 0) and np.all(routed.entropies < 18 * np.log(experts))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", pytest.param("int4", marks=pytest.mark.nightly)])
 def test_quantising_keeps_the_router_and_rounds_the_experts(kind, mixture):
     model, params = mixture
     quantised = cast_params(params, kind)
@@ -120,9 +120,9 @@ def test_quantising_keeps_the_router_and_rounds_the_experts(kind, mixture):
 def test_layers_transposed_for_decoding_give_the_same(mixture):
     model, params = mixture
     tokens, cache = draw_tokens(0, 2, 1), model.init_cache(2, 4)
-    expected, _ = model.decode(params, cache, tokens, np.zeros_like(tokens))
+    expected, _ = decode(model, params, cache, tokens, np.zeros_like(tokens))
     transposed = transpose_layers(jax.tree.map(jnp.copy, params))
-    got, _ = model.decode(transposed, model.init_cache(2, 4), tokens, np.zeros_like(tokens))
+    got, _ = decode(model, transposed, model.init_cache(2, 4), tokens, np.zeros_like(tokens))
     close(got, expected)
 
 

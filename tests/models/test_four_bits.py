@@ -17,7 +17,7 @@ from kto_jax.models.model import Model
 from kto_jax.models.quantised import cast_params
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params
-from tests.models.conftest import draw_params, draw_tokens, hidden_states, whole_rows
+from tests.models.conftest import decode, draw_params, draw_tokens, hidden_states, whole_rows
 
 TOKENS = draw_tokens(0, 4, 16)
 KINDS = ["nf4", "int4"]
@@ -82,7 +82,7 @@ def test_the_forward_pass_and_decoding_are_those_of_the_dequantised_weights(kind
     np.testing.assert_allclose(got, hidden_states(model, dequantised(kept, params), TOKENS, *rows), atol=1e-5)
     assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *rows))) > 1e-2
     prompt = jnp.asarray(TOKENS[:, :4]), jnp.tile(jnp.arange(4), (4, 1))
-    decoded, _ = model.decode(kept, model.init_cache(4, 8), *prompt)
+    decoded, _ = decode(model, kept, model.init_cache(4, 8), *prompt)
     np.testing.assert_allclose(decoded, got[:, :4], atol=1e-4)
     assert kept["embed"]["table"].dtype == kept["head"]["weight"].dtype == jnp.bfloat16
     assert kept["final_norm"]["scale"].dtype == jnp.float32
@@ -119,7 +119,11 @@ CONFIG = TransformerConfig(
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("nf4", MeshConfig(data=1, fsdp=4, tensor=2)), ("int4", MeshConfig(data=8))]
+    ("kind", "sizes"),
+    [
+        ("nf4", MeshConfig(data=1, fsdp=4, tensor=2)),
+        pytest.param("int4", MeshConfig(data=8), marks=pytest.mark.nightly),
+    ],
 )
 def test_four_bits_are_loaded_matrix_by_matrix_onto_any_mesh(kind, sizes, tmp_path):
     model = Model.create(CONFIG, remat="none")

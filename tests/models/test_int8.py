@@ -13,7 +13,7 @@ from kto_jax.models.model import Model
 from kto_jax.models.quantised import cast_params
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params
-from tests.models.conftest import draw_tokens, hidden_states, whole_rows
+from tests.models.conftest import decode, draw_tokens, hidden_states, whole_rows
 
 TOKENS = draw_tokens(0, 4, 16)
 
@@ -45,7 +45,7 @@ def test_the_forward_pass_is_that_of_the_dequantised_weights(model, params):
     np.testing.assert_array_equal(model.head(kept), model.head(whole))
     assert np.max(np.abs(got - hidden_states(model, params, TOKENS, *segments_positions))) > 1e-3
     prompt = jnp.asarray(TOKENS[:, :4]), jnp.tile(jnp.arange(4), (4, 1))
-    decoded, _ = model.decode(kept, model.init_cache(4, 8), *prompt)
+    decoded, _ = decode(model, kept, model.init_cache(4, 8), *prompt)
     np.testing.assert_allclose(decoded, got[:, :4], atol=1e-4)
 
 

@@ -80,7 +80,9 @@ def test_a_policy_with_magnitudes_starts_as_the_frozen_model(zero, model, params
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", ["float32", "int8", "nf4", "int4"])
+@pytest.mark.parametrize(
+    "kept", ["float32", "nf4", *(pytest.param(kept, marks=pytest.mark.nightly) for kept in ("int8", "int4"))]
+)
 def test_with_dora_the_weights_of_an_output_have_its_magnitude_as_their_norm(kept, model, params):
     lora, rows = dataclasses.replace(LORA, dora=True), whole_rows(TOKENS)
     frozen, adapters = cast_params(params, kept), drawn(params, lora)
@@ -143,7 +145,9 @@ def test_each_matrix_has_its_own_rank_and_scale(params):
     assert (laid["attention"]["query"]["weight"].scale, laid["mlp"]["down"]["weight"].scale) == (4.0, 1.5)
 
 
-@pytest.mark.parametrize("kept", ["float32", "int8", "nf4", "int4"])
+@pytest.mark.parametrize(
+    "kept", ["int8", "nf4", *(pytest.param(kept, marks=pytest.mark.nightly) for kept in ("float32", "int4"))]
+)
 def test_the_forward_pass_equals_that_of_the_merged_matrices(kept, model, params):
     frozen = cast_params(params, kept)
     adapters, rows = drawn(params), whole_rows(TOKENS)

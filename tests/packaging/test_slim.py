@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests import COMPILER_FLAGS, ROOT
 
 OPTIONAL = (
@@ -73,6 +75,7 @@ def run(program, *arguments):
     return done
 
 
+@pytest.mark.slow
 def test_device_step_and_a_run_work_without_the_optional_packages(tmp_path):
     done = run(WITHOUT_OPTIONAL, json.dumps(OPTIONAL), str(tmp_path))
     # What is asked is whether the packages of a report are there; transformers asks for more of its own accord.

@@ -65,7 +65,7 @@ def test_the_gradient_of_narrow_parameters_is_summed_in_float32(in_place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["1", "2x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1", marks=pytest.mark.nightly), "2x2x2"])
 def test_the_step_has_the_same_gradient_in_place_and_plainly(mesh, monkeypatch):
     config, num_devices = MESHES[mesh] if mesh != "1" else (MeshConfig(), 1)
     with jax.enable_x64(True):

@@ -81,13 +81,24 @@ def test_the_checkpoint_with_the_best_figure_is_kept_the_first_of_equal_ones(tmp
     checkpoints.close()
 
 
+def test_arrays_are_not_compressed(tmp_path):
+    """Compression of float32 weights makes a save a quarter longer on CPU, and saves 8 % of the bytes."""
+    state = make_state(make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = dataclasses.replace(state, policy=jax.device_put({"zeros": jnp.zeros((1024, 1024))}, state.step.sharding))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state, None)
+    checkpoints.wait()
+    files = [path for path in (tmp_path / "checkpoints" / "1").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) > 4 * 1024 * 1024
+
+
 def equal(one, other):
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), *jax.device_get((one, other)))))
 
 
 @pytest.mark.parametrize("restored_on", [
     MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2),
-    *(pytest.param(MeshConfig(data=data, fsdp=8 // data), marks=pytest.mark.slow) for data in (1, 2, 4, 8)),
+    *(pytest.param(MeshConfig(data=data, fsdp=8 // data), marks=pytest.mark.nightly) for data in (1, 2, 4, 8)),
 ])  # fmt: skip
 def test_the_newest_state_is_restored_bitwise_on_any_mesh(restored_on, tmp_path):
     checkpoints, first = save_steps(tmp_path, make_mesh(MeshConfig(fsdp=4, data=2)), [None, None])

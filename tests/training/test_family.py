@@ -121,13 +121,14 @@ VARIANTS = [
 
 # PPO reads figures of sampled tokens: tests/objectives/test_presets.py and tests/commands/test_online.py.
 OFFLINE = [name for name in OBJECTIVES if name != "ppo"]
-# One of each kind: a reference point, pairs, a running mean and a value head. Whole runs of SFT and of a reward model
-# are in test_reference.py and tests/commands/test_train.py.
-QUICK = ("kto", "bco", "ppo_offline")
+# One of each kind: a reference point and a value head; a running mean, pairs and a reward head. A whole run of SFT is
+# in test_reference.py.
+QUICK, SLOW = ("kto", "ppo_offline"), ("bco", "dpo", "reward")
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OFFLINE
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.nightly)
+    for name in OFFLINE
 ])  # fmt: skip
 def test_every_objective_raises_its_margin_and_flipped_labels_lower_it(name):
     check_both_ways(ObjectiveConfig(name=name), ONE)
@@ -135,7 +136,7 @@ def test_every_objective_raises_its_margin_and_flipped_labels_lower_it(name):
 
 # Over meshes test_step.py compares the numbers themselves.
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name == "kto" else pytest.mark.exhaustive) for name in OFFLINE
+    pytest.param(name, marks=pytest.mark.nightly if name == "kto" else pytest.mark.exhaustive) for name in OFFLINE
 ])  # fmt: skip
 def test_every_objective_raises_its_margin_on_8_devices(name):
     check_both_ways(ObjectiveConfig(name=name), EIGHT)

@@ -252,7 +252,7 @@ def test_a_profile_is_written_even_if_the_run_ends_within_it(monkeypatch, tmp_pa
     assert profiler.events == ["start", "stop"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_leaves_traces_that_perfetto_and_xprof_open(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("KTO_JAX_CACHE", str(tmp_path / "cache"))

@@ -59,7 +59,7 @@ def three_steps(mesh_config, num_devices, objective=OBJECTIVE, kept="float64", i
     return np.array(log), jax.device_get(state.policy), jax.device_get(state.reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=4)])
 def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(sizes):
     with jax.enable_x64(True):
@@ -74,7 +74,7 @@ def test_adapters_train_alike_on_every_mesh_and_frozen_weights_do_not_change(siz
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["nf4", "int4"])
+@pytest.mark.parametrize("kept", [pytest.param("nf4", marks=pytest.mark.nightly), "int4"])
 def test_a_step_on_weights_in_four_bits_is_that_on_the_dequantised_weights_on_every_mesh(kept):
     with jax.enable_x64(True):
         expected, policy, _ = three_steps(MeshConfig(), 1, kept=kept)
@@ -169,7 +169,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_pa
         assert (workdir / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arguments", [
     ["--config.reference.param_dtype=int8", "--config.reference.precompute=True", "--config.lora.zero=a"],
     ["--config.reference.param_dtype=nf4"], ["--config.objective.name=ppo_offline"],

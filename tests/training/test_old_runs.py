@@ -45,7 +45,9 @@ def rows(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "plain" else pytest.mark.nightly) for name in RUNS]
+)
 def test_a_run_of_bc03b27_is_resumed_with_the_same_numbers(name, folder):
     assert main([*COMMAND, *RUNS[name], f"--workdir={name}"]) == 0
     expected, got = rows(folder / name / "expected.jsonl"), rows(folder / name / "metrics.jsonl")

@@ -88,7 +88,10 @@ def test_losses_are_those_of_a_run_that_holds_the_reference(held, stored):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ["--config.epochs=3", "--config.batch_size=100", "--config.max_steps=5"],  # into the third epoch
+    pytest.param(
+        ["--config.epochs=3", "--config.batch_size=100", "--config.max_steps=5"],  # into the third epoch
+        marks=pytest.mark.nightly,
+    ),
     [
         *("--config.objective.name=dpo", "--config.data.train=configs/tiny_pairs.jsonl", "--config.data.format=pairs"),
         "--config.reference.param_dtype=bfloat16",
@@ -120,7 +123,7 @@ def pairs_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_run_loads_no_reference(tmp_path, monkeypatch, stored):
     def refuse(*arguments):
         raise AssertionError("the reference was loaded")
@@ -161,7 +164,7 @@ def test_a_longer_run_computes_what_is_missing(tmp_path, monkeypatch, stored):
     assert written == [4, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("number, code", [
     (signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.exhaustive),
 ])  # fmt: skip

@@ -131,7 +131,7 @@ def test_two_processes_train_from_precomputed_reference_logps(alone, cache, tmp_
     assert_same(log, rows(alone))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_path):
     adapters = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.reference.param_dtype=int8"]
     adapters += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.samples.num_prompts=2"]
@@ -149,7 +149,7 @@ def test_two_processes_train_adapters_as_one_does_and_write_them_out(cache, tmp_
         np.testing.assert_allclose(two[name], values, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_is_resumed_with_another_number_of_processes(alone, cache, tmp_path):
     workdir = tmp_path / "run"
     # A save after every step, so that the run does not end before it handles the signal.
@@ -209,7 +209,7 @@ runpy.run_module("kto_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_if_one_process_hangs_all_print_their_stacks_and_end_for_a_restart(cache, tmp_path):
     watch = ["--config.watch.stall_factor=1", "--config.watch.stall_seconds=2", "--config.watch.stall_exit=True"]
     processes = start(cache, tmp_path / "run", 2, *watch, program_of_second=("-c", HANG))
@@ -242,6 +242,7 @@ def test_processes_with_other_feedback_are_refused(cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 def test_a_failure_of_one_process_ends_the_others_too(cache, tmp_path):
     broken = tmp_path / "no folder"
     broken.write_text("a file")

@@ -41,7 +41,7 @@ def with_reference(recipe):
 
 
 # The other recipes differ in the objective and the optimizer, and not in how the reference is read.
-MARKS = {"kto_llama": (), "dpo_llama": pytest.mark.slow, "ppo_offline_llama": pytest.mark.slow}
+MARKS = {"kto_llama": (), "dpo_llama": pytest.mark.nightly, "ppo_offline_llama": pytest.mark.nightly}
 CASES = [
     pytest.param(recipe, marks=MARKS.get(recipe.stem, pytest.mark.exhaustive))
     for recipe in RECIPES
@@ -112,7 +112,7 @@ def test_at_the_first_step_of_every_recipe_all_rewards_are_0_after_sft(recipe, t
     assert not (tmp_path / "run" / "reference_error.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rounding_what_sft_taught_is_refused_with_a_remedy_unless_the_error_is_accepted(tuned, tmp_path, capsys):
     command = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *QUICK, *pretrained(tuned)]
     command, rounded = [*command, "--config.objective.beta=0.5"], "--config.reference.param_dtype=bfloat16"

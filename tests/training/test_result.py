@@ -108,7 +108,7 @@ def whole(in_the_project, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("whole") / "run", *CONSTANT, "--config.max_steps=4")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_project, tmp_path, capsys):
     # A learning rate that makes every step worse than the first one.
     worse = [*SAME_PROGRAMS, "--config.optimizer.learning_rate=1.0", "--config.optimizer.warmup_steps=0"]
@@ -132,7 +132,7 @@ def test_the_result_may_be_the_best_checkpoint_and_a_run_may_end_early(in_the_pr
     assert max(row["step"] for row in rows(run)) == last
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(whole, tmp_path):
     longer = trained(tmp_path / "longer", *CONSTANT, "--config.max_steps=2")
     trained(longer, *CONSTANT, "--config.max_steps=4")
@@ -142,7 +142,9 @@ def test_a_finished_run_of_a_constant_rate_is_made_longer_as_if_it_never_ended(w
 
 
 @pytest.mark.parametrize("schedule, max_steps, message", [
-    ("linear", 6, "learning rate falls until its last step (config.optimizer"),
+    pytest.param(
+        *("linear", 6, "learning rate falls until its last step (config.optimizer"), marks=pytest.mark.nightly
+    ),
     ("constant", 3, "holds another run (config.max_steps: was 4, is 3)"),
 ])  # fmt: skip
 def test_a_run_that_cannot_be_made_longer_or_is_made_shorter_is_refused(

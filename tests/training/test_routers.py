@@ -68,7 +68,7 @@ def in_microbatches(weights, mesh_config, row_length, microbatch_rows, num_devic
     return int(batch.num_matched), *jax.device_get(run(policy, reference, place_batch(mesh, batch)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mesh, num_devices, layout", [
     (MeshConfig(), 1, (80, 8, 4)),
     pytest.param(MeshConfig(), 1, (38, 64, 1), marks=pytest.mark.exhaustive),
@@ -104,7 +104,7 @@ def test_the_load_figures_are_those_of_the_tokens():
     assert router_metrics(model, WEIGHTS, fewer, jnp.asarray(tokens * 2, "f"))["dropped_tokens"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_reports_the_load_and_includes_the_routers_losses():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Model.create(EXPERTS, layout=make_layout(mesh))

@@ -68,7 +68,8 @@ def first_row(folder):
 
 
 @pytest.mark.parametrize("settings, use", [
-    ([], "all of whose weights are trained"), (["--config.lora.rank=4"], "new ones are trained"),
+    pytest.param([], "all of whose weights are trained", marks=pytest.mark.nightly),
+    pytest.param(["--config.lora.rank=4"], "new ones are trained", marks=pytest.mark.nightly),
     ([*CONTINUED, "--config.reference.precompute=true"], "trained further"),
 ], ids=["full", "new", "continue"])  # fmt: skip
 def test_the_policy_and_the_reference_begin_as_base_plus_adapters(run, base, adapter, capsys, settings, use):
@@ -105,6 +106,7 @@ def test_adapters_that_are_trained_further_change_and_the_reference_does_not(run
     assert_near(tensors(again / "policy"), policy)
 
 
+@pytest.mark.nightly
 def test_the_reference_may_be_a_folder_of_adapters_of_its_own(run, base, adapter):
     same = run(*STILL, f"--config.reference.path={adapter}")
     assert first_row(same)["margin"] == pytest.approx(0, abs=1e-6)

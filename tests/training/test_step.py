@@ -136,13 +136,14 @@ MESHES = {
 # (tokens of a row, rows of a microbatch, microbatches): unpacked rows hold one example each, packed ones several.
 UNPACKED = [(38, 64, 1), (38, 32, 2), (38, 16, 4)]
 PACKED = [(80, 32, 1), (80, 16, 2), (80, 8, 4)]
-QUICK = [("1", UNPACKED[0]), ("2x2x2", PACKED[2])]
-SLOW = [("2x1x4", PACKED[2]), ("1", PACKED[2]), ("8x1", PACKED[1]), ("4x2", UNPACKED[2])]
+QUICK, SLOW = [("2x2x2", PACKED[2])], [("2x1x4", PACKED[2])]
+NIGHTLY = [("1", UNPACKED[0]), ("1", PACKED[2]), ("8x1", PACKED[1]), ("4x2", UNPACKED[2])]
 ALL = [(mesh, layout) for mesh in MESHES for layout in UNPACKED + PACKED]
-REST = [case for case in ALL if case not in QUICK + SLOW]
+REST = [case for case in ALL if case not in QUICK + SLOW + NIGHTLY]
 CASES = [
     *QUICK,
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY),
     *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in REST),
 ]
 
@@ -163,7 +164,7 @@ def test_meshes_microbatches_and_packing_change_nothing_in_float64(mesh, layout)
 
 
 @pytest.mark.parametrize("mesh, layout", [
-    ("1", UNPACKED[0]), pytest.param("2x2x2", PACKED[2], marks=pytest.mark.slow),
+    ("1", UNPACKED[0]), pytest.param("2x2x2", PACKED[2], marks=pytest.mark.nightly),
 ])  # fmt: skip
 def test_meshes_microbatches_and_packing_change_only_rounding_in_float32(mesh, layout):
     with jax.enable_x64(True):

@@ -27,6 +27,20 @@ def said(monkeypatch):
     return lines
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints of three steps, and their states, by step."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, save_steps(folder)
+
+
+@pytest.fixture
+def states(saved, tmp_path):
+    """The states of the checkpoints of three steps in tmp_path, by step."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    return saved[1]
+
+
 def save_steps(folder, count=3, **config):
     """Saves this many steps of a run; returns the states, by step."""
     state = make_state(make_mesh(MESH))
@@ -68,8 +82,7 @@ def mark_of(folder, step):
     return json.loads((folder / "checkpoints" / str(step) / "VERIFIED").read_text())
 
 
-def test_a_checkpoint_is_marked_with_the_digests_of_the_saved_state(tmp_path):
-    states = save_steps(tmp_path)
+def test_a_checkpoint_is_marked_with_the_digests_of_the_saved_state(states, tmp_path):
     assert steps_in(tmp_path) == [2, 3]
     for step in (2, 3):
         mark = mark_of(tmp_path, step)
@@ -126,8 +139,7 @@ def test_a_save_in_the_background_is_verified_at_the_next_step(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_restored_unless_strict(strict, tmp_path, said):
-    states = save_steps(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_restored_unless_strict(states, strict, tmp_path, said):
     flip(largest_file(tmp_path / "checkpoints" / "3" / "state" / "d"), 8 * 700)
     if strict:
         with pytest.raises(ConfigError, match=r"3 is damaged: .*strict refuses to resume from an older one \(2\)"):
@@ -165,8 +177,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_is_damaged_the_run_continues_from_the_checkpoint_before_with_one_line(damage, tmp_path, said, capfd):
-    save_steps(tmp_path)
+def test_whatever_is_damaged_the_run_continues_from_the_checkpoint_before_with_one_line(
+    states, damage, tmp_path, said, capfd
+):
     DAMAGES[damage](tmp_path / "checkpoints" / "3")
     assert reopen(tmp_path).step == 2
     assert len(said) == 2 and "3 is damaged: " in said[0] and len(said[0]) < 600 and "\n" not in said[0]
@@ -182,8 +195,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("damage", HARMLESS)
-def test_a_checkpoint_whose_digests_agree_is_restored_without_(damage, tmp_path, said):
-    states = save_steps(tmp_path)
+def test_a_checkpoint_whose_digests_agree_is_restored_without_(states, damage, tmp_path, said):
     HARMLESS[damage](tmp_path / "checkpoints" / "3")
     restored = reopen(tmp_path)
     assert restored.step == 3 and equal(restored.policy, states[3].policy) and said == []
@@ -194,16 +206,14 @@ def test_a_checkpoint_whose_digests_agree_is_restored_without_(damage, tmp_path,
     (lambda folder: shutil.copytree(folder / "3", folder / "30"), "30 is damaged: it is the checkpoint of step 3, ren"),
     (lambda folder: ((folder / "30").mkdir(), (folder / "30" / "notes").write_text("x")), "30 is damaged: its _CHECK"),
 ])  # fmt: skip
-def test_a_foreign_folder_with_a_higher_number_is_set_aside(make, finding, tmp_path, said):
-    states = save_steps(tmp_path)
+def test_a_foreign_folder_with_a_higher_number_is_set_aside(states, make, finding, tmp_path, said):
     make(tmp_path / "checkpoints")
     restored = reopen(tmp_path)
     assert restored.step == 3 and equal(restored.policy, states[3].policy)
     assert finding in said[0] and steps_in(tmp_path) == [2, 3]
 
 
-def test_a_checkpoint_that_belongs_to_another_reference_is_set_aside(tmp_path, said):
-    save_steps(tmp_path)
+def test_a_checkpoint_that_belongs_to_another_reference_is_set_aside(states, tmp_path, said):
     mesh = make_mesh(MESH)
     other = jax.tree.map(lambda leaf: leaf + 1, make_state(mesh))
     with contextlib.closing(Checkpoints(tmp_path / "other", CheckpointConfig())) as checkpoints:
@@ -214,8 +224,7 @@ def test_a_checkpoint_that_belongs_to_another_reference_is_set_aside(tmp_path, s
     assert "belongs to reference" in said[0]
 
 
-def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_moved(tmp_path, said):
-    save_steps(tmp_path)
+def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_moved(states, tmp_path, said):
     for step in (2, 3):
         truncate(data_files(tmp_path / "checkpoints" / str(step))[0])
     with pytest.raises(ConfigError, match=r"3 is damaged: .* 1 older ones are damaged too\. .* another --workdir"):
@@ -223,8 +232,7 @@ def test_if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_moved(
     assert steps_in(tmp_path) == [2, 3] and said == []
 
 
-def test_a_damaged_reference_is_refused_by_the_name_of_its_array(tmp_path):
-    save_steps(tmp_path)
+def test_a_damaged_reference_is_refused_by_the_name_of_its_array(states, tmp_path):
     folder = tmp_path / "checkpoints" / "reference"
     truncate(max((folder / "state" / "d").iterdir(), key=lambda path: path.stat().st_size))
     with pytest.raises(ConfigError, match=r"reference is damaged: .* The reference must not change"):

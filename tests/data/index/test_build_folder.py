@@ -93,6 +93,7 @@ def build(make_index, sources, *, directory=None, **changes):
     return make_index((), directory=directory or sources, **settings)
 
 
+@pytest.mark.nightly
 def test_of_two_processes_one_builds_and_both_have_the_same_index(start, sources):
     first, second = start(0.2), start(0.2)
     (chunks, digest, err), (other_chunks, other_digest, other_err) = finish(first), finish(second)

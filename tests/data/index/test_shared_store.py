@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.registry import _registry as imported
 
 from kto_jax.config import ConfigError, DataConfig, TransientError
 from kto_jax.data.index import builder
@@ -96,6 +97,7 @@ def finish(process):
     return out.splitlines(), err
 
 
+@pytest.mark.nightly
 def test_one_host_builds_and_publishes_and_the_others_wait_and_copy(host, tmp_path):
     waiting = host("second", builds=False)
     while "waiting for the first process" not in waiting.stderr.readline():
@@ -139,6 +141,7 @@ def test_who_does_not_build_copies_what_was_published_and_asks_the_store_only_on
     assert index_of("second", builds=False).manifest == built.manifest and capsys.readouterr().err == ""
 
 
+@pytest.mark.nightly
 def test_a_host_killed_while_publishing_leaves_nothing_readable_and_publishes_again(host, tmp_path):
     killed = host("first", pause=0.5)
     for _ in range(4):  # building, and three files of it
@@ -164,6 +167,7 @@ def test_a_host_with_an_empty_disk_copies_the_index_from_the_store(host, tmp_pat
     assert rebuilt[0] == "building" and finish(host("second"))[0][0].split()[:2] == rebuilt[-1].split()[:2]
 
 
+@pytest.mark.nightly
 def test_processes_of_one_host_do_not_deadlock(host):
     waiting, building = host("both", builds=False), host("both")
     assert finish(building)[0][-1] == finish(waiting)[0][-1]
@@ -300,6 +304,8 @@ def test_a_store_of_an_unknown_kind_is_refused():
 @pytest.mark.parametrize(("url", "package"), [("gs://bucket/indices", "gcsfs"), ("s3://bucket/indices", "s3fs")])
 def test_a_bucket_without_its_package_is_refused_with_the_package_to_install(url, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    for protocol in list(imported):  # by an earlier test
+        monkeypatch.delitem(imported, protocol)
     with pytest.raises(ConfigError, match=rf"needs the package {package}, .*pip install {package}\), or set a folder"):
         IndexStore(url)
 
