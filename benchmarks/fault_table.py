@@ -31,7 +31,7 @@ def _tests(**files: str) -> tuple[str, ...]:
 FAULTS = {
     "F1": Fault(
         "SIGKILL in the middle of a run",
-        "the newest checkpoint is resumed; parameters and metrics are bitwise those of an unbroken run",
+        "the newest checkpoint is resumed; parameters and metrics are bitwise those of an uninterrupted run",
         _tests(
             commands__test_train="""
                 a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one
@@ -143,7 +143,7 @@ FAULTS = {
     ),
     "F9": Fault(
         "the run killed at chosen and at random steps",
-        "losses, metrics and parameters are bitwise those of the unbroken run",
+        "losses, metrics and parameters are bitwise those of the uninterrupted run",
         _tests(
             commands__test_train="a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one",
             training__test_precompute="an_interrupted_precomputation_is_resumed",

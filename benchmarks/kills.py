@@ -1,4 +1,4 @@
-"""Kills a run of 200 steps again and again, on a disk and in a bucket, and compares it with an unbroken one.
+"""Kills a run of 200 steps again and again, on a disk and in a bucket, and compares it with an uninterrupted one.
 
     python -m benchmarks.kills              # 20 kills and 10 storms of SIGTERM in each place: about 20 minutes
     python -m benchmarks.kills --kills=8 --storms=2 --steps=100
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     Attributes:
       survived: injuries after which the same command went on.
       lost: the most steps that had to be repeated.
-      is_equal: whether the result is bitwise that of the unbroken run.
+      is_equal: whether the result is bitwise that of the uninterrupted run.
     """
 
     survived: int
@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--places", default="disk,bucket")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", default="", help="keeps the runs; an unbroken one that is there is not repeated")
+    parser.add_argument("--folder", default="", help="keeps the runs, and reuses its uninterrupted one")
     options = parser.parse_args()
     started, is_well, rows = time.monotonic(), True, _rows(PAGE.read_text(encoding="utf-8"))
     counts = {"SIGKILL": options.kills, "SIGTERM": options.storms}
@@ -127,8 +127,8 @@ def main() -> int:
             is_well &= found.is_equal and found.survived == counts[name]
             rows[kind, name] = (
                 f"| {kind} | {counts[name]} times {texts[name]} | {found.survived} of {counts[name]} | at most "
-                f"{found.lost} | {'bitwise that' if found.is_equal else 'NOT that'} of an unbroken run, metrics and "
-                "policy |\n"
+                f"{found.lost} | {'bitwise that' if found.is_equal else 'NOT that'} of an uninterrupted run, metrics "
+                "and policy |\n"
             )
             print(rows[kind, name], flush=True)
     summary = (

@@ -217,7 +217,7 @@ def main() -> int:
             rows[kind], all_equal = row, all_equal and is_equal
             print(row, flush=True)
     head = (
-        "| where | steps | injected | exit codes | said | metrics and policy | memory in calm stretches, MB | open "
+        "| where | steps | injected | exit codes | said | metrics and policy | growth of memory, MB | open "
         "files |\n|---|---|---|---|---|---|---|---|\n"
     )
     summary = (
