@@ -7,9 +7,10 @@ chosen, else with the first, so both answers of every turn have the same prompt.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from kto_jax.config import ConfigError
@@ -95,6 +96,7 @@ class Conversation:
         self.system = system.strip()
         self.turns: list[Turn] = []
         self.is_left = False
+        self._awaited: Iterator[Any] | None = None
         self._presses = presses
         self._lock = threading.RLock()
 
@@ -112,13 +114,33 @@ class Conversation:
             self.turns.append(Turn(said, [*prompt, {"role": "user", "content": said}], answers))
             return self.turns[-1]
 
+    def expect(self, views: Iterator[Any]) -> bool:
+        """Keeps what is to be shown of an answer that was asked for; False if the answer before it has not ended."""
+        with self._lock:
+            if self.is_growing:
+                return False
+            self._awaited = views
+            return True
+
+    def expected(self) -> Iterator[Any]:
+        """What `expect` kept, once; nothing if that was stopped. The first view begins the answer."""
+        with self._lock:
+            views = self._awaited or iter(())
+            first = list(itertools.islice(views, 1))
+            self._awaited = None
+        yield from first
+        yield from views
+
     @property
     def is_growing(self) -> bool:
-        """Whether an answer is still being written."""
+        """Whether an answer is still being written, or was asked for."""
+        if self._awaited is not None:
+            return True
         return bool(self.turns) and any(answer.is_growing for answer in self.turns[-1].answers)
 
     def stop(self) -> None:
-        """Ends the answers that are being written."""
+        """Ends the answers that are being written; one that was asked for is not begun."""
+        self._awaited = None
         if self.turns:
             self.end(self.turns[-1])
 

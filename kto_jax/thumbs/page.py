@@ -128,18 +128,16 @@ class ChatPage:
             shown = [left, right, choices, status]
             drawn = [person, mode, temperature, longest]
             page.load(self._title, None, title)
-            asking = text.submit(self._ask, [text, *drawn], [*shown, text], **_EVERY)
-            text.stop(self._stopped, [person], [*shown, text], cancels=[asking])
-            streams = [asking]
+            asking = [text.submit(self._ask, [text, *drawn], [*shown, text], **_EVERY)]
             for side, chat in enumerate((left, right)):
                 chat.like(self._on_like(side), [person], shown, **_PRESS)
-                editing = chat.edit(self._on_edit(side), drawn, [*shown, text], **_EVERY)
-                retrying = chat.retry(self._on_retry(), drawn, [*shown, text], **_EVERY)
-                text.stop(None, cancels=[editing, retrying])
-                streams += [editing, retrying]
+                asking.append(chat.edit(self._on_edit(side), drawn, [*shown, text], **_EVERY))
+                asking.append(chat.retry(self._on_retry(), drawn, [*shown, text], **_EVERY))
+            answering = [each.then(self._answer, [person], [*shown, text], **_EVERY) for each in asking]
+            text.stop(self._stopped, [person], [*shown, text], cancels=answering)
             # An answer that is still being written must not come back into the new conversation.
             begins = [new.click, left.clear, right.clear]
-            gr.on(begins, self._reset, [person, system], [person, *shown, text], cancels=streams)
+            gr.on(begins, self._reset, [person, system], [person, *shown, text], cancels=[*asking, *answering])
             for choice, button in zip((0, "tie", 1), better, strict=True):
                 button.click(self._on_choice(choice), [person], shown, **_PRESS)
             if self._training is not None:
@@ -185,14 +183,14 @@ class ChatPage:
 
     def _on_edit(self, side: int) -> Callable[..., Any]:
         def edit(person: Conversation, mode: str, warmth: float, longest: float, event: gr.EditData) -> Any:
-            yield from self._edit(person, side, event, mode, Settings(warmth, int(longest)))
+            return self._edit(person, side, event, mode, Settings(warmth, int(longest)))
 
         return edit
 
     def _on_retry(self) -> Callable[..., Any]:
         def retry(person: Conversation, mode: str, warmth: float, longest: float, event: gr.RetryData) -> Any:
             number, settings = _index(event.index) // 2, Settings(warmth, int(longest))
-            yield from self._stream(person, lambda: self._models.again(person, number, mode, settings), "")
+            return self._begin(person, lambda: self._models.again(person, number, mode, settings))
 
         return retry
 
@@ -213,19 +211,17 @@ class ChatPage:
 
     def _edit(
         self, person: Conversation, side: int, event: gr.EditData, mode: str, settings: Settings
-    ) -> Iterator[tuple[Any, ...]]:
+    ) -> tuple[Any, ...]:
         """An edited answer is a press; an edited question is asked again."""
         number, is_answer = divmod(_index(event.index), 2)
         text = whole_characters(_text(event.value))
         if is_answer:
             save = lambda: person.edit(number, _side(person, number, side), text)  # noqa: E731
-            yield *self._press(person, save), gr.skip()
-            return
+            return *self._press(person, save), gr.skip()
         if not text.strip():
             gr.Warning("The edited question is empty. It needs some text. Edit it again, or begin a new conversation.")
-            yield *_view(person, "not changed"), gr.skip()
-            return
-        yield from self._stream(person, lambda: self._models.again(person, number, mode, settings, text.strip()), "")
+            return *_view(person, "not changed"), gr.skip()
+        return self._begin(person, lambda: self._models.again(person, number, mode, settings, text.strip()))
 
     def _press(self, person: Conversation, save: Callable[[], None], note: str = "saved") -> tuple[Any, ...]:
         """Saves a press, and then shows the note; if that fails, says so and shows what is on disk."""
@@ -242,32 +238,37 @@ class ChatPage:
             note = "not saved"
         return _view(person, note)
 
-    def _ask(
-        self, text: str, person: Conversation, mode: str, temperature: float, longest: float
-    ) -> Iterator[tuple[Any, ...]]:
+    def _ask(self, text: str, person: Conversation, mode: str, temperature: float, longest: float) -> tuple[Any, ...]:
         settings = Settings(temperature, int(longest))
         said = whole_characters(text.strip())
-        if said:
-            yield from self._stream(person, lambda: self._models.ask(person, said, mode, settings), said)
+        if not said:
+            return _UNCHANGED
+        return self._begin(person, lambda: self._models.ask(person, said, mode, settings), said)
 
-    def _stream(
-        self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str
-    ) -> Iterator[tuple[Any, ...]]:
-        """Shows the answers as they grow, one turn at a time, and until the conversation is left."""
-        if person.is_growing:
+    def _begin(self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str = "") -> tuple[Any, ...]:
+        """Shows that an answer is begun, which `_answer` then shows as it grows; a conversation has one at a time.
+
+        These are two events because a browser that is slow takes several views of one event at once, each as the last
+        of them: the text that the first view clears and its button would stay as they were.
+        """
+        if not person.expect(self._views(person, begin, text)):
             gr.Warning(
                 "An answer is still being written. A conversation has one at a time. Wait for its end, or stop it."
             )
-            yield _UNCHANGED
-            return
-        for shown in self._views(person, begin, text):
+            return _UNCHANGED
+        cleared = {"value": ""} if text else {}
+        return *_view(person), gr.Textbox(**cleared, submit_btn=False, stop_btn="Stop")
+
+    def _answer(self, person: Conversation) -> Iterator[tuple[Any, ...]]:
+        """Shows the answers that were asked for as they grow, until the conversation is left."""
+        yield _UNCHANGED  # Gradio empties what an event that yields nothing could have changed.
+        for shown in person.expected():
             yield _UNCHANGED if person.is_left else shown
 
     def _views(self, person: Conversation, begin: Callable[[], Iterator[Turn]], text: str) -> Iterator[tuple[Any, ...]]:
         """What is shown as the answers grow; if they cannot be had, says why and gives the text back."""
         started, first, turn, left = time.perf_counter(), 0.0, None, ""
         shown = 0.0
-        yield *_view(person), gr.Textbox("", submit_btn=False, stop_btn="Stop")
         try:
             for turn in begin():
                 now, is_first = time.perf_counter(), not first and any(answer.text for answer in turn.answers)

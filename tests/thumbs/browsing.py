@@ -54,7 +54,11 @@ class Browser:
         self.driver = _start(lambda: webdriver.Chrome(options=options, service=Service(DRIVER)))
         self._messages = []
         self.url = url
-        self.driver.get(url)
+        self.open()
+
+    def open(self):
+        """Opens the page, anew if it is open."""
+        self.driver.get(self.url)
         self.wait(lambda: self.find("#say textarea"))
         self.script(
             """
@@ -118,6 +122,43 @@ class Browser:
             """,
             end,
         )
+
+    def lag(self, text):
+        """Opens a page that, while an answer streams, hears of an event of its own only once a text was sent for that.
+
+        `window.lagged` counts how often.
+        """
+        script = """
+            const text = %s, send = window.fetch
+            let streamed = "", isOpen = false
+            window.lagged = 0
+            window.fetch = async (to, ...rest) => {
+              const response = await send(to, ...rest), {pathname} = new URL(to.url ?? to, location)
+              if (pathname.endsWith("/queue/data")) {
+                const [given, read] = response.body.tee()
+                const reader = read.pipeThrough(new TextDecoderStream()).getReader()
+                const ended = () => { isOpen = false }
+                const keep = ({done, value}) => {
+                  streamed += value ?? ""
+                  return done ? ended() : reader.read().then(keep)
+                }
+                isOpen = true
+                reader.read().then(keep).catch(ended)
+                return new Response(given, response)
+              }
+              if (pathname.endsWith("/queue/join")) {
+                const {event_id} = await response.clone().json()
+                const sent = text => streamed.split("\\n").some(line => line.includes(event_id) && line.includes(text))
+                while (isOpen && !sent(text) && !sent("process_completed"))
+                  await new Promise(done => setTimeout(done, 20))
+                window.lagged += sent(text)
+              }
+              return response
+            }
+            """
+        source = "{" + script % json.dumps(text) + "}"
+        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        self.open()
 
     def watch(self, text):
         """Notes from now on whether a message ever shows a text; `seen` says so."""

@@ -13,8 +13,10 @@ import pytest
 from kto_jax.config import DataConfig
 from kto_jax.data.rows.files import SourceFile, read_rows
 from kto_jax.data.rows.records import Feedback, Preference, read_as
-from kto_jax.thumbs.conversation import Answer
+from kto_jax.thumbs.asking import Models
+from kto_jax.thumbs.conversation import Answer, Conversation
 from kto_jax.thumbs.models import Settings
+from kto_jax.thumbs.presses import Presses
 from tests import ROOT
 from tests.thumbs import browsing
 
@@ -68,6 +70,16 @@ def test_the_line_below_says_how_long_an_answer_is():
     assert re.fullmatch(r"first token after 1.00 s · 5 tokens · [34]\.\d tokens a second", said(5, ended=True))
     assert said(0, ended=True) == "first token after 1.00 s"  # an endpoint that does not count
     assert "cut at 8 tokens" in said(5)
+
+
+def test_an_empty_message_changes_nothing(tmp_path):
+    """Not even by an event that shows nothing, for which Gradio empties the chats."""
+    from kto_jax.thumbs import page
+
+    presses, settings = Presses(tmp_path / "presses.jsonl"), Settings(max_new_tokens=8)
+    chat, person = page.ChatPage(Models({}), presses, None, None, settings=settings, system=""), Conversation(presses)
+    assert chat._ask(" \n", person, "policy", 1.0, 8) == page._UNCHANGED
+    assert list(chat._answer(person)) == [page._UNCHANGED]
 
 
 def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
@@ -161,6 +173,24 @@ def test_an_answer_that_is_being_written_ends_with_its_conversation_or_by_stop(s
         page.say("again")
         page.wait_for_answer(f"policy read {2 * before + 3} messages: again")
         assert not page.seen() and len(page.answers()) == before + 2 and rows_of(folder) == []
+
+
+def test_a_browser_that_takes_several_views_at_once_shows_what_each_of_them_changed(served):
+    url, _ = served
+    with browsing.browser(url) as page:
+        page.lag("first token")
+        page.hold("/cancel")  # The answer before goes on, so that views can come before the page waits for them.
+        begin_an_answer(page)
+        page.click("#new")
+        page.wait(lambda: page.is_ready() and not page.answers())
+        before = page.script("return window.lagged")
+        page.say("wait again")
+        page.wait(lambda: page.answers() == ["policy"])
+        assert page.script("return window.lagged") > before
+        assert page.find("#say textarea")[0].get_property("value") == "" and not page.is_ready()
+        page.click("#say button")
+        page.wait_for_status("stopped")
+        page.wait(page.is_ready)
 
 
 def test_two_people_at_once_see_only_their_own(served):

@@ -22,19 +22,19 @@ class Person:
     """A session of the page, as Gradio's client in a browser has it."""
 
     def __init__(self, client, config, number):
-        self._client, self._config, self.number = client, config, number
+        self._client, self._events, self.number = client, config["dependencies"], number
         self._hash = f"person{number:03}"
         self._ids = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
 
     async def call(self, element, event, data, event_data=None):
-        """Sends an event, and returns what the server answers once it is done."""
+        """Sends an event, given by its name or number, and returns what the server answers once it is done."""
         import httpx
 
         body = {
             "data": data,
             "event_data": event_data,
             "session_hash": self._hash,
-            "fn_index": self._find(element, event),
+            "fn_index": self._find(element, event) if isinstance(event, str) else event,
         }
         joined = await self._client.post("/gradio_api/queue/join", json=body)
         joined.raise_for_status()
@@ -62,17 +62,20 @@ class Person:
                 if line.startswith("data: "):
                     yield json.loads(line.removeprefix("data: "))
 
+    async def ask(self, said):
+        """Asks, and receives all of the answer."""
+        await self.call("say", "submit", [said, None, "policy", 0.7, 32])
+        asking = self._find("say", "submit")
+        await self.call(None, next(each["id"] for each in self._events if each["trigger_after"] == asking), [None])
+
     def _find(self, element, event):
-        found = [
-            each["id"] for each in self._config["dependencies"] if [self._ids.get(element), event] in each["targets"]
-        ]
-        return found[0]
+        return next(each["id"] for each in self._events if [self._ids.get(element), event] in each["targets"])
 
     async def live(self, acknowledged):
         """Asks and presses without end; tells each press once the page says that it is saved."""
         for turn in itertools.count():
             said = f"person {self.number} turn {turn}"
-            await self.call("say", "submit", [said, None, "policy", 0.7, 32])
+            await self.ask(said)
             for liked in (True, False):
                 answer = await self.call("left", "like", [None], {"index": 2 * turn + 1, "value": [], "liked": liked})
                 assert answer[3] == "saved"
