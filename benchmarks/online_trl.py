@@ -9,7 +9,8 @@ loss of Dr. GRPO in each round, in float32, without a KL term. They alternate, e
 completions of a round at once with transformers' generate, and trains without activation checkpointing, for speed.
 
 A round's seconds include everything between the prompts and the next policy: sampling, reward, update, and of kto_jax
-also the files that it leaves, the policy among them. Rounds before `--warmup` are not timed: kto_jax compiles in them.
+also the files that it leaves, with a checkpoint after every `--save-every` rounds. Rounds before `--warmup` are not
+timed: kto_jax compiles in them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--microbatch", type=int, default=16, help="completions that TRL trains on at once")
+    parser.add_argument("--save-every", type=int, default=6, help="rounds of kto_jax; TRL saves in none of these")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", default=SMOLLM2, help="a path, wheel: or Hub id")
@@ -75,8 +77,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, An
     """
     config = make_config(options, export_for_peers(options.model, options.dtype))
     job = make_job(options, config, scratch)
-    shown = ("completions", "num_samples", "max_new_tokens", "learning_rate", "dtype", "threads", "microbatch")
-    settings = {name: job[name] for name in shown} | {"model": Path(options.model).name, "warmup": options.warmup}
+    shown = ("completions", "num_samples", "max_new_tokens", "save_every", "learning_rate", "dtype", "threads")
+    settings = {name: job[name] for name in shown} | {
+        "microbatch": options.microbatch, "model": Path(options.model).name, "warmup": options.warmup
+    }  # fmt: skip
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for number in range(options.turns):
         # Neither is always the first.
@@ -123,7 +127,7 @@ def make_job(options: argparse.Namespace, config: ml_collections.ConfigDict, scr
         "completions": config.batch_size, "num_samples": options.num_samples, "max_new_tokens": options.max_new_tokens,
         "microbatch": options.microbatch, "learning_rate": optimizer.learning_rate, "b2": optimizer.b2,
         "weight_decay": optimizer.weight_decay, "clip_norm": optimizer.clip_norm, "seed": resolved.seed,
-        "result": str(scratch / "result.json"),
+        "result": str(scratch / "result.json"), "save_every": options.save_every,
     }  # fmt: skip
 
 
@@ -138,6 +142,7 @@ def run_ours(config: ml_collections.ConfigDict, job: dict[str, Any], workdir: Pa
         f"--config={recipe}", f"--workdir={workdir / 'run'}", "--reward=benchmarks/peers/short_answer.py:short",
         f"--rounds={len(job['prompts'])}", f"--prompts_per_round={len(job['prompts'][0])}", "--held_out=0",
         f"--num_samples={job['num_samples']}", f"--max_new_tokens={job['max_new_tokens']}", "--keep=1",
+        f"--save_every={job['save_every']}",
         # Without a KL term TRL reads no reference either.
         "--reference=previous",
     ]  # fmt: skip

@@ -99,6 +99,7 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
         processes.on_first(lambda: stack.enter_context(open_folder(folder, options)))
         sampling = Sampling(options.temperature, 1.0, 0, options.max_new_tokens)
         runs = Runs(options, objective, folder)
+        processes.on_first(lambda: _forget_unsaved(runs))
         policies = open_policies(options.config, options.sample_on, runs.kept)
         endpoint = SamplingEndpoint(options.sample_from, options.sample_model) if options.sample_from else None
         limits = (options.num_samples, options.batch_size)
@@ -113,6 +114,15 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
                 return exit_code
         online.finish()
     return FINISHED
+
+
+def _forget_unsaved(runs: Runs) -> None:
+    rounds = [str(number + 1) for number in runs.forget_unsaved()]
+    if rounds:
+        console.print(
+            f"trained again, from the completions that are there: round {', '.join(rounds)}, of which no checkpoint "
+            "was written (--save_every)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,7 +173,8 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
                     state = continue_state(config, inputs, model, recipe, abstract, start)
                 else:
                     state = make_state(config, inputs, model, recipe.optimizer, abstract)
-                checkpoints.save_reference(state.reference)
+                if start.saves:
+                    checkpoints.save_reference(state.reference)
             jax.block_until_ready(state)
         if first_step == 0 and is_rounded(config):
             _report_reference(config, run, measure_reference(model, inputs.objective, inputs.schedule, mesh, state))
@@ -185,7 +186,7 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
             record_part(run.path, first_step, config)
             if first_step < inputs.num_steps and not patience.is_exhausted:
                 (run.path / "samples_after.json").unlink(missing_ok=True)  # of a run that is made longer
-        job = _make_job(config, inputs, mesh, model, take_step, patience)
+        job = _make_job(config, inputs, mesh, model, take_step, patience, saves=start.saves)
         state, exit_code = take_steps(job, place, checkpoints, preemption, state)
 
         # ------------------------------------------------- the result
@@ -200,7 +201,9 @@ def train_in(place: RunPlace, config: Config, command: str, preemption: Preempti
     return exit_code
 
 
-def _make_job(config: Config, inputs: Inputs, mesh: Mesh, model: Model, take_step: Program, patience: Patience) -> Job:
+def _make_job(
+    config: Config, inputs: Inputs, mesh: Mesh, model: Model, take_step: Program, patience: Patience, *, saves: bool
+) -> Job:
     """The loop's inputs; prints a summary of them."""
     with console.working("measuring the speed of the device"):
         peak, source = peak_flops(jax.local_devices()[0], config.model.dtype)
@@ -214,6 +217,7 @@ def _make_job(config: Config, inputs: Inputs, mesh: Mesh, model: Model, take_ste
         patience=patience,
         peak=peak * mesh.size,
         peak_is_measured=source == "measured",
+        saves=saves,
     )
 
 

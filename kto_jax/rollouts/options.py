@@ -16,7 +16,10 @@ from kto_jax.rollouts.labels import check_rule
 from kto_jax.storage.atomic import write_json
 from kto_jax.storage.locks import lock_file
 
-_MAY_CHANGE = ("rounds", "keep", "batch_size", "reward_timeout", "sample_from", "sample_model", "hand_over", "max_gap")
+_MAY_CHANGE = (
+    *("rounds", "save_every", "keep", "batch_size", "reward_timeout"),
+    *("sample_from", "sample_model", "hand_over", "max_gap"),
+)
 """Flags with which a run may be resumed though it was begun with others."""
 
 
@@ -79,6 +82,9 @@ class Options:
     which the run ends."""
     reward_timeout: Positive = 600.0
     """Seconds after which a reward counts as hung."""
+    save_every: Count = 1
+    """Rounds after which a checkpoint is written. A run that is killed trains again on the completions of the rounds
+    since the last one, with the same result."""
     keep: Count = 2
     """Rounds that write and keep a policy and a report, the newest ones; feedback and metrics of all are kept."""
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,11 @@ class Runs:
         is_handed = options.sample_from and ended % options.hand_over_every == 0
         return bool(self.passes_files or is_handed or ended > options.rounds - options.keep)
 
+    def is_saved(self, number: int) -> bool:
+        """Whether a round leaves a checkpoint, or a policy/ that the next one reads."""
+        ended = number + 1
+        return self.passes_files or ended % self.options.save_every == 0 or ended >= self.options.rounds
+
     def exported_before(self, number: int) -> Path:
         """The folder of the policy before a round, which one process alone can write if the round before did not.
 
@@ -109,7 +114,7 @@ class Runs:
         """Where the training of a round starts, and what it leaves."""
         goes_on = number > 0 and (self.keeps_optimizer or not self.passes_files)
         after = self.run_of(number - 1) if goes_on else None
-        return Start(self.kept, after, self.keeps_optimizer, self.is_exported(number))
+        return Start(self.kept, after, self.keeps_optimizer, self.is_exported(number), self.is_saved(number))
 
     def config_of(self, number: int) -> Config:
         """The configuration of a round's training."""
@@ -153,16 +158,29 @@ class Runs:
         path = self.folder / "rounds.jsonl"
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
+    def forget_unsaved(self) -> range:
+        """Takes the rounds since the last one that was saved out of the log; returns them."""
+        log = self.log()
+        saved = max((number for number, row in enumerate(log, 1) if row.get("saved", True)), default=0)
+        if saved < len(log):
+            self._write_log(log[:saved])
+        return range(saved, len(log))
+
     def record(self, number: int, figures: Mapping[str, float], dropped: Mapping[str, int]) -> dict[str, float]:
         """Appends a finished round to rounds.jsonl, and removes what later rounds do not need; returns its figures."""
         figures, dropped = dict(figures) | self._training_figures(number), dict(dropped) | self._rejected(number)
-        row = {"round": number, **{k: v for k, v in figures.items() if math.isfinite(v)}, "dropped": dropped}
-        write_text(self.folder / "rounds.jsonl", "".join(json.dumps(one) + "\n" for one in [*self.log(), row]))
-        if number:  # The next round starts with the checkpoint of this one.
-            self._remove(number - 1, "checkpoints")
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        is_saved = self.is_saved(number)
+        self._write_log([*self.log(), {"round": number, **finite, "dropped": dropped, "saved": is_saved}])
+        if is_saved:  # The next round starts with the checkpoint of this one.
+            for before in range(number):
+                self._remove(before, "checkpoints")
         if number >= self.options.keep:
             self._remove(number - self.options.keep, "policy")
         return figures
+
+    def _write_log(self, rows: Sequence[Row]) -> None:
+        write_text(self.folder / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self) -> None:
         """Removes the last checkpoint, unless more rounds would continue its optimizer."""

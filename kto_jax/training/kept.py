@@ -92,12 +92,14 @@ class Start:
       after: the run whose last policy this one starts with; None for config.model.path.
       keeps_optimizer: whether it starts with that run's optimizer's and objective's state too.
       exports: whether policy/ and the report are written at its end.
+      saves: whether checkpoints are written; without any, a run that is killed begins anew.
     """
 
     kept: Kept = dataclasses.field(default_factory=Kept)
     after: Path | None = None
     keeps_optimizer: bool = False
     exports: bool = True
+    saves: bool = True
 
 
 def continue_state(

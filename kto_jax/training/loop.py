@@ -59,6 +59,7 @@ class Job:
       patience: says when to end early.
       peak: FLOP/s of all devices together.
       peak_is_measured: whether `peak` was measured, not published.
+      saves: whether checkpoints are written.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Job:
     patience: Patience
     peak: float
     peak_is_measured: bool
+    saves: bool
 
 
 def take_steps(
@@ -150,9 +152,9 @@ def _run(
         evaluating = job.evaluate is not None and (last or _is_due(step, config.evaluation.every))
         timed = save_timer.due(step)
         due = timed or bool(checkpoints.failure) or _is_due(step, config.checkpoint.every)
-        saving = last or stopping or evaluating or due
+        pausing = last or stopping or evaluating or due
         figures: dict[str, float] = {}
-        while len(in_flight) > (0 if saving or profile.waits_after(step) else 1):
+        while len(in_flight) > (0 if pausing or profile.waits_after(step) else 1):
             number, figures = in_flight.read()
             watchdog.completed(number)
             failed = figures["num_bad_steps"] >= config.max_bad_steps
@@ -165,7 +167,7 @@ def _run(
             if failed:
                 return state, FAILED
         profile.after(step)
-        if saving:
+        if pausing and job.saves:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
             with _paused("saving", watchdog, log):

@@ -21,6 +21,7 @@ from kto_jax.models.weights import load
 from kto_jax.models.weights.value_head import FILE as VALUE_HEAD
 from kto_jax.models.weights.value_head import load_value_head
 from kto_jax.online import main
+from kto_jax.rollouts import rounds
 from kto_jax.rollouts.measure import measure, read_figures
 from kto_jax.train import train
 from kto_jax.training.checkpoint_reading import StoredTree
@@ -91,6 +92,44 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(flags, tmp_path, ca
 
     assert main([*flags, "--rounds=2", "--label=mean", f"--workdir={whole}"]) == 2
     assert "holds another run, which differs in label" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+@pytest.mark.slow
+def test_rounds_of_which_no_checkpoint_was_written_are_trained_again_from_their_completions(
+    flags, tmp_path, monkeypatch, capsys
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = [*flags, "--config.objective.name=grpo", "--held_out=0", "--config.data.holdout=0", "--rounds=4"]
+    complete, sampled = rounds.complete, []
+    monkeypatch.setattr(rounds, "complete", lambda *args, **kwargs: (sampled.append(1), complete(*args, **kwargs))[1])
+
+    def killed_in_round_3(config, run, *args, **kwargs):
+        if run.parent.name == "round_003":
+            raise Killed
+        return train(config, run, *args, **kwargs)
+
+    monkeypatch.setattr(kto_jax.online, "train", killed_in_round_3)
+    with pytest.raises(Killed):
+        main([*settings, "--save_every=2", f"--workdir={killed}"])
+    assert [row["saved"] for row in read(killed / "rounds.jsonl")] == [False, True, False] and len(sampled) == 4
+    left = [list((killed / f"round_{n:03}" / "run" / "checkpoints").glob("[0-9]*")) for n in range(3)]
+    assert [bool(steps) for steps in left] == [False, True, False]
+
+    monkeypatch.setattr(kto_jax.online, "train", train)
+    capsys.readouterr()
+    assert main([*settings, "--save_every=3", f"--workdir={killed}"]) == 0
+    assert "from the completions that are there: round 3" in " ".join(capsys.readouterr().err.split())
+    assert len(sampled) == 4, "those of the last round were there too"
+    assert [row["saved"] for row in read(killed / "rounds.jsonl")] == [False, True, True, True]
+    assert main([*settings, f"--workdir={whole}"]) == 0
+    for number in range(4):
+        assert read(killed / f"round_{number:03}/rollout.jsonl") == read(whole / f"round_{number:03}/rollout.jsonl")
+    for name, values in policy(whole, 3).items():
+        assert (policy(killed, 3)[name] == values).all(), name
 
 
 @pytest.fixture
