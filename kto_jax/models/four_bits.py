@@ -36,7 +36,9 @@ _ZERO_INT4 = 8
 class _Blocks(abc.ABC):
     """What both kinds share: two codes in a byte, the even row of a matrix in the upper half."""
 
-    kind: ClassVar[str]
+    # Part of a tree's structure: JAX takes structures of two dataclasses for equal if their fields are, and would
+    # sometimes run what was compiled for the other kind.
+    kind: str
     shared: ClassVar[int] = -2
     scales: Any
 
@@ -77,9 +79,9 @@ class Nf4Matrix(_Blocks):
       scales: float32 [..., blocks, out], the largest absolute weight of each block.
     """
 
-    kind: ClassVar[str] = "nf4"
     nf4: Any
     scales: Any
+    kind: str = dataclasses.field(default="nf4", metadata={"static": True})
 
     def _levels(self, codes: Array, wide: Any) -> Array:
         # Selections by one bit after the other, because a gather of single numbers is slow on a TPU.
@@ -100,9 +102,9 @@ class Int4Matrix(_Blocks):
       scales: float32 [..., blocks, out], what the integers of each block are multiplied by.
     """
 
-    kind: ClassVar[str] = "int4"
     int4: Any
     scales: Any
+    kind: str = dataclasses.field(default="int4", metadata={"static": True})
 
     def _levels(self, codes: Array, wide: Any) -> Array:
         return (codes.astype(jnp.int8) - _ZERO_INT4).astype(wide)

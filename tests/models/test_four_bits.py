@@ -12,9 +12,9 @@ from kto_jax.devices.sharding import constrainer, make_mesh, shardings
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.four_bits import NF4_LEVELS, Int4Matrix, Nf4Matrix, quantise_int4, quantise_nf4
 from kto_jax.models.layout import Layout
-from kto_jax.models.lora import init_adapters, merge_adapters
+from kto_jax.models.lora import AdaptedMatrix, Adapter, init_adapters, merge_adapters
 from kto_jax.models.model import Model
-from kto_jax.models.quantised import cast_params
+from kto_jax.models.quantised import QUANTISED, cast_params, quantise
 from kto_jax.models.weights.export import save_hugging_face
 from kto_jax.models.weights.load import load_params
 from tests.models.conftest import decode, draw_params, draw_tokens, hidden_states, whole_rows
@@ -67,6 +67,16 @@ def test_a_block_is_a_power_of_two_that_divides_the_input_and_an_odd_input_is_re
     np.testing.assert_allclose(quantise(jnp.full((6, 3), 2.0)).astype("float32"), 2.0, rtol=1e-6)
     with pytest.raises(ConfigError, match=r'input of 7.*four bits.*even sizes\. Set .*"int8"'):
         quantise(jnp.ones((7, 3)))
+
+
+def test_the_structures_of_trees_tell_what_their_matrices_are_made_of():
+    """A program that was compiled for one of them is of no use to another, though the shapes are the same."""
+    weights = jnp.ones((64, 64))
+    kept = [quantise(weights, kind, -2) for kind in QUANTISED]
+    adapter = Adapter(weights, weights)
+    matrices = [weights, *kept, *(AdaptedMatrix(each, adapter, 2.0) for each in (weights, *kept))]
+    structures = [jax.tree.structure(each) for each in matrices]
+    assert not [pair for pair in itertools.combinations(structures, 2) if pair[0] == pair[1]]
 
 
 def dequantised(kept, like):
