@@ -70,7 +70,7 @@ class Job:
     patience: Patience
     peak: float
     peak_is_measured: bool
-    saves: bool
+    saves: bool = True
 
 
 def take_steps(
