@@ -119,7 +119,7 @@ def train(
         exit_code = train_in(place, config, command, preemption, start)
         if exit_code == 0:
             place.push()
-        if exit_code == 0 and start.exports:
+        if exit_code == 0 and start.exports and start.saves:
             _print_next_steps(place, config, time.monotonic() - started)
     return exit_code
 

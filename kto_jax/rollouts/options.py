@@ -83,8 +83,9 @@ class Options:
     reward_timeout: Positive = 600.0
     """Seconds after which a reward counts as hung."""
     save_every: Count = 1
-    """Rounds after which a checkpoint is written. A run that is killed trains again on the completions of the rounds
-    since the last one, with the same result."""
+    """Rounds after which a checkpoint is written; a signal during a round's training writes one too. A run that is
+    killed trains again on the completions of the rounds since the last one, with the same result. Rounds that leave
+    their policy in files, as with adapters, are all saved."""
     keep: Count = 2
     """Rounds that write and keep a policy and a report, the newest ones; feedback and metrics of all are kept."""
 

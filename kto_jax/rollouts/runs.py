@@ -20,6 +20,7 @@ from kto_jax.objectives import Objective
 from kto_jax.rollouts.options import Options, objective_config
 from kto_jax.rollouts.rounds import Row
 from kto_jax.storage.atomic import write_text
+from kto_jax.training.checkpoint_reading import VERIFIED
 from kto_jax.training.kept import Kept, Start
 from kto_jax.training.logs import read_metrics
 
@@ -159,24 +160,29 @@ class Runs:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
     def forget_unsaved(self) -> range:
-        """Takes the rounds since the last one that was saved out of the log; returns them."""
+        """Forgets the training of the rounds that nothing can continue; returns those that are trained again."""
         log = self.log()
-        saved = max((number for number, row in enumerate(log, 1) if row.get("saved", True)), default=0)
-        if saved < len(log):
-            self._write_log(log[:saved])
-        return range(saved, len(log))
+        saved = _num_saved(log)
+        if saved == len(log) or saved >= self.options.rounds or self._has_checkpoint(len(log)):
+            return range(0)
+        self._write_log(log[:saved])
+        for number in range(saved, len(log)):
+            _remove(self.run_of(number))
+        return range(saved, min(len(log), self.options.rounds))
 
     def record(self, number: int, figures: Mapping[str, float], dropped: Mapping[str, int]) -> dict[str, float]:
         """Appends a finished round to rounds.jsonl, and removes what later rounds do not need; returns its figures."""
         figures, dropped = dict(figures) | self._training_figures(number), dict(dropped) | self._rejected(number)
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        is_saved = self.is_saved(number)
-        self._write_log([*self.log(), {"round": number, **finite, "dropped": dropped, "saved": is_saved}])
-        if is_saved:  # The next round starts with the checkpoint of this one.
-            for before in range(number):
-                self._remove(before, "checkpoints")
-        if number >= self.options.keep:
-            self._remove(number - self.options.keep, "policy")
+        log = [*self.log(), {"round": number, **finite, "dropped": dropped, "saved": self.is_saved(number)}]
+        self._write_log(log)
+        # A round starts with the checkpoint or the policy of the one before, and a resumed run with the last saved one.
+        last = _num_saved(log) - 1
+        for before in range(number):
+            if before != last:
+                _remove(self.run_of(before) / "checkpoints")
+            if before != last and before <= number - self.options.keep:
+                _remove(self.run_of(before) / "policy")
         return figures
 
     def _write_log(self, rows: Sequence[Row]) -> None:
@@ -185,15 +191,12 @@ class Runs:
     def finish(self) -> None:
         """Removes the last checkpoint, unless more rounds would continue its optimizer."""
         if not self.keeps_optimizer and (self.run_of(self.options.rounds - 1) / "policy").is_dir():
-            self._remove(self.options.rounds - 1, "checkpoints")
+            _remove(self.run_of(self.options.rounds - 1) / "checkpoints")
 
-    def _remove(self, number: int, name: str) -> None:
-        """Removes a folder of a round's training at once: a run that is killed meanwhile does not find a part of it."""
-        folder, removed = (self.run_of(number) / each for each in (name, f".{name}.removed"))
-        shutil.rmtree(removed, ignore_errors=True)
-        if folder.is_dir():
-            folder.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    def _has_checkpoint(self, number: int) -> bool:
+        """Whether a round can continue with a checkpoint of its own, as after a signal."""
+        verified = self.run_of(number).glob(f"checkpoints/*/{VERIFIED}")
+        return any(path.parent.name.isdecimal() for path in verified)
 
     def _training_figures(self, number: int) -> dict[str, float]:
         """Figures of the round's last step, and means over its steps."""
@@ -206,3 +209,17 @@ class Runs:
         """Rows of the feedback that training did not read, by reason."""
         manifest = json.loads((self.run_of(number) / "manifest.json").read_text(encoding="utf-8"))
         return {f"rejected: {reason}": count for reason, count in manifest["rejections"]["histogram"].items()}
+
+
+def _num_saved(log: Sequence[Row]) -> int:
+    """Rounds up to the last one that was saved; versions that did not say so saved every round."""
+    return max((number for number, row in enumerate(log, 1) if row.get("saved", True)), default=0)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder of a round at once: a run that is killed meanwhile does not find a part of it."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)

@@ -77,6 +77,6 @@ class Models:
 
         Presses on the dropped answers stay.
         """
-        said = said or conversation.turns[number].said
+        turn = conversation.turn(number)
         conversation.cut(number)
-        yield from self.ask(conversation, said, mode, settings)
+        yield from self.ask(conversation, said or turn.said, mode, settings)

@@ -125,9 +125,8 @@ class Conversation:
     def expected(self) -> Iterator[Any]:
         """What `expect` kept, once; nothing if that was stopped. The first view begins the answer."""
         with self._lock:
-            views = self._awaited or iter(())
+            views, self._awaited = self._awaited or iter(()), None
             first = list(itertools.islice(views, 1))
-            self._awaited = None
         yield from first
         yield from views
 
@@ -140,9 +139,10 @@ class Conversation:
 
     def stop(self) -> None:
         """Ends the answers that are being written; one that was asked for is not begun."""
-        self._awaited = None
-        if self.turns:
-            self.end(self.turns[-1])
+        with self._lock:
+            self._awaited = None
+            if self.turns:
+                self.end(self.turns[-1])
 
     def end(self, turn: Turn) -> None:
         """Ends the answers of a turn where they are; a turn without an answer is taken back."""
@@ -203,7 +203,7 @@ class Conversation:
           OSError: the press could not be saved; nothing has changed.
         """
         with self._lock:
-            turn = self._turn(number)
+            turn = self.turn(number)
             if len(turn.answers) != 2:
                 raise ConfigError("This turn has one answer. A choice needs two. Choose after a turn side by side.")
             answers = [self._answer(number, side) for side in (0, 1)]
@@ -217,7 +217,12 @@ class Conversation:
                 self._save_choice("choice", number, [answers[choice], answers[1 - choice]])
             turn.choice = choice
 
-    def _turn(self, number: int) -> Turn:
+    def turn(self, number: int) -> Turn:
+        """A turn by its number.
+
+        Raises:
+          ConfigError: there is none.
+        """
         if not 0 <= number < len(self.turns):
             raise ConfigError(
                 "There is no such answer here: nothing was asked yet, or the program was started again since. A press "
@@ -226,7 +231,7 @@ class Conversation:
         return self.turns[number]
 
     def _answer(self, number: int, side: int) -> Answer:
-        answer = self._turn(number).answers[side if len(self._turn(number).answers) > side else 0]
+        answer = self.turn(number).answers[side if len(self.turn(number).answers) > side else 0]
         if not answer.text.strip():
             raise ConfigError("There is no answer to press on. A press needs one. Wait for it, or ask again.")
         if answer.is_growing:

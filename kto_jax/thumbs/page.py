@@ -282,6 +282,9 @@ class ChatPage:
                 yield *_view(person, _BROKEN), gr.Textbox(submit_btn="Send", stop_btn=False)
                 return
             left = text
+        if person.is_growing:  # This answer was stopped, and the next one is being written.
+            yield _UNCHANGED
+            return
         note = _figures(turn.answers, started, first, ended=True) if turn is not None and not left else ""
         # What was typed meanwhile stays.
         yield *_view(person, note), gr.Textbox(**({"value": left} if left else {}), submit_btn="Send", stop_btn=False)

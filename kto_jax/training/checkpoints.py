@@ -187,6 +187,9 @@ class Checkpoints:
         held_out = {
             name: value for name, value in (figures or {}).items() if name.startswith("eval_") and math.isfinite(value)
         }
+        if not self._reference and (reason := self._try_on_all(lambda: self.save_reference(state.reference))):
+            self._report_failure(step, reason)
+            return
         saved = self._saved_fields(state)
         if reason := self._lack_of_space(saved):
             self._report_failure(step, reason)

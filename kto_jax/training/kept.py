@@ -92,7 +92,7 @@ class Start:
       after: the run whose last policy this one starts with; None for config.model.path.
       keeps_optimizer: whether it starts with that run's optimizer's and objective's state too.
       exports: whether policy/ and the report are written at its end.
-      saves: whether checkpoints are written; without any, a run that is killed begins anew.
+      saves: whether checkpoints are written before a signal asks for one; without any, a killed run begins anew.
     """
 
     kept: Kept = dataclasses.field(default_factory=Kept)

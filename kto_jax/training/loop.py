@@ -59,7 +59,7 @@ class Job:
       patience: says when to end early.
       peak: FLOP/s of all devices together.
       peak_is_measured: whether `peak` was measured, not published.
-      saves: whether checkpoints are written.
+      saves: whether checkpoints are written before a signal asks for one.
     """
 
     config: Config
@@ -150,11 +150,11 @@ def _run(
             checkpoints.poll()  # reads the last save back while the devices compute
         stopping, last = preemption.requested(), step == job.inputs.num_steps
         evaluating = job.evaluate is not None and (last or _is_due(step, config.evaluation.every))
-        timed = save_timer.due(step)
-        due = timed or bool(checkpoints.failure) or _is_due(step, config.checkpoint.every)
-        pausing = last or stopping or evaluating or due
+        timed = job.saves and save_timer.due(step)
+        due = job.saves and (timed or bool(checkpoints.failure) or _is_due(step, config.checkpoint.every))
+        saving = stopping or (job.saves and (last or evaluating or due))
         figures: dict[str, float] = {}
-        while len(in_flight) > (0 if pausing or profile.waits_after(step) else 1):
+        while len(in_flight) > (0 if last or evaluating or saving or profile.waits_after(step) else 1):
             number, figures = in_flight.read()
             watchdog.completed(number)
             failed = figures["num_bad_steps"] >= config.max_bad_steps
@@ -167,7 +167,7 @@ def _run(
             if failed:
                 return state, FAILED
         profile.after(step)
-        if pausing and job.saves:
+        if saving:
             # Losses relative to different references do not show which policy is best.
             comparable = not config.reference.sync_every
             with _paused("saving", watchdog, log):

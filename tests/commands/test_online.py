@@ -25,6 +25,7 @@ from kto_jax.rollouts import rounds
 from kto_jax.rollouts.measure import measure, read_figures
 from kto_jax.train import train
 from kto_jax.training.checkpoint_reading import StoredTree
+from kto_jax.training.checkpoints import Checkpoints
 from kto_jax.training.preemption import Preemption
 from tests import ROOT
 from tests.sampling.tiny import export
@@ -130,6 +131,52 @@ def test_rounds_of_which_no_checkpoint_was_written_are_trained_again_from_their_
         assert read(killed / f"round_{number:03}/rollout.jsonl") == read(whole / f"round_{number:03}/rollout.jsonl")
     for name, values in policy(whole, 3).items():
         assert (policy(killed, 3)[name] == values).all(), name
+
+
+@pytest.mark.slow
+def test_a_signal_saves_a_round_that_would_not_be_and_a_finished_run_can_be_continued(flags, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings, trained = [*flags, "--held_out=0", "--config.data.holdout=0"], []
+
+    def run(*more, at_round_2=lambda: None):
+        def recorded(config, run, *args, **kwargs):
+            trained.append(run.parent.name)
+            if run.parent.name == "round_002":
+                at_round_2()
+            return train(config, run, *args, **kwargs)
+
+        trained.clear()
+        monkeypatch.setattr(kto_jax.online, "train", recorded)
+        return main([*settings, *more])
+
+    def kill():
+        raise Killed
+
+    poll = Checkpoints.poll
+
+    def stop_in_its_first_step():
+        monkeypatch.setattr(Checkpoints, "poll", lambda self: (os.kill(os.getpid(), signal.SIGTERM), poll(self)))
+
+    assert run("--rounds=1", f"--workdir={parts}") == 0
+    assert not (parts / "round_000" / "run" / "checkpoints").exists(), "the next round reads policy/"
+    longer = ["--rounds=4", "--save_every=4", f"--workdir={parts}"]
+    with pytest.raises(Killed):
+        run(*longer, at_round_2=kill)
+    # Fewer rounds than there are: nothing is forgotten.
+    assert run("--rounds=1", f"--workdir={parts}") == 0 and not trained
+    assert len(read(parts / "rounds.jsonl")) == 2
+    (parts / "round_001" / "run" / "of_before").touch()
+    assert run(*longer, at_round_2=stop_in_its_first_step) == 75
+    monkeypatch.setattr(Checkpoints, "poll", poll)
+    assert trained == ["round_001", "round_002"] and len(read(parts / "rounds.jsonl")) == 2
+    assert not (parts / "round_001" / "run" / "of_before").exists()
+    assert (parts / "round_002" / "run" / "checkpoints" / "1").is_dir()
+    assert run(*longer) == 0 and trained == ["round_002", "round_003"]
+    assert [row["saved"] for row in read(parts / "rounds.jsonl")] == [True, False, False, True]
+
+    assert run("--rounds=4", f"--workdir={whole}") == 0
+    for name, values in policy(whole, 3).items():
+        assert (policy(parts, 3)[name] == values).all(), name
 
 
 @pytest.fixture

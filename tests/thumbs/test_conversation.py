@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import threading
 
 import pytest
 
@@ -79,6 +80,48 @@ def test_a_turn_that_is_stopped_before_its_first_word_is_taken_back_alone(presse
     later = ask(models, conversation, "And now?")
     stopped.close()  # as late as a server may
     assert conversation.turns == [later] and len(later.prompt) == 1
+
+
+def test_what_is_expected_is_begun_once_and_not_after_a_stop(presses, models):
+    conversation = Conversation(presses)
+    assert conversation.expect(models.ask(conversation, "Hello?", "policy", SETTINGS))
+    assert conversation.is_growing and not conversation.expect(iter(()))
+    conversation.stop()
+    assert not conversation.is_growing and list(conversation.expected()) == [] and conversation.turns == []
+    assert conversation.expect(models.ask(conversation, "Hello?", "policy", SETTINGS))
+    assert list(conversation.expected())[-1].answers[0].ended and list(conversation.expected()) == []
+
+
+def test_an_answer_that_cannot_be_begun_leaves_the_conversation_free(presses, models):
+    conversation = Conversation(presses)
+    assert conversation.expect(models.again(conversation, 3, "policy", SETTINGS))
+    with pytest.raises(ConfigError, match="There is no such answer here"):
+        list(conversation.expected())
+    assert not conversation.is_growing
+
+
+def test_a_stop_waits_for_an_answer_that_is_just_being_begun(presses):
+    conversation, begun, stopped = Conversation(presses), threading.Event(), threading.Event()
+    models = Models({"policy": Scripted("policy", lambda last: stopped.wait())})
+
+    def views():
+        begun.wait()
+        yield from models.ask(conversation, "Hello?", "policy", SETTINGS)
+
+    conversation.expect(views())
+    found = []
+    beginner = threading.Thread(target=lambda: found.extend(conversation.expected()))
+    stopper = threading.Thread(target=conversation.stop)
+    beginner.start()
+    while not conversation._lock._is_owned() and conversation._lock.acquire(blocking=False):
+        conversation._lock.release()
+    stopper.start()
+    stopper.join(0.2)  # It waits, and would wait longer.
+    begun.set()
+    stopper.join()
+    stopped.set()
+    beginner.join()
+    assert not conversation.is_growing and len(found) < 3
 
 
 def test_a_turn_is_asked_again_with_another_text(presses, models):

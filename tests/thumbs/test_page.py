@@ -19,6 +19,7 @@ from kto_jax.thumbs.models import Settings
 from kto_jax.thumbs.presses import Presses
 from tests import ROOT
 from tests.thumbs import browsing
+from tests.thumbs.scripted import Scripted
 
 pytestmark = [
     pytest.mark.browser,
@@ -80,6 +81,26 @@ def test_an_empty_message_changes_nothing(tmp_path):
     chat, person = page.ChatPage(Models({}), presses, None, None, settings=settings, system=""), Conversation(presses)
     assert chat._ask(" \n", person, "policy", 1.0, 8) == page._UNCHANGED
     assert list(chat._answer(person)) == [page._UNCHANGED]
+
+
+def test_an_answer_that_was_stopped_says_nothing_while_the_next_one_is_written(tmp_path):
+    from kto_jax.thumbs import page
+
+    presses, settings = Presses(tmp_path / "presses.jsonl"), Settings(max_new_tokens=8)
+    chat, person = page.ChatPage(Models({}), presses, None, None, settings=settings, system=""), Conversation(presses)
+    models = Models({"policy": Scripted("policy")})
+    ask = lambda said: chat._begin(person, lambda: models.ask(person, said, "policy", settings), said)  # noqa: E731
+    ask("one")
+    slow = chat._answer(person)
+    for _ in range(3):
+        next(slow)
+    chat._stopped(person)
+    ask("two")
+    next_one = chat._answer(person)
+    for _ in range(3):
+        next(next_one)
+    assert list(slow) == [page._UNCHANGED]
+    assert list(next_one)[-1][-1].submit_btn == "Send"
 
 
 def test_a_person_sends_watches_presses_edits_withdraws_and_compares(served):
