@@ -56,6 +56,12 @@ def prepare_tokenizer(
 # Everything below runs in the worker.
 
 
+_prepared: dict[str, tuple[TokenizerInfo, dict[str, bytes]]] = {}
+"""What this process prepared last, with the files, by `_key`: each round of online training prepares the tokenizer of
+the model that it samples and that of the model that it trains, and a large one takes seconds to load."""
+_NUM_PREPARED = 2
+
+
 def _prepare(
     model_path: Path,
     directory: Path,
@@ -63,6 +69,42 @@ def _prepare(
     eos_token: str = "auto",
     rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
     added_tokens: Sequence[str] = (),
+) -> TokenizerInfo:
+    settings = chat_template, eos_token, rendering, tuple(added_tokens)
+    key = _key(model_path, settings)
+    if key not in _prepared:
+        info = _write(model_path, directory, *settings)
+        if key is not None:
+            _prepared[key] = info, {path.name: path.read_bytes() for path in directory.iterdir()}
+        for oldest in list(_prepared)[:-_NUM_PREPARED]:
+            del _prepared[oldest]
+        return info
+    info, files = _prepared[key]
+    with new_folder(directory) as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+    return dataclasses.replace(info, directory=directory)
+
+
+def _key(model_path: Path, settings: tuple[str, str, Rendering, tuple[str, ...]]) -> str | None:
+    """Digest of all that decides what is written; None if that would have to be read from a large file."""
+    if not model_path.is_dir():
+        return None
+    digest, template = hashlib.sha256(repr(settings).encode()), settings[0]
+    read = [model_path / name for name in (*tokenizer_files.FILES, "config.json")]
+    for path in (*read, *([] if template in ("auto", "none") else [Path(template)])):
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"\0{path.name}\0{path.is_file()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _write(
+    model_path: Path,
+    directory: Path,
+    chat_template: str,
+    eos_token: str,
+    rendering: Rendering,
+    added_tokens: Sequence[str],
 ) -> TokenizerInfo:
     with new_folder(directory) as partial:
         changes = _write_files(model_path, partial)

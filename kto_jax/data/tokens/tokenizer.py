@@ -120,12 +120,14 @@ def make_encoder(tokenizer: TokenizerInfo) -> Encoder:
 
 
 _prompt_encoder: tuple[TokenizerInfo, Encoder] | None = None
+"""The encoder of the prompts that came last, and its tokenizer, wherever that lies."""
 
 
 def _encode_prompts(tokenizer: TokenizerInfo, prompts: list[str | list[Message]]) -> list[np.ndarray]:
     global _prompt_encoder
-    if _prompt_encoder is None or _prompt_encoder[0] != tokenizer:
-        _prompt_encoder = tokenizer, make_encoder(tokenizer)
+    anywhere = dataclasses.replace(tokenizer, directory=Path(), changes=())
+    if _prompt_encoder is None or _prompt_encoder[0] != anywhere:
+        _prompt_encoder = anywhere, make_encoder(tokenizer)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         try:

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from kto_jax.config import ConfigError
+from kto_jax.data.tokens import prepare
+from kto_jax.data.tokens.encoder import Rendering
 from kto_jax.data.tokens.prepare import _prepare
 from kto_jax.data.tokens.tokenizer import decode, encode_text, make_encoder
 from tests.data.conftest import TINY_MODEL
@@ -24,6 +26,25 @@ def test_the_prepared_directory_opens_in_transformers_and_the_digest_covers_the_
     other = _prepare(TINY_MODEL, tmp_path / "a", str(tmp_path / "other.jinja"))
     none = _prepare(TINY_MODEL, tmp_path / "b", "none")
     assert len({tokenizer.sha256, other.sha256, none.sha256}) == 3 and not none.has_chat_template
+
+
+def test_a_tokenizer_that_was_prepared_before_is_read_again_only_if_something_has_changed(tmp_path, monkeypatch):
+    loads, load = [], prepare._open
+    monkeypatch.setattr(prepare, "_open", lambda *paths: (loads.append(1), load(*paths))[1])
+    monkeypatch.setattr(prepare, "_prepared", {})
+    model = shutil.copytree(TINY_MODEL, tmp_path / "model")
+    asked = ("auto", "auto", Rendering(), ("<|new|>",))
+    first, again = (_prepare(model, tmp_path / name, *asked) for name in ("a", "b"))
+    assert len(loads) == 1 and again == dataclasses.replace(first, directory=tmp_path / "b")
+    written = [{path.name: path.read_bytes() for path in info.directory.iterdir()} for info in (first, again)]
+    assert written[0] == written[1]
+    (model / "chat_template.jinja").write_text(CHATML.replace("<|im_start|>", "<|endoftext|>"))
+    assert _prepare(model, tmp_path / "c", *asked).sha256 != first.sha256 and len(loads) == 2
+    template = tmp_path / "own.jinja"
+    for number, text in enumerate((CHATML, CHATML.replace("<|im_start|>", "<|endoftext|>"))):
+        template.write_text(text)
+        _prepare(model, tmp_path / f"{number}", str(template))
+    assert len(loads) == 4 and len(prepare._prepared) == 2
 
 
 GEMMA = (
