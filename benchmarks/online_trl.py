@@ -148,6 +148,8 @@ def run_ours(config: ml_collections.ConfigDict, job: dict[str, Any], workdir: Pa
     ]  # fmt: skip
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
+        # An index that an earlier turn made of the same completions would be found.
+        "KTO_JAX_CACHE": str(workdir / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "benchmarks" / "compiled"),
     }
     limit = "import os,sys;os.sched_setaffinity(0,sorted(os.sched_getaffinity(0))[:int(sys.argv[1])]);"

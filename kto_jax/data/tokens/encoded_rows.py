@@ -13,7 +13,7 @@ import numpy as np
 from kto_jax.data.rows.records import Feedback, Preference, completions_of
 from kto_jax.data.rows.turns import SAME_COMPLETIONS
 from kto_jax.data.tokens.encoder import Encoder, EncodingError
-from kto_jax.data.tokens.tokenizer import TokenizerInfo, make_encoder, quieten_transformers
+from kto_jax.data.tokens.tokenizer import TokenizerInfo, kept_encoder, quieten_transformers
 from kto_jax.data.truncation import cut_prompt
 from kto_jax.shapes import SAMPLED
 
@@ -64,7 +64,7 @@ def start_encoder(tokenizer: TokenizerInfo) -> None:
     """Prepares a worker for `encode_feedback`."""
     global _encoder
     quieten_transformers()
-    _encoder = make_encoder(tokenizer)
+    _encoder = kept_encoder(tokenizer)
 
 
 def encode_feedback(rows: Sequence[Feedback | Preference], limits: Limits) -> EncodedRows:

@@ -119,19 +119,23 @@ def make_encoder(tokenizer: TokenizerInfo) -> Encoder:
     )
 
 
-_prompt_encoder: tuple[TokenizerInfo, Encoder] | None = None
-"""The encoder of the prompts that came last, and its tokenizer, wherever that lies."""
+_kept: tuple[TokenizerInfo, Encoder] | None = None
+
+
+def kept_encoder(tokenizer: TokenizerInfo) -> Encoder:
+    """The `Encoder` that this process made last if it is of the same tokenizer, wherever that lies, else a new one."""
+    global _kept
+    anywhere = dataclasses.replace(tokenizer, directory=Path(), changes=())
+    if _kept is None or _kept[0] != anywhere:
+        _kept = anywhere, make_encoder(tokenizer)
+    return _kept[1]
 
 
 def _encode_prompts(tokenizer: TokenizerInfo, prompts: list[str | list[Message]]) -> list[np.ndarray]:
-    global _prompt_encoder
-    anywhere = dataclasses.replace(tokenizer, directory=Path(), changes=())
-    if _prompt_encoder is None or _prompt_encoder[0] != anywhere:
-        _prompt_encoder = anywhere, make_encoder(tokenizer)
-    encoded = []
+    encoder, encoded = kept_encoder(tokenizer), []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            encoded.append(_prompt_encoder[1].encode_prompt(prompt))
+            encoded.append(encoder.encode_prompt(prompt))
         except EncodingError as error:
             raise ConfigError(
                 f"prompt {number} cannot be encoded: {error}. Prompts are text, or messages where the tokenizer has a "

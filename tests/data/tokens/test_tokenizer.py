@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from kto_jax.config import ConfigError
-from kto_jax.data.tokens.tokenizer import decode, encode_prompts
+from kto_jax.data.tokens.tokenizer import decode, encode_prompts, kept_encoder
 from tests.data.conftest import TINY_MODEL
 
 
@@ -36,3 +37,12 @@ def test_a_prompt_that_cannot_be_encoded_is_refused_by_its_number(tokenizer):
     without = dataclasses.replace(tokenizer, has_chat_template=False)
     with pytest.raises(ConfigError, match="prompt 2 cannot be encoded"):
         encode_prompts(without, ["Hello?", [{"role": "user", "content": "x"}]])
+
+
+def test_the_encoder_that_was_made_last_is_used_again_for_the_same_tokenizer_elsewhere(tokenizer, tmp_path):
+    elsewhere = dataclasses.replace(tokenizer, directory=shutil.copytree(tokenizer.directory, tmp_path / "other"))
+    encoder = kept_encoder(tokenizer)
+    assert kept_encoder(elsewhere) is encoder
+    assert kept_encoder(dataclasses.replace(tokenizer, has_chat_template=False)) is not encoder
+    other = dataclasses.replace(tokenizer, rendering=dataclasses.replace(tokenizer.rendering, fold_system=True))
+    assert kept_encoder(other) is not kept_encoder(tokenizer)
