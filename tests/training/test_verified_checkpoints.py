@@ -340,6 +340,7 @@ def test_of_what_a_folder_held_one_checkpoint_is_enough_to_go_on(tmp_path):
         checkpoints.save(2, advance(state), None)
         shutil.rmtree(tmp_path / "checkpoints" / "1")
         checkpoints.poll()
-        shutil.rmtree(tmp_path / "checkpoints" / "2")
-        with pytest.raises(ConfigError, match="it held 1, 2"):
+        for name in ("2", "reference"):
+            shutil.rmtree(tmp_path / "checkpoints" / name)
+        with pytest.raises(ConfigError, match="it held reference, 1, 2"):
             checkpoints.poll()
