@@ -195,6 +195,8 @@ class Runs:
 
     def _has_checkpoint(self, number: int) -> bool:
         """Whether a round can continue with a checkpoint of its own, as after a signal."""
+        if processes.num_processes() > 1:
+            return False  # They gather the policy before a round, of which nothing may be left.
         verified = self.run_of(number).glob(f"checkpoints/*/{VERIFIED}")
         return any(path.parent.name.isdecimal() for path in verified)
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from kto_jax.config import LoraConfig, ReferenceConfig, default_config, resolve
+from kto_jax.devices import processes
 from kto_jax.objectives import check_objective
 from kto_jax.rollouts.options import Options, objective_config
 from kto_jax.rollouts.runs import Runs
@@ -53,3 +54,27 @@ def test_a_round_that_an_earlier_version_began_keeps_its_configuration(tmp_path)
     policy = str(found.run_of(0) / "policy")
     (found.run_of(1) / "config.json").write_text(json.dumps({"model": {"path": policy}}))
     assert found.config_of(1).model.path == policy and found.config_of(2).model.path == "initial"
+
+
+@pytest.mark.parametrize("checkpoint, num_processes, forgotten", [
+    ("4", 1, []),
+    ("4", 2, [1, 2]),
+    ("4.damaged", 1, [1, 2]),
+    (None, 1, [1, 2]),
+])  # fmt: skip
+def test_unsaved_rounds_are_forgotten_unless_the_next_one_can_continue(
+    tmp_path, monkeypatch, checkpoint, num_processes, forgotten
+):
+    """Several processes gather the policy before a round even if it is sampled, so that nothing can continue."""
+    monkeypatch.setattr(processes, "num_processes", lambda: num_processes)
+    found = runs(tmp_path)
+    rows = [{"round": 0}, {"round": 1, "saved": False}, {"round": 2, "saved": False}]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(4):
+        found.run_of(number).mkdir(parents=True)
+    if checkpoint:
+        (found.run_of(3) / "checkpoints" / checkpoint).mkdir(parents=True)
+        (found.run_of(3) / "checkpoints" / checkpoint / "VERIFIED").touch()
+    assert list(found.forget_unsaved()) == forgotten
+    assert found.log() == (rows[:1] if forgotten else rows)
+    assert [number for number in range(4) if not found.run_of(number).exists()] == forgotten
