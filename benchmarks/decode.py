@@ -31,11 +31,11 @@ def make_ours(options: argparse.Namespace) -> tuple[Callable[[list[list[int]]], 
     """A call of our sampler, and the device."""
     import jax
 
-    from kto_jax.models.model import Model
+    from kto_jax.devices.inference import place_model
     from kto_jax.models.weights.load import read_config
     from kto_jax.sampling.sample import Sampling, sample
 
-    model = Model.create(read_config(Path(options.architecture)), dtype=options.dtype)
+    model = place_model(read_config(Path(options.architecture)), dtype=options.dtype).model
     params = jax.jit(model.init_params, static_argnums=1)(jax.random.key(0), options.dtype)
     sampling = Sampling(temperature=0.0, max_new_tokens=options.new_tokens)
 

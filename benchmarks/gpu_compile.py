@@ -5,8 +5,8 @@
     python -m benchmarks.gpu_compile --steps llama_3_2_1b gemma_3_1b:63488
 
 Each kernel is compiled forward and backward for each head size, dtype, window and soft-cap, as `model.attention="auto"`
-chooses it; the choice and its reason are checked too. Nothing runs: memory is the compiler's figure, and a kernel that
-compiles may still be wrong or slow.
+chooses it; the choice and its reason are checked too. Those of decoding are compiled for each head size. Nothing runs:
+memory is the compiler's figure, and a kernel that compiles may still be wrong or slow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kto_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.devices.attention_on_mesh import choose_attention
+from kto_jax.devices.attention_on_mesh import choose_attention, choose_decoding
 from kto_jax.devices.chips import CHIPS
 from kto_jax.devices.sharding import make_mesh
 from kto_jax.models.weights.load import read_config
@@ -67,10 +67,10 @@ HEAD_DIMS = (64, 128, 256)
 OPTIONS: tuple[dict[str, Any], ...] = ({"window": None, "softcap": None}, {"window": 1024, "softcap": 50.0})
 
 
-def open_card(name: str) -> Topology:
-    """One described card, which can only be compiled for."""
+def open_card(name: str, count: int = 1) -> Topology:
+    """Described cards of one machine, which can only be compiled for."""
     description = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=_CARD.format(**_CARDS[name])
+        platform="cuda", topology=f"1x1x{count}", target_config=_CARD.format(**_CARDS[name])
     )
     return Topology(name, tuple(description.devices), CHIPS[name])
 
@@ -107,6 +107,31 @@ def compile_kernel(card: Topology, head_dim: int, dtype: str, options: dict[str,
         tokens = (array(2, length, of=jnp.int32),) * 2
         compiled = jax.jit(jax.value_and_grad(total, (0, 1, 2))).lower(*heads, *tokens).compile()
     except Exception as error:  # The figure is whether it compiles; compilers raise errors of any type.
+        lines = str(error).splitlines() or [type(error).__name__]
+        return row | {"compiles": False, "error": lines[0], "seconds": time.perf_counter() - start}
+    memory: Any = compiled.memory_analysis()
+    seconds = time.perf_counter() - start
+    return row | {"compiles": True, "seconds": seconds, "temporaries_mib": memory.temp_size_in_bytes / MIB}
+
+
+def compile_decoding(card: Topology, head_dim: int, window: int | None, slots: int, length: int) -> dict[str, Any]:
+    """Compiles the attention of one new token in each slot of a KV cache: the kernel, seconds, MiB."""
+    mesh = make_mesh(MeshConfig(), list(card.devices))
+    attend = choose_decoding("auto", mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    query, cache = ((slots, 1, 32, head_dim), (slots, 8, length, head_dim))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in (query, cache, cache)]
+    positions = jax.ShapeDtypeStruct((slots, 1), jnp.int32, sharding=everywhere)
+
+    def decode(*arrays: Any) -> jax.Array:
+        return attend(*arrays[:3], positions_BL=arrays[3], window=window)
+
+    row = {"card": card.name, "head_dim": head_dim, "dtype": "bfloat16", "window": window, "softcap": None}
+    row |= {"kernel": attend.name, "slots": slots, "cache": length}
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(decode).lower(*arrays, positions).compile()
+    except Exception as error:  # As above.
         lines = str(error).splitlines() or [type(error).__name__]
         return row | {"compiles": False, "error": lines[0], "seconds": time.perf_counter() - start}
     memory: Any = compiled.memory_analysis()
@@ -154,6 +179,7 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="*", default=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row of the kernels")
+    parser.add_argument("--slots", type=int, default=16, help="completions decoded at once, over a cache of --length")
     parser.add_argument(
         "--steps", nargs="*", default=[], help="folders of configs/architectures, with :LENGTH for rows"
     )
@@ -172,13 +198,16 @@ def main() -> None:
                 keep(
                     results["kernels"], compile_kernel(card, head_dim, dtype, of_call, options.length), options, results
                 )
+            for head_dim, window in itertools.product(options.head_dims, (None, 1024)):
+                row = compile_decoding(card, head_dim, window, options.slots, options.length)
+                keep(results.setdefault("decoding", []), row, options, results)
             for name in options.steps:
                 keep(results["steps"], compile_training(card, name, options), options, results)
 
 
 def keep(rows: list[dict[str, Any]], row: dict[str, Any], options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Prints a row, puts it in place of an older one of the same kind, and writes all."""
-    of_kind = ("card", "head_dim", "dtype", "window", "softcap", "model", "row_length", "settings")
+    of_kind = ("card", "head_dim", "dtype", "window", "softcap", "model", "row_length", "settings", "slots", "cache")
     rows[:] = [old for old in rows if any(old.get(key) != row.get(key) for key in of_kind)] + [row]
     print(json.dumps(row), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

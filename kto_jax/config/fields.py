@@ -68,9 +68,9 @@ class ModelConfig:
     attention: Literal["auto", "dense", "chunked", "splash", "mosaic", "triton"] = "auto"
     """Attention kernel for packed rows. "auto": "splash" on TPU, "mosaic" on GPU (tokamax's flash attention for Hopper
     and Blackwell, extra [cuda]), "chunked" elsewhere. "triton" is JAX's older flash attention for GPUs. "chunked" skips
-    blocks of tokens that cannot attend to each other; "dense" computes all of them. What "mosaic" lacks (dtypes other
-    than bfloat16, older cards) "triton" computes; what that lacks too (windows, soft caps), "chunked". A log line says
-    so, with the reason."""
+    blocks of tokens that cannot attend to each other; "dense" computes all of them; with both, decoding uses no kernel
+    either. What "mosaic" lacks (dtypes other than bfloat16, older cards) "triton" computes; what that lacks too
+    (windows, soft caps), "chunked". A log line says so, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Chooses a run's attention kernel, and shards it over the mesh.
+"""Chooses a run's attention kernels, for packed rows and for decoding, and shards them over the mesh.
 
 The compiler's partitioner cannot split a kernel, nor a loop whose length depends on the data. Both run inside
 `shard_map`: each device computes its own rows and heads, and no kernel communicates.
@@ -27,8 +27,9 @@ from kto_jax.devices.chips import find_chip
 from kto_jax.devices.experts_on_mesh import MeshExperts
 from kto_jax.devices.sharding import ACTIVATION_RULES, constrainer, copies_of_kv_heads, num_parts
 from kto_jax.losses.logprobs import KEPT_LOGITS
-from kto_jax.models.attention import mosaic, splash, triton
+from kto_jax.models.attention import flash_decoding, mosaic, paged, splash, triton
 from kto_jax.models.attention.blockwise import BLOCK, blockwise_attention
+from kto_jax.models.attention.cached import CACHE_UNIT, cached_attention
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.layout import Layout
 
@@ -38,7 +39,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       platform: the platform that it runs on.
-      attend: has the signature of `dense_attention`.
+      attend: has the signature of `dense_attention`; for decoding, of `cached_attention`.
       why_not: why it cannot compute attention with these queries, window and soft-cap on this device; "" if it can.
       why_missing: why it cannot be imported; "" if it can.
       cost: what it costs compared with the kernels before it in `KERNELS`.
@@ -64,9 +65,19 @@ KERNELS = {
         cost="it computes other segments and masks them, and repeats keys and values for each query head",
     ),
 }
+# Of one new token in each slot of a KV cache. `why_not` is also told the slots times heads of a device, and the length
+# of the cache. Where none can be used, `cached_attention` is.
+DECODING_KERNELS = {
+    "paged": Kernel("tpu", paged.paged_attention, paged.why_not, paged.why_missing),
+    "flash_decoding": Kernel("gpu", flash_decoding.flash_decoding, flash_decoding.why_not, flash_decoding.why_missing),
+}
+# Positions of the shortest cache that a kernel reads. A shorter one is read whole by one matmul, sooner than a kernel
+# has begun with every slot and head.
+SHORTEST_CACHE = 1024
 COST_OF_CHUNKED = "a loop of XLA matmuls instead of a fused kernel; slower, in memory linear in the row length"
 # Tokens per block of "chunked" on accelerators, which need more parallel work than a CPU.
 LARGE_BLOCK = 512
+COST_OF_CACHED = "XLA matmuls over the whole cache, also over positions that a completion has not reached"
 _ROWS, _LENGTH, _HEADS = (ACTIVATION_RULES[axis] for axis in ("rows", "length", "heads"))
 
 
@@ -138,6 +149,61 @@ class MeshAttention:
         return name
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshDecoding:
+    """Attention over a KV cache sharded over a mesh: see `models.attention.cached_attention` for its arguments.
+
+    Attributes:
+      mesh: the devices; slots are sharded over data, fsdp and expert, heads over tensor.
+      name: the kernel for one new token in each slot of a long cache; "cached" for none.
+    """
+
+    mesh: Mesh
+    name: str
+
+    def __call__(self, query: Array, key: Array, value: Array, *, positions_BL: Array, **options: Any) -> Array:
+        """Attention of queries [B, L, N, H] over cached keys and values [B, K, S, H]."""
+        if not self.uses_kernel(query, key, **options):
+            return cached_attention(query, key, value, positions_BL=positions_BL, **options)
+
+        def attend(query: Array, key: Array, value: Array, positions: Array) -> Array:
+            return DECODING_KERNELS[self.name].attend(query, key, value, positions_BL=positions, **options)
+
+        if self.mesh.size > 1:
+            queries, cache = PartitionSpec(_ROWS, None, _HEADS, None), PartitionSpec(_ROWS, _HEADS, None, None)
+            attend = jax.shard_map(
+                attend, mesh=self.mesh, in_specs=(queries, cache, cache, PartitionSpec(_ROWS, None)), out_specs=queries,
+                check_vma=False,
+            )  # fmt: skip
+        return attend(query, key, value, positions_BL)
+
+    def uses_kernel(
+        self, query: Array, key: Array, *, window: int | None = None, softcap: float | None = None, **options: Any
+    ) -> bool:
+        """Whether the kernel decodes these queries over these keys. What it lacks is logged once.
+
+        It does not prefill, and does not read short caches.
+        """
+        del options
+        slots, kv_heads, length, _ = key.shape
+        if self.name not in DECODING_KERNELS or query.shape[1] > 1 or length < SHORTEST_CACHE:
+            return False
+        kernel = DECODING_KERNELS[self.name]
+        parts, head_parts = num_parts(self.mesh, _ROWS), num_parts(self.mesh, _HEADS)
+        if slots % parts:
+            reason = f"needs slots that {parts} devices can share equally, and there are {slots}"
+        elif length % CACHE_UNIT:
+            reason = f"needs a cache of a multiple of {CACHE_UNIT} positions, and this one has {length}"
+        else:
+            reason = kernel.why_missing() or kernel.why_not(
+                query, window=window, softcap=softcap, device=self.mesh.devices.flat[0],
+                sequences=slots // parts * (kv_heads // head_parts), length=length,
+            )  # fmt: skip
+        if reason:
+            _log_cached(f"{self.name} {reason}")
+        return not reason
+
+
 def _of_platform(platform: str) -> list[str]:
     """Kernels of a platform, the preferred first."""
     return [name for name, kernel in KERNELS.items() if kernel.platform == platform]
@@ -195,6 +261,18 @@ def choose_attention(name: AttentionName, mesh: Mesh) -> MeshAttention:
     )
 
 
+def choose_decoding(name: AttentionName, mesh: Mesh) -> MeshDecoding:
+    """Chooses the attention of decoding: the kernel of the mesh's devices, if the model's attention is a kernel.
+
+    Args:
+      name: the attention that was asked for; "dense" and "chunked" ask for plain XLA, here too.
+      mesh: the devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    found = [kernel for kernel, each in DECODING_KERNELS.items() if each.platform == platform]
+    return MeshDecoding(mesh, "cached" if name in ("dense", "chunked") or not found else found[0])
+
+
 def make_layout(
     mesh: Mesh,
     attention: AttentionName = "auto",
@@ -219,6 +297,7 @@ def make_layout(
         num_devices=mesh.size,
         row_parts=num_parts(mesh, _LENGTH),
         attention=kernel,
+        cached_attention=choose_decoding(attention, mesh),
         run_experts=MeshExperts(mesh),
         reduce_dtype=reduce_dtype,
         kept_logits=kept_logits,
@@ -236,3 +315,9 @@ def _log_fallback(chosen: str, reasons: str) -> None:
     if jax.process_index() == 0:
         cost = KERNELS[chosen].cost if chosen in KERNELS else COST_OF_CHUNKED
         logging.getLogger(__name__).warning("attention uses %r (%s), because %s", chosen, cost, reasons)
+
+
+@functools.cache
+def _log_cached(reason: str) -> None:
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).warning("decoding attention uses 'cached' (%s), because %s", COST_OF_CACHED, reason)

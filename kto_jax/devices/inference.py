@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from kto_jax.config import ConfigError, MeshConfig
-from kto_jax.devices.attention_on_mesh import choose_attention, make_layout
+from kto_jax.devices.attention_on_mesh import choose_attention, choose_decoding, make_layout
 from kto_jax.devices.chips import find_chip
 from kto_jax.devices.sharding import ACTIVATION_RULES, check_heads, make_mesh, mesh_shape, num_parts, shardings
 from kto_jax.models.config import TransformerConfig
@@ -67,8 +67,9 @@ def place_model(
         devices = "one" if found[0].platform == "cpu" else "all"
     how: dict[str, Any] = {"dtype": dtype, "remat": "none", "scalar_head": scalar_head}
     if devices == "one" or len(found) == 1:
-        attention = choose_attention("auto", make_mesh(MeshConfig(), found[:1]))
-        return Placed(Model.create(config, **how, layout=Layout(attention=attention)), None)
+        mesh = make_mesh(MeshConfig(), found[:1])
+        layout = Layout(attention=choose_attention("auto", mesh), cached_attention=choose_decoding("auto", mesh))
+        return Placed(Model.create(config, **how, layout=layout), None)
     mesh = make_mesh(_divide(Model.create(config, **how), dtype, found), found)
     model = Model.create(config, **how, layout=make_layout(mesh))
     return Placed(model, shardings(mesh, model.logical_axes(dtype), model.abstract_params(dtype)))

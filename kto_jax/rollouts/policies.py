@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from kto_jax.config import Config, ConfigError
+from kto_jax.config import Config, ConfigError, MeshConfig
 from kto_jax.data.tokens.prepare import prepare_tokenizer
 from kto_jax.data.tokens.prompts import rendering_of
 from kto_jax.data.tokens.tokenizer import tokenizing_worker
@@ -154,8 +154,8 @@ class Policies:
     def _model(self, architecture: TransformerConfig) -> Model:
         config = self.config.model
         settings = (config.attention, config.reduce_dtype, config.keep_logits)
-        own: Any = {} if self.mesh is None else {"layout": make_layout(self.mesh, *settings)}
-        return _create(architecture, config.dtype, **own)
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if self.mesh is None else self.mesh
+        return _create(architecture, config.dtype, layout=make_layout(mesh, *settings))
 
     @contextlib.contextmanager
     def _opened(self, model: Model, tokenizer: Path, load: Callable[[], Params]) -> Iterator[LanguageModel]:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array, Int, Key
 
+from kto_jax.models.attention.cached import CACHE_UNIT
 from kto_jax.models.model import Model, Params
 from kto_jax.models.transformer import CACHE_AXES, Cache
 from kto_jax.sampling.choose import Sampling, choose_tokens
@@ -119,10 +120,11 @@ class Slots:
         min_length: int = 0,
     ):
         self._model, self._params, self._mesh_wide = model, params, mesh_wide
-        self._max_length = -(-max_length // 64) * 64
         leaf = jax.tree.leaves(params)[0]
         on_cpu = next(iter(leaf.devices())).platform == "cpu"
         rows, self._chunk, shortest = _ON_CPU if on_cpu else _ON_ACCELERATOR
+        unit = 64 if on_cpu else CACHE_UNIT
+        self._max_length = -(-max_length // unit) * unit
         self._shortest = max(shortest, min_length)
         self._sharding = leaf.sharding if mesh_wide is None else mesh_wide
         self._num_prefixes = min(-(-rows // parts) * parts, num_slots)

@@ -19,10 +19,11 @@ import optax
 import pytest
 
 from kto_jax.config import MeshConfig
-from kto_jax.devices.attention_on_mesh import KERNELS, make_layout
+from kto_jax.devices.attention_on_mesh import DECODING_KERNELS, KERNELS, make_layout
 from kto_jax.devices.sharding import make_mesh, place_batch, shardings
 from kto_jax.losses import token_logps
 from kto_jax.models.attention.blockwise import blockwise_attention
+from kto_jax.models.attention.cached import cached_attention
 from kto_jax.models.attention.dense import dense_attention
 from kto_jax.models.model import Model
 from kto_jax.sampling.sample import Sampling, sample
@@ -103,6 +104,34 @@ def test_attention_is_that_of_the_cpu(kernel, dtype, head_dim, gemma):
     assert largest_difference(found, dense_on_cpu(head_dim, gemma), name, dtype) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("window", [None, 100], ids=["plain", "window"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("flash_decoding", "bfloat16"), ("cached", "bfloat16"), ("cached", "float32")]
+)
+def test_decoding_attention_is_that_of_the_cpu(kernel, dtype, head_dim, window):
+    random, slots, length = np.random.default_rng(head_dim), 6, 256 if REHEARSAL else 2048
+    query = random.standard_normal((slots, 1, 12, head_dim), np.float32)
+    key, value = random.standard_normal((2, slots, 4, length, head_dim), np.float32)
+    positions = np.linspace(0, length - 1, slots, dtype=np.int32)[:, None]
+    options = {"positions_BL": jnp.asarray(positions), "window": window}
+    with jax.default_device(CPU):
+        expected = jax.device_get(cached_attention(query, key, value, precision=HIGHEST, **options))
+    arrays = [jax.device_put(jnp.asarray(x, dtype), DEVICE) for x in (query, key, value)]
+    attend = partial(cached_attention, precision=HIGHEST if dtype == "float32" else None)
+    if kernel != "cached":
+        # A rehearsal asks about a Hopper.
+        card = type("Hopper", (), {"compute_capability": "9.0"}) if REHEARSAL else DEVICE
+        if reason := DECODING_KERNELS[kernel].why_not(
+            arrays[0], window=window, softcap=None, device=card, sequences=24, length=length
+        ):
+            pytest.skip(f"{kernel} {reason}")
+        attend = partial(DECODING_KERNELS[kernel].attend, **({"interpret": True} if REHEARSAL else {}))
+    found = jax.jit(partial(attend, **options))(*arrays)
+    name = f"decoding, {kernel}, heads of {head_dim}{', window' * (window is not None)}"
+    assert largest_difference(found, expected, name, dtype) < TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_log_probabilities_and_their_gradients_are_those_of_the_cpu(dtype):
     random = np.random.default_rng(0)
@@ -147,7 +176,7 @@ def test_a_step_is_that_of_the_cpu(dtype):
 def test_sampled_tokens_are_the_likeliest_of_the_cpu(dtype):
     params = parameters("float32")[1]
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11]]
-    model = Model.create(CONFIG, dtype=dtype)
+    model = Model.create(CONFIG, dtype=dtype, layout=make_layout(make_mesh(MeshConfig(), [DEVICE])))
     with jax.default_device(DEVICE):
         written = sample(
             model, jax.device_put(params, DEVICE), prompts, Sampling(temperature=0.0, max_new_tokens=12), eos_id=97,

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import scaled
 
+CACHE_UNIT = 128
+"""Kernels of decoding read a cache whose length is a multiple of this; on accelerators all lengths are."""
+
 
 def cached_attention(
     query_BLNH: Float[Array, "B L N H"],
