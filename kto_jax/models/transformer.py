@@ -21,7 +21,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from kto_jax.models.attention.cached import cached_attention
 from kto_jax.models.attention.dense import rotary_tables, rotate, sequence_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.experts import ExpertFeedForward
@@ -305,6 +304,7 @@ class Transformer(nnx.Module):
     ):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.constrain, self.packed_attention = layout.constrain, layout.attention
+        self.cached_attention = layout.cached_attention
         self.embed = Embedding(config, rngs=rngs)
         self.layers = Block(config, dtype=dtype, layout=layout, rngs=rngs)
         self.final_norm = _norm(config, (config.embed_dim,), ("embed",))
@@ -364,14 +364,19 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """Writes keys and values [B, L, K, H] to a layer's cache, and attends over it."""
         num_slots = kept[0].shape[2]
-        row_B1 = jnp.arange(len(positions_BL))[:, None]
-        # Padding's slot is past the end of the cache, where the scatter drops it.
-        slot_BL = jnp.where(positions_BL < 0, num_slots, positions_BL)
+        # Padding's slot is past the end of the cache, where the scatter drops it. Heads are indexed too: a scatter of
+        # all heads at once has a layout of its own on TPU, and the cache would be copied in every step.
+        row_B11 = jnp.arange(len(positions_BL))[:, None, None]
+        head_1K1 = jnp.arange(kept[0].shape[1])[None, :, None]
+        slot_B1L = jnp.where(positions_BL < 0, num_slots, positions_BL)[:, None, :]
         keys, values = (
-            self.constrain(old.at[row_B1, :, slot_BL].set(new, mode="drop"), CACHE_AXES)
+            self.constrain(
+                old.at[row_B11, head_1K1, slot_B1L].set(jnp.moveaxis(new, 2, 1), mode="drop", unique_indices=False),
+                CACHE_AXES,
+            )
             for old, new in zip(kept, (key, value), strict=True)
         )
-        cached = partial(cached_attention, positions_BL=positions_BL)
+        cached = partial(self.cached_attention, positions_BL=positions_BL)
         return self._attend(cached, is_local, num_slots, query, keys, values), (keys, values)
 
     def _is_local(self) -> Array | None:
