@@ -18,6 +18,12 @@ _INSTRUCTION = re.compile(
 )
 _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=(?:%?([\w.\-]+)|\{([^}]*)\})")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_PRODUCTS = {"call", "conditional", "convolution", "dot", "sort", "while"}
+"""Instructions that take time."""
+_FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+"""Custom calls that compute nothing."""
+_SMALL = 2**16
+"""Bytes of the result of a fusion up to which it takes no time worth counting: loop counters, norms."""
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REFUSALS = (
     re.compile(r"Used (?P<needed>[\d.]+)(?P<unit>[KMGT]?) of (?P<free>[\d.]+)(?P<free_unit>[KMGT]?) hbm"),
@@ -73,7 +79,8 @@ def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> lis
 
     The TPU compiler spreads a collective over several fusions with one `chain_id`, which count once. An all-reduce in a
     computation named all-reduce-scatter is a reduce-scatter: each device keeps a part of it. A collective overlaps with
-    computation if it is spread over fusions, or is asynchronous (its instruction ends in -start).
+    computation if it is spread over fusions, or is asynchronous (its instruction ends in -start) and the schedule
+    computes before it ends.
 
     Args:
       text: `compiled.as_text()`.
@@ -83,24 +90,67 @@ def find_collectives(text: str, *, num_devices: int, num_slices: int = 1) -> lis
     entry, computations = _read(text)
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
-    pending: list[tuple[str, tuple[int | None, ...]]] = [(entry, ())]
+    # A computation that a program runs, the loops around it, and whether the program computes while it runs.
+    pending: list[tuple[str, tuple[int | None, ...], bool]] = [(entry, (), False)]
     while pending:
-        name, loops = pending.pop()
-        for instruction in computations.get(name, {}).values():
+        name, loops, overlaps = pending.pop()
+        for own_name, instruction in computations.get(name, {}).items():
+            is_start = instruction.opcode.endswith("-start")
+            meanwhile = overlaps or (is_start and _computes_meanwhile(own_name, computations[name]))
             chain = _first(r'chain_id="(\d+)"', instruction.rest), _first(r"channel_id=(\d+)", instruction.rest)
             if not chain[0] or chain not in seen:
                 seen.add(chain)
-                found += _collective(instruction, name, loops, num_devices // num_slices, num_slices)
+                found += _collective(instruction, name, loops, num_devices // num_slices, num_slices, meanwhile)
             inside = loops
             if instruction.opcode == "while":
                 inside = (*loops, _trip_count(instruction, computations))
             if not instruction.opcode.endswith(("-done", "-update")):
-                pending += [(called, inside) for called in instruction.calls]
+                pending += [(called, inside, meanwhile) for called in instruction.calls]
     return found
 
 
+def _computes_meanwhile(name: str, computation: dict[str, _Instruction]) -> bool:
+    """Whether the schedule computes between the start of an asynchronous instruction and its end.
+
+    If it does not end in its computation, which is then the body of a loop, it ends in the loop's next round: at the
+    first end there that has no start.
+    """
+    names = list(computation)
+    place, starts = names.index(name), {name}
+    for other in names[place + 1 :]:
+        instruction = computation[other]
+        if instruction.opcode.endswith(("-done", "-update")) and starts & set(_operands(instruction)):
+            if instruction.opcode.endswith("-done"):
+                return False
+            starts.add(other)
+        elif _takes_time(instruction):
+            return True
+    for other in names[:place]:
+        instruction = computation[other]
+        if instruction.opcode.endswith("-done") and not any(
+            computation[start].opcode.endswith(("-start", "-update"))
+            for start in _operands(instruction)
+            if start in computation
+        ):
+            return False
+        if _takes_time(instruction):
+            return True
+    return False
+
+
+def _takes_time(instruction: _Instruction) -> bool:
+    if instruction.opcode == "custom-call":
+        return _first(r'custom_call_target="([^"]*)"', instruction.rest) not in _FREE_TARGETS
+    return instruction.opcode in _PRODUCTS or (instruction.opcode == "fusion" and _bytes(instruction.result) > _SMALL)
+
+
 def _collective(
-    instruction: _Instruction, computation: str, loops: tuple[int | None, ...], num_devices: int, num_slices: int
+    instruction: _Instruction,
+    computation: str,
+    loops: tuple[int | None, ...],
+    num_devices: int,
+    num_slices: int,
+    meanwhile: bool,
 ) -> list[Collective]:
     """The collective of an instruction, if it is one: within a slice or between slices."""
     kind = instruction.opcode.removesuffix("-start")
@@ -115,7 +165,7 @@ def _collective(
     payload = _payload(kind, instruction, size)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    overlaps = instruction.opcode.endswith("-start") or "chain_id=" in instruction.rest
+    overlaps = meanwhile or "chain_id=" in instruction.rest
     return [Collective(kind, loops, size, payload, False, overlaps)] if size > 1 else []
 
 

@@ -128,7 +128,7 @@ def test_a_group_of_one_device_is_no_collective():
 )
 def test_the_payload_is_that_of_the_whole_however_it_is_started(line, kind, payload):
     assert (only(line).kind, only(line).payload) == (kind, payload)
-    assert only(line).overlaps == ("-start" in line)
+    assert not only(line).overlaps
 
 
 def test_the_end_of_an_asynchronous_collective_is_not_counted_again():
@@ -143,6 +143,64 @@ ENTRY %main (p: f32[4]) -> f32[32] {
 }
 """
     assert len(find_collectives(text, num_devices=8)) == 1
+
+
+LARGE, SMALL = "f32[400,400]{1,0} fusion(%before), kind=kLoop", "s32[] fusion(%before), kind=kLoop"
+
+
+@pytest.mark.parametrize(
+    ("between", "overlaps"),
+    [
+        (LARGE, True), (SMALL, False), ("f32[4]{0} bitcast(%before)", False),
+        ('f32[400,400]{1,0} custom-call(), custom_call_target="AllocateBuffer"', False),
+        ('f32[4]{0} custom-call(%before), custom_call_target="tpu_custom_call"', True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["direct", "wrapped"])
+def test_a_collective_overlaps_only_if_the_schedule_computes_before_it_ends(form, between, overlaps):
+    started, ended = {
+        "direct": (
+            "((f32[4]{0}), f32[32]{0}) all-gather-start(%p), channel_id=1, replica_groups={}, dimensions={0}",
+            "f32[32]{0} all-gather-done(%s)",
+        ),
+        "wrapped": (
+            "((f32[4]{0}), f32[32]{0}, s32[]) async-start(%p), calls=%async", "f32[32]{0} async-done(%s), calls=%async"
+        ),
+    }[form]  # fmt: skip
+    text = f"""
+%async (q: f32[4]) -> f32[32] {{
+  ROOT %g = f32[32]{{0}} all-gather(%q), channel_id=1, replica_groups={{}}, dimensions={{0}}
+}}
+
+ENTRY %main (p: f32[4]) -> f32[32] {{
+  %before = {LARGE.replace("before", "p")}
+  %s = {started}
+  %between = {between}
+  %d = {ended}
+  %after = {LARGE}
+}}
+"""
+    assert [one.overlaps for one in find_collectives(text, num_devices=8)] == [overlaps]
+
+
+@pytest.mark.parametrize(("before_end", "after_start"), [(SMALL, SMALL), (LARGE, SMALL), (SMALL, LARGE)])
+def test_a_collective_that_ends_in_the_next_round_of_a_loop_overlaps_with_what_lies_between(before_end, after_start):
+    text = f"""
+%body (p: (f32[4])) -> (f32[32]) {{
+  %before = f32[32]{{0}} get-tuple-element(%p), index=0
+  %first = {before_end}
+  %d = f32[32]{{0}} all-gather-done(%before)
+  %middle = {LARGE}
+  %s = ((f32[4]{{0}}), f32[32]{{0}}) all-gather-start(%middle), channel_id=1, replica_groups={{}}, dimensions={{0}}
+  %last = {after_start}
+}}
+
+ENTRY %main (p: s32[]) -> s32[] {{
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={{"known_trip_count":{{"n":"5"}}}}
+}}
+"""
+    (found,) = find_collectives(text, num_devices=8)
+    assert found.overlaps == (LARGE in (before_end, after_start))
 
 
 def test_a_trip_count_that_the_compiler_noted_is_taken():
