@@ -53,11 +53,12 @@ _TOY_STEP = "benchmarks.device_step --out=OUT --steps=1"
 _ROWS = "--lengths 4096 --per-row=4"
 PARTS = {
     "correctness": Part(
-        "attention, head, step and sampling, by the tests marked gpu",
+        "attention, decoding, head, step and sampling, by the tests marked gpu",
         80,
         150,
         "pytest -q -n 0 -p no:cacheprovider -p no:warnings -m gpu tests/gpu",
-        "pytest -q -n 0 -p no:cacheprovider -p no:warnings -m gpu tests/gpu -k 64-plain or step or log_prob or sampled",
+        "pytest -q -n 0 -p no:cacheprovider -p no:warnings -m gpu tests/gpu -k 64-plain or plain-64 or step or "
+        "log_prob or sampled",
     ),
     "step_1b": Part(
         "KTO step of Llama-3.2-1B in full: packed rows of 4,096, 64 examples",
@@ -299,8 +300,12 @@ def _of_trl(figures: dict[str, Any]) -> str:
 
 
 def _of_head(figures: dict[str, Any]) -> str:
-    forms = ((name, figures[name]) for name in ("chunked", "dense"))
-    return "; ".join(f"{name}: {one['milliseconds']:.1f} ms, {one['mebibytes']:,.0f} MiB" for name, one in forms)
+    texts = []
+    for shape in figures.values():
+        for name, one in shape["contenders"].items():
+            text = one.get("error") or f"{one['milliseconds']:.1f} ms, {one['megabytes']:,.0f} MB"
+            texts.append(f"{name}: {text}")
+    return "; ".join(texts)
 
 
 def _of_decoding(figures: dict[str, Any]) -> str:

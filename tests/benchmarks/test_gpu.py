@@ -18,7 +18,11 @@ FIGURES = {
             }
         ]
     },
-    "head": {name: {"milliseconds": 60.0, "mebibytes": 3000.0} for name in ("chunked", "dense")},
+    "head": {
+        "a shape": {
+            "contenders": {"kept": {"milliseconds": 60.0, "megabytes": 3000.0}, "dense": {"error": "out of memory"}}
+        }
+    },
     "decode": {"summary": {"16": {"kto_jax": 200.0, "transformers": 100.0, "ratio": 2.0}}},
     "trl": {
         "random": {"summary": {"trl": {"tokens_per_second": 9.0, "peak_bytes": 2**30, "ratio": 2.0}}, "failed": {}}
@@ -50,7 +54,11 @@ def test_parts_with_figures_are_skipped_and_all_are_in_the_table(taken, monkeypa
     table = (tmp_path / "gpu.md").read_text()
     assert "500 tokens/s, MFU 25.0% of the published peak, 1.00 GiB, mosaic" in table
     assert "float32: 1 comparisons, at most 1.0e-06 (a step)" in table
-    assert "chunked: 60.0 ms" in table and "ratio 2.00" in table and "kto_jax by it 2.00" in table
+    assert (
+        "kept: 60.0 ms, 3,000 MB; dense: out of memory" in table
+        and "ratio 2.00" in table
+        and "kto_jax by it 2.00" in table
+    )
     taken.clear()
     run(monkeypatch, tmp_path, "--rehearse", "--parts", "head", "step_8b")
     assert taken == ["step_8b"] and "head: figures are there already" in capsys.readouterr().out
