@@ -16,6 +16,7 @@ import numpy as np
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches.packing import num_slots
+from kto_jax.devices.compilation import compiler_options
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
@@ -242,17 +243,33 @@ def count_work(model: Model, objective: Objective, lengths: Lengths, *, precompu
     return float(figures["tokens"]), float(figures["flops"])
 
 
-def compile_step(config: Config, task: Task, topology: Topology, lengths: Lengths) -> CompiledStep:
+def compile_step(
+    config: Config, task: Task, topology: Topology, lengths: Lengths, options: Mapping[str, Any] | None = None
+) -> CompiledStep:
     """Compiles the step that training would take if every example had these lengths.
+
+    Args:
+      config: the run.
+      task: what is trained.
+      topology: the devices.
+      lengths: of the examples.
+      options: of the compiler; None for those of a run.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
     """
-    return compile_for(config, task, topology, assumed_shape(config, task.objective, lengths), lengths)
+    shape = assumed_shape(config, task.objective, lengths)
+    return compile_for(config, task, topology, shape, lengths, options=options)
 
 
 def compile_for(
-    config: Config, task: Task, topology: Topology, shape: Shape, lengths: Lengths, num_steps: int = _NUM_STEPS
+    config: Config,
+    task: Task,
+    topology: Topology,
+    shape: Shape,
+    lengths: Lengths,
+    num_steps: int = _NUM_STEPS,
+    options: Mapping[str, Any] | None = None,
 ) -> CompiledStep:
     """Compiles the step that training takes for batches of a shape.
 
@@ -263,6 +280,7 @@ def compile_for(
       shape: of the batches.
       lengths: of the examples, for the count of work.
       num_steps: of the run; a constant in the program.
+      options: of the compiler; None for those of a run.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
@@ -277,7 +295,9 @@ def compile_for(
     trees = {"policy": state.policy, "reference": state.reference, "moments": state.opt_state, "batch": batch}
     parts = {name: device_bytes(tree) for name, tree in trees.items()}
     started = time.perf_counter()
-    arguments, temporaries, refusal, collectives = _compile(jit_train_step(recipe), state, batch, parts, topology)
+    arguments, temporaries, refusal, collectives = _compile(
+        jit_train_step(recipe), state, batch, parts, topology, options
+    )
     seconds = time.perf_counter() - started
     tokens, flops = count_work(model, objective, lengths, precomputed=precomputed)
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
@@ -328,12 +348,19 @@ def _gradient_bytes(config: Config, layers: Any, mesh: Mapping[str, int]) -> flo
 
 
 def _compile(
-    step: Any, state: Any, batch: Any, parts: dict[str, int], topology: Topology
+    step: Any,
+    state: Any,
+    batch: Any,
+    parts: dict[str, int],
+    topology: Topology,
+    options: Mapping[str, Any] | None,
 ) -> tuple[int | None, int, str, list[Collective]]:
     """Bytes of arguments and temporaries, the compiler's refusal if it refused, and the collectives."""
     lowered = step.lower(state, batch)
+    if options is None:
+        options = compiler_options(topology.devices[0].platform)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(dict(options))
     except jax.errors.JaxRuntimeError as error:
         message = str(error).splitlines()[0]
         sizes = refused_bytes(str(error))
