@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--model", default="llama_3_2_1b", help="a folder of configs/architectures")
+    parser.add_argument("--layers", type=int, default=0, help="of the model, fewer than it has; 0 for all")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--sets", nargs="*", default=[], help="none, run, NAME=VALUE,NAME=VALUE; default: each alone")
@@ -133,8 +134,11 @@ def main() -> None:
             named[text] = {key: _value(value) for key, _, value in (part.partition("=") for part in text.split(","))}
     config = make_config(options, topology)
     task = read_task(config)
+    if options.layers:
+        task = dataclasses.replace(task, architecture=dataclasses.replace(task.architecture, num_layers=options.layers))
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    run = f"{options.model} {options.topology} tensor={options.tensor} microbatches={options.microbatches}"
+    settings = {name: getattr(options, name) for name in ("layers", "tensor", "microbatches")}
+    run = " ".join([options.model, options.topology, *(f"{name}={value}" for name, value in settings.items())])
     found = kept.setdefault(run, {"jax": jax.__version__, "sets": {}})["sets"]
     table = Table("options", "GiB", "GiB sent", "exposed", "s of links", "exposed", "compile, s", title=run)
     for name in options.sets or named:

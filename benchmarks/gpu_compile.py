@@ -30,7 +30,7 @@ import jax
 import jax.extend.backend
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from kto_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.devices.attention_on_mesh import choose_attention, choose_decoding
@@ -77,11 +77,13 @@ def open_card(name: str, count: int = 1) -> Topology:
 
 @contextlib.contextmanager
 def as_default_device(device: jax.Device) -> Iterator[None]:
-    """tokamax asks which card is the default before it chooses a kernel."""
+    """tokamax asks which card is the default before it chooses a kernel, and Triton's lowering what its kind is."""
     usual = jax.extend.backend.get_default_device
     jax.extend.backend.get_default_device = lambda: device
+    kind = AbstractDevice(device.device_kind, None, "gpu")
     try:
-        yield
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+            yield
     finally:
         jax.extend.backend.get_default_device = usual
 

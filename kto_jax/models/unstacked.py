@@ -67,7 +67,7 @@ def transpose_layers(params: dict[str, Any]) -> dict[str, Any]:
     Matrices with adapters, quantised ones, routers and experts are not transposed.
 
     Args:
-      params: stacked parameters, which lose their layers: each stack is freed when it is taken apart, so that no room is
+      params: stacked parameters, which lose their layers: each stack is freed when it is taken apart, so no room is
         needed for all layers twice.
     """
     on_cpu = _are_views_possible(params["layers"])
