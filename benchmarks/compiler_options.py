@@ -1,11 +1,11 @@
 """What XLA's options change in the compiled training step: memory, communication, and the part that nothing hides.
 
     python -m benchmarks.compiler_options --topology=v5e:4x4                        # every option alone, beside none
-    python -m benchmarks.compiler_options --topology=v5p:4x4x4 --model=llama_3_1_8b --sets none run
+    python -m benchmarks.compiler_options --topology=v5p:4x4x4 --model=llama_3_1_8b --sets none
     python -m benchmarks.compiler_options --topology=8*h100                          # needs jax-cuda13-plugin
 
-Nothing runs: TPUs and GPUs are described to the compiler. "run" is what a run uses (`compilation.COMPILER_OPTIONS`). A
-collective is exposed if the schedule computes nothing while it runs.
+Nothing runs: TPUs and GPUs are described to the compiler. A collective is exposed if the schedule computes nothing
+while it runs. docs/performance.md says what was found: no option changed the program, so runs set none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ReferenceConfig
-from kto_jax.devices.compilation import COMPILER_OPTIONS
 from kto_jax.planning.compile_step import CompiledStep, Lengths, compile_step, read_task
 from kto_jax.planning.hlo import summarize
 from kto_jax.planning.report import find_bounds
@@ -48,7 +47,6 @@ TRIED: dict[str, tuple[dict[str, bool | int], ...]] = {
     "gpu": (
         {"xla_gpu_enable_latency_hiding_scheduler": True},
         {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_pipelined_all_gather": True},
-        {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_pipelined_reduce_scatter": True},
         {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_pipelined_all_reduce": True},
         {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_while_loop_double_buffering": True},
         {"xla_gpu_all_reduce_combine_threshold_bytes": 2**28},
@@ -121,13 +119,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="of the model, fewer than it has; 0 for all")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--sets", nargs="*", default=[], help="none, run, NAME=VALUE,NAME=VALUE; default: each alone")
+    parser.add_argument("--sets", nargs="*", default=[], help="none, or NAME=VALUE,NAME=VALUE; default: each alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "compiler_options.json")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     topology = open_devices(options.topology)
     platform = topology.devices[0].platform
-    named: dict[str, dict[str, Any]] = {"none": {}, "run": COMPILER_OPTIONS.get(platform, {})}
+    named: dict[str, dict[str, Any]] = {"none": {}}
     named |= {",".join(f"{key}={value}" for key, value in each.items()): each for each in TRIED[platform]}
     for text in options.sets:
         if text not in named:

@@ -77,10 +77,10 @@ def open_card(name: str, count: int = 1) -> Topology:
 
 @contextlib.contextmanager
 def as_default_device(device: jax.Device) -> Iterator[None]:
-    """tokamax asks which card is the default before it chooses a kernel, and Triton's lowering what its kind is."""
+    """tokamax asks which device is the default before it chooses a kernel, and Pallas what its kind is."""
     usual = jax.extend.backend.get_default_device
     jax.extend.backend.get_default_device = lambda: device
-    kind = AbstractDevice(device.device_kind, None, "gpu")
+    kind = AbstractDevice(device.device_kind, getattr(device, "num_cores", None), device.platform)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
             yield

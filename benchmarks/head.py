@@ -141,20 +141,19 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def compile_only(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Compiles the contenders for a described device: memory alone."""
-    if options.compile_for in ("h100", "h200"):
-        from benchmarks import gpu_compile
+    from benchmarks import gpu_compile
 
+    if options.compile_for in ("h100", "h200"):
         topology = gpu_compile.open_card(options.compile_for)
-        context = gpu_compile.as_default_device(topology.devices[0])
     else:
-        topology, context = open_topology(options.compile_for), contextlib.nullcontext()
+        topology = open_topology(options.compile_for)
     device = topology.devices[0]
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
         jax.eval_shape(lambda: make_arguments(options)),
     )
     rows: dict[str, dict[str, Any]] = {}
-    with context:
+    with gpu_compile.as_default_device(device):
         for name, logps in contenders(device.platform).items():
             start = time.perf_counter()
             try:

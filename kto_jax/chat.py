@@ -28,6 +28,7 @@ from kto_jax.config.packages import require
 from kto_jax.config.ranges import Count, Precision, Range
 from kto_jax.config.recipes import find
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.thumbs.asking import Models
 from kto_jax.thumbs.endpoint import open_endpoint
 from kto_jax.thumbs.models import Answering, LocalModels, Settings, reference_of
@@ -148,6 +149,7 @@ def _open_models(options: Options) -> Iterator[tuple[Models, Callable[[Path], An
         yield Models({"endpoint": open_endpoint(options.endpoint, options.endpoint_model)}), None
         return
     keep_compiled()
+    use_most_gpu_memory()
     with LocalModels(dtype=options.dtype, chat_template=options.chat_template) as local:
         policy = local.open(options.model)
         models: dict[str, Answering] = {"policy": policy}

@@ -32,6 +32,7 @@ from kto_jax.config.packages import is_installed, require
 from kto_jax.config.ranges import Count, NotNegative, Positive, Precision, Range, Seed
 from kto_jax.data.tokens.transcript import read_turns
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.devices.inference import Devices, report_devices
 from kto_jax.evaluation.alpaca_eval import align, is_outputs, read_outputs, write_annotations, write_outputs
 from kto_jax.evaluation.completions import Answer, Task, answer, measure_divergence, same_tokens
@@ -121,6 +122,7 @@ def evaluate(options: Options) -> int:
     prices = _check(options)
     out = Path(options.out or (Path(options.run) / "evaluation" if options.run else "evaluation"))
     keep_compiled()
+    use_most_gpu_memory()
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(contextlib.ExitStack())
         progress = shown.enter_context(show_progress(logs=True))

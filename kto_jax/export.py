@@ -19,6 +19,7 @@ from typing import Literal
 from kto_jax.command import FINISHED, run_command
 from kto_jax.config import ConfigError
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.exports.checkpoint import Exported, export_checkpoint
 from kto_jax.exports.gguf_file import write_gguf
 from kto_jax.exports.push import push_folder
@@ -76,6 +77,7 @@ def export(options: Options) -> int:
             "Take one of the two out."
         )
     keep_compiled()
+    use_most_gpu_memory()
     if options.gguf:
         folder = _export_gguf(run, to, options)
     else:

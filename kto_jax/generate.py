@@ -30,6 +30,7 @@ from kto_jax.command import FINISHED, run_command, visible
 from kto_jax.config import ConfigError
 from kto_jax.config.ranges import Count, Precision, Range, Seed, Share
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.devices.inference import Devices, report_devices
 from kto_jax.progress import console, next_lines, show_progress
 from kto_jax.sampling.complete import Completion, Prompt, complete, is_prompt, open_language_model, with_adapters
@@ -181,6 +182,7 @@ def generate(options: Options) -> int:
     adapters = read_names(options.adapter)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.max_new_tokens)
     keep_compiled()
+    use_most_gpu_memory()
     # Standard output is for completions; messages go to standard error.
     with contextlib.redirect_stdout(sys.stderr), show_progress() as progress:
         progress.start("reading the model")

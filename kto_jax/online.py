@@ -37,6 +37,7 @@ from kto_jax.data.tokens.tokenizer import encode_prompts
 from kto_jax.data.workers import keep_workers
 from kto_jax.devices import processes
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.models.heads import SCALAR_HEAD, TOWER
 from kto_jax.models.model import Model, Params
 from kto_jax.objectives import Objective
@@ -92,6 +93,7 @@ def train_online(options: Options, command: str, preemption: Preemption) -> int:
     prompts, held_out = read_prompts(options.config.data)
     folder = Path(options.workdir)
     keep_compiled()
+    use_most_gpu_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(keep_workers())
         rewards = processes.on_first(lambda: stack.enter_context(open_rewards(options.reward))) or []

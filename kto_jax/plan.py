@@ -23,6 +23,7 @@ from rich.console import Console
 from kto_jax.command import run_command
 from kto_jax.config import Config, ConfigError
 from kto_jax.config.ranges import Positive, Range
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.planning.compile_step import Lengths, compile_step, read_task
 from kto_jax.planning.report import as_dict, show, show_ladder
 from kto_jax.planning.rows_that_fit import plan_rows
@@ -69,6 +70,7 @@ def plan(given: Options) -> int:
     config = given.config
     lengths = _lengths(given)
     task = read_task(config)
+    use_most_gpu_memory()
     if given.topology != LOCAL:
         # libtpu would otherwise claim this machine's chips, perhaps from a run.
         jax.config.update("jax_platforms", "cpu")

@@ -26,6 +26,7 @@ from kto_jax.data.rows import files
 from kto_jax.data.rows.rejection import Rejection
 from kto_jax.data.rows.sources import sources_of
 from kto_jax.devices.compilation import keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.devices.inference import Devices, report_devices
 from kto_jax.progress import show_progress
 from kto_jax.rewards.reward_model import completions_to_score, open_reward_model, score_records, score_rows
@@ -104,6 +105,7 @@ def score(options: Options) -> int:
     feedback = options.config.data if options.config else None
     found, out = _check_files(options, feedback), Path(options.out)
     keep_compiled()
+    use_most_gpu_memory()
     counts = {"scored": 0, "rejected": 0}
     with show_progress() as progress:
         progress.start("reading the model")

@@ -35,6 +35,7 @@ from kto_jax.devices import processes
 from kto_jax.devices.attention_on_mesh import choose_attention
 from kto_jax.devices.chips import peak_flops
 from kto_jax.devices.compilation import Program, keep_compiled
+from kto_jax.devices.gpu_memory import use_most_gpu_memory
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.model import Model
 from kto_jax.models.weights.load import is_multimodal
@@ -105,6 +106,7 @@ def train(
     started, start = time.monotonic(), start or Start()
     check_trackers(config.trackers)
     keep_compiled()
+    use_most_gpu_memory()
     processes.join(config.processes)
     console.quiet = not processes.is_first()
     compare_config(config)

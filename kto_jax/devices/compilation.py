@@ -5,9 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import hashlib
-import os
 import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +17,6 @@ from kto_jax.storage.folders import cache_directory
 
 _LARGEST_CACHE = 16 * 2**30
 """Bytes of cached programs; the least recently used are deleted first."""
-COMPILER_OPTIONS: dict[str, dict[str, bool]] = {"tpu": {}, "gpu": {}}
-"""XLA's options of the training step, by platform: see docs/performance.md."""
-
-
-def compiler_options(platform: str) -> dict[str, bool]:
-    """XLA's options for a platform's programs, without those that XLA_FLAGS or LIBTPU_INIT_ARGS set.
-
-    All processes of a run must have equal variables, or they compile different programs.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flags and not flags.lstrip().startswith("-"):
-        flags = Path(flags).read_text()  # XLA reads such a file.
-    given = set(re.findall(r"(?:^|\s)--?(?:no)?(xla_\w+)", f"{flags} {os.environ.get('LIBTPU_INIT_ARGS', '')}"))
-    return {name: value for name, value in COMPILER_OPTIONS.get(platform, {}).items() if name not in given}
 
 
 def keep_compiled() -> None:
@@ -109,17 +93,10 @@ class Program:
         return self._programs[shapes](state, batch)
 
     def _compile(self, state: Any, batch: Any) -> None:
-        lowered = self._function.lower(state, batch)
-        self._programs[_shapes(batch)] = lowered.compile(compiler_options(_platform_of(state)))
+        self._programs[_shapes(batch)] = self._function.lower(state, batch).compile()
         give_back_memory()
 
 
 def _shapes(batch: Any) -> Any:
     leaves, structure = jax.tree.flatten(batch)
     return structure, tuple(leaf.shape for leaf in leaves)
-
-
-def _platform_of(state: Any) -> str:
-    """The platform of the devices that hold a state, or of the default device."""
-    sharding = getattr(jax.tree.leaves(state)[0], "sharding", None)
-    return next(iter(sharding.device_set)).platform if sharding else jax.default_backend()
