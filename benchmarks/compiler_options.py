@@ -5,7 +5,7 @@
     python -m benchmarks.compiler_options --topology=8*h100                          # needs jax-cuda13-plugin
 
 Nothing runs: TPUs and GPUs are described to the compiler. A collective is exposed if the schedule computes nothing
-while it runs. docs/performance.md says what was found: no option changed the program, so runs set none.
+while it runs. "run" is what a run sets (`compilation.COMPILER_OPTIONS`), "none" what the compiler does without.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kto_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ReferenceConfig
+from kto_jax.devices.compilation import COMPILER_OPTIONS
 from kto_jax.planning.compile_step import CompiledStep, Lengths, compile_step, read_task
 from kto_jax.planning.hlo import summarize
 from kto_jax.planning.report import find_bounds
@@ -119,13 +120,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="of the model, fewer than it has; 0 for all")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--sets", nargs="*", default=[], help="none, or NAME=VALUE,NAME=VALUE; default: each alone")
+    parser.add_argument("--sets", nargs="*", default=[], help="none, run, NAME=VALUE,NAME=VALUE; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "compiler_options.json")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     topology = open_devices(options.topology)
     platform = topology.devices[0].platform
-    named: dict[str, dict[str, Any]] = {"none": {}}
+    named: dict[str, dict[str, Any]] = {"none": {}, "run": COMPILER_OPTIONS.get(platform, {})}
     named |= {",".join(f"{key}={value}" for key, value in each.items()): each for each in TRIED[platform]}
     for text in options.sets:
         if text not in named:

@@ -32,6 +32,7 @@ from kto_jax.config import Config, ModelConfig, OptimizerConfig, ReferenceConfig
 from kto_jax.data.batches.packing import RowLimits
 from kto_jax.data.batches.schedule import Order, Schedule
 from kto_jax.devices.chips import peak_flops
+from kto_jax.devices.compilation import compile_lowered
 from kto_jax.devices.sharding import place_batch, shardings
 from kto_jax.models.quantised import cast_params
 from kto_jax.models.weights.load import read_config
@@ -76,7 +77,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         batch = place_batch(mesh, schedule.batch(number))
         start = time.perf_counter()
         if program is None:
-            program = step.lower(state, batch).compile()
+            program = compile_lowered(step.lower(state, batch), device.platform)
             start, compile_seconds = time.perf_counter(), time.perf_counter() - start
         state, figures = jax.block_until_ready(program(state, batch))
         seconds.append(time.perf_counter() - start)

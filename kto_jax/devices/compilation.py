@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import functools
 import hashlib
+import logging
+import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,52 @@ from kto_jax.storage.folders import cache_directory
 
 _LARGEST_CACHE = 16 * 2**30
 """Bytes of cached programs; the least recently used are deleted first."""
+COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
+}
+"""XLA's options of the training step, by platform. On v5p devices would otherwise wait for every collective; none of
+these has an effect alone. GPUs need none: see docs/performance.md."""
+
+
+def compiler_options(platform: str) -> dict[str, bool]:
+    """XLA's options for a platform's programs, without those that XLA_FLAGS or LIBTPU_INIT_ARGS set.
+
+    All processes of a run must have equal variables, or they compile different programs.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags and not flags.lstrip().startswith("-"):
+        flags = Path(flags).read_text()  # XLA reads such a file.
+    given = set(re.findall(r"(?:^|\s)--?(?:no)?(xla_\w+)", f"{flags} {os.environ.get('LIBTPU_INIT_ARGS', '')}"))
+    return {name: value for name, value in COMPILER_OPTIONS.get(platform, {}).items() if name not in given}
+
+
+def compile_lowered(lowered: Any, platform: str) -> Any:
+    """Compiles a lowered program with its platform's options; those that this compiler does not know are left out."""
+    options = compiler_options(platform)
+    while True:
+        try:
+            return lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if unknown is None or options.pop(unknown[1], None) is None:
+                raise
+            _log_unknown(unknown[1])
+
+
+@functools.cache
+def _log_unknown(name: str) -> None:
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).warning(
+            "compiled without %s, which this compiler does not know: collectives may overlap less with products", name
+        )
 
 
 def keep_compiled() -> None:
@@ -93,10 +143,17 @@ class Program:
         return self._programs[shapes](state, batch)
 
     def _compile(self, state: Any, batch: Any) -> None:
-        self._programs[_shapes(batch)] = self._function.lower(state, batch).compile()
+        lowered = self._function.lower(state, batch)
+        self._programs[_shapes(batch)] = compile_lowered(lowered, _platform_of(state))
         give_back_memory()
 
 
 def _shapes(batch: Any) -> Any:
     leaves, structure = jax.tree.flatten(batch)
     return structure, tuple(leaf.shape for leaf in leaves)
+
+
+def _platform_of(state: Any) -> str:
+    """The platform of the devices that hold a state, or of the default device."""
+    sharding = getattr(jax.tree.leaves(state)[0], "sharding", None)
+    return next(iter(sharding.device_set)).platform if sharding else jax.default_backend()

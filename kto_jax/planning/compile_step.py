@@ -16,6 +16,7 @@ import numpy as np
 
 from kto_jax.config import Config, ConfigError
 from kto_jax.data.batches.packing import num_slots
+from kto_jax.devices.compilation import compile_lowered
 from kto_jax.devices.sharding import abstract_batch, check_lengths
 from kto_jax.models.config import TransformerConfig
 from kto_jax.models.model import Model
@@ -252,7 +253,7 @@ def compile_step(
       task: what is trained.
       topology: the devices.
       lengths: of the examples.
-      options: of the compiler, to try them; a run sets none.
+      options: of the compiler; None for those of a run.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
@@ -279,7 +280,7 @@ def compile_for(
       shape: of the batches.
       lengths: of the examples, for the count of work.
       num_steps: of the run; a constant in the program.
-      options: of the compiler, to try them; a run sets none.
+      options: of the compiler; None for those of a run.
 
     Raises:
       ConfigError: mesh, rows or model do not fit together.
@@ -356,8 +357,9 @@ def _compile(
 ) -> tuple[int | None, int, str, list[Collective]]:
     """Bytes of arguments and temporaries, the compiler's refusal if it refused, and the collectives."""
     lowered = step.lower(state, batch)
+    platform = topology.devices[0].platform
     try:
-        compiled = lowered.compile(dict(options) if options else None)
+        compiled = compile_lowered(lowered, platform) if options is None else lowered.compile(dict(options))
     except jax.errors.JaxRuntimeError as error:
         message = str(error).splitlines()[0]
         sizes = refused_bytes(str(error))

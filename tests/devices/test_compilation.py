@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kto_jax.devices.compilation import Program, give_back_memory, keep_compiled
+from kto_jax.devices import compilation
+from kto_jax.devices.compilation import Program, compiler_options, give_back_memory, keep_compiled
 from kto_jax.storage.folders import cache_directory
 
 SCRIPT = """
@@ -152,3 +153,58 @@ def test_freed_memory_goes_back_to_the_system():
     give_back_memory()
     assert kept - private_kib() > 50_000
     assert above
+
+
+@pytest.fixture
+def options_of_cpus(monkeypatch):
+    monkeypatch.setitem(compilation.COMPILER_OPTIONS, "cpu", {"xla_one": True, "xla_another": True})
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "libtpu_flags", "left"),
+    [
+        ("", "", {"xla_one": True, "xla_another": True}),
+        ("--xla_other=1 --xla_one=false", "", {"xla_another": True}),
+        ("", "-xla_another --xla_onerous=1", {"xla_one": True}),
+        ("--noxla_one", "--xla_another=true", {}),
+    ],
+)
+def test_options_that_the_user_sets_stay_the_users(flags, libtpu_flags, left, options_of_cpus, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", libtpu_flags)
+    assert compiler_options("cpu") == left and compiler_options("gpu") == {}
+
+
+def test_flags_in_a_file_are_the_users_too(options_of_cpus, monkeypatch, tmp_path):
+    (tmp_path / "flags").write_text("--xla_other=1\n--xla_one=false\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    assert compiler_options("cpu") == {"xla_another": True}
+
+
+def test_a_program_is_compiled_with_its_platforms_options(monkeypatch):
+    given = []
+    function, _ = count_traces()
+    program = Program(function)
+    monkeypatch.setattr(compilation, "compiler_options", lambda platform: given.append(platform) or {})
+    assert program(jnp.ones(()), jnp.ones(4)) == 5 and given == ["cpu"]
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out_and_named_once(options_of_cpus, caplog):
+    compilation._log_unknown.cache_clear()
+    function, _ = count_traces()
+    program = Program(function)
+    assert [program(jnp.ones(()), jnp.ones(size)) for size in (4, 5)] == [5, 6]
+    assert sorted(message.split(",")[0] for message in caplog.messages) == [
+        "compiled without xla_another", "compiled without xla_one",
+    ]  # fmt: skip
+
+
+def test_other_errors_of_the_compiler_are_raised(options_of_cpus):
+    class Lowered:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory"):
+        compilation.compile_lowered(Lowered(), "cpu")
