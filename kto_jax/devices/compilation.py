@@ -33,7 +33,7 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
     },
 }
 """XLA's options of the training step, by platform. On v5p devices would otherwise wait for every collective; none of
-these has an effect alone. GPUs need none: see docs/performance.md."""
+these has an effect alone. GPUs need none: see docs/scale.md."""
 
 
 def compiler_options(platform: str) -> dict[str, bool]:

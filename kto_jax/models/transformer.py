@@ -370,10 +370,7 @@ class Transformer(nnx.Module):
         head_1K1 = jnp.arange(kept[0].shape[1])[None, :, None]
         slot_B1L = jnp.where(positions_BL < 0, num_slots, positions_BL)[:, None, :]
         keys, values = (
-            self.constrain(
-                old.at[row_B11, head_1K1, slot_B1L].set(jnp.moveaxis(new, 2, 1), mode="drop", unique_indices=False),
-                CACHE_AXES,
-            )
+            self.constrain(old.at[row_B11, head_1K1, slot_B1L].set(jnp.moveaxis(new, 2, 1), mode="drop"), CACHE_AXES)
             for old, new in zip(kept, (key, value), strict=True)
         )
         cached = partial(self.cached_attention, positions_BL=positions_BL)
