@@ -32,7 +32,7 @@ def forgotten_fallbacks():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernel of GPUs, which accepts any dtype and counts its calls here."""
+    """The kernel of GPUs, which accepts any dtype, reads caches from 256 positions on, and counts its calls here."""
     calls = []
 
     def attend(*arrays, **options):
@@ -41,6 +41,7 @@ def interpreted(monkeypatch):
 
     kernel = DECODING_KERNELS["flash_decoding"]._replace(attend=attend, why_not=lambda *_, **options: "")
     monkeypatch.setitem(DECODING_KERNELS, "flash_decoding", kernel)
+    monkeypatch.setattr(attention_on_mesh, "SHORTEST_CACHE", 256)
     return calls
 
 
@@ -50,7 +51,7 @@ def mesh_of(platform, **device):
     )
 
 
-def draw(slots, length=1024, tokens=1):
+def draw(slots, length=256, tokens=1):
     random = np.random.default_rng(0)
     query = random.standard_normal((slots, tokens, 8, 64), np.float32)
     key, value = random.standard_normal((2, slots, 2, length, 64), np.float32)
@@ -105,7 +106,7 @@ def test_slots_and_heads_on_several_devices_attend_as_on_one_and_ask_no_other_de
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     spec, cache = (PartitionSpec(("data", "fsdp"), *axes) for axes in ((None, "tensor"), ("tensor",)))
     shardings = tuple(NamedSharding(mesh, each) for each in (spec, cache, cache, PartitionSpec(("data", "fsdp"))))
-    arrays, positions = draw(8), jnp.asarray([[-1], [0], [7], [99], [100], [511], [512], [1023]])
+    arrays, positions = draw(8), jnp.asarray([[-1], [0], [7], [99], [100], [127], [128], [255]])
     decoding = MeshDecoding(mesh, "flash_decoding")
 
     def attend(query, key, value, positions):
@@ -122,7 +123,7 @@ def test_slots_and_heads_on_several_devices_attend_as_on_one_and_ask_no_other_de
 
 def test_prefill_short_caches_and_slots_that_devices_cannot_share_read_the_whole_cache(interpreted, caplog):
     decoding = MeshDecoding(make_mesh(MeshConfig(data=8)), "flash_decoding")
-    for arrays in (draw(8, tokens=2), draw(8, length=512), draw(3)):
+    for arrays in (draw(8, tokens=2), draw(8, length=128), draw(3)):
         positions = jnp.broadcast_to(jnp.arange(arrays[0].shape[1], dtype=jnp.int32), arrays[0].shape[:2])
         np.testing.assert_array_equal(
             decoding(*arrays, positions_BL=positions), cached_attention(*arrays, positions_BL=positions)

@@ -13,9 +13,8 @@ from kto_jax.models.attention.flash_decoding import flash_decoding, splits_and_b
 from kto_jax.models.attention.paged import page_size, paged_attention
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# Idle, the first token, in the first part of the cache, around the ends of a part and of a page, and at the very end.
-PLACES = (-1, 0, 7, 127, 128, 511, 512)
-LENGTHS = (1024, 1152)
+# Idle, the first token, around the ends of a part and of a page; then the last position of the cache.
+PLACES = (-1, 0, 127, 128)
 
 
 def draw(length, heads=6, kv_heads=2, head_dim=128, dtype=np.float32):
@@ -51,20 +50,20 @@ def check(attend, arrays, positions, atol, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.7}], ids=["plain", "softcap"])
-@pytest.mark.parametrize(("heads", "length"), [(2, 1024), (6, 1152), (16, 1024)])
+@pytest.mark.parametrize(("heads", "length"), [(2, 384), (6, 256), (16, 384)])
 def test_paged_attention_is_that_over_the_whole_cache(heads, length, options):
     check(by_paged, *draw(length, heads=heads), 1e-5, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 140, "scale": 0.7}, {"window": 1}], ids=["plain", "window", "one"])
-@pytest.mark.parametrize(("heads", "length"), [(2, 1024), (6, 1152), (40, 1024)])
+@pytest.mark.parametrize(("heads", "length"), [(2, 256), (40, 384)])
 def test_flash_decoding_is_attention_over_the_whole_cache(heads, length, options):
     check(BY_FLASH, *draw(length, heads=heads, head_dim=64), 1e-5, **options)
 
 
 @pytest.mark.parametrize("attend", [BY_FLASH, by_paged], ids=["flash", "paged"])
 def test_keys_after_the_current_token_have_no_weight(attend):
-    (query, key, value), positions = draw(1024)
+    (query, key, value), positions = draw(384)
     unseen = np.arange(key.shape[2])[None, :] > np.asarray(positions)
     spoilt = [jnp.where(unseen[:, None, :, None], 1e9, x) for x in (key, value)]
     clean, dirty = (attend(query, *cache, positions_BL=positions) for cache in ((key, value), spoilt))
@@ -73,15 +72,15 @@ def test_keys_after_the_current_token_have_no_weight(attend):
 
 @pytest.mark.parametrize("attend", [BY_FLASH, by_paged], ids=["flash", "paged"])
 def test_a_position_beyond_the_cache_sees_all_of_it(attend):
-    arrays, positions = draw(1024)
-    ended = attend(*arrays, positions_BL=jnp.full_like(positions, 1023))
+    arrays, positions = draw(256)
+    ended = attend(*arrays, positions_BL=jnp.full_like(positions, 255))
     np.testing.assert_array_equal(attend(*arrays, positions_BL=jnp.full_like(positions, 5000)), ended)
 
 
 @pytest.mark.parametrize("heads", [6, 16])
 @pytest.mark.parametrize("attend", [BY_FLASH, by_paged], ids=["flash", "paged"])
 def test_in_bfloat16_they_are_about_as_accurate_as_the_attention_over_the_whole_cache(attend, heads):
-    arrays, positions = draw(1152, heads=heads, dtype=jnp.bfloat16)
+    arrays, positions = draw(384, heads=heads, dtype=jnp.bfloat16)
     right = expected(arrays, positions)
 
     def error(attend):
