@@ -54,7 +54,12 @@ ORDER = {
         "tokenizer",
         "encoded_rows prepare transcript",
     ],
-    "kto_jax.devices": ["chips compilation processes sharding", "experts_on_mesh", "attention_on_mesh", "inference"],
+    "kto_jax.devices": [
+        "chips compilation gpu_memory processes sharding",
+        "experts_on_mesh",
+        "attention_on_mesh",
+        "inference",
+    ],
     "kto_jax.evaluation": [
         "intervals texts",
         "calibration completions length_control verdicts",
@@ -79,7 +84,7 @@ ORDER = {
         "model",
         "weights",
     ],
-    "kto_jax.models.attention": ["dense mosaic triton", "blockwise cached splash"],
+    "kto_jax.models.attention": ["dense flash_decoding mosaic triton", "blockwise cached paged splash"],
     "kto_jax.models.families": [
         "multimodal quantization rotary tensors known_entries",
         "family",
