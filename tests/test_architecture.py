@@ -84,7 +84,7 @@ ORDER = {
         "model",
         "weights",
     ],
-    "kto_jax.models.attention": ["dense flash_decoding mosaic triton", "blockwise cached paged splash"],
+    "kto_jax.models.attention": ["dense mosaic of_jax", "blockwise cached flash_decoding paged splash triton"],
     "kto_jax.models.families": [
         "multimodal quantization rotary tensors known_entries",
         "family",

@@ -19,8 +19,9 @@ from kto_jax.config import ConfigError, MeshConfig
 from kto_jax.devices import attention_on_mesh
 from kto_jax.devices.attention_on_mesh import MeshAttention, choose_attention
 from kto_jax.devices.sharding import make_mesh
-from kto_jax.models.attention import mosaic, splash, triton
+from kto_jax.models.attention import mosaic
 from kto_jax.models.attention.blockwise import blockwise_attention
+from kto_jax.models.attention.of_jax import kernels_of_jax
 from kto_jax.planning.topology import open_topology
 from tests import ROOT
 
@@ -120,7 +121,7 @@ def forgotten_fallbacks():
 @pytest.fixture
 def without_kernels(monkeypatch):
     """A JAX from which the kernels have been removed, beside no tokamax."""
-    for cached in (splash._kernel, triton._kernel, mosaic._module):
+    for cached in (kernels_of_jax, mosaic._module):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.attention", None)
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.tpu.splash_attention", None)

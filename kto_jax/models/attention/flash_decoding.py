@@ -7,27 +7,21 @@ token or before its window, where `cached_attention` reads the whole cache. The 
 from __future__ import annotations
 
 import functools
-import importlib
-import warnings
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kto_jax.models.attention.of_jax import kernels_of_jax, why_jax_lacks
+
 _MOST_SPLITS, _LARGEST_BLOCK, _SMALLEST_BLOCK = 16, 128, 16
 _LARGEST_TILE = 2**14
 """Numbers of keys in a block: one of keys and one of values, in bfloat16, must fit in the 99 KiB of an L40."""
 
-
-def why_missing() -> str:
-    """Why the kernel cannot be imported; empty if it can."""
-    try:
-        _kernel()
-    except ImportError:
-        return f"JAX {jax.__version__} does not have it"
-    return ""
+_kernel = functools.partial(kernels_of_jax, "gpu.decode_attention")
+why_missing = functools.partial(why_jax_lacks, "gpu.decode_attention")
+"""Why the kernel cannot be imported; empty if it can."""
 
 
 def why_not(
@@ -45,19 +39,6 @@ def why_not(
     if float(device.compute_capability) < 8:
         return f"needs compute capability 8.0 or more, and this GPU has {device.compute_capability}"
     return ""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """JAX's module with the kernel.
-
-    Raises:
-      ImportError: this JAX lacks it.
-    """
-    with warnings.catch_warnings():
-        # Deprecated since JAX 0.11. No action is needed: without it, the whole cache is read.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
 
 
 def flash_decoding(

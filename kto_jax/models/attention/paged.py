@@ -8,8 +8,6 @@ as sequences of their own, that part is what the kernel takes, so nothing is cop
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import scaled
+from kto_jax.models.attention.of_jax import kernels_of_jax, why_jax_lacks
 
 LARGEST_PAGE = 512
 """Cache positions that the kernel reads at once, at most: 128 KiB of keys in bfloat16 with heads of 128."""
@@ -24,14 +23,9 @@ _MOST_PAGES = 2**17
 """Pages of all slots and heads of a device: the scalar memory that lists them holds 1 MiB."""
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 
-
-def why_missing() -> str:
-    """Why the kernel cannot be imported; empty if it can."""
-    try:
-        _kernel()
-    except ImportError:
-        return f"JAX {jax.__version__} does not have it"
-    return ""
+_kernel = functools.partial(kernels_of_jax, "tpu.paged_attention")
+why_missing = functools.partial(why_jax_lacks, "tpu.paged_attention")
+"""Why the kernel cannot be imported; empty if it can."""
 
 
 def why_not(
@@ -59,16 +53,6 @@ def why_not(
     if device.device_kind in _TWO_CORES:
         return f"computes on one core, and a {device.device_kind} has two"
     return ""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """JAX's module with the kernel.
-
-    Raises:
-      ImportError: this JAX lacks it.
-    """
-    return importlib.import_module("jax.experimental.pallas.ops.tpu.paged_attention")
 
 
 def paged_attention(

@@ -10,9 +10,7 @@ kernel is imported only when a run uses it.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,34 +19,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kto_jax.models.attention.dense import scaled
+from kto_jax.models.attention.of_jax import kernels_of_jax, why_jax_lacks
 
 # Tokens per block, fastest first: the kernel requires multiples of 128.
 BLOCKS = (512, 384, 256, 128)
 
-
-def why_missing() -> str:
-    """Why the kernel cannot be imported; empty if it can."""
-    try:
-        _kernel()
-    except ImportError:
-        return f"JAX {jax.__version__} does not have it"
-    return ""
+_kernel = functools.partial(kernels_of_jax, "tpu.splash_attention")
+why_missing = functools.partial(why_jax_lacks, "tpu.splash_attention")
+"""Why the kernel cannot be imported; empty if it can."""
 
 
 def why_not(query: Array, *, window: int | None, softcap: float | None, device: Any) -> str:
     """Why the kernel cannot compute this attention on this device: it always can."""
     del query, window, softcap, device
     return ""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """JAX's module with the kernel.
-
-    Raises:
-      ImportError: this JAX lacks it.
-    """
-    return importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
 
 
 def splash_attention(

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import warnings
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kto_jax.models.attention.of_jax import kernels_of_jax, why_jax_lacks
+
 BLOCK = 128
 
-
-def why_missing() -> str:
-    """Why the kernel cannot be imported; empty if it can."""
-    try:
-        _kernel()
-    except ImportError:
-        return f"JAX {jax.__version__} does not have it"
-    return ""
+_kernel = functools.partial(kernels_of_jax, "gpu.attention")
+why_missing = functools.partial(why_jax_lacks, "gpu.attention")
+"""Why the kernel cannot be imported; empty if it can."""
 
 
 def why_not(query: Array, *, window: int | None, softcap: float | None, device: Any) -> str:
@@ -38,20 +32,6 @@ def why_not(query: Array, *, window: int | None, softcap: float | None, device: 
     if float(device.compute_capability) < 8:
         return f"needs compute capability 8.0 or more, and this GPU has {device.compute_capability}"
     return ""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """JAX's module with the kernel.
-
-    Raises:
-      ImportError: this JAX lacks it.
-    """
-    with warnings.catch_warnings():
-        # Deprecated in favour of tokamax since JAX 0.11. No action is needed: without it, `choose_attention` falls
-        # back.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
 
 
 def triton_attention(
