@@ -72,14 +72,15 @@ def test_gpus_without_room_keep_the_stacks_and_say_so_once(on_gpus, monkeypatch,
     assert isinstance(unstack_layers(params)["layers"], tuple)
 
 
-def test_layers_taken_apart_for_good_need_no_room_and_are_not_transposed_on_gpus(on_gpus, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_layers_taken_apart_for_good_need_no_room_and_are_not_transposed_on_gpus(dtype, on_gpus, monkeypatch):
     monkeypatch.setattr(unstacked, "_free_bytes", lambda device: 0)
-    params = cast_params(jax.device_put(parameters("float32")[1]), "int8")
+    params = cast_params(jax.device_put(parameters("float32")[1]), dtype)
     taken = dict(params)
     separate = transpose_layers(taken)
     assert "layers" not in taken
     check_layers(params, separate["layers"])
-    assert isinstance(separate["layers"][0]["mlp"]["up"]["weight"], Int8Matrix)
+    assert isinstance(separate["layers"][0]["mlp"]["up"]["weight"], Int8Matrix) == (dtype == "int8")
 
 
 def test_other_devices_keep_the_stacks():

@@ -68,7 +68,7 @@ def flash_decoding(
     batch, num_kv_heads, length, head_dim = key_BKSH.shape
     splits, block = splits_and_block(length, head_dim)
     # An idle slot reads one key, so that its value is finite.
-    lengths_B = jnp.clip(positions_BL[:, 0] + 1, 1, length)
+    lengths_B = jnp.maximum(positions_BL[:, 0] + 1, 1)
     firsts_B = jnp.zeros_like(lengths_B) if window is None else jnp.maximum(lengths_B - window, 0)
     # Each key/value head of a slot is a sequence with one head of keys.
     sequences = batch * num_kv_heads
